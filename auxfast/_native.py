@@ -1,0 +1,50 @@
+"""Loads the native module once, and decides whether an op runs on its kernel or on its PyTorch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch  # first: the native module links to torch's libraries, which this loads
+
+try:
+    from auxfast import _C
+except ImportError as error:
+    raise ImportError(
+        f"auxfast's native module could not be loaded ({error}). From a source tree, build it with "
+        "`pip install .` (or `pip install -e .`) in the environment that has your torch."
+    ) from error
+
+_REFERENCE_ONLY: ContextVar[bool] = ContextVar("auxfast_reference_kernels", default=False)
+_BUILD: dict[str, Any] = _C.build_info()
+_KERNEL_DEVICES = frozenset({"cpu", "cuda"} if _BUILD["cuda_kernels"] else {"cpu"})
+
+
+def use_native(device: torch.device) -> bool:
+    """Whether ops on `device` run on auxfast's kernels (else on the reference in PyTorch operations)."""
+    return device.type in _KERNEL_DEVICES and not _REFERENCE_ONLY.get()
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Within this context every op runs on its pure-PyTorch reference: slower, on any device, differentiable to any
+    order. The choice is made when an op is called; a graph that was recorded before keeps what it recorded."""
+    token = _REFERENCE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _REFERENCE_ONLY.reset(token)
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs here.
+
+    Keys: `auxfast`, `torch` (versions); `compiler`; `cpu_kernels` (instruction sets compiled); `cpu_kernels_in_use`;
+    `cuda_kernels` (compute capabilities compiled, empty for a CPU-only build); `cuda_toolkit` (version or None);
+    `cuda_available` (whether torch sees a GPU now).
+    """
+    from auxfast import __version__
+
+    return {"auxfast": __version__, "torch": torch.__version__, **_BUILD, "cuda_available": torch.cuda.is_available()}

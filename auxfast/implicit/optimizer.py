@@ -1,0 +1,89 @@
+"""An optimizer of outer parameters: hypergradient, clipping, a torch optimizer's step, and projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from auxfast.implicit.hypergradient import hypergradient
+from auxfast.solvers.base import Solver, SolveStats, check_positive
+
+
+class Projectable(Protocol):
+    """Something that can move its parameters back into the set where they belong, as a combiner can."""
+
+    def project_(self) -> Any: ...
+
+
+class HyperOptimizer:
+    """Updates the parameters of a torch optimizer along their hypergradient, as the paper's Algorithm 1 does.
+
+    Args:
+        optimizer: holds the outer parameters, in its parameter groups, and makes the update.
+        solver: see `hypergradient`.
+        max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
+        project: modules whose `project_()` is called after each update.
+
+    Raises:
+        TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
+        ValueError: `max_grad_norm` is not above 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        solver: Solver,
+        max_grad_norm: float | None = None,
+        project: Sequence[Projectable] = (),
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        if max_grad_norm is not None:
+            check_positive("max_grad_norm", max_grad_norm)
+        modules: Any = project
+        if isinstance(modules, torch.nn.Module) or not all(hasattr(module, "project_") for module in modules):
+            raise TypeError("project must be a list of modules that have project_()")
+        self.optimizer = optimizer
+        self.solver = solver
+        self.max_grad_norm = max_grad_norm
+        self.project = tuple(project)
+
+    def step(self, outer_loss: Tensor, inner_loss: Tensor, inner_params: Iterable[Tensor]) -> SolveStats:
+        """One update of the outer parameters; arguments and errors are those of `hypergradient`.
+
+        The hypergradient replaces their `.grad`. If the solve overflowed (`stats.residual` is `inf`, which
+        the solver has warned of), the parameters stay as they are.
+        """
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        result = hypergradient(outer_loss, inner_loss, inner_params, params, solver=self.solver)
+        if math.isinf(result.stats.residual):
+            return result.stats
+        for param, grad in zip(params, self._clipped(result.grads), strict=True):
+            param.grad = grad if param.requires_grad else None
+        self.optimizer.step()
+        for module in self.project:
+            module.project_()
+        return result.stats
+
+    def _clipped(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.max_grad_norm is None:
+            return grads
+        norm = torch.nn.utils.get_total_norm(grads)
+        scale = (self.max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+        return [grad * scale.to(grad.device, grad.dtype) for grad in grads]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears `.grad` of the outer parameters, where the inner loss's backward() leaves its own."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The torch optimizer's state: there is no other."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)

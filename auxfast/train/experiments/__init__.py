@@ -1,0 +1,1 @@
+"""Experiments on real data, one a module."""

@@ -1,0 +1,226 @@
+"""How the native module is built: PEP 517 hooks, and a setuptools command that hands the work to ninja.
+
+The build needs torch's headers and libraries, but not a second torch: an isolated build environment hides the
+installed one, so it is looked for with a fresh interpreter, and only where there is none is torch asked for as a
+build requirement. Any torch from 2.11 on will do, since the ops use its stable ABI.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, build_meta
+from setuptools.build_meta import (  # noqa: F401  (the hooks that need no change)
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_TORCH = "2.11"
+
+_FIND_TORCH = """
+import importlib.metadata, importlib.util
+spec = importlib.util.find_spec("torch")
+if spec is not None:
+    print(spec.submodule_search_locations[0], importlib.metadata.version("torch"), sep="\\n")
+"""
+
+
+@cache
+def installed_torch() -> tuple[Path, str] | None:
+    """Folder and version of the torch that this interpreter imports, inside a build environment or outside it."""
+    for options in ([], ["-E"]):  # -E forgets the build environment that pip put on PYTHONPATH
+        found = subprocess.run([sys.executable, *options, "-c", _FIND_TORCH], capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout:
+            folder, version = found.stdout.splitlines()
+            return Path(folder), version
+    return None
+
+
+def _with_torch(requirements: list[str]) -> list[str]:
+    return requirements if installed_torch() else [*requirements, f"torch>={OLDEST_TORCH}"]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return _with_torch(build_meta.get_requires_for_build_wheel(config_settings))
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return _with_torch(build_meta.get_requires_for_build_editable(config_settings))
+
+
+def find_cxx() -> list[str]:
+    """The command of the C++ compiler: $CXX (which may be two words, as in "ccache g++"), else c++, g++ or clang++."""
+    chosen = environment_flags("CXX")
+    if chosen and not all(map(shutil.which, chosen)):
+        raise SystemExit(f"auxfast: CXX={shlex.join(chosen)}, but there is no such command")
+    for name in ("c++", "g++", "clang++"):
+        if not chosen and shutil.which(name):
+            chosen = [name]
+    if not chosen:
+        raise SystemExit(
+            "auxfast needs a C++17 compiler and found none. Install one (Debian, Ubuntu: apt-get install g++; "
+            "Fedora: dnf install gcc-c++; conda: conda install gxx) or name it in the environment variable CXX."
+        )
+    return chosen
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to use, or None for a build without CUDA; AUXFAST_BUILD=auto|cpu|cuda decides."""
+    choice = os.environ.get("AUXFAST_BUILD", "auto")
+    if choice not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"auxfast: AUXFAST_BUILD must be auto, cpu or cuda, not {choice!r}")
+    if choice == "cpu":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [str(Path(home, "bin")) for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if nvcc is None and choice == "cuda":
+        raise SystemExit("auxfast: AUXFAST_BUILD=cuda, but no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+    if nvcc is None:
+        print("auxfast: no nvcc found, building the CPU kernels only", file=sys.stderr)
+    return nvcc
+
+
+def cuda_flags(nvcc: str, architectures: list[int]) -> tuple[list[str], list[str]]:
+    """(compile flags, defines that tell build_info): code for those of `architectures` that this nvcc knows, and PTX
+    of the newest of them for the GPUs that come after it."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in architectures if f"compute_{arch}" in listed]
+    if not known:
+        raise SystemExit(f"auxfast: {nvcc} knows none of the architectures {architectures}, only {', '.join(listed)}")
+    binary = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    ptx = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = version.partition("release ")[2].partition(",")[0]
+    names = ".".join(str(arch) for arch in known)
+    return [*binary, ptx], [
+        "-DAUXFAST_WITH_CUDA",
+        f"-DAUXFAST_CUDA_ARCHITECTURES={names}",
+        f"-DAUXFAST_CUDA_TOOLKIT={release}",
+    ]
+
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """(compile flags, link flags) for code that uses torch's stable ABI."""
+    found = installed_torch()
+    if found is None:
+        raise SystemExit(f"auxfast: the build needs torch's headers; pip install 'torch>={OLDEST_TORCH}' first")
+    folder, version = found
+    if _release(version) < _release(OLDEST_TORCH):
+        raise SystemExit(
+            f"auxfast needs torch {OLDEST_TORCH} or newer, and {folder} is {version}; "
+            f"pip install --upgrade 'torch>={OLDEST_TORCH}' first"
+        )
+    return ["-isystem", f"{folder / 'include'}"], [f"-L{folder / 'lib'}", "-ltorch_cpu"]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def python_flags() -> list[str]:
+    import pybind11
+
+    return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+
+
+def environment_flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One source file, the command that compiles it, and a name that tells apart several builds of one file."""
+
+    source: str
+    command: list[str]
+    variant: str = ""
+
+
+def compile_all(pattern: str, command: list[str], variant: str = "") -> list[Compile]:
+    """The steps for all matching files in csrc/; named from the repository's root, where all commands run."""
+    files = sorted((ROOT / "csrc").glob(pattern))
+    return [Compile(file.relative_to(ROOT).as_posix(), command, variant) for file in files]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All compile steps of a module; the command that links it, and what that needs behind the object files."""
+
+    steps: list[Compile]
+    link: list[str]
+    libraries: list[str]
+
+    def ninja_file(self, folder: str, output: str) -> str:
+        """The build.ninja that leaves everything in `folder`; paths are relative to the repository's root."""
+        lines = [
+            f"builddir = {_escape(folder)}",
+            "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "  description = $in $variant",
+            "rule link\n  command = $cmd $in -o $out $libraries\n  description = $out",
+        ]
+        objects = []
+        for step in self.steps:
+            objects.append(_escape(f"{folder}/{step.source}.{step.variant}.o"))
+            lines.append(f"build {objects[-1]}: compile {_escape(step.source)}")
+            lines.append(f"  cmd = {_command(step.command)}\n  variant = {step.variant}")
+        lines.append(f"build {_escape(output)}: link {' '.join(objects)}")
+        lines.append(f"  cmd = {_command(self.link)}\n  libraries = {_command(self.libraries)}")
+        return "\n".join(lines) + "\n"
+
+
+def _escape(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+class NativeExtension(Extension):
+    """An extension module whose plan is made only when it is built: neither an sdist nor metadata need a compiler."""
+
+    def __init__(self, name: str, make_plan: Callable[[], Plan]) -> None:
+        super().__init__(name, sources=[])
+        self.make_plan = make_plan
+
+
+class NinjaBuild(build_ext):
+    """build_ext that lets ninja do the work: parallel, and only what changed since the last build, of any kind."""
+
+    def build_extension(self, extension: Extension) -> None:
+        assert isinstance(extension, NativeExtension)
+        import ninja
+
+        output = Path(self.get_ext_fullpath(extension.name))
+        folder = f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        module = f"{folder}/{output.name}"
+        file = ROOT / folder / "build.ninja"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(extension.make_plan().ninja_file(folder, module))
+        done = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", file.relative_to(ROOT)], cwd=ROOT)
+        if done.returncode != 0:
+            raise SystemExit("auxfast: the native build failed; the compiler's messages are above")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(ROOT / module), str(output))

@@ -1,0 +1,321 @@
+// The combiner on the CPU. Samples are worked on in tiles: a pack holds one number for each sample of a tile, and the
+// formulas of combiner_math.h run on packs. Sums over samples stay in the lanes until a chunk is done.
+#include <cstring>
+
+#include "combiner/combiner.h"
+#include "combiner/combiner_math.h"
+#include "combiner/lane_sums.h"
+#include "combiner/narrow_rows.h"
+#include "combiner/pack.h"
+#include "combiner/wide_rows.h"
+
+namespace auxfast::AUXFAST_ISA {
+namespace {
+
+// Up to here transposing a tile's losses into packs beats running lanes along the losses (measured at widths 10, 64).
+constexpr int64_t kNarrow = 48;
+
+// One chunk of samples, worked on by one thread in memory of its own.
+template <class T, class Act>
+class Chunk {
+  using Math = CombinerMath<OnPacks<Act>, Pack<T>, T, Pack<T>*>;
+
+ public:
+  Chunk(const CombinerParams<T>& params, int64_t index, const Executor& executor, bool with_phi)
+      : net(params), math{params}, wide(params.num_losses > kNarrow) {
+    const int64_t losses = wide ? 0 : net.num_losses;
+    const int64_t packs = 5 * net.units + 2 * (losses + kMaxWidth);
+    num_row_sums = wide ? (net.width[0] * net.num_losses + kLanes<T> - 1) / kLanes<T> : 0;  // in vectors
+    first_lane_sum = wide ? net.width[0] * net.num_losses : 0;
+    // sum_each() reads whole groups of vectors
+    const int64_t num_sums = with_phi ? num_row_sums + net.num_parameters - first_lane_sum + kLanes<T> : 0;
+    auto* memory = static_cast<Pack<T>*>(executor.scratch(packs * sizeof(Pack<T>) + num_sums * sizeof(Vec<T>)));
+    state = memory;
+    delta = state + net.units;
+    value = delta + net.units;
+    own_activations = state;
+    hd = value + net.units;
+    kappa = hd + net.units;
+    tile_losses = kappa + net.units;
+    tile_tangent = tile_losses + losses + kMaxWidth;
+    if (with_phi) {
+      row_sums = reinterpret_cast<Vec<T>*>(tile_tangent + losses + kMaxWidth);
+      lane_sums = row_sums + num_row_sums;
+      std::memset(static_cast<void*>(row_sums), 0, num_sums * sizeof(Vec<T>));
+    }
+    const int64_t chunk = combiner_chunk(net.batch);
+    begin = index * chunk;
+    end = begin + chunk < net.batch ? begin + chunk : net.batch;
+  }
+
+  // Values and their derivatives in the losses. Returns the chunk's sum of values, in double.
+  double forward() {
+    double total = 0;
+    for_each_tile([&](int64_t first, int samples) {
+      point_to_activations(first);
+      activate(first, samples);
+      total += write_value(first, samples);
+      for (int unit = 0; unit < net.width[0]; ++unit) hd[unit] = net.scale * delta[unit];
+      to_losses(hd, samples, net.main_loss >= 0 ? net.scale : T(0), net.weights, first);
+    });
+    return total;
+  }
+
+  // Adds up sum_b c_b d g_b / d phi.
+  void backward_phi() {
+    for_each_tile([&](int64_t first, int samples) {
+      restore_activations(first, samples);
+      const Pack<T> c = incoming(first, samples);
+      for (int unit = 0; unit < net.units; ++unit) {
+        kappa[unit] = c * delta[unit];
+        hd[unit] = c * value[unit];
+      }
+      add_to_phi(first, samples, nullptr, c);
+    });
+  }
+
+  // Derivatives of sum_b c_b <d g_b / d l_b, t_b> in the losses and, if asked for, in phi.
+  void second_order(const T* tangent, T* grad_losses) {
+    for_each_tile([&](int64_t first, int samples) {
+      restore_activations(first, samples);
+      const Pack<T> c = incoming(first, samples);
+      math.second_order(
+          [&](const auto& result) {
+            from_losses(tangent, first, samples, nullptr, tile_tangent,
+                        [&](int unit, Pack<T> zd) AUXFAST_INLINE { result(unit, c * zd); });
+          },
+          state, delta, hd, kappa);
+      if (lane_sums) add_to_phi(first, samples, tangent, c);
+      to_losses(kappa, samples, T(0), grad_losses, first);
+    });
+  }
+
+  // What the lanes hold for phi, summed over them.
+  void write_phi(T* out) {
+    std::memcpy(out, row_sums, first_lane_sum * sizeof(T));
+    for (int64_t i = first_lane_sum; i < net.num_parameters; i += kLanes<T>) {
+      T lanes[kLanes<T>];
+      store<T>(lanes, sum_each<T>(sums_of(i)));
+      const int64_t rest = net.num_parameters - i;
+      std::memcpy(out + i, lanes, (rest < kLanes<T> ? rest : kLanes<T>) * sizeof(T));
+    }
+  }
+
+ private:
+  template <class Work>
+  void for_each_tile(const Work& work) {
+    for (int64_t first = begin; first < end; first += kTile<T>)
+      work(first, int(end - first < kTile<T> ? end - first : kTile<T>));
+  }
+
+  // state, delta and value: of the saved tile that begins at sample `first`, or this chunk's own.
+  void point_to_activations(int64_t first) {
+    Pack<T>* tile = net.saved ? reinterpret_cast<Pack<T>*>(net.saved + first * 3 * net.units) : own_activations;
+    state = tile;
+    delta = tile + net.units;
+    value = tile + 2 * net.units;
+  }
+  void restore_activations(int64_t first, int samples) {
+    point_to_activations(first);
+    if (!net.saved) activate(first, samples);
+  }
+
+  // result(unit, <row `unit` of W_1, sample's losses> + bias) for the units of the first layer. `matrix` is
+  // (batch, num_losses); narrow: the tile's part of it stays in `tile` as packs.
+  template <class Result>
+  void from_losses(const T* matrix, int64_t first, int samples, const T* bias, Pack<T>* tile,
+                              const Result& result) {
+    const int64_t losses = net.num_losses;
+    const int width = net.width[0];
+    if (!wide) {
+      gather_tile(matrix + first * losses, samples, losses, matrix + end * losses, tile);
+      matvec<Pack<T>>(width, int(losses), math.weight(0), losses, 1, bias, tile, result);
+      return;
+    }
+    if (samples < kTile<T>) std::memset(static_cast<void*>(tile), 0, width * sizeof(Pack<T>));
+    row_products(math.weight(0), width, matrix + first * losses, samples, losses, tile->samples(), kTile<T>);
+    for (int unit = 0; unit < width; ++unit) result(unit, bias ? tile[unit] + bias[unit] : tile[unit]);
+  }
+
+  // The tile's rows of `matrix` (batch, num_losses) become W_1^T units, and `main` more in the main loss's column.
+  void to_losses(const Pack<T>* units, int samples, T main, T* matrix, int64_t first) {
+    const int64_t losses = net.num_losses;
+    T* rows = matrix + first * losses;
+    if (!wide) {
+      matvec<Pack<T>>(int(losses), net.width[0], math.weight(0), 1, losses, static_cast<const T*>(nullptr), units,
+                      [&](int k, Pack<T> sum) AUXFAST_INLINE { tile_tangent[k] = sum; });
+      if (main != T(0)) tile_tangent[net.main_loss] = tile_tangent[net.main_loss] + main;
+      scatter_tile(tile_tangent, samples, losses, matrix + end * losses, rows);
+      return;
+    }
+    combine_rows<T, false>({units->samples(), 1, kTile<T>}, samples, net.width[0], math.weight(0), losses, rows);
+    if (main != T(0))
+      for (int s = 0; s < samples; ++s) rows[s * losses + net.main_loss] += main;
+  }
+
+  void activate(int64_t first, int samples) {
+    math.forward(
+        [&](const auto& result) { from_losses(net.losses, first, samples, math.bias(0), tile_losses, result); },
+        state, value);
+    math.backward(state, delta);
+  }
+
+  double write_value(int64_t first, int samples) {
+    Pack<T> g = math.output(value);
+    if (net.main_loss >= 0 && !wide) g += tile_losses[net.main_loss];
+    if (net.main_loss >= 0 && wide)
+      for (int s = 0; s < samples; ++s) g.samples()[s] += net.losses[(first + s) * net.num_losses + net.main_loss];
+    if (net.per_sample) std::memcpy(net.value + first, g.samples(), samples * sizeof(T));
+    blank_behind(samples, g);
+    double total = 0;
+    for (int v = 0; v < kPackVectors; ++v) total += double(sum_lanes<T>(g.part[v]));
+    return total;
+  }
+
+  // The gradient that reaches each sample, with the scale of the mean; 0 behind the last sample.
+  Pack<T> incoming(int64_t first, int samples) const {
+    Pack<T> c{};
+    if (net.grad_stride == 0)
+      c = c + net.scale * net.grad[0];
+    else
+      for (int s = 0; s < samples; ++s) c.samples()[s] = net.scale * net.grad[first + s];
+    blank_behind(samples, c);
+    return c;
+  }
+
+  static void blank_behind(int samples, Pack<T>& pack) {
+    for (int s = samples; s < kTile<T>; ++s) pack.samples()[s] = T(0);
+  }
+
+  // The sums for phi from its element `at` on, a vector an element; not for W_1 if wide.
+  Vec<T>* sums_of(int64_t at) const { return lane_sums + (at - first_lane_sum); }
+
+  // sums += kappa h^T, + delta hd^T if there is a tangent; biases += kappa; output weights += hd of the last layer.
+  void add_to_phi(int64_t first, int samples, const T* tangent, const Pack<T>& c) {
+    for (int layer = 0; layer < net.depth; ++layer) {
+      const int at = net.first_unit[layer], width = net.width[layer];
+      if (net.bias[layer] >= 0)
+        for (int unit = 0; unit < width; ++unit) add_lanes(kappa[at + unit], sums_of(net.bias[layer] + unit));
+      if (layer > 0) {
+        const int below = net.first_unit[layer - 1];
+        add_outer<T>(kappa + at, width, value + below, net.width[layer - 1], tangent ? delta + at : nullptr,
+                     tangent ? hd + below : nullptr, sums_of(net.weight[layer]));
+      }
+    }
+    const int last = net.depth - 1;
+    for (int unit = 0; unit < net.width[last]; ++unit)
+      add_lanes(hd[net.first_unit[last] + unit], sums_of(net.weight[net.depth] + unit));
+    add_to_first_layer(first, samples, tangent, c);
+  }
+
+  void add_to_first_layer(int64_t first, int samples, const T* tangent, const Pack<T>& c) {
+    const int64_t losses = net.num_losses;
+    const T* rows = net.losses + first * losses;
+    const int width = net.width[0];
+    Pack<T> scaled[kMaxWidth];  // c e_1: the one place where the tangent's own factor c is still missing
+    if (tangent)
+      for (int unit = 0; unit < width; ++unit) scaled[unit] = c * delta[unit];
+    if (wide) {  // lanes run along the losses, so these sums need no lanes of their own
+      T* out = reinterpret_cast<T*>(row_sums);
+      combine_rows<T, true>({kappa->samples(), kTile<T>, 1}, width, samples, rows, losses, out);
+      if (tangent)
+        combine_rows<T, true>({scaled->samples(), kTile<T>, 1}, width, samples, tangent + first * losses, losses, out);
+      return;
+    }
+    gather_tile(rows, samples, losses, net.losses + end * losses, tile_losses);
+    add_outer<T>(kappa, width, tile_losses, int(losses), tangent ? scaled : nullptr, tangent ? tile_tangent : nullptr,
+                 sums_of(0));
+  }
+
+  static void add_lanes(const Pack<T>& pack, Vec<T>* sum) {
+    for (int v = 0; v < kPackVectors; ++v) *sum += pack.part[v];
+  }
+
+  const CombinerParams<T>& net;
+  Math math;
+  const bool wide;
+  int64_t begin, end;
+  Pack<T>*state, *delta, *value, *hd, *kappa;  // (units): see combiner_math.h
+  Pack<T>* own_activations;
+  Pack<T>*tile_losses, *tile_tangent;  // (num_losses) if narrow, (width of the first layer) if wide
+  // Sums for phi. Lane sums: a vector for each element of phi, still to be summed over its lanes. Row sums: W_1's rows as
+  // they lie in phi, if wide (the lanes run along the losses there).
+  int64_t num_row_sums, first_lane_sum;
+  Vec<T>*row_sums = nullptr, *lane_sums = nullptr;
+};
+
+template <class Task>
+void run(const Executor& executor, int64_t count, const Task& task) {
+  executor.parallel_for(
+      count, [](void* context, int64_t index) { (*static_cast<const Task*>(context))(index); }, const_cast<Task*>(&task));
+}
+
+template <class T, class Act>
+void forward(const CombinerParams<T>& net, const Executor& executor) {
+  const int64_t chunks = combiner_num_chunks(net.batch);
+  auto* totals = static_cast<double*>(net.workspace);
+  run(executor, chunks, [&](int64_t index) { totals[index] = Chunk<T, Act>(net, index, executor, false).forward(); });
+  if (net.per_sample) return;
+  double total = 0;
+  for (int64_t index = 0; index < chunks; ++index) total += totals[index];
+  *net.value = T(total * net.scale);
+}
+
+// Adds the chunks' sums for phi in order: (chunks, num_parameters) to (num_parameters).
+template <class T>
+void add_chunks(const T* parts, int64_t chunks, int64_t count, T* out) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t block = count - first < kBlock ? count - first : kBlock;
+    double sum[kBlock] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = 0; i < block; ++i) sum[i] += parts[chunk * count + first + i];
+    for (int64_t i = 0; i < block; ++i) out[first + i] = T(sum[i]);
+  }
+}
+
+template <class T, class Act>
+void backward_phi(const CombinerParams<T>& net, const Executor& executor) {
+  const int64_t chunks = combiner_num_chunks(net.batch);
+  T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
+  run(executor, chunks, [&](int64_t index) {
+    Chunk<T, Act> chunk(net, index, executor, true);
+    chunk.backward_phi();
+    chunk.write_phi(parts + index * net.num_parameters);
+  });
+  if (chunks > 1) add_chunks(parts, chunks, net.num_parameters, net.grad_phi);
+}
+
+template <class T, class Act>
+void second_order(const CombinerParams<T>& net, const Executor& executor) {
+  const int64_t chunks = combiner_num_chunks(net.batch), size = net.batch * net.num_losses;
+  T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
+  run(executor, net.num_tangents * chunks, [&](int64_t index) {
+    const int64_t tangent = index / chunks;
+    Chunk<T, Act> chunk(net, index % chunks, executor, net.grad_phi != nullptr);
+    chunk.second_order(net.tangents + tangent * size, net.grad_losses + tangent * size);
+    if (net.grad_phi) chunk.write_phi(parts + index * net.num_parameters);
+  });
+  if (!net.grad_phi || chunks == 1) return;
+  for (int64_t tangent = 0; tangent < net.num_tangents; ++tangent)
+    add_chunks(parts + tangent * chunks * net.num_parameters, chunks, net.num_parameters,
+               net.grad_phi + tangent * net.num_parameters);
+}
+
+#define AUXFAST_BY_ACTIVATION(function)                                       \
+  [](const CombinerParams<T>& net, const Executor& executor) {                \
+    if (net.activation == Activation::softplus)                               \
+      function<T, Softplus>(net, executor);                                   \
+    else                                                                      \
+      function<T, Identity>(net, executor);                                   \
+  }
+template <class T>
+constexpr CombinerKernels<T> kKernels{AUXFAST_BY_ACTIVATION(forward), AUXFAST_BY_ACTIVATION(backward_phi),
+                                      AUXFAST_BY_ACTIVATION(second_order)};
+
+}  // namespace
+
+extern const CombinerKernels<float> combiner_f32 = kKernels<float>;
+extern const CombinerKernels<double> combiner_f64 = kKernels<double>;
+
+}  // namespace auxfast::AUXFAST_ISA

@@ -1,0 +1,88 @@
+// A pack: one number for each of a tile's samples, in as many SIMD vectors as the registers bear.
+#pragma once
+
+#include "common/activations.h"
+#include "common/simd.h"
+
+namespace auxfast::AUXFAST_ISA {
+
+template <class T>
+struct Pack {
+  Vec<T> part[kPackVectors];
+
+  // Vector by vector: GCC copies a plain struct as a block of bytes, and that through the stack.
+  Pack() = default;
+  AUXFAST_HD Pack(const Pack& other) { *this = other; }
+  AUXFAST_HD Pack& operator=(const Pack& other) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPackVectors; ++i) part[i] = other.part[i];
+    return *this;
+  }
+
+  AUXFAST_HD T* samples() { return reinterpret_cast<T*>(part); }
+  AUXFAST_HD const T* samples() const { return reinterpret_cast<const T*>(part); }
+};
+template <class T>
+constexpr int kTile = kPackVectors * kLanes<T>;
+
+#define AUXFAST_PACK_OPERATOR(declaration, expression)                 \
+  template <class T>                                                   \
+  AUXFAST_HD Pack<T> declaration {                                     \
+    Pack<T> out;                                                       \
+    _Pragma("GCC unroll 4") for (int i = 0; i < kPackVectors; ++i)     \
+      out.part[i] = expression;                                        \
+    return out;                                                        \
+  }
+AUXFAST_PACK_OPERATOR(operator+(Pack<T> a, Pack<T> b), a.part[i] + b.part[i])
+AUXFAST_PACK_OPERATOR(operator*(Pack<T> a, Pack<T> b), a.part[i] * b.part[i])
+AUXFAST_PACK_OPERATOR(operator+(Pack<T> a, T b), a.part[i] + b)
+AUXFAST_PACK_OPERATOR(operator*(T a, Pack<T> b), a * b.part[i])
+#undef AUXFAST_PACK_OPERATOR
+
+template <class T>
+AUXFAST_HD Pack<T>& operator+=(Pack<T>& a, Pack<T> b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kPackVectors; ++i) a.part[i] += b.part[i];
+  return a;
+}
+
+template <class T>
+struct ElementOf<Pack<T>> {
+  using Scalar = T;
+};
+template <class T>
+struct VectorElement {
+  using Scalar = T;
+  using Bits = typename VectorTypes<T>::Bits;
+  static constexpr std::conditional_t<sizeof(T) == 4, int32_t, int64_t> kSign = sizeof(T) == 4 ? INT32_MIN : INT64_MIN;
+  static AUXFAST_HD Bits bits(Vec<T> x) { return (Bits)x; }
+  static AUXFAST_HD Vec<T> from_bits(Bits bits) { return (Vec<T>)bits; }
+};
+template <>
+struct ElementOf<Vec<float>> : VectorElement<float> {};
+template <>
+struct ElementOf<Vec<double>> : VectorElement<double> {};
+
+// An activation, vector by vector.
+template <class Act>
+struct OnPacks {
+  template <class T>
+  static AUXFAST_HD void apply(Pack<T> z, Pack<T>& value, Pack<T>& state) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPackVectors; ++i) Act::apply(z.part[i], value.part[i], state.part[i]);
+  }
+  template <class T>
+  static AUXFAST_HD Pack<T> slope(Pack<T> state) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPackVectors; ++i) state.part[i] = Act::slope(state.part[i]);
+    return state;
+  }
+  template <class T>
+  static AUXFAST_HD Pack<T> relative_curvature(Pack<T> state) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPackVectors; ++i) state.part[i] = Act::relative_curvature(state.part[i]);
+    return state;
+  }
+};
+
+}  // namespace auxfast::AUXFAST_ISA

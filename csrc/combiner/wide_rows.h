@@ -1,0 +1,130 @@
+// The first layer's products when there are many losses: lanes run along the losses, so that rows of losses are read
+// and written as they lie, instead of being transposed into packs of samples. Rows are longer than one vector.
+//
+// A row's rest that fills no vector is read as the row's last full vector with the part seen before blanked out.
+#pragma once
+
+#include <cstdint>
+
+#include "common/panels.h"
+#include "common/simd.h"
+
+namespace auxfast::AUXFAST_ISA {
+
+// Keeps the lanes of a row's last vector that full vectors before it did not cover.
+template <class T>
+AUXFAST_HD Vec<T> keep_rest(Vec<T> value, int64_t length) {
+  const int seen = int(kLanes<T> - length % kLanes<T>);
+  typename VectorTypes<T>::Bits lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane >= seen ? value : Vec<T>{};
+}
+
+// How far ahead rows are prefetched, in elements: several rows at once are more than the machine foresees by itself.
+template <class T>
+constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
+
+// out[a * out_stride + b] = <left row a, right row b> for kA x kB rows; right rows from `right_rows` on repeat the last.
+template <class T, int kA, int kB>
+AUXFAST_HD void dot_block(const T* left, const T* right, int64_t right_rows, int64_t length, T* out, int64_t out_stride) {
+  constexpr int kSums = (kA * kB + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  Vec<T> sum[kSums] = {};
+  const T* row[kB];
+  for (int b = 0; b < kB; ++b) row[b] = right + (b < right_rows ? b : right_rows - 1) * length;
+  const auto step = [&](int64_t at, const auto& mask) {
+    Vec<T> x[kB];
+#pragma GCC unroll 4
+    for (int b = 0; b < kB; ++b) {
+      __builtin_prefetch(row[b] + at + kAhead<T>);
+      x[b] = mask(load(row[b] + at));
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < kA; ++a) {
+      const Vec<T> w = load(left + a * length + at);
+#pragma GCC unroll 4
+      for (int b = 0; b < kB; ++b) sum[a * kB + b] += w * x[b];
+    }
+  };
+  int64_t at = 0;
+  for (; at + kLanes<T> <= length; at += kLanes<T>) step(at, [](Vec<T> v) { return v; });
+  if (at < length) step(length - kLanes<T>, [&](Vec<T> v) { return keep_rest<T>(v, length); });
+#pragma GCC unroll 4
+  for (int first = 0; first < kSums; first += kLanes<T>) {
+    T sums[kLanes<T>];
+    store<T>(sums, sum_each<T>(sum + first));
+    for (int i = 0; i < kLanes<T> && first + i < kA * kB; ++i) out[(first + i) / kB * out_stride + (first + i) % kB] = sums[i];
+  }
+}
+
+// out[a * out_stride + b] = <left row a, right row b>; out has room for `right_rows` rounded up to 4.
+template <class T>
+void row_products(const T* left, int left_rows, const T* right, int right_rows, int64_t length, T* out, int64_t out_stride) {
+  for (int b = 0; b < right_rows; b += 4) {
+    in_panels<4>(left_rows, [&](auto height, int a) {
+      dot_block<T, decltype(height)::value, 4>(left + a * length, right + b * length, right_rows - b, length,
+                                               out + a * out_stride + b, out_stride);
+    });
+  }
+}
+
+// Coefficients of a combination of rows: entry (r, j) is at[r * row_stride + j * column_stride].
+template <class T>
+struct Coefficients {
+  const T* at;
+  int64_t row_stride, column_stride;
+};
+
+// out row r (+)= sum_j coefficient(r, j) * in row j, for kRows rows and kVectors vectors of them.
+template <class T, int kRows, int kVectors, bool kAdd, class Mask>
+AUXFAST_HD void combine_block(Coefficients<T> c, int count, const T* in, int64_t length, T* out, const Mask& mask) {
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = r * length + v * kLanes<T>;
+      __builtin_prefetch(out + at + kAhead<T>, 1);
+      sum[r][v] = kAdd ? load(out + at) : Vec<T>{};
+    }
+  for (int j = 0; j < count; ++j) {
+    Vec<T> x[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) x[v] = mask(load(in + j * length + v * kLanes<T>));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += c.at[r * c.row_stride + j * c.column_stride] * x[v];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * length + v * kLanes<T>, sum[r][v]);
+}
+
+template <class T, int kRows, bool kAdd>
+AUXFAST_HD void combine_panel(Coefficients<T> c, int count, const T* in, int64_t length, T* out) {
+  constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;
+  const auto all = [](Vec<T> v) { return v; };
+  int64_t at = 0;
+  for (; at + kVectors * kLanes<T> <= length; at += kVectors * kLanes<T>)
+    combine_block<T, kRows, kVectors, kAdd>(c, count, in + at, length, out + at, all);
+  for (; at + kLanes<T> <= length; at += kLanes<T>)
+    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, all);
+  if (at == length) return;
+  at = length - kLanes<T>;
+  if constexpr (kAdd)
+    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, [&](Vec<T> v) { return keep_rest<T>(v, length); });
+  else  // what was stored before is stored again
+    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, all);
+}
+
+// out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. All rows have `length` elements.
+template <class T, bool kAdd>
+void combine_rows(Coefficients<T> c, int rows, int count, const T* in, int64_t length, T* out) {
+  in_panels<5>(rows, [&](auto height, int r) {
+    const Coefficients<T> panel{c.at + r * c.row_stride, c.row_stride, c.column_stride};
+    combine_panel<T, decltype(height)::value, kAdd>(panel, count, in, length, out + r * length);
+  });
+}
+
+}  // namespace auxfast::AUXFAST_ISA

@@ -1,0 +1,22 @@
+// Launching a kernel and naming its dynamic shared memory, in a form that a test can compile without nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#ifdef __CUDACC__
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define DYNAMIC_SHARED(T, name)                                        \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared_bytes)
+#endif
+
+namespace auxfast {
+
+// nullptr, or what CUDA says of the launch just made (not of what the kernel does later).
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace auxfast

@@ -1,0 +1,38 @@
+// The Python module auxfast._C. Importing it registers the ops (their *_ops.cpp do that when they are loaded); what
+// it offers itself is an account of how it was built.
+#include <pybind11/pybind11.h>
+
+#include "common/cpu_isa.h"
+
+#define STRINGIFY_(x) #x
+#define STRINGIFY(x) STRINGIFY_(x)
+
+namespace py = pybind11;
+
+static py::dict build_info() {
+  py::list compiled;
+  compiled.append("baseline");
+#ifdef AUXFAST_WITH_AVX2
+  compiled.append("avx2");
+#endif
+#ifdef AUXFAST_WITH_AVX512
+  compiled.append("avx512");
+#endif
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cpu_kernels"] = compiled;
+  info["cpu_kernels_in_use"] = auxfast::cpu_isa_name(auxfast::best_cpu_isa());
+#ifdef AUXFAST_WITH_CUDA
+  info["cuda_kernels"] = py::str(STRINGIFY(AUXFAST_CUDA_ARCHITECTURES)).attr("split")(".");
+  info["cuda_toolkit"] = STRINGIFY(AUXFAST_CUDA_TOOLKIT);
+#else
+  info["cuda_kernels"] = py::list();
+  info["cuda_toolkit"] = py::none();
+#endif
+  return info;
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "auxfast's native module: registers torch.ops.auxfast.*";
+  module.def("build_info", &build_info);
+}

@@ -1,0 +1,53 @@
+"""The native module auxfast._C: which files it is made of, and how each kind of them is compiled."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+import build_backend as build
+
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Wall", "-Wextra"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11: one build serves it and all newer ones
+# Kernels exist once per instruction set, each copy in a namespace of its own; the one to run is chosen when the module
+# is loaded. No -ffast-math: it would break the NaN handling.
+KERNEL = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mtune=haswell"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        *("-mtune=skylake-avx512", "-mprefer-vector-width=512"),
+    ],
+}
+CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # what is compiled for x.0 runs on all x.y
+
+
+def native_module() -> build.Plan:
+    cxx, nvcc = build.find_cxx(), build.find_nvcc()
+    cpp = [*cxx, *COMMON, *build.environment_flags("CXXFLAGS")]
+    torch_includes, torch_libraries = build.torch_flags()
+    sets = INSTRUCTION_SETS if build.is_x86() else {"baseline": []}
+    defines = [f"-DAUXFAST_WITH_{name.upper()}" for name in sets if name != "baseline"]
+
+    steps: list[build.Compile] = []
+    link = [*cxx, "-shared"]
+    if nvcc:
+        architectures, cuda_defines = build.cuda_flags(nvcc, CUDA_ARCHITECTURES)
+        defines += cuda_defines
+        cuda = [nvcc, "-ccbin", cxx[-1]]
+        # First and with a thread for each architecture, since these take longest.
+        kernel = [*cuda, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
+        steps += build.compile_all("*/*_cuda.cu", [*kernel, *architectures])
+        # nvcc links, because it knows where its static runtime is: the module then imports without a CUDA driver.
+        link = [*cuda, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
+        torch_libraries += ["-ldl"]
+    for name, flags in sets.items():
+        steps += build.compile_all("*/*_cpu.cpp", [*cpp, *KERNEL, f"-DAUXFAST_ISA={name}", *flags], name)
+    steps += build.compile_all("*/*_ops.cpp", [*cpp, "-O2", *STABLE_ABI, *defines, *torch_includes])
+    steps += build.compile_all("module.cpp", [*cpp, "-O2", *defines, *build.python_flags()])
+    return build.Plan(steps, link, torch_libraries)
+
+
+setup(ext_modules=[build.NativeExtension("auxfast._C", native_module)], cmdclass={"build_ext": build.NinjaBuild})

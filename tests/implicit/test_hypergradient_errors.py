@@ -1,0 +1,114 @@
+"""What `hypergradient` refuses, and that it says which argument is meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from auxfast.implicit import hypergradient
+from auxfast.solvers import Neumann
+
+from .problems import Ridge
+
+SOLVER = Neumann(2, 1e-3)
+
+
+def call(**changes):
+    problem = Ridge()
+    arguments = {
+        "outer_loss": problem.outer_loss(),
+        "inner_loss": problem.inner_loss(),
+        "inner_params": [problem.w],
+        "outer_params": [problem.decay],
+    }
+    for name, change in changes.items():
+        arguments[name] = change(problem) if callable(change) else change
+    return hypergradient(**arguments, solver=SOLVER)
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_losses(name):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, not a float"):
+        call(**{name: 1.0})
+    with pytest.raises(ValueError, match=rf"{name} must be a scalar, not of shape \(5,\)"):
+        call(**{name: lambda problem: problem.w.square()})
+    with pytest.raises(ValueError, match=f"{name} has no graph"):
+        call(**{name: lambda problem: problem.inner_loss().detach()})
+    with pytest.raises(ValueError, match=f"{name} does not depend on any of inner_params"):
+        call(**{name: lambda problem: problem.decay.square().sum()})
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_freed_graphs(name):
+    def used(problem):
+        loss = problem.outer_loss() if name == "outer_loss" else problem.inner_loss()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=f"graph of {name} was freed before, by backward"):
+        call(**{name: used})
+
+
+def test_other_errors_of_autograd_pass_unchanged():
+    problem = Ridge()
+    outer, inner = problem.outer_loss(), problem.inner_loss()
+    with torch.no_grad():
+        problem.w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hypergradient(outer, inner, [problem.w], [problem.decay], solver=SOLVER)
+
+
+@pytest.mark.parametrize("name", ["inner_params", "outer_params"])
+def test_parameters_are_an_iterable_of_tensors(name):
+    with pytest.raises(TypeError, match=f"{name} must be an iterable of tensors, not a Tensor: pass a list"):
+        call(**{name: lambda problem: problem.w})
+    with pytest.raises(TypeError, match=f"{name}.*not a Linear: pass module.parameters"):
+        call(**{name: lambda problem: nn.Linear(2, 2)})
+    with pytest.raises(TypeError, match=f"{name} must be an iterable of tensors, not a NoneType"):
+        call(**{name: None})
+    with pytest.raises(TypeError, match=f"{name} must hold tensors, but number 0 is a tuple"):
+        call(**{name: lambda problem: nn.Linear(2, 2).named_parameters()})
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        call(**{name: iter(())})
+    with pytest.raises(ValueError, match=f"{name} must hold real tensors, but number 0 is torch.complex64"):
+        call(**{name: [torch.zeros(2, dtype=torch.complex64, requires_grad=True)]})
+
+
+def test_repeated_parameters():
+    with pytest.raises(ValueError, match=r"inner_params\[1\] is the same tensor as inner_params\[0\]"):
+        call(inner_params=lambda problem: [problem.w, problem.w])
+    with pytest.raises(ValueError, match=r"outer_params\[2\] is the same tensor as outer_params\[0\]"):
+        call(outer_params=lambda problem: [problem.decay, problem.weights, problem.decay])
+    with pytest.raises(ValueError, match=r"outer_params\[1\] is the same tensor as inner_params\[0\]"):
+        call(outer_params=lambda problem: [problem.decay, problem.w])
+
+
+def test_parameters_computed_from_one_another():
+    with pytest.raises(ValueError, match=r"outer_params\[1\] is computed from outer_params\[0\]"):
+        call(outer_params=lambda problem: [problem.decay, problem.decay.view(-1)])
+    w = torch.ones(3, requires_grad=True)
+    phi = torch.ones(3, requires_grad=True)
+    unrolled = w - 0.1 * phi
+    with pytest.raises(ValueError, match=r"inner_params\[0\] is computed from outer_params\[0\]"):
+        hypergradient(unrolled.sum(), unrolled.square().sum(), [unrolled], [phi], solver=SOLVER)
+    later = unrolled.exp()
+    with pytest.raises(ValueError, match=r"outer_params\[0\] is computed from inner_params\[0\]"):
+        hypergradient(unrolled.sum(), later.square().sum(), [unrolled], [later], solver=SOLVER)
+
+
+def test_inner_parameters_are_of_one_dtype_and_device():
+    def other(**kwargs):
+        return lambda problem: [problem.w, torch.ones(2, requires_grad=True, **kwargs)]
+
+    with pytest.raises(ValueError, match=r"inner_params must be of one dtype, not of torch.float32 and"):
+        call(inner_params=other(dtype=torch.float32))
+    with pytest.raises(ValueError, match="inner_params must be of one device, not of cpu and meta"):
+        call(inner_params=other(dtype=torch.float64, device="meta"))
+
+
+def test_all_inner_parameters_frozen():
+    problem = Ridge()
+    frozen = [problem.w.detach()]
+    with pytest.raises(ValueError, match="do all have requires_grad=False"):
+        hypergradient(problem.outer_loss(), problem.inner_loss(), frozen, [problem.decay], solver=SOLVER)

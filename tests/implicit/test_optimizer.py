@@ -1,0 +1,154 @@
+"""The optimizer of outer parameters: what it writes, what it leaves alone, and that it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from auxfast.implicit import HyperOptimizer, hypergradient
+from auxfast.solvers import Neumann
+
+from .problems import Dense, Ridge
+
+
+def setup(problem: Ridge, **options) -> HyperOptimizer:
+    optimizer = torch.optim.SGD([{"params": [problem.decay]}, {"params": [problem.weights], "lr": 0.2}], lr=0.1)
+    return HyperOptimizer(optimizer, solver=Dense(), **options)
+
+
+def test_a_step_follows_the_hypergradient_of_all_groups():
+    problem = Ridge()
+    decay, weights, exact = problem.decay.detach().clone(), problem.weights.detach().clone(), problem.exact()
+    problem.decay.grad = torch.full_like(problem.decay, 100)  # left by the inner loss's backward()
+    stats = setup(problem).step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    torch.testing.assert_close(problem.decay.detach(), decay - 0.1 * exact[0])
+    torch.testing.assert_close(problem.weights.detach(), weights - 0.2 * exact[1])
+    assert stats.residual == 0
+    assert problem.w.grad is None
+
+
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_clips_the_total_norm(factor):
+    problem = Ridge()
+    exact = problem.exact()
+    norm = torch.cat(exact).norm()
+    optimizer = setup(problem, max_grad_norm=factor * float(norm))
+    optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    for param, grad in zip((problem.decay, problem.weights), exact, strict=True):
+        torch.testing.assert_close(param.grad, min(factor, 1.0) * grad)
+
+
+def test_clipping_of_zero_and_of_mixed_dtypes():
+    w = torch.ones(2, requires_grad=True)
+    a, b = torch.ones(2, requires_grad=True), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer(torch.optim.SGD([a, b], lr=1.0), solver=Dense(), max_grad_norm=1.0)
+    optimizer.step(w.sum(), w.square().sum(), [w])
+    assert torch.equal(a.grad, torch.zeros(2))
+    assert b.grad.dtype == torch.float64
+    optimizer.step(w.sum() + 3 * a.sum() + (4 * b).sum(), w.square().sum(), [w])
+    norm = (a.grad.double().square().sum() + b.grad.square().sum()).sqrt()
+    torch.testing.assert_close(norm.item(), 1.0)
+
+
+def test_clipping_leaves_the_hypergradient_itself_alone(monkeypatch):
+    problem, results = Ridge(), []
+
+    def spy(*args, **kwargs):
+        results.append(hypergradient(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr("auxfast.implicit.optimizer.hypergradient", spy)
+    setup(problem, max_grad_norm=1e-3).step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    exact = Ridge().exact()
+    torch.testing.assert_close(results[0].grads, exact)
+
+
+class Bounded(nn.Module):
+    def __init__(self, phi: Tensor) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(phi)
+
+    def project_(self) -> None:
+        with torch.no_grad():
+            self.phi.clamp_(min=0)
+
+
+def test_projects_after_the_update():
+    w, module = torch.ones(2, requires_grad=True), Bounded(torch.tensor([0.1, 0.2]))
+    optimizer = HyperOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), solver=Dense(), project=[module])
+    optimizer.step(w.sum() + (module.phi * torch.tensor([1.0, -1.0])).sum(), w.square().sum(), [w])
+    torch.testing.assert_close(module.phi.detach(), torch.tensor([0.0, 1.2]))
+
+
+def test_frozen_outer_parameters_stay():
+    w, phi = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    frozen = torch.ones(3)
+    sgd = torch.optim.SGD([{"params": [phi]}, {"params": [frozen]}], lr=1.0, weight_decay=0.5)
+    HyperOptimizer(sgd, solver=Dense()).step(w.sum(), (phi * w.square()).sum(), [w])
+    assert torch.equal(frozen, torch.ones(3))
+    assert not torch.equal(phi.detach(), torch.ones(2))
+
+
+def test_an_overflowed_solve_changes_nothing():
+    problem = Ridge()
+    before = problem.decay.detach().clone()
+    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), solver=Neumann(500, 1e3))
+    with pytest.warns(RuntimeWarning, match="diverged"):
+        stats = optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    assert stats.stop_reason == "diverged"
+    assert torch.equal(problem.decay.detach(), before)
+
+
+def test_zero_grad_and_state():
+    problem = Ridge()
+    optimizer = HyperOptimizer(torch.optim.Adam([problem.decay], lr=0.1), solver=Dense())
+    optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    optimizer.zero_grad()
+    assert problem.decay.grad is None
+    other = HyperOptimizer(torch.optim.Adam([problem.decay], lr=0.3), solver=Dense())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.optimizer.param_groups[0]["lr"] == 0.1
+    assert other.state_dict()["state"][0]["step"] == 1
+
+
+def test_learns_a_better_weight_decay():
+    """Few rows and many useless features: the decay that the outer loss wants is far from the initial one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 10, generator=generator, dtype=torch.float64)
+    truth = torch.cat([torch.tensor([2.0, -1.0]), torch.zeros(8)]).double()
+    y = x @ truth + torch.randn(60, generator=generator, dtype=torch.float64)
+    log_decay = nn.Parameter(torch.full((10,), -3.0, dtype=torch.float64))
+    w = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    inner_optimizer = torch.optim.SGD([w], lr=0.1)
+    outer_optimizer = HyperOptimizer(torch.optim.Adam([log_decay], lr=0.1), solver=Neumann(30, 0.1), max_grad_norm=5.0)
+
+    def outer_loss() -> Tensor:
+        return (x[15:] @ w - y[15:]).square().mean()
+
+    def inner_loss() -> Tensor:
+        return 0.5 * (x[:15] @ w - y[:15]).square().mean() + 0.5 * (log_decay.exp() * w.square()).sum()
+
+    history = []
+    for _ in range(60):
+        for _ in range(20):
+            inner_optimizer.zero_grad()
+            inner_loss().backward()
+            inner_optimizer.step()
+        history.append(outer_loss().item())
+        outer_optimizer.zero_grad()
+        stats = outer_optimizer.step(outer_loss(), inner_loss(), [w])
+    assert history[-1] < 0.8 * history[0]
+    assert stats.residual < 0.1
+    assert log_decay[2:].mean() > log_decay[:2].mean() + 0.5  # it shrinks the useless features
+
+
+def test_settings_are_checked():
+    sgd = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=1.0)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, not a list"):
+        HyperOptimizer([], solver=Dense())
+    with pytest.raises(ValueError, match="max_grad_norm must be a finite number above 0"):
+        HyperOptimizer(sgd, solver=Dense(), max_grad_norm=0.0)
+    for project in ([nn.Linear(1, 1)], Bounded(torch.ones(1))):
+        with pytest.raises(TypeError, match="project must be a list of modules"):
+            HyperOptimizer(sgd, solver=Dense(), project=project)

@@ -1,0 +1,52 @@
+"""Linear systems over lists of tensors whose matrix is known, for the tests of every solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHAPES = [(4, 3), (), (1,), (0,), (5,)]
+
+
+@dataclass
+class System:
+    """`matrix x = b`, with `b` and `x` cut into tensors of SHAPES; `products` counts the matvecs."""
+
+    matrix: Tensor  # (n, n)
+    rhs: list[Tensor]
+    products: int = 0
+
+    def matvec(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        self.products += 1
+        return cut(self.matrix @ flat(vectors))
+
+    def solution(self) -> Tensor:
+        """(n,)"""
+        return torch.linalg.solve(self.matrix, flat(self.rhs))
+
+    def residual(self, x: Sequence[Tensor]) -> float:
+        b = flat(self.rhs)
+        return float((b - self.matrix @ flat(x)).norm() / b.norm())
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def cut(vector: Tensor) -> list[Tensor]:
+    sizes = [torch.Size(shape).numel() for shape in SHAPES]
+    return [part.reshape(shape) for part, shape in zip(vector.split(sizes), SHAPES, strict=True)]
+
+
+def symmetric(dtype: torch.dtype = torch.float64) -> System:
+    """A symmetric system with eigenvalues from 0.1 to 1 in a random basis."""
+    generator = torch.Generator().manual_seed(3)
+    n = sum(torch.Size(shape).numel() for shape in SHAPES)
+    values = torch.linspace(0.1, 1, n, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    matrix = basis @ torch.diag(values) @ basis.T
+    b = torch.randn(n, generator=generator, dtype=torch.float64)
+    return System(matrix.to(dtype), cut(b.to(dtype)))
