@@ -182,7 +182,7 @@ class Plan:
         ]
         objects = []
         for step in self.steps:
-            objects.append(_escape(f"{folder}/{step.source}.{step.variant}.o"))
+            objects.append(_escape("/".join([folder, *filter(None, [step.source, step.variant])]) + ".o"))
             lines.append(f"build {objects[-1]}: compile {_escape(step.source)}")
             lines.append(f"  cmd = {_command(step.command)}\n  variant = {step.variant}")
         lines.append(f"build {_escape(output)}: link {' '.join(objects)}")

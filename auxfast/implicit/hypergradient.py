@@ -62,7 +62,7 @@ def hypergradient(
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
             of several dtypes or devices.
-        RuntimeError: a graph that was freed before.
+        RuntimeError: a graph that was freed before, or an inner loss that went through `torch.compile`.
     """
     inner, outer = _as_tuple("inner_params", inner_params), _as_tuple("outer_params", outer_params)
     _check_independent(inner, outer)
@@ -72,7 +72,10 @@ def hypergradient(
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
 
-    keep_outer = retain_graph or _share_nodes(outer_loss, inner_loss)
+    inner_graph = _graph([inner_loss.grad_fn])
+    _check_not_compiled(inner_graph)
+    # Common leaves do not count: their nodes are empty.
+    keep_outer = retain_graph or any(n.next_functions for n in _graph([outer_loss.grad_fn]) & inner_graph)
     outer_grads = _grad("outer_loss", outer_loss, [*active_inner, *active_outer], retain_graph=keep_outer)
     inner_grads = _grad("inner_loss", inner_loss, active_inner, retain_graph=True, create_graph=True)
     rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
@@ -181,11 +184,13 @@ def _grad(
         ) from error
 
 
-def _share_nodes(first: Tensor, second: Tensor) -> bool:
-    """Whether freeing one graph would hurt the other. Common leaves do not count: their nodes are empty."""
-
-    common = _graph([first.grad_fn]) & _graph([second.grad_fn])
-    return any(node.next_functions for node in common)
+def _check_not_compiled(inner_graph: Iterable[Any]) -> None:
+    """torch.compile records a backward that looks constant: second derivatives would be zeros without a word."""
+    if any("CompiledFunction" in node.name() for node in inner_graph):
+        raise RuntimeError(
+            "inner_loss was computed with torch.compile, which has no second derivatives: compute it without, for the "
+            "outer steps at least (the outer loss may stay compiled)"
+        )
 
 
 def _graph(start: Iterable[Any]) -> set[Any]:

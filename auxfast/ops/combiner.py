@@ -202,11 +202,13 @@ def _is_needed(next_function: tuple[Any, int]) -> bool:
     return node is not None and torch._C._will_engine_execute_node(node)
 
 
-def _check_transforms(with_graph: bool) -> None:
+def _check_transforms(incoming: Tensor, with_graph: bool) -> None:
     """Raises where a backward pass would lose derivatives without a word."""
     if torch.autograd.forward_ad._current_level >= 0:
         what = "forward-mode AD through their backward pass"
-    elif with_graph and torch._C._are_functorch_transforms_active():
+    elif with_graph and (
+        torch._C._functorch.is_legacy_batchedtensor(incoming) or torch._C._are_functorch_transforms_active()
+    ):
         what = "batched gradients that have a graph (is_grads_batched=True with create_graph=True)"
     else:
         return
@@ -241,7 +243,7 @@ class _Value(torch.autograd.Function):
         record: _Record = ctx.record
         to_losses, to_phi = ctx.next_functions
         with_graph = torch.is_grad_enabled()
-        _check_transforms(with_graph)
+        _check_transforms(grad, with_graph)
         grad_losses = grad_phi = None
         if to_losses[0] is not None:
             grad_losses = _apply_gradient(grad, losses, phi, record) if with_graph else record.scaled_weights(grad)
@@ -269,7 +271,7 @@ class _Gradient(torch.autograd.Function):
         to_grad, _, to_phi = ctx.next_functions
         with_grad, with_phi = to_grad[0] is not None, _is_needed(to_phi)
         with_graph = torch.is_grad_enabled()
-        _check_transforms(with_graph)
+        _check_transforms(tangent, with_graph)
         if with_graph:
             return _apply_second_order(tangent, grad, losses, phi, ctx.record, with_grad, with_phi)
         return _second_derivatives(tangent, grad, losses, phi, ctx.record, with_grad, with_phi)

@@ -112,9 +112,9 @@ __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* ka
   add_units(hd + net.first_unit[last] * stride, net.width[last], net.weight[net.depth]);
 }
 
-// partials: (blocks, num_parameters), sums of c d g / d phi.
+// partials: (blocks, num_parameters), sums of c d g / d phi. Left to itself, ptxas aims at three blocks and spills (sm_75).
 template <class T, class Act>
-__global__ void __launch_bounds__(kMaxThreads) backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, 2) backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
   DYNAMIC_SHARED(T, shared);
   Tile<T, Act> tile(net, plan, shared);
   T* part = static_cast<T*>(net.workspace) + blockIdx.x * net.num_parameters;

@@ -112,3 +112,17 @@ def test_all_inner_parameters_frozen():
     frozen = [problem.w.detach()]
     with pytest.raises(ValueError, match="do all have requires_grad=False"):
         hypergradient(problem.outer_loss(), problem.inner_loss(), frozen, [problem.decay], solver=SOLVER)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's
+def test_a_compiled_inner_loss_is_refused_and_a_compiled_outer_loss_is_not():
+    w, phi, x = torch.randn(5, requires_grad=True), torch.ones(5, requires_grad=True), torch.randn(6, 5)
+
+    def loss(w, phi):
+        return (x @ w).square().sum() + (phi * w * w).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="inner_loss was computed with torch.compile"):
+        hypergradient(loss(w, phi), compiled(w, phi), [w], [phi], solver=SOLVER)
+    result = hypergradient(compiled(w, phi.detach()), loss(w, phi), [w], [phi], solver=SOLVER)
+    assert bool(result.grads[0].any())
