@@ -64,4 +64,4 @@ $(installed)-%: $(installed)-build | native
 	@touch $@
 
 .venv/pyvenv.cfg:
-	python3 -m venv .venv
+	python3 -m venv .venv || (rm -rf .venv; false)

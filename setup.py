@@ -36,7 +36,7 @@ def native_module() -> build.Plan:
     if nvcc:
         architectures, cuda_defines = build.cuda_flags(nvcc, CUDA_ARCHITECTURES)
         defines += cuda_defines
-        cuda = [nvcc, "-ccbin", cxx[-1]]
+        cuda = [nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
         # First and with a thread for each architecture, since these take longest.
         kernel = [*cuda, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
         steps += build.compile_all("*/*_cuda.cu", [*kernel, *architectures])

@@ -33,6 +33,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = "2.11"
+DEFAULT_CUDA = "/usr/local/cuda"
 
 _FIND_TORCH = """
 import importlib.metadata, importlib.util
@@ -66,10 +67,10 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 
 
 def find_cxx() -> list[str]:
-    """The command of the C++ compiler: $CXX (which may be two words, as in "ccache g++"), else c++, g++ or clang++."""
+    """The command of the C++ compiler: $CXX (which may be several words, "ccache g++"), else c++, g++ or clang++."""
     chosen = environment_flags("CXX")
-    if chosen and not all(map(shutil.which, chosen)):
-        raise SystemExit(f"auxfast: CXX={shlex.join(chosen)}, but there is no such command")
+    if chosen and not shutil.which(chosen[0]):
+        raise SystemExit(f"auxfast: CXX={shlex.join(chosen)}, but there is no command {chosen[0]}")
     for name in ("c++", "g++", "clang++"):
         if not chosen and shutil.which(name):
             chosen = [name]
@@ -88,11 +89,11 @@ def find_nvcc() -> str | None:
         raise SystemExit(f"auxfast: AUXFAST_BUILD must be auto, cpu or cuda, not {choice!r}")
     if choice == "cpu":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [str(Path(home, "bin")) for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), f"{DEFAULT_CUDA}/bin"]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     if nvcc is None and choice == "cuda":
-        raise SystemExit("auxfast: AUXFAST_BUILD=cuda, but no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+        raise SystemExit(f"auxfast: AUXFAST_BUILD=cuda, but no nvcc in CUDA_HOME, on the PATH or in {DEFAULT_CUDA}")
     if nvcc is None:
         print("auxfast: no nvcc found, building the CPU kernels only", file=sys.stderr)
     return nvcc

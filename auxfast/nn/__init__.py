@@ -1,7 +1,7 @@
 """Modules: combiners of losses."""
 
+from auxfast.nn.combiner_base import Combiner
 from auxfast.nn.combiners import (
-    Combiner,
     DeepLinearCombiner,
     LinearCombiner,
     NonlinearCombiner,

@@ -7,15 +7,15 @@ derivation is in csrc/combiner/combiner_math.h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from auxfast._native import use_native
+from auxfast.ops.combiner_network import REDUCTIONS, TILE_SAMPLES, CombinerNetwork, Reduction
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 # network: see CombinerNetwork.packed. saved: the kernels' own record of the activations, possibly empty.
@@ -29,98 +29,7 @@ for _op in ("combiner_forward", "combiner_backward_phi", "combiner_second_order"
     # there is none, for 3 us.
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
-MAX_DEPTH, MAX_WIDTH = 8, 64  # of the kernels (csrc/combiner/combiner.h); larger networks run on the reference
-_TILE_SAMPLES = 64
-_MOST_SAVED_BYTES = 1 << 20  # of activations, unless the losses are larger still
-
-Reduction = Literal["mean", "sum", "none"]
-Activation = Literal["softplus", "identity"]
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-_REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "mean": 2}
-_ACTIVATIONS: dict[str, int] = {"identity": 0, "softplus": 1}
-
-
-@dataclass(frozen=True)
-class CombinerNetwork:
-    """The architecture of a combiner, and where its parameters lie in the flat `phi`.
-
-    Args:
-        num_losses: columns of the losses.
-        hidden: widths of the hidden layers, at least one.
-        activation: "softplus", or "identity" for a deep linear network.
-        bias: whether hidden layers have biases (the output has none).
-        main: column of the main loss, which is added to the network's output; None for no such skip.
-        reduction: "mean" or "sum" over the batch, or "none".
-
-    Raises:
-        ValueError: for anything outside of that.
-    """
-
-    num_losses: int
-    hidden: tuple[int, ...]
-    activation: Activation = "softplus"
-    bias: bool = True
-    main: int | None = None
-    reduction: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        if self.num_losses < 1:
-            raise ValueError(f"num_losses must be at least 1, got {self.num_losses}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must hold one positive width for each hidden layer, got {self.hidden!r}")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
-        if self.reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {self.reduction!r}")
-        if self.main is not None and not 0 <= self.main < self.num_losses:
-            raise ValueError(f"main must be None or a column 0 to {self.num_losses - 1}, got {self.main}")
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every part of phi, in its order: `0.weight`, `0.bias`, ..., `out.weight`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        inputs = self.num_losses
-        for layer, width in enumerate(self.hidden):
-            shapes[f"{layer}.weight"] = (width, inputs)
-            if self.bias:
-                shapes[f"{layer}.bias"] = (width,)
-            inputs = width
-        shapes["out.weight"] = (inputs,)
-        return shapes
-
-    @cached_property
-    def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-    @cached_property
-    def packed(self) -> list[int]:
-        """[activation, bias, main or -1, reduction, widths...]: what the kernels are told."""
-        main = -1 if self.main is None else self.main
-        return [_ACTIVATIONS[self.activation], int(self.bias), main, _REDUCTIONS[self.reduction], *self.hidden]
-
-    @cached_property
-    def fits_kernels(self) -> bool:
-        return len(self.hidden) <= MAX_DEPTH and max(self.hidden) <= MAX_WIDTH
-
-    def split(self, phi: Tensor) -> dict[str, Tensor]:
-        """Views of a flat tensor (num_parameters,) by the names of `shapes`."""
-        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
-        parts = phi.split(sizes)
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
-
-    @cached_property
-    def _saved_per_tile(self) -> int:
-        return 3 * sum(self.hidden) * _TILE_SAMPLES
-
-    def saved_size(self, batch: int) -> int:
-        """Elements that the kernels need to keep the activations of `batch` samples (whole tiles)."""
-        return self._saved_per_tile * -(-batch // _TILE_SAMPLES)
-
-    def saves_activations(self, batch: int, element_size: int) -> bool:
-        """Whether the activations are kept for the second order, or computed again. They are kept where that takes
-        little memory, or less than the losses do; beyond, reading them back costs as much as the arithmetic."""
-        size = self.saved_size(batch)
-        return size * element_size <= _MOST_SAVED_BYTES or size <= batch * self.num_losses
 
 
 # -------------------------------------------------------------------------------------------------------- reference
@@ -133,14 +42,22 @@ def combiner_reference(losses: Tensor, phi: Tensor, network: CombinerNetwork) ->
     """
     parts = network.split(phi)
     h = losses
-    for layer in range(len(network.hidden)):
-        h = F.linear(h, parts[f"{layer}.weight"], parts.get(f"{layer}.bias"))
-        if network.activation == "softplus":
-            h = F.softplus(h, threshold=40.0)  # the default of 20 is off by 2e-9 in float64
-    value = h @ parts["out.weight"]
+    with without_autocast(losses):
+        for layer in range(len(network.hidden)):
+            h = F.linear(h, parts[f"{layer}.weight"], parts.get(f"{layer}.bias"))
+            if network.activation == "softplus":
+                h = F.softplus(h, threshold=40.0)  # the default of 20 is off by 2e-9 in float64
+        value = h @ parts["out.weight"]
     if network.main is not None:
         value = value + losses[:, network.main]
     return reduce_values(value, network.reduction)
+
+
+def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:
+    """Keeps products of losses out of autocast's half precision: they are small, and a loss needs its digits."""
+    device = losses.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def reduce_values(values: Tensor, reduction: Reduction) -> Tensor:
@@ -156,9 +73,9 @@ def reduce_values(values: Tensor, reduction: Reduction) -> Tensor:
 @torch.library.register_fake("auxfast::combiner_forward")
 def _forward_fake(losses: Tensor, phi: Tensor, network: list[int], save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch = losses.shape[0]
-    tiles = (batch + _TILE_SAMPLES - 1) // _TILE_SAMPLES
-    value = losses.new_empty((batch,) if network[3] == _REDUCTIONS["none"] else ())
-    saved = losses.new_empty((3 * sum(network[4:]) * _TILE_SAMPLES * tiles if save else 0,))
+    tiles = (batch + TILE_SAMPLES - 1) // TILE_SAMPLES
+    value = losses.new_empty((batch,) if network[3] == REDUCTIONS["none"] else ())
+    saved = losses.new_empty((3 * sum(network[4:]) * TILE_SAMPLES * tiles if save else 0,))
     return value, losses.new_empty(losses.shape), saved
 
 

@@ -112,7 +112,7 @@ __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* ka
   add_units(hd + net.first_unit[last] * stride, net.width[last], net.weight[net.depth]);
 }
 
-// partials: (blocks, num_parameters), sums of c d g / d phi. Left to itself, ptxas aims at three blocks and spills (sm_75).
+// partials: (blocks, num_parameters), sums of c d g / d phi. The bound of two blocks: ptxas aims at three, and spills.
 template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, 2) backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
   DYNAMIC_SHARED(T, shared);

@@ -43,7 +43,7 @@ def test_equal_classes_are_stratified_exactly():
 
 @pytest.mark.parametrize("sizes", [(5, 6), (-1, 5)])
 def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="sizes: got .*add up to at most 10"):
+    with pytest.raises(ValueError, match=r"sizes: got .*add up to at most 10"):
         split(torch.arange(10), sizes, _generator())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import comb, prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from auxfast._native import reference_kernels
 from auxfast.nn import Combiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -275,3 +277,13 @@ def test_repr_says_what_it_is():
     nonlinear = repr(NonlinearCombiner(3, [4, 2], monotone=False, weight_norm=True, reduction="sum"))
     for part in ("main=0", "monotone=False", "reduction='sum'", "hidden=(4, 2)", "bias=True", "weight_norm=True"):
         assert part in nonlinear
+
+
+@EVERY
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_does_not_touch_the_losses_digits(make, native):
+    combiner, losses = make(4), torch.rand(16, 4)
+    with nullcontext() if native else reference_kernels():
+        expected = combiner(losses)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(combiner(losses), expected)
