@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains on scikit-learn's diabetes and digits data with single-task learning, equal "
         "weights, frozen and learned combiners; prints a table, and writes results.json and report.png.",
     )
-    demo.add_argument("--seeds", type=_seed_count, default=15, help="seeds for each method (default: 15)")
+    demo.add_argument("--seeds", type=_seed_count, default=10, help="seeds for each method (default: 10)")
     demo.add_argument(
         "--out", type=Path, default=Path("auxfast-demo"), help="folder to write to (default: ./auxfast-demo)"
     )

@@ -40,7 +40,7 @@ def draw_report(path: Path, results: dict[str, Any]) -> None:
         _draw_residuals(residual, experiment)
     seeds = len(results["seeds"])
     note = (
-        f"{seeds} seed{'s' * (seeds > 1)}. Scores: ticks are seeds; circles and bars mean ± SEM, hollow if "
+        f"{seeds} seed{'s' * (seeds > 1)}. Scores: ticks are seeds; circles, bars and figures mean ± SEM, hollow if "
         "the combiner is frozen; dotted line: STL. Weights: mean over seeds ± one standard deviation. "
         "Residuals: median and quartiles over seeds."
     )
@@ -58,14 +58,27 @@ def _draw_scores(axes: Any, experiment: dict[str, Any]) -> None:
         style = {"color": colour, "markersize": 7}
         axes.plot(scores, [y + 0.22] * len(scores), "|", alpha=0.5, **style)
         axes.errorbar(mean, y, xerr=sem, fmt="o", markerfacecolor=filled, capsize=4, linewidth=2, **style)
-        text = f"{mean:.1f}" + (f" ± {sem:.1f}" if method["sem"] is not None else "")
-        axes.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9.5)
+        difference = method["paired difference to stl"]
+        figures = [_plus_minus(mean, method["sem"]), _plus_minus(difference["mean"], difference["sem"], "+.1f")]
+        _write_figures(axes, y, figures if name != "stl" else figures[:1])
+    _write_figures(axes, -0.75, ["score", "minus STL"], color=_GREY)
     axes.axvline(methods["stl"]["mean"], color=_GREY, linewidth=1, linestyle=":", zorder=0)
     axes.set_yticks(range(len(methods)), [short_label(method["label"]) for method in methods.values()])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.set_xlabel(f"test score: {experiment['score']}")
     axes.set_title("Test score", fontsize=11)
     _tidy(axes)
+
+
+def _plus_minus(mean: float, sem: float | None, form: str = ".1f") -> str:
+    return f"{mean:{form}}" + ("" if sem is None else f" ± {sem:.1f}")
+
+
+def _write_figures(axes: Any, y: float, figures: Sequence[str], **style: Any) -> None:
+    """Write up to two columns of text to the right of the axes, at height `y` of the data."""
+    for x, text in zip((1.14, 1.4), figures, strict=False):
+        place = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, y), fontsize=9.5, **place, **style)
 
 
 def _draw_weights(axes: Any, experiment: dict[str, Any], name: str) -> None:
@@ -101,11 +114,16 @@ def _draw_residuals(axes: Any, experiment: dict[str, Any]) -> None:
         _draw_band(axes, middle, (low, high), _METHOD_COLOURS[name], dash, name)
     axes.set_yscale("log")
     axes.axhline(1, color=_GREY, linewidth=1, linestyle=":")  # what a solution of zero has
-    axes.set_ylim(top=max(1.3, axes.get_ylim()[1]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.1), max(high, 1.3))
+    ticker = import_extra("matplotlib.ticker", "matplotlib")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("outer step")
     axes.set_ylabel("relative residual  ‖b - Hx‖ / ‖b‖")
     axes.set_title("Residual of the solve", fontsize=11)
-    axes.legend(fontsize=9, frameon=False)
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none")
     _tidy(axes)
 
 

@@ -23,29 +23,29 @@ struct CombinerParams {
   int64_t batch, num_losses;
   int32_t depth, units;  // hidden layers; their widths together
   int32_t width[kMaxDepth];
-  int32_t first_unit[kMaxDepth];     // of layer i among all units
-  int64_t weight[kMaxDepth + 1];     // where in phi W_i begins; weight[depth]: w
-  int64_t bias[kMaxDepth];           // where in phi b_i begins; -1 without biases
-  int64_t num_parameters;            // of phi
+  int32_t first_unit[kMaxDepth];  // of layer i among all units
+  int64_t weight[kMaxDepth + 1];  // where in phi W_i begins; weight[depth]: w
+  int64_t bias[kMaxDepth];        // where in phi b_i begins; -1 without biases
+  int64_t num_parameters;         // of phi
   Activation activation;
-  int32_t main_loss;                 // column that is added to g, or -1
-  bool per_sample;                   // the value is (batch) instead of one number
-  T scale;                           // of every sample in the value: 1 / batch for the mean, else 1
+  int32_t main_loss;  // column that is added to g, or -1
+  bool per_sample;    // the value is (batch) instead of one number
+  T scale;            // of every sample in the value: 1 / batch for the mean, else 1
 
-  const T* losses;                   // (batch, num_losses)
-  const T* phi;                      // (num_parameters)
-  T* saved;                          // 3 * units numbers a sample (whole tiles), in the kernels' own order; or nullptr
+  const T* losses;  // (batch, num_losses)
+  const T* phi;     // (num_parameters)
+  T* saved;         // 3 * units numbers a sample (whole tiles), in the kernels' own order; or nullptr
 
-  T* value;                          // forward: (1) or (batch)
-  T* weights;                        // forward: (batch, num_losses), d value / d losses
+  T* value;    // forward: (1) or (batch)
+  T* weights;  // forward: (batch, num_losses), d value / d losses
 
-  const T* grad;                     // later passes: gradient that reaches the value; grad_stride 0: one number, 1: (batch)
+  const T* grad;  // later passes: gradient that reaches the value; grad_stride 0: one number, 1: (batch)
   int64_t grad_stride;
-  const T* tangents;                 // second order: (num_tangents, batch, num_losses)
+  const T* tangents;  // second order: (num_tangents, batch, num_losses)
   int64_t num_tangents;
-  T* grad_losses;                    // second order: (num_tangents, batch, num_losses)
-  T* grad_phi;                       // (num_tangents, num_parameters), phi gradient: (num_parameters); or nullptr
-  void* workspace;                   // CPU: a number a chunk (forward), or phi's sums of every tangent and chunk
+  T* grad_losses;   // second order: (num_tangents, batch, num_losses)
+  T* grad_phi;      // (num_tangents, num_parameters), phi gradient: (num_parameters); or nullptr
+  void* workspace;  // CPU: a number a chunk (forward), or phi's sums of every tangent and chunk
 };
 
 // Sums over the batch are made chunk by chunk, and the chunks' sums added in order: chunks depend on the batch alone,

@@ -97,7 +97,7 @@ class Chunk {
       T lanes[kLanes<T>];
       store<T>(lanes, sum_each<T>(sums_of(i)));
       const int64_t rest = net.num_parameters - i;
-      std::memcpy(out + i, lanes, (rest < kLanes<T> ? rest : kLanes<T>) * sizeof(T));
+      std::memcpy(out + i, lanes, (rest < kLanes<T> ? rest : kLanes<T>)*sizeof(T));
     }
   }
 
@@ -123,8 +123,7 @@ class Chunk {
   // result(unit, <row `unit` of W_1, sample's losses> + bias) for the units of the first layer. `matrix` is
   // (batch, num_losses); narrow: the tile's part of it stays in `tile` as packs.
   template <class Result>
-  void from_losses(const T* matrix, int64_t first, int samples, const T* bias, Pack<T>* tile,
-                              const Result& result) {
+  void from_losses(const T* matrix, int64_t first, int samples, const T* bias, Pack<T>* tile, const Result& result) {
     const int64_t losses = net.num_losses;
     const int width = net.width[0];
     if (!wide) {
@@ -155,8 +154,8 @@ class Chunk {
 
   void activate(int64_t first, int samples) {
     math.forward(
-        [&](const auto& result) { from_losses(net.losses, first, samples, math.bias(0), tile_losses, result); },
-        state, value);
+        [&](const auto& result) { from_losses(net.losses, first, samples, math.bias(0), tile_losses, result); }, state,
+        value);
     math.backward(state, delta);
   }
 
@@ -238,8 +237,8 @@ class Chunk {
   Pack<T>*state, *delta, *value, *hd, *kappa;  // (units): see combiner_math.h
   Pack<T>* own_activations;
   Pack<T>*tile_losses, *tile_tangent;  // (num_losses) if narrow, (width of the first layer) if wide
-  // Sums for phi. Lane sums: a vector for each element of phi, still to be summed over its lanes. Row sums: W_1's rows as
-  // they lie in phi, if wide (the lanes run along the losses there).
+  // Sums for phi. Lane sums: a vector for each element of phi, still to be summed over its lanes. Row sums: W_1's rows
+  // as they lie in phi, if wide (the lanes run along the losses there).
   int64_t num_row_sums, first_lane_sum;
   Vec<T>*row_sums = nullptr, *lane_sums = nullptr;
 };
@@ -247,7 +246,8 @@ class Chunk {
 template <class Task>
 void run(const Executor& executor, int64_t count, const Task& task) {
   executor.parallel_for(
-      count, [](void* context, int64_t index) { (*static_cast<const Task*>(context))(index); }, const_cast<Task*>(&task));
+      count, [](void* context, int64_t index) { (*static_cast<const Task*>(context))(index); },
+      const_cast<Task*>(&task));
 }
 
 template <class T, class Act>
@@ -302,12 +302,12 @@ void second_order(const CombinerParams<T>& net, const Executor& executor) {
                net.grad_phi + tangent * net.num_parameters);
 }
 
-#define AUXFAST_BY_ACTIVATION(function)                                       \
-  [](const CombinerParams<T>& net, const Executor& executor) {                \
-    if (net.activation == Activation::softplus)                               \
-      function<T, Softplus>(net, executor);                                   \
-    else                                                                      \
-      function<T, Identity>(net, executor);                                   \
+#define AUXFAST_BY_ACTIVATION(function)                        \
+  [](const CombinerParams<T>& net, const Executor& executor) { \
+    if (net.activation == Activation::softplus)                \
+      function<T, Softplus>(net, executor);                    \
+    else                                                       \
+      function<T, Identity>(net, executor);                    \
   }
 template <class T>
 constexpr CombinerKernels<T> kKernels{AUXFAST_BY_ACTIVATION(forward), AUXFAST_BY_ACTIVATION(backward_phi),

@@ -1,13 +1,13 @@
-// The combiner's formulas for one sample, or for a pack of samples: V is a CUDA thread's number or a pack of SIMD vectors.
-// Arrays over hidden units are anything with operator[]: packs side by side on the CPU, strided on the GPU.
+// The combiner's formulas for one sample, or for a pack of samples: V is a CUDA thread's number or a pack of SIMD
+// vectors. Arrays over hidden units are anything with operator[]: packs side by side on the CPU, strided on the GPU.
 //
 // First order. Backwards from g = w . h_L, with e_i = d g / d z_i (called delta):
 //   e_L = w s'(z_L),   e_{i-1} = s'(z_{i-1}) W_i^T e_i,   d g / d l = W_1^T e_1.
 //
 // Second order, for a tangent t of the losses. F = <d g / d l, t> is the derivative of g along t, so carry the tangent
 // beside the value,  zd_i = W_i hd_{i-1},  hd_i = s'(z_i) zd_i,  hd_0 = t,  F = w . hd_L,  and reverse through both:
-//   adj(zd_i) = s' adj(hd_i), adj(hd_{i-1}) = W_i^T adj(zd_i), adj(hd_L) = w: the first-order recursion, adj(zd_i) = e_i;
-//   adj(z_i) = s' adj(h_i) + s'' zd_i adj(hd_i) = s' adj(h_i) + (s''/s') zd_i e_i  (called kappa), adj(h_L) = 0;
+//   adj(zd_i) = s' adj(hd_i), adj(hd_{i-1}) = W_i^T adj(zd_i), adj(hd_L) = w: the first-order recursion, adj(zd_i) =
+//   e_i; adj(z_i) = s' adj(h_i) + s'' zd_i adj(hd_i) = s' adj(h_i) + (s''/s') zd_i e_i  (called kappa), adj(h_L) = 0;
 //   adj(h_{i-1}) = W_i^T adj(z_i), and for i = 1 that is d F / d l;
 //   d F / d W_i = kappa_i h_{i-1}^T + e_i hd_{i-1}^T,   d F / d b_i = kappa_i,   d F / d w = hd_L.
 // The gradient c that reaches the sample multiplies zd_1; everything after it is linear in that but e, which only meets
@@ -41,7 +41,8 @@ AUXFAST_HD void matvec_panel(int first_row, int count, const T* matrix, int64_t 
 template <class V, class T, class In, class Result>
 AUXFAST_HD void matvec(int rows, int count, const T* matrix, int64_t row_stride, int64_t column_stride, const T* bias,
                        const In& in, const Result& result) {
-  in_panels<6>(rows, [&](auto height, int first) AUXFAST_INLINE {
+  constexpr int kMost = std::is_arithmetic_v<V> ? 4 : 6;  // a GPU has no use for more code
+  in_panels<kMost>(rows, [&](auto height, int first) AUXFAST_INLINE {
     matvec_panel<decltype(height)::value, V>(first, count, matrix, row_stride, column_stride, bias, in, result);
   });
 }
@@ -71,7 +72,8 @@ struct CombinerMath {
   template <class Result>
   AUXFAST_HD void down(int layer, Units in, const Result& result) const {
     const int inputs = net.width[layer - 1];
-    matvec<V>(inputs, net.width[layer], weight(layer), 1, inputs, static_cast<const T*>(nullptr), layer_of(in, layer), result);
+    matvec<V>(inputs, net.width[layer], weight(layer), 1, inputs, static_cast<const T*>(nullptr), layer_of(in, layer),
+              result);
   }
 
   // Fills the activation's state (activations.h) and the value h of every unit. first_layer(result) calls
@@ -111,7 +113,8 @@ struct CombinerMath {
     }
     for (int layer = last; layer > 0; --layer) {
       const int first = net.first_unit[layer - 1];
-      down(layer, delta, [&](int unit, V sum) AUXFAST_INLINE { delta[first + unit] = Act::slope(V(state[first + unit])) * sum; });
+      down(layer, delta,
+           [&](int unit, V sum) AUXFAST_INLINE { delta[first + unit] = Act::slope(V(state[first + unit])) * sum; });
     }
   }
 

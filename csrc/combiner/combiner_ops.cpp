@@ -34,7 +34,8 @@ using Network = std::vector<int64_t>;
 template <class T>
 CombinerParams<T> describe(const char* op, const Tensor& losses, const Tensor& phi, const Network& network) {
   const int64_t depth = int64_t(network.size()) - kFirstWidth;
-  STD_TORCH_CHECK(depth >= 1 && depth <= kMaxDepth, "auxfast::", op, ": 1 to ", kMaxDepth, " hidden layers, got ", depth);
+  STD_TORCH_CHECK(depth >= 1 && depth <= kMaxDepth, "auxfast::", op, ": 1 to ", kMaxDepth, " hidden layers, got ",
+                  depth);
   CombinerParams<T> net{};
   net.batch = losses.size(0);
   net.num_losses = losses.size(1);
@@ -117,17 +118,20 @@ void check_inputs(const char* op, const Tensor& losses, const Tensor& phi) {
   check_matches(op, "phi", phi, "losses", losses);
 }
 
-void check_later_pass(const char* op, const Tensor& grad, const Tensor& losses, const Tensor& saved, const Network& network) {
+void check_later_pass(const char* op, const Tensor& grad, const Tensor& losses, const Tensor& saved,
+                      const Network& network) {
   check_matches(op, "grad", grad, "losses", losses);
   check_matches(op, "saved", saved, "losses", losses);
   STD_TORCH_CHECK(int64_t(network.size()) > kFirstWidth, "auxfast::", op, ": the network has no hidden layer");
   const int64_t expected = network[kReduction] == kNone ? losses.size(0) : 1;
-  STD_TORCH_CHECK(grad.numel() == expected, "auxfast::", op, ": grad must have ", expected, " elements, got ", grad.numel());
+  STD_TORCH_CHECK(grad.numel() == expected, "auxfast::", op, ": grad must have ", expected, " elements, got ",
+                  grad.numel());
   STD_TORCH_CHECK(saved.numel() == 0 || saved.numel() == saved_size(network, losses.size(0)), "auxfast::", op,
                   ": saved is not what combiner_forward returned");
 }
 
-std::tuple<Tensor, Tensor, Tensor> combiner_forward(const Tensor& losses_in, const Tensor& phi_in, const Network& network, bool save) {
+std::tuple<Tensor, Tensor, Tensor> combiner_forward(const Tensor& losses_in, const Tensor& phi_in,
+                                                    const Network& network, bool save) {
   const char* op = "combiner_forward";
   check_inputs(op, losses_in, phi_in);
   const Tensor losses = as_contiguous(losses_in), phi = as_contiguous(phi_in);
@@ -164,9 +168,9 @@ Tensor combiner_backward_phi(const Tensor& grad_in, const Tensor& losses_in, con
   });
 }
 
-std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents_in, const Tensor& grad_in, const Tensor& losses_in,
-                                                 const Tensor& phi_in, const Tensor& saved, const Network& network,
-                                                 bool with_phi) {
+std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents_in, const Tensor& grad_in,
+                                                 const Tensor& losses_in, const Tensor& phi_in, const Tensor& saved,
+                                                 const Network& network, bool with_phi) {
   const char* op = "combiner_second_order";
   check_inputs(op, losses_in, phi_in);
   check_later_pass(op, grad_in, losses_in, saved, network);
@@ -181,10 +185,10 @@ std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents_in, cons
     using T = decltype(zero);
     CombinerParams<T> net = describe<T>(op, losses, phi, network);
     net.num_tangents = several ? tangents.size(0) : 1;
-    Tensor grad_losses = several ? new_tensor(losses, {net.num_tangents, net.batch, net.num_losses}) : new_tensor(losses, {net.batch, net.num_losses});
+    Tensor grad_losses = several ? new_tensor(losses, {net.num_tangents, net.batch, net.num_losses})
+                                 : new_tensor(losses, {net.batch, net.num_losses});
     const int64_t phi_size = with_phi ? net.num_parameters : 0;
-    Tensor grad_phi = several ? new_tensor(phi, {net.num_tangents, phi_size})
-                              : new_tensor(phi, {phi_size});
+    Tensor grad_phi = several ? new_tensor(phi, {net.num_tangents, phi_size}) : new_tensor(phi, {phi_size});
     net.saved = saved.numel() ? pointer<T>(saved) : nullptr;
     net.grad = pointer<T>(grad);
     net.grad_stride = net.per_sample;

@@ -41,8 +41,9 @@ void add_outer(const Pack<T>* left, int rows, const Pack<T>* right, int columns,
   constexpr int kMostRows = kVectorBytes == 64 ? 5 : 2, kMostColumns = 4;
   in_panels<kMostRows>(rows, [&](auto height, int i) AUXFAST_INLINE {
     in_panels<kMostColumns>(columns, [&](auto width, int k) AUXFAST_INLINE {
-      outer_block<T, decltype(height)::value, decltype(width)::value>(
-          left + i, right + k, left2 ? left2 + i : nullptr, right2 ? right2 + k : nullptr, columns, sums + i * columns + k);
+      outer_block<T, decltype(height)::value, decltype(width)::value>(left + i, right + k, left2 ? left2 + i : nullptr,
+                                                                      right2 ? right2 + k : nullptr, columns,
+                                                                      sums + i * columns + k);
     });
   });
 }

@@ -25,18 +25,17 @@ struct Pack {
 template <class T>
 constexpr int kTile = kPackVectors * kLanes<T>;
 
-#define AUXFAST_PACK_OPERATOR(declaration, expression)                 \
-  template <class T>                                                   \
-  AUXFAST_HD Pack<T> declaration {                                     \
-    Pack<T> out;                                                       \
-    _Pragma("GCC unroll 4") for (int i = 0; i < kPackVectors; ++i)     \
-      out.part[i] = expression;                                        \
-    return out;                                                        \
+#define AUXFAST_PACK_OPERATOR(declaration, expression)                                       \
+  template <class T>                                                                         \
+  AUXFAST_HD Pack<T> declaration {                                                           \
+    Pack<T> out;                                                                             \
+    _Pragma("GCC unroll 4") for (int i = 0; i < kPackVectors; ++i) out.part[i] = expression; \
+    return out;                                                                              \
   }
 AUXFAST_PACK_OPERATOR(operator+(Pack<T> a, Pack<T> b), a.part[i] + b.part[i])
 AUXFAST_PACK_OPERATOR(operator*(Pack<T> a, Pack<T> b), a.part[i] * b.part[i])
 AUXFAST_PACK_OPERATOR(operator+(Pack<T> a, T b), a.part[i] + b)
-AUXFAST_PACK_OPERATOR(operator*(T a, Pack<T> b), a * b.part[i])
+AUXFAST_PACK_OPERATOR(operator*(T a, Pack<T> b), a* b.part[i])
 #undef AUXFAST_PACK_OPERATOR
 
 template <class T>

@@ -24,9 +24,11 @@ AUXFAST_HD Vec<T> keep_rest(Vec<T> value, int64_t length) {
 template <class T>
 constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
 
-// out[a * out_stride + b] = <left row a, right row b> for kA x kB rows; right rows from `right_rows` on repeat the last.
+// out[a * out_stride + b] = <left row a, right row b> for kA x kB rows; right rows from `right_rows` on repeat the
+// last.
 template <class T, int kA, int kB>
-AUXFAST_HD void dot_block(const T* left, const T* right, int64_t right_rows, int64_t length, T* out, int64_t out_stride) {
+AUXFAST_HD void dot_block(const T* left, const T* right, int64_t right_rows, int64_t length, T* out,
+                          int64_t out_stride) {
   constexpr int kSums = (kA * kB + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   Vec<T> sum[kSums] = {};
   const T* row[kB];
@@ -52,13 +54,15 @@ AUXFAST_HD void dot_block(const T* left, const T* right, int64_t right_rows, int
   for (int first = 0; first < kSums; first += kLanes<T>) {
     T sums[kLanes<T>];
     store<T>(sums, sum_each<T>(sum + first));
-    for (int i = 0; i < kLanes<T> && first + i < kA * kB; ++i) out[(first + i) / kB * out_stride + (first + i) % kB] = sums[i];
+    for (int i = 0; i < kLanes<T> && first + i < kA * kB; ++i)
+      out[(first + i) / kB * out_stride + (first + i) % kB] = sums[i];
   }
 }
 
 // out[a * out_stride + b] = <left row a, right row b>; out has room for `right_rows` rounded up to 4.
 template <class T>
-void row_products(const T* left, int left_rows, const T* right, int right_rows, int64_t length, T* out, int64_t out_stride) {
+void row_products(const T* left, int left_rows, const T* right, int right_rows, int64_t length, T* out,
+                  int64_t out_stride) {
   for (int b = 0; b < right_rows; b += 4) {
     in_panels<4>(left_rows, [&](auto height, int a) {
       dot_block<T, decltype(height)::value, 4>(left + a * length, right + b * length, right_rows - b, length,
@@ -113,7 +117,8 @@ AUXFAST_HD void combine_panel(Coefficients<T> c, int count, const T* in, int64_t
   if (at == length) return;
   at = length - kLanes<T>;
   if constexpr (kAdd)
-    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, [&](Vec<T> v) { return keep_rest<T>(v, length); });
+    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at,
+                                     [&](Vec<T> v) { return keep_rest<T>(v, length); });
   else  // what was stored before is stored again
     combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, all);
 }

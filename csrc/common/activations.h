@@ -92,9 +92,9 @@ struct ExpAndLog<double> {
   template <class V>
   static AUXFAST_HD V exp_nonpositive(V x) {
     constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-    constexpr double kExp[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                               1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-                               1.0 / 6,          0.5,             1.0,            1.0};
+    constexpr double kExp[] = {
+        1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+        1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
     x = x < -708.0 ? V{} - 708.0 : x;
     const V shifted_n = x * 1.4426950408889634074 + kShift;
     const V n = shifted_n - kShift;
@@ -103,16 +103,18 @@ struct ExpAndLog<double> {
   }
   template <class V>
   static AUXFAST_HD V log1p_over(V e) {
-    constexpr double kArtanh[] = {2.0 / 33, 2.0 / 31, 2.0 / 29, 2.0 / 27, 2.0 / 25, 2.0 / 23, 2.0 / 21, 2.0 / 19, 2.0 / 17,
-                                  2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9,  2.0 / 7,  2.0 / 5,  2.0 / 3,  2.0};
+    constexpr double kArtanh[] = {2.0 / 33, 2.0 / 31, 2.0 / 29, 2.0 / 27, 2.0 / 25, 2.0 / 23,
+                                  2.0 / 21, 2.0 / 19, 2.0 / 17, 2.0 / 15, 2.0 / 13, 2.0 / 11,
+                                  2.0 / 9,  2.0 / 7,  2.0 / 5,  2.0 / 3,  2.0};
     const V s = e / (2.0 + e);
     return horner(s * s, kArtanh) / (2.0 + e);
   }
 };
 
 // softplus(z) = log(1 + exp(z)) = max(z, 0) + log1p(e) with e = exp(-|z|): no overflow at either end.
-// Its slope is s = sigmoid(z), and s'' / s' = 1 - s. Near 1, s as such would leave no digits in 1 - s (at z = 10 a float
-// keeps three), so what is kept is `state`: s for negative z and s - 1 otherwise, which is e / (1 + e) with either sign.
+// Its slope is s = sigmoid(z), and s'' / s' = 1 - s. Near 1, s as such would leave no digits in 1 - s (at z = 10 a
+// float keeps three), so what is kept is `state`: s for negative z and s - 1 otherwise, which is e / (1 + e) with
+// either sign.
 struct Softplus {
   template <class V>
   static AUXFAST_HD void apply(V z, V& value, V& state) {

@@ -40,20 +40,28 @@ const Kernels& choose_cpu_kernels(const Kernels& baseline, [[maybe_unused]] cons
 // Declares `extern const Kernels auxfast::<isa>::name` for each compiled instruction set, and the chosen one as
 // auxfast::name(). Kernel files define theirs as `extern const Kernels name = {...}` inside auxfast::AUXFAST_ISA.
 #if defined(AUXFAST_WITH_AVX2) && defined(AUXFAST_WITH_AVX512)
-#define AUXFAST_CPU_KERNELS(Kernels, name)                                                              \
-  namespace auxfast {                                                                                   \
-  namespace baseline { extern const Kernels name; }                                                     \
-  namespace avx2 { extern const Kernels name; }                                                         \
-  namespace avx512 { extern const Kernels name; }                                                       \
-  static const Kernels& name() {                                                                        \
-    static const Kernels& chosen = choose_cpu_kernels(baseline::name, &avx2::name, &avx512::name);      \
-    return chosen;                                                                                      \
-  }                                                                                                     \
+#define AUXFAST_CPU_KERNELS(Kernels, name)                                                         \
+  namespace auxfast {                                                                              \
+  namespace baseline {                                                                             \
+  extern const Kernels name;                                                                       \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  extern const Kernels name;                                                                       \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  extern const Kernels name;                                                                       \
+  }                                                                                                \
+  static const Kernels& name() {                                                                   \
+    static const Kernels& chosen = choose_cpu_kernels(baseline::name, &avx2::name, &avx512::name); \
+    return chosen;                                                                                 \
+  }                                                                                                \
   }
 #else
-#define AUXFAST_CPU_KERNELS(Kernels, name)                                                              \
-  namespace auxfast {                                                                                   \
-  namespace baseline { extern const Kernels name; }                                                     \
-  static const Kernels& name() { return baseline::name; }                                               \
+#define AUXFAST_CPU_KERNELS(Kernels, name)                \
+  namespace auxfast {                                     \
+  namespace baseline {                                    \
+  extern const Kernels name;                              \
+  }                                                       \
+  static const Kernels& name() { return baseline::name; } \
   }
 #endif

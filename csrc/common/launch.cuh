@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define DYNAMIC_SHARED(T, name)                                        \
+#define DYNAMIC_SHARED(T, name)                                         \
   extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared_bytes)
 #endif

@@ -19,8 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, "auxfast::",
-                  op, ": ", name, " must be float32 or float64");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
+                  "auxfast::", op, ": ", name, " must be float32 or float64");
 }
 
 inline void check_matches(const char* op, const char* name, const Tensor& tensor, const char* like_name,

@@ -14,6 +14,7 @@ def _method(method, seeds, losses):
         "loss_weights": [[1.0] * losses, [0.5] * losses],
     }
     filled = {"label": method.label, "scores": [50.0] * seeds, "mean": 50.0, "sem": 1.0 if seeds > 1 else None}
+    filled["paired difference to stl"] = {"mean": -1.0, "sem": filled["sem"]}
     return {**filled, "history": [history] * seeds} if method.learned else filled
 
 

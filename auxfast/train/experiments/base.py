@@ -105,8 +105,8 @@ def run_method(
 def make_combiner(experiment: Experiment, method: Method, seed: int) -> Combiner | None:
     """The method's combiner at its initial values; None if it needs none.
 
-    All start as the main loss + a network of all losses (paper, section 3.2), and give auxiliaries about the same weight:
-    the linear one `initial_weight`, the nonlinear one that as the mean weight, at losses of 1.
+    All start as the main loss + a network of all losses (paper, section 3.2). The linear one gives every auxiliary
+    `initial_weight`, the nonlinear one has that for their mean weight at losses of 1.
     """
     num_losses = len(experiment.loss_names)
     if method.combiner == "none":
