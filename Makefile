@@ -12,7 +12,7 @@ environment := $(if $(use_venv),venv,$(shell python3 -c 'import sys, zlib; print
 installed = build/installed-$(environment)
 build_requires = $(shell sed -n '/^requires = /s/.*\[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 BENCHMARK ?= --benchmark-enable
-native_sources = $(wildcard csrc/*.cpp csrc/*/*)
+native_sources = $(filter %.h %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/*))
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test bench lint format clean

@@ -10,6 +10,7 @@
 namespace auxfast::cuda {
 
 constexpr int kMaxThreads = 256;
+constexpr int kBlocksAtOnce = 2;                  // leaves 128 registers; ptxas by itself aims at fewer, and spills
 constexpr int kMaxBlocks = 1024;                  // more than any GPU works on at a time
 constexpr int64_t kSharedLimit = 48 << 10;        // of a block, without asking the device for more
 constexpr int64_t kWorkspaceLimit = 64 << 20;     // for the blocks' sums, and for the tiles: fewer blocks keep to it
@@ -47,7 +48,8 @@ Plan make_plan(const CombinerParams<T>& net) {
 
 // partials: (blocks), sums of values, unless every sample has its own.
 template <class T, class Act>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const CombinerParams<T> net, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
+    forward_kernel(const CombinerParams<T> net, const Plan plan) {
   DYNAMIC_SHARED(T, shared);
   Tile<T, Act> tile(net, plan, shared);
   double total = 0;
@@ -112,9 +114,10 @@ __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* ka
   add_units(hd + net.first_unit[last] * stride, net.width[last], net.weight[net.depth]);
 }
 
-// partials: (blocks, num_parameters), sums of c d g / d phi. The bound of two blocks: ptxas aims at three, and spills.
+// partials: (blocks, num_parameters), sums of c d g / d phi.
 template <class T, class Act>
-__global__ void __launch_bounds__(kMaxThreads, 2) backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
+    backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
   DYNAMIC_SHARED(T, shared);
   Tile<T, Act> tile(net, plan, shared);
   T* part = static_cast<T*>(net.workspace) + blockIdx.x * net.num_parameters;
@@ -135,7 +138,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_phi_kernel(const Comb
 
 // partials: (num_tangents, blocks, num_parameters), sums of c d <d g / d l, t> / d phi, if asked for.
 template <class T, class Act>
-__global__ void __launch_bounds__(kMaxThreads) second_order_kernel(const CombinerParams<T> net, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
+    second_order_kernel(const CombinerParams<T> net, const Plan plan) {
   DYNAMIC_SHARED(T, shared);
   const bool with_phi = net.grad_phi != nullptr;
   Tile<T, Act> tile(net, plan, shared);
