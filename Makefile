@@ -11,14 +11,19 @@ PIP = $(PYTHON) -m pip install --quiet
 environment := $(if $(use_venv),venv,$(shell python3 -c 'import sys, zlib; print(zlib.crc32(sys.prefix.encode()))'))
 installed = build/installed-$(environment)
 build_requires = $(shell sed -n '/^requires = /s/.*\[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+has_gpu = -c 'import auxfast, sys; info = auxfast.build_info(); info["cuda_available"] and info["cuda_kernels"] or \
+  sys.exit("make test-gpu needs a GPU that torch sees ({cuda_available}) and a build with nvcc ({cuda_toolkit})" \
+  .format(**info))'
+sanitizer = $(firstword $(shell command -v compute-sanitizer) \
+  $(wildcard $(addsuffix /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda)))
 BENCHMARK ?= --benchmark-enable
-native_sources = $(filter %.h %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/*))
+native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/cuda_on_cpu/* tests/cuda_on_cpu/*/*))
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: help install native demo test bench lint format clean
+.PHONY: help install native demo test test-cuda-sanitizers test-cuda-compile test-gpu bench lint format clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 28
 
 install: native $(installed)-core  ## build and install the package, editable
 
@@ -27,6 +32,21 @@ demo: native $(installed)-demo  ## learn loss weights on real data, about a minu
 
 test: native $(installed)-test  ## run the tests
 	$(PYTHON) -m pytest
+
+test-cuda-sanitizers: native $(installed)-test  ## run the CUDA kernels on the CPU, under ASan, UBSan and TSan too
+	PYTHONPATH=csrc:tests $(PYTHON) -m cuda_on_cpu.sanitizers
+
+test-cuda-compile: $(installed)-build  ## check registers, spills and warnings on each GPU generation
+	$(PYTHON) setup.py --quiet check_cuda --inplace
+
+test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each kernel under compute-sanitizer
+	@$(PYTHON) $(has_gpu)
+	$(PYTHON) -m pytest -m cuda
+	@test -n '$(sanitizer)' || { echo 'make test-gpu: no compute-sanitizer, so only the tests were run; it is part of' \
+	    'the CUDA toolkit: put it on the PATH or set CUDA_HOME' >&2; false; }
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(sanitizer) --tool $$tool --report-api-errors no --error-exitcode 1 \
+	    $(PYTHON) -m pytest tests/cuda_on_gpu/test_every_kernel.py || exit 1; done
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)

@@ -7,6 +7,7 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import build_backend as build
+import cuda_check
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Wall", "-Wextra"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11: one build serves it and all newer ones
@@ -38,7 +39,8 @@ def native_module() -> build.Plan:
         defines += cuda_defines
         cuda = [nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
         # First and with a thread for each architecture, since these take longest.
-        kernel = [*cuda, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
+        kernel = [*cuda, "-std=c++17", "-O3", "--threads=0", "-Xptxas=-v", "-Icsrc"]
+        kernel += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         steps += build.compile_all("*/*_cuda.cu", [*kernel, *architectures])
         # nvcc links, because it knows where its static runtime is: the module then imports without a CUDA driver.
         link = [*cuda, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
@@ -50,4 +52,7 @@ def native_module() -> build.Plan:
     return build.Plan(steps, link, torch_libraries)
 
 
-setup(ext_modules=[build.NativeExtension("auxfast._C", native_module)], cmdclass={"build_ext": build.NinjaBuild})
+setup(
+    ext_modules=[build.NativeExtension("auxfast._C", native_module)],
+    cmdclass={"build_ext": build.NinjaBuild, "check_cuda": cuda_check.CheckCuda},
+)

@@ -158,11 +158,19 @@ class Compile:
     command: list[str]
     variant: str = ""
 
+    def object_file(self, folder: str) -> str:
+        return "/".join([folder, *filter(None, [self.source, self.variant])]) + ".o"
+
 
 def compile_all(pattern: str, command: list[str], variant: str = "") -> list[Compile]:
     """The steps for all matching files in csrc/; named from the repository's root, where all commands run."""
     files = sorted((ROOT / "csrc").glob(pattern))
     return [Compile(file.relative_to(ROOT).as_posix(), command, variant) for file in files]
+
+
+# What the compiler says is kept beside the object file, and shown but for ptxas's report (`-Xptxas=-v`).
+PTXAS_REPORT = r"^ptxas info +:|^ +[0-9]+ bytes stack frame"
+_KEEP_LOG = f"2> $out.log; code=$$?; grep -Ev '{PTXAS_REPORT}' $out.log >&2; exit $$code"
 
 
 @dataclass(frozen=True)
@@ -177,13 +185,13 @@ class Plan:
         """The build.ninja that leaves everything in `folder`; paths are relative to the repository's root."""
         lines = [
             f"builddir = {_escape(folder)}",
-            "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "  description = $in $variant",
+            f"rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out {_KEEP_LOG}",
+            "  depfile = $out.d\n  deps = gcc\n  description = $in $variant",
             "rule link\n  command = $cmd $in -o $out $libraries\n  description = $out",
         ]
         objects = []
         for step in self.steps:
-            objects.append(_escape("/".join([folder, *filter(None, [step.source, step.variant])]) + ".o"))
+            objects.append(_escape(step.object_file(folder)))
             lines.append(f"build {objects[-1]}: compile {_escape(step.source)}")
             lines.append(f"  cmd = {_command(step.command)}\n  variant = {step.variant}")
         lines.append(f"build {_escape(output)}: link {' '.join(objects)}")
@@ -197,6 +205,11 @@ def _escape(path: str) -> str:
 
 def _command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
+
+
+def build_folder() -> str:
+    """Where this Python's object files lie, from the repository's root."""
+    return f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
 class NativeExtension(Extension):
@@ -215,7 +228,7 @@ class NinjaBuild(build_ext):
         import ninja
 
         output = Path(self.get_ext_fullpath(extension.name))
-        folder = f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = build_folder()
         module = f"{folder}/{output.name}"
         file = ROOT / folder / "build.ninja"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,11 @@
 #ifdef __CUDACC__
 #define AUXFAST_HD __host__ __device__ __forceinline__
 #define AUXFAST_INLINE  // behind a lambda's parameters; nvcc inlines them as it is
+#ifdef __CUDA_ARCH__
 #define AUXFAST_UNROLL _Pragma("unroll")
+#else
+#define AUXFAST_UNROLL  // nvcc's host compiler does not know it
+#endif
 #else
 #define AUXFAST_HD inline __attribute__((always_inline))
 #define AUXFAST_INLINE __attribute__((always_inline))

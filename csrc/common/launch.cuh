@@ -1,4 +1,4 @@
-// Launching a kernel and naming its dynamic shared memory, in a form that a test can compile without nvcc.
+// Launching a kernel and naming its shared memory, in a form that tests/cuda_on_cpu can compile without nvcc.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +9,7 @@
 #define DYNAMIC_SHARED(T, name)                                         \
   extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared_bytes)
+#define STATIC_SHARED(T, name, extents) __shared__ T name extents
 #endif
 
 namespace auxfast {

@@ -1,0 +1,50 @@
+// Runs CUDA kernels on the CPU, for tests: no GPU, no nvcc. include/cuda_runtime.h says CUDA's words with it.
+//
+// Every CUDA thread is a fiber with a stack of its own. It runs until it waits (at a barrier or a shuffle) or ends; who
+// runs next is drawn from a seeded generator, out of all threads of the few blocks that are resident at a time. Blocks
+// start in random order too. So what depends on an order that CUDA does not promise shows as a wrong result for some
+// seeds, and always as a data race under ThreadSanitizer, to which each fiber is a thread and only barriers order them:
+// two threads of one block at a barrier of theirs, blocks not at all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+
+struct Position {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+extern const Position* position;  // of the running thread
+
+// Of the random order.
+extern "C" void set_seed(uint64_t seed);
+
+// Runs `kernel` once in every thread and returns when all have ended, or when a mistake was found. After a mistake it
+// runs nothing until take_error() was asked.
+void launch(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& kernel);
+
+// What was wrong with a launch since the last call, or nullptr. The text is valid until the next launch.
+const char* take_error();
+
+// Memory of the running thread's block, all bytes 0xFF (NaNs) when it starts. A static variable is known by `key`.
+void* dynamic_shared();
+void* static_shared(const void* key, size_t bytes);
+
+// `where` is the place in the source, the same for all who meet there.
+void block_barrier(const char* where);
+void warp_barrier(const char* where, unsigned mask);
+// Returns what lane `source` of the running thread's warp gave. Orders nothing else, as in CUDA.
+uint64_t shuffle(const char* where, unsigned mask, uint64_t given, unsigned source);
+
+}  // namespace cuda_on_cpu

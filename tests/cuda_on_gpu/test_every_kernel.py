@@ -1,0 +1,57 @@
+"""Every CUDA kernel against its CPU twin, in small sizes: what compute-sanitizer runs (`make test-gpu`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, of_kernels
+from ops.krylov_cases import coefficients_for, rows
+from ops.test_neumann import STEP, lists
+
+from auxfast.ops.combiner import CombinerNetwork
+from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.neumann import neumann_step_
+
+from .cases import SHAPES
+
+pytestmark = pytest.mark.cuda
+
+NETWORKS = [
+    CombinerNetwork(5, (10, 6), main=1),
+    CombinerNetwork(3, (7,), "identity", bias=False, reduction="sum"),
+    CombinerNetwork(33, (5, 64), "identity", main=32, reduction="none"),
+    CombinerNetwork(40, (64,) * 8),  # a tile does not fit into shared memory
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 67])
+@pytest.mark.parametrize("network", NETWORKS, ids=map(name, NETWORKS))
+def test_combiner(network, batch, dtype):
+    given = inputs(network, batch, torch.float32)
+    wanted = of_kernels(network, *(t.double() for t in given))
+    actual = of_kernels(network, *(t.to("cuda", dtype) for t in given))
+    assert_agree({key: tensor.cpu() for key, tensor in actual.items()}, wanted, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1.2e-7), (torch.float64, 4e-16)])
+def test_neumann_step(dtype, rtol):
+    given = lists(SHAPES, dtype, "cpu")
+    on_gpu = [[tensor.to("cuda") for tensor in some] for some in given]
+    squares, squares_on_gpu = neumann_step_(*given, STEP), neumann_step_(*on_gpu, STEP)
+    for which in (0, 2):
+        results = [tensor.cpu() for tensor in on_gpu[which]]
+        torch.testing.assert_close(results, given[which], rtol=rtol, atol=8 * rtol)
+    torch.testing.assert_close(squares_on_gpu.cpu(), squares, rtol=4 * rtol, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 5e-7), (torch.float64, 1e-15)])
+@pytest.mark.parametrize("shape", [(5, 17), (3, 2049)])
+def test_krylov(shape, dtype, rtol):
+    results = []
+    for device in ("cpu", "cuda"):
+        out, *terms = rows(shape, 4, dtype, device)
+        squares = linear_combination_(out, terms, coefficients_for(out, 3))
+        results.append([tensor.cpu() for tensor in (out, squares, row_dots(out, out))])
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=8 * rtol)
