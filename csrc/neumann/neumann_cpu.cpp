@@ -1,5 +1,5 @@
 // The Neumann step on the CPU: one pass over five streams of memory, which is all that it costs.
-#include "common/simd.h"
+#include "common/sum_products.h"
 #include "neumann/neumann.h"
 #include "neumann/neumann_math.h"
 
@@ -7,66 +7,18 @@ namespace auxfast::AUXFAST_ISA {
 
 constexpr int64_t kChunkGroups = 256;             // 32768 elements: enough to pay for handing it to a thread
 constexpr int64_t kParallelElements = 2 * 32768;  // fewer are done before a second thread is awake
-constexpr int kUnroll = 4;                        // vectors: as many independent additions as the unit has latency
-// Hardware prefetchers stop at the end of a page and restart late; asking 2 KB ahead made it 10% faster.
-constexpr int64_t kAheadBytes = 2048;
-
-template <class T>
-struct SquareSum;
-
-template <>
-struct SquareSum<double> {
-  Vec<double> sum{};
-  AUXFAST_HD void add(Vec<double> x) { sum += x * x; }
-};
-
-// float32 squares are exact in float64, which nor overflows nor loses small residuals.
-template <>
-struct SquareSum<float> {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Vec<double> sum{};
-  AUXFAST_HD void add(Vec<float> x) {
-    Half halves[2];
-    __builtin_memcpy(halves, &x, sizeof x);
-    for (int i = 0; i < 2; ++i) {
-      const Vec<double> wide = __builtin_convertvector(halves[i], Vec<double>);
-      sum += wide * wide;
-    }
-  }
-};
 
 // v, hv, p: (count,); returns the sum of squares of the new v.
 template <class T>
 double update(T* v, const T* hv, T* p, int64_t count, T step_size) {
-  SquareSum<T> squares[kUnroll];
-  constexpr int64_t kAhead = kAheadBytes / int64_t(sizeof(T)), kBlock = kUnroll * kLanes<T>;
-  int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * kLanes<T>;
-      if (at * int64_t(sizeof(T)) % 64 == 0) {
-        __builtin_prefetch(v + at + kAhead, 1);
-        __builtin_prefetch(hv + at + kAhead, 0);
-        __builtin_prefetch(p + at + kAhead, 1);
-      }
-      Vec<T> new_v = load(v + at), new_p = load(p + at);
-      neumann_element(new_v, load(hv + at), new_p, step_size);
-      store<T>(v + at, new_v);
-      store<T>(p + at, new_p);
-      squares[u].add(new_v);
-    }
-  }
-  double sum = 0;
-  for (; i < count; ++i) {
-    T new_v = v[i], new_p = p[i];
-    neumann_element(new_v, hv[i], new_p, step_size);
-    v[i] = new_v;
-    p[i] = new_p;
-    sum += double(new_v) * double(new_v);
-  }
-  for (int u = 0; u < kUnroll; ++u)
-    for (int lane = 0; lane < kLanes<double>; ++lane) sum += squares[u].sum[lane];
-  return sum;
+  return sum_products<T>(count, [=](int64_t at, auto zero) AUXFAST_INLINE {
+    using V = decltype(zero);
+    V new_v = load_as<V>(v + at), new_p = load_as<V>(p + at);
+    neumann_element(new_v, load_as<V>(hv + at), new_p, step_size);
+    store_as(v + at, new_v);
+    store_as(p + at, new_p);
+    return Factors<V>{new_v, new_v};
+  });
 }
 
 // The last tensor that starts at or before `group`.

@@ -1,12 +1,12 @@
 // The Neumann step on a GPU: one launch for up to kPieceTensors tensors, and one that adds the blocks' sums. No
 // atomics, so that the same call gives the same bits, and nothing waits for the device.
-#include "common/launch.cuh"
+#include "common/block_sum.cuh"
 #include "neumann/neumann.h"
 #include "neumann/neumann_math.h"
 
 namespace auxfast::cuda {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWarps = kSumThreads / 32;
 constexpr int64_t kBlockGroups = 64;  // 8192 elements
 constexpr int kPerLane = int(kGroup) / 32;
 constexpr int kPieceTensors = 96;  // what fits into the 4 KB of a kernel's arguments
@@ -15,7 +15,6 @@ struct Piece {
   NeumannTensor tensors[kPieceTensors];
   int count;            // of tensors
   int64_t first_group;  // of the piece
-  int64_t end_group;
 };
 static_assert(sizeof(Piece) <= 4000, "the arguments of a kernel are limited to 4 KB");
 
@@ -23,17 +22,6 @@ template <class T>
 struct alignas(16) Pack {
   T x[kPerLane];
 };
-
-__device__ __forceinline__ double block_sum(double value) {
-  __shared__ double warps[kWarps];
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double sum = 0;
-  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp];
-  return sum;
-}
 
 // Up to kPerLane elements from `at` on, in order. A lane has the same elements whether or not they are loaded together.
 template <class T>
@@ -69,10 +57,9 @@ __device__ __forceinline__ double update_lane(const NeumannTensor& tensor, int64
 
 // A warp takes one group at a time, so that even tensors of a few elements keep all warps busy. partial: (gridDim.x,)
 template <class T>
-__global__ void __launch_bounds__(kThreads) step_kernel(const Piece piece, T step_size, double* partial) {
+__global__ void __launch_bounds__(kSumThreads) step_kernel(const Piece piece, T step_size, double* partial) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t begin = piece.first_group + int64_t(blockIdx.x) * kBlockGroups;
-  const int64_t end = begin + kBlockGroups < piece.end_group ? begin + kBlockGroups : piece.end_group;
   int low = 0, high = piece.count;  // the last tensor that starts at or before this warp's first group
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -82,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const Piece piece, T ste
       high = middle;
   }
   double sum = 0;
-  for (int64_t group = begin + warp; group < end; group += kWarps) {
+  // Groups behind the piece are, to its last tensor, behind its elements: update_lane leaves them alone.
+  for (int64_t group = begin + warp; group < begin + kBlockGroups; group += kWarps) {
     while (low + 1 < piece.count && piece.tensors[low + 1].first_group <= group) ++low;
     const NeumannTensor& tensor = piece.tensors[low];
     sum += update_lane<T>(tensor, (group - tensor.first_group) * kGroup + lane * kPerLane, step_size);
@@ -91,18 +79,10 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const Piece piece, T ste
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// partial: (count,), total: (1,). One block, each thread adding its share in order.
-__global__ void __launch_bounds__(kThreads) sum_kernel(const double* partial, int64_t count, double* total) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *total = sum;
-}
-
 int64_t blocks_of(int64_t groups) { return (groups + kBlockGroups - 1) / kBlockGroups; }
 
 int64_t neumann_workspace(const NeumannList& list) {
-  return blocks_of(list.groups) + list.count / kPieceTensors + 1;  // each piece may end in a block that is not full
+  return blocks_of(list.groups) + list.count / kPieceTensors;  // a block more for each piece but the last
 }
 
 template <class T>
@@ -114,14 +94,14 @@ const char* neumann_step(const NeumannList& list, double* workspace, double* squ
     piece.count = int(end - begin);
     for (int i = 0; i < piece.count; ++i) piece.tensors[i] = list.tensors[begin + i];
     piece.first_group = piece.tensors[0].first_group;
-    piece.end_group = end < list.count ? list.tensors[end].first_group : list.groups;
-    const int64_t blocks = blocks_of(piece.end_group - piece.first_group);
-    LAUNCH(step_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, piece, T(list.step_size),
+    const int64_t end_group = end < list.count ? list.tensors[end].first_group : list.groups;
+    const int64_t blocks = blocks_of(end_group - piece.first_group);
+    LAUNCH(step_kernel<T>, dim3(unsigned(blocks)), dim3(kSumThreads), 0, stream, piece, T(list.step_size),
            workspace + partials);
     if (const char* error = launch_error()) return error;
     partials += blocks;
   }
-  LAUNCH(sum_kernel, dim3(1), dim3(kThreads), 0, stream, workspace, partials, squared_norm);
+  LAUNCH(sum_rows_kernel, dim3(1), dim3(kSumThreads), 0, stream, workspace, partials, squared_norm);
   return launch_error();
 }
 

@@ -93,7 +93,7 @@ Tensor neumann_step_cpu(std::vector<Tensor> v, std::vector<Tensor> hv, std::vect
   const NeumannCpuKernels& kernels = neumann_cpu_kernels();
   const bool is_float = v[0].scalar_type() == ScalarType::Float;
   const double squared_norm = (is_float ? kernels.step_float : kernels.step_double)(kTorchExecutor, list);
-  Tensor out = torch::stable::new_empty(v[0], {}, ScalarType::Double);
+  Tensor out = new_float64(v[0], {});
   *pointer<double>(out) = squared_norm;
   return out;
 }
@@ -103,8 +103,8 @@ Tensor neumann_step_cuda(std::vector<Tensor> v, std::vector<Tensor> hv, std::vec
   const Described all = describe_all(v, hv, p);
   const NeumannList list{all.tensors.data(), int64_t(all.tensors.size()), all.groups, step_size};
   const torch::stable::accelerator::DeviceGuard guard(v[0].get_device_index());
-  Tensor out = torch::stable::new_empty(v[0], {}, ScalarType::Double);
-  Tensor workspace = torch::stable::new_empty(v[0], {cuda::neumann_workspace(list)}, ScalarType::Double);
+  Tensor out = new_float64(v[0], {});
+  Tensor workspace = new_float64(v[0], {cuda::neumann_workspace(list)});
   const bool is_float = v[0].scalar_type() == ScalarType::Float;
   const char* error = (is_float ? cuda::neumann_step_float : cuda::neumann_step_double)(
       list, pointer<double>(workspace), pointer<double>(out), current_cuda_stream(v[0].get_device_index()));

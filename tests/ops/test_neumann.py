@@ -11,7 +11,8 @@ from torch import Tensor
 from auxfast._native import reference_kernels
 from auxfast.ops.neumann import neumann_step_, neumann_step_reference_
 
-DEVICES = ["cpu"]
+from .combiner_cases import DEVICES
+
 STEP = 0.3
 
 SIZES = {

@@ -1,0 +1,34 @@
+// Sums over the threads of a block, and over the blocks of a row, in float64 and always in the same order: no atomics.
+#pragma once
+
+#include <cstdint>
+
+#include "common/launch.cuh"
+
+namespace auxfast::cuda {
+
+constexpr int kSumThreads = 256;  // of every block that uses this
+
+// The sum over the block, in all of its threads. Once a kernel: its shared memory is not guarded against a second use.
+__device__ __forceinline__ double block_sum(double value) {
+  constexpr int kWarps = kSumThreads / 32;
+  STATIC_SHARED(double, warps, [kWarps]);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp];
+  return sum;
+}
+
+// partial: (rows, count), sums: (rows,). One block a row, each thread adding its share in order.
+static __global__ void __launch_bounds__(kSumThreads)
+    sum_rows_kernel(const double* partial, int64_t count, double* sums) {
+  const double* row = partial + blockIdx.x * count;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += row[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+}  // namespace auxfast::cuda

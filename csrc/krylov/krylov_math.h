@@ -1,0 +1,31 @@
+// One operand's share of one element, or of a SIMD vector of elements, of a linear combination.
+//
+// With alpha = r.r / p.Hp and beta = r'.r' / r.r, conjugate gradients is x <- x + alpha p, r <- r - alpha H p and
+// p <- beta p + r: three linear combinations, of which the second also gives r'.r'. The Lanczos recurrence of MINRES is
+// v'' = H v' - a v' - b v, so three operands, and its directions w'' = (v - d w' - e w) / g likewise.
+#pragma once
+
+#include "common/host_device.h"
+#include "krylov/krylov.h"
+
+namespace auxfast::AUXFAST_ISA {
+
+// Row `row` of operand `index`: of out, then of the terms.
+template <class T>
+AUXFAST_HD const T* operand_row(const LinearCombination& work, int index, int64_t row) {
+  return static_cast<const T*>(index == 0 ? work.out : work.terms[index - 1]) + row * work.n;
+}
+
+// What that row is multiplied by. It is 0 exactly where the operand must not be touched: 0 * NaN would be NaN.
+template <class T>
+AUXFAST_HD T row_coefficient(const LinearCombination& work, int index, int64_t row) {
+  return T(work.coefficients[index * work.rows + row]);
+}
+
+// Starting from 0, in the order of the operands.
+template <class V, class T>
+AUXFAST_HD void add_operand(V& sum, T coefficient, V operand) {
+  sum = sum + coefficient * operand;
+}
+
+}  // namespace auxfast::AUXFAST_ISA
