@@ -1,8 +1,28 @@
 """Solvers of `H x = b` over lists of tensors: frozen settings with `solve(matvec, rhs) -> (solution,
 SolveStats)`."""
 
-from auxfast.solvers.base import Matvec, Solver, SolveStats
+from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers.chebyshev import Chebyshev
+from auxfast.solvers.conjugate_gradient import ConjugateGradient
+from auxfast.solvers.dense import Dense
 from auxfast.solvers.identity import Identity
+from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
+from auxfast.solvers.nystrom import Nystrom
+from auxfast.solvers.preconditioners import Jacobi, Preconditioner
 
-__all__ = ["Identity", "Matvec", "Neumann", "SolveStats", "Solver"]
+__all__ = [
+    "MINRES",
+    "Chebyshev",
+    "ConjugateGradient",
+    "Dense",
+    "Identity",
+    "Jacobi",
+    "Matvec",
+    "Neumann",
+    "Nystrom",
+    "Preconditioner",
+    "SolveStats",
+    "Solver",
+    "SolverState",
+]

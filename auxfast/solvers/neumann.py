@@ -2,106 +2,194 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.neumann import neumann_step_
 from auxfast.solvers.base import (
-    TRIVIAL,
+    Block,
     Matvec,
+    SolverState,
     SolveStats,
+    check_damping,
     check_positive,
     check_rhs,
-    relative_residual,
+    check_steps,
+    check_tol,
 )
+from auxfast.solvers.certificate import Certified, Floats, Rows
+from auxfast.solvers.series import ListProducts, Products, RowProducts, Series, run
+from auxfast.solvers.spectrum import Estimate
 
-_DIVERGED = 1.001  # relative residual: 1 is that of x = 0, the rest is for rounding
-_STEPS_PER_CHECK = 8  # on a GPU, where reading a norm waits for all that was launched
+_PROGRESS = 0.5  # what a certified restart must leave of the residual for another one to be worth its products
 
 
 @dataclass(frozen=True)
 class Neumann:
-    """`x = a (I + M + ... + M^steps) b`, `M = I - a H`: `steps + 1` terms, `steps` Hessian-vector products.
+    """`x = a (I + M + ... + M^steps) b`, `M = I - a A`, `A = H + damping I`: `steps + 1` terms, `steps` products.
 
-    It converges to `H^-1 b` if all eigenvalues of `H` lie between 0 and `2 / a`, at the rate of the largest
+    It converges to `A^-1 b` if all eigenvalues of `A` lie between 0 and `2 / a`, at the rate of the largest
     `|1 - a eigenvalue|`. The factor `a`, which the paper's Algorithm 2 leaves out, makes it the inverse: the
     solution does not scale with `1 / a`.
 
-    **Which solution the residual is for.** The vector that the iteration carries is the exact residual of the
-    sum one term before the one returned, so it costs nothing. It would be that of the returned sum if the
-    last term were left off. The term is kept, because at the same number of products it is a better solution
-    (by the factor above, in every eigendirection) and the one of Algorithm 2. While the iteration contracts,
-    the figure is an upper bound of the residual of what is returned. Where `H` has eigenvalues outside
-    `[0, 2 / a]` it is one step behind.
+    **Growth.** The vector that the iteration carries is the exact residual of the sum without its last term. Once
+    its norm grows it does so for ever (its squares are moments of `M^2`, hence log-convex). The sum is then cut where
+    the norm was smallest, and summed once more up to there: rounding would spoil a way back. `stop_reason` is
+    `diverged`, and the residual is that of the sum returned, at most 1.
+
+    **Which residual.** With `tol`, `warm_start` or `step_size="auto"`, one closing product a solve tells the true one
+    of what is returned. With none of them nothing is spent but `steps` products: this is Algorithm 2 as it stands, and
+    the figure is that of the sum without its last term. The term is kept, because it makes a better solution (by
+    the factor above, in every eigendirection). The figure is an upper bound then, wherever all eigenvalues are in
+    `[0, 2 / a]`; elsewhere it is one step behind.
+
+    **`step_size="auto"`** takes `2 / (1.1 largest + smallest)` of the extreme eigenvalues that 8 Lanczos steps find,
+    and starts from the solution that they find as well: 9 products a right-hand side, on top of `steps`. `state`
+    keeps the eigenvalues for the next solve. If the residual grows, they are estimated anew from there, once; so
+    they are in the next solve if this one misses its tolerance.
 
     Args:
-        steps: Hessian-vector products at most (the paper's J), at least 1.
-        step_size: the paper's alpha; above 0, and below `2 / (largest eigenvalue of H)` to converge.
+        steps: Hessian-vector products of the series at most (the paper's J), at least 1.
+        step_size: the paper's alpha; above 0, and below `2 / (largest eigenvalue of A)` to converge.
         tol: stop once the relative residual is at most this, between 0 and 1; it is looked at after every
             step on a CPU and after every 8th on a GPU, where each look waits for the device. `None`: always
-            `steps` steps, and nothing waits before the end.
+            `steps` steps, unless the residual grows or is 0.
+        damping: at least 0.
+        warm_start: start from the solution in `state`, at one product, if that has a smaller residual than 0 has.
 
     Raises:
         ValueError: a setting outside its range.
     """
 
-    steps: int
-    step_size: float
+    steps: int = 20
+    step_size: float | Literal["auto"] = "auto"
     tol: float | None = None
+    damping: float = 0.0
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, not {self.steps!r}")
-        check_positive("step_size", self.step_size)
-        if self.tol is not None:
-            check_positive("tol", self.tol)
-            if self.tol >= 1:
-                raise ValueError(f"tol must be below 1, the relative residual of x = 0, not {self.tol!r}")
+        check_steps("steps", self.steps)
+        if self.step_size != "auto":
+            check_positive('step_size, if it is not "auto",', self.step_size)
+        check_tol(self.tol)
+        check_damping(self.damping)
 
-    def solve(self, matvec: Matvec, rhs: Sequence[Tensor]) -> tuple[list[Tensor], SolveStats]:
-        """Solves `H x = rhs`; see `Solver.solve`. If it diverges, which is when the residual exceeds 1 and
-        returning zeros would have been better, it says so: a RuntimeWarning, and `stop_reason="diverged"`.
+    def solve(
+        self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
+    ) -> tuple[list[Tensor], SolveStats]:
+        """Solves `(H + damping I) x = rhs`; see `Solver.solve`.
 
         Raises:
-            ValueError: `rhs` is empty or not finite.
+            ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides.
             RuntimeError: `matvec` returns other shapes, dtypes or devices than it was given.
         """
+        if self.step_size == "auto" or self.tol is not None or self.warm_start:
+            return self._certified(Block(matvec, rhs, self.damping, batched), state)
+        if batched or self.damping:
+            block = Block(matvec, rhs, self.damping, batched)
+            series = [Series([b]) for b in block.rhs]
+            stats = self._plain(series, RowProducts(block), self.step_size)
+            return block.unflatten(torch.stack([s.p[0] for s in series])), stats
         check_rhs(rhs)
-        b = [tensor.detach() for tensor in rhs]
-        v, p = [torch.zeros_like(t) for t in b], [torch.zeros_like(t) for t in b]
-        squared_rhs = neumann_step_(v, b, p, -1.0)  # from zeros: v = p = b, and the norm, in one pass
-        if self.tol is not None and squared_rhs.item() == 0:
-            return p, replace(TRIVIAL, step_size=self.step_size)
-        every = 1 if v[0].device.type == "cpu" else _STEPS_PER_CHECK
-        for step in range(1, self.steps + 1):
-            product = matvec(v)
-            with torch.no_grad():
-                squared_v = neumann_step_(v, product, p, self.step_size)
-            if self.tol is not None and step % every == 0:
-                residual = relative_residual(*torch.stack([squared_v, squared_rhs]).tolist())
-                if residual <= self.tol or residual > _DIVERGED:
-                    break
-        torch._foreach_mul_(p, self.step_size)
-        squared_residual, squared_b = torch.stack([squared_v, squared_rhs]).tolist()
-        residual = relative_residual(squared_residual, squared_b)
-        stats = SolveStats(step, step, residual, residual <= (self.tol or 0), self.step_size, "steps")
-        if squared_b == 0:
-            return [torch.zeros_like(tensor) for tensor in p], replace(stats, stop_reason="trivial")
-        if residual > _DIVERGED:
-            self._warn_of_divergence(stats)
-            return p, replace(stats, stop_reason="diverged")
-        return p, replace(stats, stop_reason="converged") if stats.converged else stats
+        one = Series([b.detach() for b in rhs])
+        stats = self._plain([one], ListProducts(matvec), self.step_size)
+        return one.p, stats
 
-    def _warn_of_divergence(self, stats: SolveStats) -> None:
-        warnings.warn(
-            f"The Neumann series diverged: after {stats.iterations} steps of size {self.step_size:g} the "
-            f"relative residual is {stats.residual:.3g}, and that of x = 0 is 1. Take a smaller step_size: "
-            "it must be below 2 / (largest eigenvalue of the inner Hessian). Where the inner loss curves "
-            "downwards, as it may far from a minimum, none is small enough for many steps: take fewer.",
-            RuntimeWarning,
-            stacklevel=3,
+    def _plain(self, series: Sequence[Series], products: Products, step_size: float) -> SolveStats:
+        """Algorithm 2 as it stands: leaves the solutions in `p`, and says what is known without a further product."""
+        iterations = run(series, products, step_size, self.steps, [0.0] * len(series))
+        residuals, reasons = [], []
+        for s in series:
+            if not math.isfinite(s.squares[0]):
+                raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+            if s.grew:
+                s.rewind(products, step_size)
+            s.finish(step_size)
+            residuals.append(math.sqrt(s.squares[-1] / s.squares[0]) if s.squares[0] else 0.0)
+            reason = "converged" if s.reached else "diverged" if s.grew else "steps"
+            reasons.append(reason if s.squares[0] else "trivial")
+        worst = residuals.index(max(residuals))
+        largest, negative = _seen([s.curvature for s in series], self.damping)
+        return SolveStats(
+            iterations=iterations,
+            matvecs=products.matvecs,
+            residual=residuals[worst],
+            converged=residuals[worst] == 0,
+            stop_reason=reasons[worst],
+            step_size=step_size,
+            largest_eigenvalue=largest,
+            negative_curvature=negative,
+            residuals=tuple(residuals),
         )
+
+    def _certified(self, block: Block, state: SolverState | None) -> tuple[list[Tensor], SolveStats]:
+        """Cycles, each from the true residual that the one before left: one, if all goes well."""
+        best = Certified(block, self.tol)
+        if self.warm_start:
+            best.warm_start(state)
+        estimate = Estimate(best, state) if self.step_size == "auto" else None
+        step_size = None if self.step_size == "auto" else self.step_size
+        iterations, curvatures = 0, []
+        rows = best.unsolved()
+        while len(rows) and iterations < self.steps:
+            if estimate is not None:
+                rows = estimate.explore(rows)
+                if not len(rows):
+                    break
+                step_size = _best_step(estimate)
+            assert step_size is not None
+            before = best.norms[rows]
+            x, residual = best.at(rows)
+            cycle = [Series([r]) for r in residual]
+            goals = np.maximum(best.goals[rows], torch.finfo(residual.dtype).eps * before if self.tol else 0) ** 2
+            iterations += run(cycle, RowProducts(block), step_size, self.steps - iterations, goals.tolist())
+            again = estimate is not None and any(s.grew for s in cycle) and estimate.renew()
+            for s in cycle:
+                if s.grew and not again:
+                    s.rewind(RowProducts(block), step_size)
+                elif s.grew:
+                    s.p[0] -= s.v[0]  # whose residual was seen to be a little above the best, and not that of p
+                s.finish(step_size)
+            best.offer(rows, x + torch.stack([s.p[0] for s in cycle]))
+            rows = _go_on(best, rows, before, cycle, again)
+            curvatures += [s.curvature for s in cycle]
+        if estimate is not None:
+            estimate.leave(good=self.tol is None or not len(best.unsolved()))
+        if self.warm_start and state is not None:
+            state.solution = block.unflatten(best.solution.clone())
+        largest, negative = _seen(curvatures, self.damping)
+        if estimate is not None:
+            largest, negative = estimate.largest_of_h, negative or estimate.indefinite
+        return best.result(iterations, step_size=step_size, largest_eigenvalue=largest, negative_curvature=negative)
+
+
+def _best_step(estimate: Estimate) -> float:
+    """`2 / (largest + smallest)`, at which the extreme eigenvalues converge alike."""
+    if estimate.largest > 0:
+        return 2 / (estimate.upper + max(estimate.smallest, 0.0))
+    return -1 / estimate.smallest if estimate.smallest < 0 else 1.0  # no step converges: one that does little harm
+
+
+def _go_on(best: Certified, rows: Rows, before: Floats, cycle: Sequence[Series], again: bool) -> Rows:
+    """The rows for which another cycle makes sense; says why the others have stopped."""
+    going = []
+    for row, norm, s in zip(rows, before, cycle, strict=True):
+        if best.norms[row] <= best.goals[row]:
+            continue
+        if (s.grew and again) or (s.reached and best.norms[row] <= _PROGRESS * norm):
+            going.append(row)
+        elif s.grew or s.reached:
+            best.reasons[row] = "diverged" if s.grew else "stagnated"
+    return np.array(going, dtype=np.intp)
+
+
+def _seen(curvatures: Sequence[float | None], damping: float) -> tuple[float | None, bool]:
+    """An estimate of the largest eigenvalue of H, and whether there is negative curvature, from what grew."""
+    known = [curvature for curvature in curvatures if curvature is not None]
+    positive = [curvature - damping for curvature in known if curvature > 0]
+    return max(positive, default=None), any(curvature < 0 for curvature in known)

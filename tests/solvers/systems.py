@@ -50,3 +50,31 @@ def symmetric(dtype: torch.dtype = torch.float64) -> System:
     matrix = basis @ torch.diag(values) @ basis.T
     b = torch.randn(n, generator=generator, dtype=torch.float64)
     return System(matrix.to(dtype), cut(b.to(dtype)))
+
+
+@dataclass
+class Operator:
+    """`v -> matrix v` for one tensor of shape (n,), with a `batched` of its own; `products` counts the vectors."""
+
+    matrix: Tensor  # (n, n)
+    products: int = 0
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        self.products += 1
+        return [self.matrix @ vectors[0]]
+
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        self.products += len(vectors[0])
+        return [vectors[0] @ self.matrix]
+
+
+def with_eigenvalues(values: Tensor, dtype: torch.dtype = torch.float64, seed: int = 3) -> Tensor:
+    """(n,) float64 -> (n, n), symmetric, with these eigenvalues in a random basis."""
+    gaussian = torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = torch.linalg.qr(gaussian)[0]
+    matrix = basis @ torch.diag(values) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 4) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -7,7 +7,7 @@ import torch
 
 from auxfast.solvers import Identity
 
-from .systems import flat, symmetric
+from .systems import Operator, flat, gaussian, symmetric, with_eigenvalues
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3])
@@ -31,9 +31,29 @@ def test_zero_right_hand_side():
     assert (stats.residual, stats.converged, stats.stop_reason) == (0.0, True, "trivial")
 
 
-def test_an_operator_that_returns_nan_has_an_infinite_residual():
-    _, stats = Identity().solve(lambda v: [t * torch.nan for t in v], [torch.ones(3)])
-    assert stats.residual == float("inf")
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_where_the_residual_is_unknown_it_returns_zeros(broken):
+    x, stats = Identity().solve(lambda v: [t * broken for t in v], [torch.ones(3)])
+    assert torch.equal(x[0], torch.zeros(3))
+    assert (stats.residual, stats.converged, stats.stop_reason) == (1.0, False, "diverged")
+
+
+def test_never_overflows():
+    x, stats = Identity(3e38).solve(lambda v: v, [torch.full((3,), 1e3)])
+    assert torch.equal(x[0], torch.zeros(3))
+    assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_several_right_hand_sides(together):
+    operator = Operator(with_eigenvalues(torch.linspace(0.5, 2, 6, dtype=torch.float64)))
+    b = torch.stack([gaussian(6), torch.zeros(6, dtype=torch.float64), gaussian(6, seed=8)])
+    (x,), stats = Identity(0.7).solve(operator if together else lambda v: operator(v), [b], batched=True)
+    assert torch.equal(x, 0.7 * b)
+    alone = [Identity(0.7).solve(operator, [row])[1].residual for row in b]
+    assert stats.residuals == pytest.approx(alone, rel=1e-12)
+    assert (stats.residual, stats.matvecs, stats.stop_reason) == (max(stats.residuals), 3, "steps")
+    assert alone[1] == 0
 
 
 def test_right_hand_side_stays_and_solution_has_no_graph():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
 
-from auxfast.solvers import Neumann
+from auxfast.solvers import Neumann, SolverState
 
-from .systems import cut, flat, symmetric
+from .systems import Operator, cut, flat, gaussian, symmetric, with_eigenvalues
 
 
 def series(matrix: Tensor, b: Tensor, step_size: float, terms: int) -> Tensor:
@@ -50,14 +48,18 @@ def test_converges_to_the_inverse_whatever_the_step_size(step_size):
     assert stats.converged
     assert stats.stop_reason == "converged"
     assert stats.residual <= 1e-12
-    assert stats.iterations == stats.matvecs == system.products < 2000
+    assert stats.residual == pytest.approx(system.residual(x), rel=1e-3)
+    assert stats.iterations + 1 == stats.matvecs == system.products < 2000  # one to certify it
 
 
 def test_tolerance_stops_at_the_first_step_that_meets_it():
     system = symmetric()
-    _, stats = Neumann(1000, 1.0, tol=0.01).solve(system.matvec, system.rhs)
+    x, stats = Neumann(1000, 1.0, tol=0.01).solve(system.matvec, system.rhs)
+    _, same = Neumann(stats.iterations, 1.0).solve(system.matvec, system.rhs)  # whose figures are one term behind
     _, before = Neumann(stats.iterations - 1, 1.0).solve(system.matvec, system.rhs)
-    assert stats.residual <= 0.01 < before.residual
+    assert same.residual <= 0.01 < before.residual
+    assert stats.residual == pytest.approx(system.residual(x), rel=1e-12)
+    assert stats.residual < same.residual
 
 
 def test_tolerance_out_of_reach_is_not_called_convergence():
@@ -89,35 +91,93 @@ def test_zero_right_hand_side_is_solved_whatever_the_operator():
     assert stats.stop_reason == "trivial"
 
 
+@pytest.mark.parametrize("looks", [1, 8])
 @pytest.mark.parametrize("tol", [None, 1e-3])
-def test_divergence_is_never_silent(tol):
+@pytest.mark.parametrize("step_size", [2.05, 2.5, 30.0, 1e6])
+def test_growth_returns_the_best_sum(tol, step_size, looks, monkeypatch):
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
     system = symmetric()
-    with pytest.warns(RuntimeWarning, match="below 2 / "):
-        _, stats = Neumann(50, 2.5, tol=tol).solve(system.matvec, system.rhs)
+    wanted = min(
+        (series(system.matrix, flat(system.rhs), step_size, terms) for terms in range(60)),
+        key=lambda x: system.residual(cut(x)),
+    )
+    x, stats = Neumann(60, step_size, tol).solve(system.matvec, system.rhs)
+    torch.testing.assert_close(flat(x), wanted, rtol=1e-9, atol=1e-12)
     assert (stats.converged, stats.stop_reason) == (False, "diverged")
-    assert stats.residual > 1
-    assert (stats.iterations < 50) == (tol is not None)
+    assert stats.residual == pytest.approx(system.residual(x), rel=1e-9)
+    assert stats.residual <= 1
+    assert stats.iterations < 60
+    assert stats.matvecs == system.products
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_overflow_has_an_infinite_residual(dtype):
-    system = symmetric(dtype=dtype)
-    with pytest.warns(RuntimeWarning, match="diverged"):
-        _, stats = Neumann(400, 30.0).solve(system.matvec, system.rhs)
-    assert stats.residual == float("inf")
+def test_growth_tells_about_the_largest_eigenvalue():
+    system = symmetric()
+    _, stats = Neumann(60, 2.5).solve(system.matvec, system.rhs)
+    assert 0.7 < stats.largest_eigenvalue <= 1
+    assert not stats.negative_curvature
 
 
-def test_an_operator_that_returns_nan_diverges():
-    with pytest.warns(RuntimeWarning, match="diverged"):
-        _, stats = Neumann(3, 1.0).solve(lambda v: [t * torch.nan for t in v], [torch.ones(3)])
-    assert (stats.residual, stats.stop_reason) == (float("inf"), "diverged")
+@pytest.mark.parametrize(("smallest", "step_size"), [(-0.3, 0.5), (-0.3, "auto"), (-3.0, 0.5), (-3.0, "auto")])
+def test_negative_curvature_ends_it_at_the_best_sum(smallest, step_size):
+    operator = Operator(with_eigenvalues(torch.linspace(smallest, 1, 40, dtype=torch.float64)))
+    b = gaussian(40)
+    (x,), stats = Neumann(200, step_size).solve(operator, [b])
+    assert stats.stop_reason == "diverged"
+    assert stats.residual == pytest.approx(float((b - operator.matrix @ x).norm() / b.norm()), rel=1e-9)
+    assert stats.residual <= 1
+    assert stats.matvecs == operator.products
+    assert stats.negative_curvature == (step_size == "auto" or smallest == -3)  # the first growth shows it, or not yet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("looks", [1, 8])
+def test_overflow_returns_zeros(dtype, tol, looks, monkeypatch):
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
+    x, stats = Neumann(400, 1e35, tol).solve(lambda v: [t * 3 for t in v], [torch.ones(9, dtype=dtype)])
+    assert not x[0].any()
+    assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_a_step_size_beyond_all_bounds(tol):
+    x, stats = Neumann(400, 1e300, tol).solve(lambda v: [t * 3 for t in v], [torch.ones(9, dtype=torch.float64)])
+    assert not x[0].any()
+    assert (stats.residual, stats.stop_reason, stats.negative_curvature) == (1.0, "diverged", False)
+
+
+def test_a_sum_that_may_overflow_is_not_returned():
+    x, stats = Neumann(3, 3e38).solve(lambda v: [0 * t for t in v], [torch.full((9,), 2.0)])
+    assert not x[0].any()
+    assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
+
+
+@pytest.mark.parametrize("step_size", [1.0, "auto"])
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_an_operator_that_returns_nan_diverges(step_size, tol):
+    x, stats = Neumann(3, step_size, tol).solve(lambda v: [t * torch.nan for t in v], [torch.ones(3)])
+    assert torch.equal(x[0], torch.zeros(3))
+    assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
+
+
+@pytest.mark.parametrize("step_size", [1.0, "auto"])
+@pytest.mark.parametrize("fails", [1, 2, 5, 9, 10, 11, 14])
+def test_an_operator_that_fails_once_does_no_harm(step_size, fails):
+    system = symmetric()
+
+    def matvec(vectors):
+        products = system.matvec(vectors)
+        return [t * torch.inf for t in products] if system.products == fails else products
+
+    x, stats = Neumann(6, step_size).solve(matvec, system.rhs)
+    assert flat(x).isfinite().all()
+    assert system.residual(x) <= stats.residual * (1 + 1e-9)
+    assert stats.residual <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_flat_operator_is_not_divergence(dtype):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, stats = Neumann(3, 1.0).solve(lambda v: [torch.zeros_like(t) for t in v], [torch.rand(999).to(dtype)])
+    _, stats = Neumann(3, 1.0).solve(lambda v: [torch.zeros_like(t) for t in v], [torch.rand(999).to(dtype)])
     assert stats.residual == pytest.approx(1)
     assert stats.stop_reason == "steps"
 
@@ -145,14 +205,21 @@ def test_keeps_dense_layouts_and_accepts_others():
     assert x[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_reads_the_device_once_without_a_tolerance(monkeypatch):
+@pytest.mark.parametrize(("step_size", "tol"), [(1.0, None), (1.0, 1e-12), ("auto", 1e-12)])
+def test_waits_for_a_gpu_every_8_steps_only(step_size, tol, monkeypatch):
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: 8)
     reads = []
-    for name in ("item", "tolist", "__float__", "__bool__"):
+    for name in ("item", "tolist", "__float__", "__bool__", "numpy", "cpu"):
         method = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, *a, _m=method, _n=name: (reads.append(_n), _m(self, *a))[1])
-    system = symmetric()
-    Neumann(10, 1.0).solve(system.matvec, system.rhs)
-    assert reads == ["tolist"]
+    counts = []
+    for steps in (24, 48):
+        reads.clear()
+        system = symmetric()
+        _, stats = Neumann(steps, step_size, tol).solve(system.matvec, system.rhs)
+        assert stats.iterations == steps
+        counts.append(len(reads))
+    assert counts[1] - counts[0] == 3
 
 
 def test_low_precision():
@@ -202,14 +269,16 @@ def test_matvec_of_the_wrong_shape_is_named():
         ((0, 1.0), "steps must be"),
         ((1.5, 1.0), "steps must be"),
         ((True, 1.0), "steps must be"),
-        ((3, 0.0), "step_size must be"),
-        ((3, -1.0), "step_size must be"),
-        ((3, float("nan")), "step_size must be"),
-        ((3, float("inf")), "step_size must be"),
-        ((3, "auto"), "step_size must be"),
+        ((3, 0.0), "step_size, if it is not"),
+        ((3, -1.0), "step_size, if it is not"),
+        ((3, float("nan")), "step_size, if it is not"),
+        ((3, float("inf")), "step_size, if it is not"),
+        ((3, "best"), "step_size, if it is not"),
+        ((3, True), "step_size, if it is not"),
         ((3, 1.0, 0.0), "tol must be"),
         ((3, 1.0, 1.0), "tol must be"),
         ((3, 1.0, float("nan")), "tol must be"),
+        ((3, 1.0, None, -1.0), "damping must be"),
     ],
 )
 def test_settings_are_checked(arguments, message):
@@ -221,3 +290,88 @@ def test_is_a_value():
     assert Neumann(3, 0.1) == Neumann(steps=3, step_size=0.1, tol=None)
     with pytest.raises(AttributeError):
         Neumann(3, 0.1).steps = 4
+
+
+def test_defaults_work():
+    system = symmetric()
+    x, stats = Neumann().solve(system.matvec, system.rhs)
+    assert stats.residual == pytest.approx(system.residual(x), rel=1e-6)
+    assert stats.residual < 0.05
+    assert stats.matvecs == system.products == 8 + 1 + 20 + 1  # Lanczos and its solution, the series and its sum
+
+
+@pytest.mark.parametrize("damping", [0.3, 5.0])
+@pytest.mark.parametrize("batched", [False, True])
+def test_damping(damping, batched):
+    operator = Operator(with_eigenvalues(torch.linspace(-0.1, 1, 12, dtype=torch.float64)))
+    damped = operator.matrix + damping * torch.eye(12, dtype=torch.float64)
+    b, step_size = gaussian(3, 12), 1 / (1 + damping)
+    (x,), stats = Neumann(5, step_size, damping=damping).solve(operator, [b if batched else b[0]], batched=batched)
+    wanted = torch.stack([series(damped, row, step_size, 6) for row in b])
+    torch.testing.assert_close(x, wanted if batched else wanted[0])
+    assert stats.matvecs == operator.products
+    (x,), stats = Neumann(500, "auto", 1e-10, damping).solve(operator, [b[0]])
+    torch.testing.assert_close(x, torch.linalg.solve(damped, b[0]), rtol=1e-8, atol=1e-8)
+    assert stats.largest_eigenvalue == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("arguments", [(7, 1.0), (500, 1.0, 1e-6), (500, 2.1, 1e-6), (40, "auto"), (500, "auto", 1e-6)])
+@pytest.mark.parametrize("together", [True, False])
+def test_several_right_hand_sides_are_as_one_at_a_time(arguments, together):
+    matrix = with_eigenvalues(torch.linspace(0.1, 1, 30, dtype=torch.float64))
+    operator = Operator(matrix)
+    b = torch.stack([gaussian(30), torch.zeros(30, dtype=torch.float64), 1e3 * gaussian(30, seed=5), matrix[0]])
+    solver = Neumann(*arguments)
+    matvec = operator if together else lambda v: operator(v)
+    (x,), stats = solver.solve(matvec, [b], batched=True)
+    assert stats.matvecs == operator.products
+    assert x.shape == b.shape
+    for row, solution, residual in zip(b, x, stats.residuals, strict=True):
+        (alone,), one = solver.solve(operator, [row])
+        if arguments[1] == "auto":  # the eigenvalues are estimated from all right-hand sides together
+            assert residual <= max(3 * one.residual, 1e-6)
+        else:
+            torch.testing.assert_close(solution, alone, rtol=1e-9, atol=1e-9)
+            assert residual == pytest.approx(one.residual, rel=1e-6, abs=1e-12)
+    assert stats.residual == max(stats.residuals)
+    assert stats.residuals[1] == 0
+
+
+def test_state_keeps_the_eigenvalues_and_the_solution():
+    operator = Operator(with_eigenvalues(torch.linspace(0.1, 1, 30, dtype=torch.float64)))
+    b, state = gaussian(30), SolverState()
+    solver = Neumann(300, "auto", 1e-6, warm_start=True)
+    _, first = solver.solve(operator, [b], state=state)
+    assert 0.9 <= state.largest_eigenvalue <= 1 + 1e-12
+    assert first.largest_eigenvalue == state.largest_eigenvalue
+    _, again = solver.solve(operator, [b], state=state)
+    assert (again.matvecs, again.iterations, again.stop_reason) == (1, 0, "converged")
+    _, near = solver.solve(operator, [b + 1e-3 * gaussian(30, seed=9)], state=state)
+    assert near.converged
+    assert near.matvecs < first.matvecs
+    _, other = solver.solve(operator, [torch.cat([b, b])[:30].reshape(5, 6).reshape(30)], state=SolverState())
+    assert other.matvecs == first.matvecs
+
+
+def test_eigenvalues_that_no_longer_hold_are_estimated_anew():
+    operator, b = Operator(with_eigenvalues(torch.linspace(0.1, 1, 30, dtype=torch.float64))), gaussian(30)
+    solver, state = Neumann(300, "auto", 1e-6), SolverState()
+    solver.solve(operator, [b], state=state)
+    operator.matrix *= 100
+    (x,), stats = solver.solve(operator, [b], state=state)
+    assert stats.converged
+    torch.testing.assert_close(operator.matrix @ x, b, rtol=0, atol=1e-5)
+    assert state.largest_eigenvalue > 90
+    operator.matrix /= 1e4  # far too small a step is noticed by the tolerance only
+    _, slow = solver.solve(operator, [b], state=state)
+    assert not slow.converged
+    assert solver.solve(operator, [b], state=state)[1].converged
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 0), (2, 2)])
+@pytest.mark.parametrize("step_size", [0.25, "auto"])
+def test_shapes(shape, step_size):
+    b = torch.ones(shape, dtype=torch.float64)
+    (x,), stats = Neumann(200, step_size, 1e-9).solve(lambda v: [4 * v[0]], [b])
+    torch.testing.assert_close(x, b / 4)
+    assert stats.converged

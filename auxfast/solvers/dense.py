@@ -1,0 +1,93 @@
+"""The whole matrix, solved exactly: for small problems, and to check the other solvers against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
+from auxfast.solvers.certificate import Certified
+
+_CHUNK = 32  # unit vectors in one batched product
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Forms `H + damping I` from its products with the unit vectors, and inverts its eigenvalues, in float64.
+
+    n parameters take n products, three matrices of `8 n^2` bytes (600 MB for 5000) and some `10 n^3` operations. The
+    matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. An operator that is not
+    symmetric by more shows in the residual.
+
+    **Singular H.** Eigenvalues within rounding, `sqrt(n) eps` of the largest, eps being that of the parameters' dtype,
+    are left out: of the solutions of the smallest residual it is the shortest one (the pseudo-inverse's). Should that
+    residual be above `tol`, the stop reason is `stagnated`.
+
+    Args:
+        damping: at least 0; added to every eigenvalue of H.
+        tol: what relative residual `SolveStats` calls converged, between 0 and 1; nothing else depends on it.
+        max_size: the most parameters that it accepts.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    damping: float = 0.0
+    tol: float | None = 1e-3
+    max_size: int = 5000
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_tol(self.tol)
+        check_steps("max_size", self.max_size)
+
+    def solve(
+        self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
+    ) -> tuple[list[Tensor], SolveStats]:
+        """Solves `(H + damping I) x = rhs`; see `Solver.solve`. Neither uses nor updates `state`.
+
+        Raises:
+            ValueError: more than `max_size` parameters; or see `Block`.
+            RuntimeError: `matvec` returns other shapes or dtypes than it was given.
+        """
+        block = Block(matvec, rhs, self.damping, batched)
+        size = block.rhs.shape[1]
+        if size > self.max_size:
+            raise ValueError(
+                f"Dense would form {size} x {size} numbers ({8 * size**2 / 1e9:.1f} GB), and its max_size is "
+                f"{self.max_size}: use MINRES(), which forms no matrix, or Dense(max_size={size})"
+            )
+        best = Certified(block, self.tol)
+        rows = best.unsolved()
+        if len(rows) == 0:
+            return best.result(iterations=0)
+        matrix = _form(block)
+        if not bool(matrix.isfinite().all()):
+            best.blame("diverged")
+            return best.result(iterations=0)
+        values, vectors = torch.linalg.eigh((matrix + matrix.T).mul_(0.5))
+        rounding = size**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
+        inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)
+        x = ((best.at(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)
+        best.offer(rows, x.to(block.rhs.dtype))
+        best.blame("stagnated")
+        return best.result(
+            iterations=0,
+            largest_eigenvalue=float(values[-1]) - self.damping,
+            negative_curvature=bool(values[0] < -rounding),
+        )
+
+
+def _form(block: Block) -> Tensor:
+    """(n, n) float64: row i is the product with the i-th unit vector."""
+    size = block.rhs.shape[1]
+    matrix = block.rhs.new_empty(size, size, dtype=torch.float64)
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        units = block.rhs.new_zeros(stop - start, size)
+        units[:, start:stop].fill_diagonal_(1)
+        matrix[start:stop] = block.product(units)
+    return matrix

@@ -1,0 +1,138 @@
+"""MINRES (Paige & Saunders 1975), for any symmetric Hessian: the solver that is used where none is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.solvers.certificate import Floats
+from auxfast.solvers.krylov import BROKEN, REACHED, SINGULAR, KrylovSolver, Recurrence, Scalars
+from auxfast.solvers.preconditioners import Apply
+
+_NULL = 0.1  # of the machine epsilon: with less curvature, relative to the largest, a residual is a null vector of H
+
+
+@dataclass(frozen=True)
+class MINRES(KrylovSolver):
+    """The iterate of the smallest residual over the Krylov space of `b`: the best there is for a number of products.
+
+    It needs no step size, its residual cannot grow, and H may be indefinite. About `sqrt(condition number) / 2 *
+    log(2 / accuracy)` steps if it is not, and no more than H has distinct eigenvalues in any case.
+
+    **Negative curvature** is noticed, at no cost, as soon as the Krylov space holds any; the stats say so, since the
+    inner parameters are then at no minimum. The solution is still that of the linear system.
+
+    **Singular H.** If `b` is in its range, the solution is the shortest one. If not, the residual cannot become 0: the
+    iteration ends (`stagnated`) before a step along null vectors of H, so long that its rounding outweighs its gain. So
+    it does if H is singular to the precision of the parameters; damping mends that.
+
+    **With a preconditioner** the residual is smallest in the norm of that, and its Euclidean norm, which decides when
+    to stop, may rise on the way.
+
+    Args:
+        steps: at most, each of one product; a further product tells the true residual in the end.
+        tol: stop once the relative residual is at most this, between 0 and 1. `None`: go on to working precision.
+        damping: at least 0; added to every eigenvalue of H.
+        warm_start: start from `state.solution` if that has a smaller residual than x = 0; costs a product.
+        preconditioner: such as `Jacobi()`.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    @staticmethod
+    def _recurrence(x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> Recurrence:
+        return _MINRES(x, residual, goals, precondition)
+
+
+class _MINRES(Recurrence):
+    """The Lanczos process, and the QR factorisation of its tridiagonal matrix by one rotation (c, s) a step.
+
+    Names as in the authors' own program (stanford.edu/group/SOL/software/minres), which differs from the paper in
+    signs. A Lanczos vector is v = z / beta with z = M u, M the preconditioner and u . z = beta^2.
+    """
+
+    def __init__(self, x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> None:
+        super().__init__(x, goals, precondition)
+        self.u, self.u_old = residual, residual  # the latter with a coefficient of 0
+        self.r = residual.clone() if precondition else residual  # updated with a preconditioner only
+        z = precondition(residual) if precondition else residual
+        self.beta = self.xp.sqrt(self.scalars(row_dots(residual, z)))
+        self.direction = self.v = torch.zeros_like(x)
+        linear_combination_(self.v, [z], self.coefficients(self.zero, 1 / self.beta))
+        # Rounding in w grows with the square of the condition number (Sleijpen, van der Vorst & Modersitzki 2000), so
+        # w and x are float64: in float32 the solution would be lost from a condition number of 1e4 on.
+        self.x, self.v_double = x.double(), self.v.double()
+        self.w, self.w_old = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self.phibar = self.beta
+        self.c, self.s = -self.one, self.zero
+        self.dbar, self.epsilon = self.zero, self.zero  # `epsilon_old` is that of this step's column
+        self.beta_ratio = self.zero  # beta / the one before
+        self.largest = self.zero  # the longest column of the tridiagonal matrix: at most |H|
+
+    def step(self, product: Tensor) -> None:
+        alfa, z = self._lanczos(product)
+        delta, gbar = self._apply_rotation(alfa)
+        self._check_curvature(alfa, gbar)
+
+        gamma = self.xp.hypot(gbar, self.beta)
+        self.c, self.s = gbar / gamma, self.beta / gamma
+        phi, phibar_old, self.phibar = self.c * self.phibar, self.phibar, self.s * self.phibar
+
+        coefficients = self.coefficients(-self.epsilon_old / gamma, -delta / gamma, 1 / gamma)
+        ww = self.scalars(linear_combination_(self.w_old, [self.w, self.v_double.copy_(self.v)], coefficients))
+        self.w, self.w_old = self.w_old, self.w
+        if not self.precondition:  # whose norm phibar would have, but not w
+            self._check_gain(phibar_old, abs(phi) * self.xp.sqrt(ww))
+        linear_combination_(self.x, [self.w], self.coefficients(self.one, phi))
+
+        norm = self.phibar
+        if self.precondition:  # r = s^2 r - (c phibar / beta) u, whose second coefficient may be 0 / 0 as it stands
+            coefficients = self.coefficients(self.s**2, -self.c * phibar_old / gamma)
+            norm = self.xp.sqrt(self.scalars(linear_combination_(self.r, [self.u], coefficients)))
+        self.stop(norm <= self.goals, REACHED)
+        linear_combination_(self.v, [z], self.coefficients(self.zero, 1 / self.beta))
+
+    def _lanczos(self, product: Tensor) -> tuple[Scalars, Tensor]:
+        """`product` becomes the next u; returns alfa = v . A v, and M u."""
+        alfa = self.scalars(row_dots(self.v, product))
+        coefficients = self.coefficients(self.one, -alfa / self.beta, -self.beta_ratio)
+        squares = linear_combination_(product, [self.u, self.u_old], coefficients)
+        self.u, self.u_old = product, self.u
+        z = self.precondition(product) if self.precondition else product
+        beta = self.xp.sqrt(self.scalars(row_dots(product, z) if self.precondition else squares))
+        self.record(alfa, beta)
+        self.beta, self.beta_ratio = beta, beta / self.beta
+        return alfa, z
+
+    def _apply_rotation(self, alfa: Scalars) -> tuple[Scalars, Scalars]:
+        """The last rotation on the new column of the tridiagonal matrix; returns delta and gbar."""
+        delta = self.c * self.dbar + self.s * alfa
+        gbar = self.s * self.dbar - self.c * alfa
+        self.epsilon_old, self.epsilon = self.epsilon, self.s * self.beta
+        self.dbar = -self.c * self.beta
+        return delta, gbar
+
+    def _check_curvature(self, alfa: Scalars, gbar: Scalars) -> None:
+        """For the residual r before this step, `r . A r / r . r = -c gbar` (Liu & Roosta 2022, "MINRES: from negative
+        curvature detection to monotonicity properties") and `|A r| / |r| = hypot(gbar, dbar)` (in Paige & Saunders)."""
+        curvature, slope = -self.c * gbar, self.xp.hypot(gbar, self.dbar)
+        self.stop(~self.xp.isfinite(slope), BROKEN)  # a preconditioner that is not positive definite, too
+        self.largest = self.xp.maximum(self.largest, self.xp.hypot(alfa, self.beta))
+        flat = self.tiny * self.largest
+        self.negative_curvature |= self.active & (curvature < -flat)
+        null = (abs(curvature) <= _NULL * flat) & (slope**2 <= _NULL * flat * self.largest)
+        self.stop(null, SINGULAR)
+
+    def _check_gain(self, phibar_old: Scalars, length: Scalars) -> None:
+        """Stops before a step of this length if its rounding, in a product with H, is more than it takes from the
+        residual: it would go along null vectors. Rounding within `sqrt(eps)` of the residual never matters."""
+        rounding = self.tiny * self.largest * length
+        allowed = self.xp.maximum(self.tiny**0.5 * phibar_old, phibar_old - self.phibar)
+        self.stop(~(rounding < allowed), SINGULAR)
+
+    def best(self) -> Tensor:
+        return self.x.to(self.v.dtype)

@@ -1,0 +1,138 @@
+"""Preconditioners of the Krylov solvers: what one is, how solves of a slowly changing system share one, and Jacobi."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from auxfast.solvers.base import Block, SolverState, check_steps
+
+Apply = Callable[[Tensor], Tensor]
+"""Rows (k, n) -> new rows (k, n): each times one fixed symmetric positive definite matrix near `(H + damping I)^-1`."""
+
+
+class Preconditioner(Protocol):
+    """A setting, compared by value; `build` does the work and may spend products."""
+
+    @property
+    def refresh(self) -> int:
+        """How many solves one `build` serves."""
+        ...
+
+    def build(self, block: Block) -> Apply | None:
+        """Approximates the inverse of `block`'s operator; None where its products are not finite."""
+        ...
+
+
+def prepare(preconditioner: Preconditioner | None, block: Block, state: SolverState | None) -> Apply | None:
+    """What `preconditioner` builds for `block`, or what `state` holds of an earlier solve as long as that fits.
+
+    It fits if it was built with equal settings and damping, for rows of the same size, dtype and device, fewer than
+    `preconditioner.refresh` solves ago. The products of a build count in `block.matvecs`. None: solve without.
+    """
+    if preconditioner is None:
+        return None
+    if state is None:
+        return preconditioner.build(block)
+    key = (preconditioner, block.damping, block.rhs.shape[1], block.rhs.dtype, block.rhs.device)
+    if state.preconditioner is not None and state.preconditioner[0] == key:
+        state.preconditioner_age += 1
+        if state.preconditioner_age < preconditioner.refresh:
+            held: Apply = state.preconditioner[1]
+            return held
+    built = preconditioner.build(block)
+    state.preconditioner = None if built is None else (key, built)
+    state.preconditioner_age = 0
+    return built
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """The inverse of the diagonal of `H + damping I`, for parameters of very different curvature.
+
+    The diagonal of H is the one given; else exact, of n unit vectors, if that is at most `probes` products; else
+    Hutchinson's estimate, the mean of `z * H z` over `probes` random sign vectors z. An entry is taken by its modulus,
+    and not below the standard error of its estimate; those that rounding alone could have made are set to the least of
+    the others. Of few probes the estimate is noisy, which costs steps where the curvatures do not differ much.
+
+    Args:
+        diagonal: of H, one tensor per parameter, of its shape; read anew for each solve. None: from products.
+        probes: products at most, at least 1.
+        seed: of a private random generator.
+        refresh: how many solves one estimate serves, at least 1.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    diagonal: Sequence[Tensor] | None = field(default=None, compare=False)  # tensors do not compare to one bool
+    probes: int = 8
+    seed: int = 0
+    refresh: int = 10
+
+    def __post_init__(self) -> None:
+        check_steps("probes", self.probes)
+        check_seed(self.seed)
+        check_steps("refresh", self.refresh)
+        if self.diagonal is not None:
+            object.__setattr__(self, "refresh", 1)  # costs no products, and the user may have changed it
+
+    def build(self, block: Block) -> Apply | None:
+        """See `Preconditioner.build`; `min(n, probes)` products, none if the diagonal is given.
+
+        Raises:
+            ValueError: `diagonal` does not have the shapes of the parameters, or is not finite.
+        """
+        if self.diagonal is not None:
+            diagonal = self._given(block)
+            error = torch.zeros_like(diagonal)
+        else:
+            diagonal, error = self._estimate(block)
+        if not bool(diagonal.isfinite().all()):
+            return None
+        modulus = torch.maximum(diagonal.abs(), error)
+        certain = modulus > torch.finfo(block.rhs.dtype).eps * modulus.max()
+        least = torch.where(certain, modulus, math.inf).min()
+        least = torch.where(least.isfinite(), least, 1)  # of H = 0
+        inverse = torch.where(certain, modulus, least).reciprocal()
+        return partial(torch.mul, inverse.to(block.rhs.dtype))  # (n,) times (k, n)
+
+    def _given(self, block: Block) -> Tensor:
+        """(n,), of `H + damping I`"""
+        assert self.diagonal is not None
+        given, wanted = [tuple(t.shape) for t in self.diagonal], [tuple(shape) for shape in block.shapes]
+        if given != wanted:
+            raise ValueError(f"diagonal must have the shapes of the parameters, {wanted}, got {given}")
+        diagonal = torch.cat([tensor.detach().reshape(-1) for tensor in self.diagonal]).to(block.rhs)
+        if not bool(diagonal.isfinite().all()):
+            raise ValueError("diagonal is not finite")
+        return diagonal + block.damping
+
+    def _estimate(self, block: Block) -> tuple[Tensor, Tensor]:
+        """(n,), of `H + damping I`; and (n,), its standard error."""
+        size, device = block.rhs.shape[1], block.rhs.device
+        dtype = torch.promote_types(block.rhs.dtype, torch.float32)
+        if size <= self.probes:
+            diagonal = block.product(torch.eye(size, dtype=block.rhs.dtype, device=device)).diagonal().to(dtype)
+            return diagonal, torch.zeros_like(diagonal)
+        coins = torch.randint(2, (self.probes, size), generator=private_generator(device, self.seed), device=device)
+        signs = (2 * coins - 1).to(block.rhs.dtype)  # (probes, n)
+        samples = (signs * block.product(signs)).to(dtype)
+        mean = samples.mean(dim=0)
+        return mean, (samples - mean).square().sum(dim=0).sqrt() / math.sqrt(self.probes * max(self.probes - 1, 1))
+
+
+def check_seed(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {value!r}")
+
+
+def private_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Leaves the global random state as it is."""
+    return torch.Generator(device).manual_seed(seed)
