@@ -4,15 +4,29 @@ __version__ = "0.1.0"
 
 from auxfast import nn, solvers
 from auxfast._native import build_info, reference_kernels
-from auxfast.implicit import HypergradientResult, HyperOptimizer, hypergradient
+from auxfast.implicit import (
+    HypergradientReport,
+    HypergradientResult,
+    HyperOptimizer,
+    UsefulnessResult,
+    auxiliary_usefulness,
+    hypergradient,
+    preserved_state,
+    verify_hypergradient,
+)
 
 __all__ = [
     "HyperOptimizer",
+    "HypergradientReport",
     "HypergradientResult",
+    "UsefulnessResult",
     "__version__",
+    "auxiliary_usefulness",
     "build_info",
     "hypergradient",
     "nn",
+    "preserved_state",
     "reference_kernels",
     "solvers",
+    "verify_hypergradient",
 ]

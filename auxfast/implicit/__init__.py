@@ -2,5 +2,18 @@
 
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.optimizer import HyperOptimizer
+from auxfast.implicit.state_guard import preserved_state
+from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
+from auxfast.implicit.verify import Agreement, HypergradientReport, verify_hypergradient
 
-__all__ = ["HyperOptimizer", "HypergradientResult", "hypergradient"]
+__all__ = [
+    "Agreement",
+    "HyperOptimizer",
+    "HypergradientReport",
+    "HypergradientResult",
+    "UsefulnessResult",
+    "auxiliary_usefulness",
+    "hypergradient",
+    "preserved_state",
+    "verify_hypergradient",
+]

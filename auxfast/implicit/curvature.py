@@ -1,43 +1,250 @@
-"""Products with the second derivatives of the inner loss, reverse over reverse from one retained graph."""
+"""Products with the second derivatives of the inner loss, from recorded graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from auxfast.implicit.arguments import check_independent
+from auxfast.implicit.graph import SilentBreaks, graph_from, is_compiled, vectors_together, vjp, without_double_backward
+from auxfast.implicit.losses import Evaluation, add, check_connected
 
-class Curvature:
-    """`H v` and `v^T d grad / d phi` for `grad`, the gradient of the inner loss in some parameters `W`.
+_FEWEST_TOGETHER = 4  # vectors; preparing fewer for one pass costs more than it saves
+_WAYS_OUT = (
+    "Pass inner_loss as a function and curvature='finite-difference', or compute it without that operator: "
+    "attention, for one, within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and a cuDNN RNN within "
+    "torch.backends.cudnn.flags(enabled=False)."
+)
 
-    The graph of `grad` is recorded once, by the caller (`torch.autograd.grad` with `create_graph=True`), and
-    every product is one backward pass through it.
+
+class Curvature(Protocol):
+    """A symmetric matrix H (n, n), the second derivative of the inner loss or a stand-in for it, as an operator."""
+
+    coupled: list[bool]
+    """Which of the parameters that were given the gradient of the loss depends on: H has only their rows."""
+    params: list[Tensor]
+    """Those parameters."""
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """`H v`; `vectors` and the result: one tensor for each of `params`, of its shape."""
+        ...
+
+    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
+        """`H v` for k vectors at once: the tensors have one more axis of size k in front."""
+        ...
+
+    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient of `<v, d inner / d params>` in each of `outer_params`; `None` where there is no dependence. To
+        be asked for last: it may free the graph."""
+        ...
+
+
+class Hessian:
+    """The second derivatives by double backward: the graph of the gradient is recorded once, and every product is one
+    backward pass through it.
 
     Args:
-        grads: the gradient in each parameter; all of them have a graph.
-        params: those parameters, in the same order and of the same shapes.
+        inner: the evaluated loss.
+        params: those that it is differentiated in.
+        retain_graph: keep the graph when `mixed` is done.
+
+    Raises:
+        ValueError: the loss depends on none of `params`.
+        RuntimeError: the graph was freed, or holds something without second derivatives: code that went through
+            `torch.compile`, a Function that is only once differentiable, an operator without a double backward.
     """
 
-    def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self.grads = list(grads)
-        self.params = list(params)
-
-    def matvec(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """`H v`: like `vectors`, one tensor per parameter; zeros where no gradient depends on it."""
-        return list(
-            torch.autograd.grad(
-                self.grads, self.params, vectors, retain_graph=True, allow_unused=True, materialize_grads=True
+    def __init__(self, inner: Evaluation, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+        if is_compiled(inner.nodes):
+            raise RuntimeError(
+                f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
+                "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
+                "curvature='finite-difference'"
             )
-        )
+        with SilentBreaks(inner.nodes) as breaks:
+            grads = inner.gradient(params, retain_graph=True, create_graph=True)
+        if breaks.names:
+            raise _missing_derivative(inner.name, breaks.names)
+        check_connected(inner.name, grads)
+        self.coupled = [grad is not None and grad.requires_grad for grad in grads]
+        self.params = list(compress(params, self.coupled))
+        self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
+        self._inner = inner
+        self._retain_graph = retain_graph
+        self._together: int | None = None  # vectors in one pass
 
-    def mixed(
-        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor], retain_graph: bool
-    ) -> list[Tensor | None]:
-        """`sum of <vector, d grad / d phi>` for each `phi` in `outer_params`, of its shape; `None` where no
-        gradient depends on it."""
-        if not outer_params:
-            return []
-        return list(
-            torch.autograd.grad(self.grads, outer_params, vectors, retain_graph=retain_graph, allow_unused=True)
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return _filled(self._vjp(self._grads, self.params, vectors), vectors)
+
+    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
+        count = len(block[0])
+        if self._together is None:
+            self._together = vectors_together(self._grads)
+        if self._together > 1 and count >= _FEWEST_TOGETHER:
+            try:
+                # An operator that has no batching rule warns, and runs one vector after another, slower than we do.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    pieces = zip(*(tensor.split(self._together) for tensor in block), strict=True)
+                    parts = [self._vmapped(piece) for piece in pieces]
+                return [torch.cat(column) for column in zip(*parts, strict=True)] if len(parts) > 1 else list(parts[0])
+            except (RuntimeError, UserWarning):
+                self._together = 1  # if it is another error, it comes again below
+        return one_at_a_time(self, block)
+
+    def _vmapped(self, block: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        products: tuple[Tensor, ...] = torch.vmap(lambda *vectors: tuple(self(vectors)))(*block)
+        return products
+
+    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
+        if not outer_params or not self._grads:
+            return [None] * len(outer_params)
+        return list(self._vjp(self._grads, outer_params, vectors, self._retain_graph))
+
+    def _vjp(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], retain_graph: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return vjp(outputs, inputs, vectors, retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            names = without_double_backward(self._inner.loss, self.params)
+            raise _missing_derivative(self._inner.name, names or [str(error)]) from error
+
+
+class GaussNewton(Hessian):
+    """The generalised Gauss-Newton matrix: the Hessian without the second derivatives of the outputs.
+
+    The loss is taken as a function l(z, W) of the outputs z(W) of the network, and of the parameters W where they
+    enter it otherwise, as in a weight decay. With J = d (z, W) / d W,
+
+        G = J^T (second derivatives of l in (z, W)) J,
+
+    positive semi-definite if l is convex in (z, W) together (Schraudolph 2002, section 3). A product is a
+    Jacobian-vector product `J v`, by double backward through a cotangent, and one backward pass through
+    `d l / d (z, W)` and the network. The mixed product is exact, that of the Hessian.
+
+    Raises:
+        ValueError: as for `Hessian`; outputs that are none, not in the loss's graph, or computed from one another.
+    """
+
+    def __init__(self, inner: Evaluation, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+        outputs = _check_outputs(inner)
+        super().__init__(inner, params, retain_graph)
+        self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+        pulled = torch.autograd.grad(
+            outputs, self.params, self._cotangents, create_graph=True, retain_graph=True, allow_unused=True
         )
+        self._reaches = [grad is not None for grad in pulled]
+        self._pulled = [grad for grad in pulled if grad is not None]
+        head = inner.gradient(outputs, retain_graph=True, create_graph=True)
+        partial = [*head, *_direct_gradient(inner, outputs, self.params)]
+        self._curved = [grad is not None and grad.requires_grad for grad in partial]
+        self._partial = [grad for grad in partial if grad is not None and grad.requires_grad]
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        if not self._partial:
+            return [torch.zeros_like(v) for v in vectors]
+        pulled = self._vjp(self._pulled, self._cotangents, list(compress(vectors, self._reaches)))
+        tangents = [*_filled(pulled, self._cotangents), *vectors]
+        return _filled(self._vjp(self._partial, self.params, list(compress(tangents, self._curved))), vectors)
+
+
+def _direct_gradient(inner: Evaluation, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """`d l / d W` with the outputs held fixed, by a backward pass that ends at them."""
+    ends: dict[Any, set[int]] = {}
+    for z in outputs:
+        ends.setdefault(z.grad_fn, set()).add(z.output_nr)
+    nodes = graph_from([inner.loss.grad_fn], {(node, i) for node, indices in ends.items() for i in indices})
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    if not any(id(w) in leaves if w.grad_fn is None else w.grad_fn in nodes for w in params):
+        return [None] * len(params)
+
+    def stop_at(indices: set[int]) -> Any:
+        return lambda grads: tuple(None if i in indices else grad for i, grad in enumerate(grads))
+
+    handles = [node.register_prehook(stop_at(indices)) for node, indices in ends.items()]
+    try:
+        return inner.gradient(params, retain_graph=True, create_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_outputs(inner: Evaluation) -> Sequence[Tensor]:
+    given: Any = inner.outputs
+    if given is None:
+        raise ValueError(
+            "outputs must be given for curvature='gauss-newton': the tensors of inner_loss's graph where the network "
+            "ends and the loss begins, such as the logits"
+        )
+    if not isinstance(given, Sequence) or not given or not all(isinstance(z, Tensor) for z in given):
+        raise TypeError(f"outputs must be a tensor or a list of tensors, not {given!r:.60}")
+    for i, z in enumerate(given):
+        if z.grad_fn not in inner.nodes:
+            raise ValueError(f"outputs[{i}] is not a result in the graph of {inner.name}: was it computed anew?")
+    check_independent(outputs=given)
+    return given
+
+
+class MicroBatches:
+    """The mean of the curvatures of several micro-batches, each recorded anew for every product, in the memory of one.
+
+    Args:
+        records: what records the curvature of each micro-batch in the parameters that it is given.
+        params: those that the loss is differentiated in.
+    """
+
+    def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Curvature]], params: Sequence[Tensor]) -> None:
+        self._records = records
+        self.coupled = [any(which) for which in zip(*(record(params).coupled for record in records), strict=True)]
+        self.params = list(compress(params, self.coupled))
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._products(vectors, lambda curvature, chosen: curvature(chosen))
+
+    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
+        return self._products(block, lambda curvature, chosen: curvature.batched(chosen))
+
+    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
+        total: list[Tensor | None] = [None] * len(outer_params)
+        for i in range(len(self._records)):
+            total = add(total, self._of_one(i, vectors, lambda c, chosen: c.mixed(chosen, outer_params))[1])
+        return [term if term is None else term / len(self._records) for term in total]
+
+    def _products(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
+        total = [torch.zeros_like(v) for v in vectors]
+        for i in range(len(self._records)):
+            coupled, terms = self._of_one(i, vectors, product)
+            torch._foreach_add_(list(compress(total, coupled)), terms, alpha=1 / len(self._records))
+        return total
+
+    def _of_one(self, i: int, vectors: Sequence[Tensor], product: Callable[..., Any]) -> tuple[list[bool], Any]:
+        """A function of its own, so that one graph is gone before the next is made."""
+        curvature = self._records[i](self.params)
+        return curvature.coupled, product(curvature, list(compress(vectors, curvature.coupled)))
+
+
+def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """With zeros for `None`."""
+    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]
+
+
+def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]:
+    """`H v` for each of k vectors: tensors with an axis of size k in front."""
+    products = [torch.empty_like(tensor) for tensor in block]
+    for i, vectors in enumerate(zip(*(tensor.unbind() for tensor in block), strict=True)):
+        for row, product in zip(products, curvature(vectors), strict=True):
+            row[i] = product
+    return products
+
+
+def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:
+    listed = " and ".join(dict.fromkeys(nodes))
+    return RuntimeError(f"{name} went through {listed}, which has no second derivatives. {_WAYS_OUT}")

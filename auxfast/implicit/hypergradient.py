@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from auxfast.implicit.curvature import Curvature
-from auxfast.solvers.base import TRIVIAL, Solver, SolveStats
+from auxfast.implicit.advice import warn_of
+from auxfast.implicit.arguments import as_tuple, check_independent, check_uniform
+from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
+from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.losses import Evaluate, Evaluation, Loss, check_connected, evaluations, mean_gradient
+from auxfast.implicit.state_guard import preserved_state
+from auxfast.solvers import MINRES
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+
+CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
+_RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
+_DEFAULT_SOLVER = MINRES()
 
 
 @dataclass(frozen=True)
@@ -22,13 +34,17 @@ class HypergradientResult:
 
 
 def hypergradient(
-    outer_loss: Tensor,
-    inner_loss: Tensor,
+    outer_loss: Loss,
+    inner_loss: Loss,
     inner_params: Iterable[Tensor],
     outer_params: Iterable[Tensor],
     *,
-    solver: Solver,
+    solver: Solver = _DEFAULT_SOLVER,
+    curvature: CurvatureName = "hessian",
+    outputs: Tensor | Sequence[Tensor] | None = None,
+    state: SolverState | None = None,
     retain_graph: bool = False,
+    warn: bool = True,
 ) -> HypergradientResult:
     """Gradient of `outer_loss(W*(phi), phi)` in `phi`, where `W*(phi)` minimises the inner loss:
 
@@ -37,64 +53,74 @@ def hypergradient(
     with all derivatives taken at the parameters as they are, so it is as good as they are close to `W*`, and
     as the solver is at `H^-1`. Nothing is written to any `.grad`.
 
+    **Losses.** Each of the two is a tensor of one element with its graph; or a function of no arguments that computes
+    it; or a list of such functions, which stands for their mean: micro-batches, evaluated anew for every product, so
+    that no more than the graph of one is in memory. Functions must compute everything from the parameters when they are
+    called. They leave no trace in the buffers of modules and in torch's random states, and draw the same random numbers
+    (dropout masks) each time within one call; see `auxfast.preserved_state`.
+
     Args:
-        outer_loss: one element; depends on `inner_params`, and may depend on `outer_params` (whence the
-            direct gradient).
-        inner_loss: one element; depends on `inner_params` and, to be of any use, on `outer_params`. The two
-            losses may share a part of their graph.
+        outer_loss: depends on `inner_params`, and may depend on `outer_params` (whence the direct gradient).
+        inner_loss: depends on `inner_params` and, to be of any use, on `outer_params`. If both losses are tensors, they
+            may share a part of their graph.
         inner_params: `W`, any iterable of tensors, generators included, of one dtype on one device. Left out
             of the system, since nothing of `phi` reaches the outer loss through them: those with
             `requires_grad=False`, those that the inner loss does not use, and those in which its gradient is
             constant.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
-        solver: how to apply `H^-1`, say `auxfast.solvers.Neumann(steps=20, step_size=0.1)`.
-        retain_graph: keep both graphs for further use. Otherwise they are spent: that of `outer_loss` before
+        solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most.
+        curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
+            fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
+            "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
+            which needs functions for `inner_loss` (see `auxfast.implicit.finite_difference.FiniteDifference`).
+        outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
+            begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
+        state: what the solver keeps from one call for the next of a slowly changing problem; also of which warnings
+            were given.
+        retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
+        warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
+            solver's `tol`, or came out as little more than the identity approximation.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is not a tensor, or parameters that are not an iterable of tensors.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, or parameters that are not an
+            iterable of tensors.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
-            of several dtypes or devices.
-        RuntimeError: a graph that was freed before, or an inner loss that went through `torch.compile`.
+            of several dtypes or devices; an unknown `curvature`, or `outputs` that do not fit.
+        RuntimeError: a graph that was freed before, or an inner loss with something in it that has no second
+            derivatives (the message names it): code that went through `torch.compile`, an attention kernel.
     """
-    inner, outer = _as_tuple("inner_params", inner_params), _as_tuple("outer_params", outer_params)
-    _check_independent(inner, outer)
-    _check_uniform(inner)
-    _check_loss("outer_loss", outer_loss)
-    _check_loss("inner_loss", inner_loss)
+    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
+    check_independent(inner_params=inner, outer_params=outer)
+    check_uniform(inner)
+    _check_curvature(curvature, inner_loss, outputs)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
 
-    inner_graph = _graph([inner_loss.grad_fn])
-    _check_not_compiled(inner_graph)
-    # Common leaves do not count: their nodes are empty.
-    keep_outer = retain_graph or any(n.next_functions for n in _graph([outer_loss.grad_fn]) & inner_graph)
-    outer_grads = _grad("outer_loss", outer_loss, [*active_inner, *active_outer], retain_graph=keep_outer)
-    inner_grads = _grad("inner_loss", inner_loss, active_inner, retain_graph=True, create_graph=True)
-    rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
-    _check_connected("outer_loss", rhs)
-    _check_connected("inner_loss", inner_grads)
-
-    # (gradient, parameter, right-hand side), without the parameters whose gradient is constant
-    system = [
-        (grad, w, torch.zeros_like(w) if b is None else b)
-        for grad, w, b in zip(inner_grads, active_inner, rhs, strict=True)
-        if grad is not None and grad.requires_grad
-    ]
-    mixed: Sequence[Tensor | None] = [None] * len(active_outer)
-    stats = TRIVIAL
-    if system:
-        grads, params, b = zip(*system, strict=True)
-        curvature = Curvature(grads, params)
-        solution, stats = solver.solve(curvature.matvec, b)
-        mixed = curvature.mixed(solution, active_outer, retain_graph)
+    computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
+    with preserved_state() if computes else nullcontext() as guard:
+        given_outer = _given("outer_loss", outer_loss, guard)
+        given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
+        outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
+        rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
+        check_connected("outer_loss", rhs)
+        product = _curvature(curvature, given_inner, active_inner, retain_graph)
+        mixed: Sequence[Tensor | None] = [None] * len(active_outer)
+        stats = TRIVIAL
+        if product.params:
+            pairs = zip(compress(rhs, product.coupled), product.params, strict=True)
+            b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
+            solution, stats = solver.solve(product, b, state=state)
+            mixed = product.mixed(solution, active_outer)
+            if warn:
+                warn_of(solver, stats, b, solution, state)
 
     total = iter([_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)])
     return HypergradientResult(
@@ -102,104 +128,60 @@ def hypergradient(
     )
 
 
+def _check_curvature(curvature: str, inner_loss: Loss, outputs: Any) -> None:
+    names = [*_RECORDED, "finite-difference"]
+    if curvature not in names:
+        raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
+    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
+        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
+    if outputs is not None and curvature != "gauss-newton":
+        raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
+    if outputs is not None and not isinstance(inner_loss, Tensor):
+        raise ValueError("outputs must be None where inner_loss is made of functions: they return (loss, outputs)")
+
+
+def _given(
+    name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
+) -> Evaluation | list[Evaluate]:
+    if isinstance(loss, Tensor) or guard is None:
+        return Evaluation(name, loss, outputs)  # whatever it is: that checks
+    return evaluations(name, loss, guard.replay, with_outputs)
+
+
+def _outer_gradient(
+    outer: Evaluation | list[Evaluate],
+    inner: Evaluation | list[Evaluate],
+    params: Sequence[Tensor],
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    if not isinstance(outer, Evaluation):
+        return mean_gradient(outer, params)
+    shared = isinstance(inner, Evaluation) and any(
+        node.next_functions
+        for node in outer.nodes & inner.nodes  # common leaves do not count
+    )
+    return outer.gradient(params, retain_graph=retain_graph or shared)
+
+
+def _curvature(
+    name: str, inner: Evaluation | list[Evaluate], params: Sequence[Tensor], retain_graph: bool
+) -> Curvature:
+    if isinstance(inner, Evaluation):
+        return _RECORDED[name](inner, params, retain_graph)
+    if name == "finite-difference":
+        return FiniteDifference(inner, params)
+    kind = _RECORDED[name]
+    if len(inner) == 1:
+        return kind(inner[0](), params)
+
+    def recorder(evaluate: Evaluate) -> Any:
+        return lambda params: kind(evaluate(), params)
+
+    return MicroBatches([recorder(evaluate) for evaluate in inner], params)
+
+
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:
     """`direct - mixed`, always a tensor of its own (autograd may give one tensor to two parameters)."""
     if mixed is None:
         return torch.zeros_like(phi) if direct is None else direct.detach().clone()
     return -mixed if direct is None else direct - mixed
-
-
-def _as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    given: Any = params
-    if isinstance(given, (Tensor, torch.nn.Module)) or not isinstance(given, Iterable):
-        hint = "module.parameters()" if isinstance(given, torch.nn.Module) else "a list"
-        raise TypeError(f"{name} must be an iterable of tensors, not a {type(given).__name__}: pass {hint}")
-    items = tuple(given)
-    for i, item in enumerate(items):
-        if not isinstance(item, Tensor):
-            raise TypeError(f"{name} must hold tensors, but number {i} is a {type(item).__name__}")
-        if item.is_complex():
-            raise ValueError(f"{name} must hold real tensors, but number {i} is {item.dtype}")
-    if not items:
-        raise ValueError(f"{name} is empty (a generator that was used up before also is)")
-    return items
-
-
-def _check_independent(inner: Sequence[Tensor], outer: Sequence[Tensor]) -> None:
-    places: dict[int, str] = {}
-    for name, params in (("inner_params", inner), ("outer_params", outer)):
-        for i, param in enumerate(params):
-            place = f"{name}[{i}]"
-            if (before := places.setdefault(id(param), place)) != place:
-                raise ValueError(f"{place} is the same tensor as {before}: each may be given once")
-    nodes = {p.grad_fn: places[id(p)] for p in (*inner, *outer) if p.grad_fn is not None}
-    for node, place in nodes.items():  # a path from one to another would count a dependence twice
-        for above in _graph(following for following, _ in node.next_functions):
-            origin = nodes.get(above) or places.get(id(getattr(above, "variable", None)))
-            if origin is not None:
-                raise ValueError(f"{place} is computed from {origin}: parameters must be independent")
-
-
-def _check_uniform(inner: Sequence[Tensor]) -> None:
-    for what in ("dtype", "device"):
-        values = {getattr(param, what) for param in inner}
-        if len(values) > 1:
-            listed = " and ".join(sorted(map(str, values)))
-            raise ValueError(f"inner_params must be of one {what}, not of {listed}")
-
-
-def _check_loss(name: str, loss: Tensor) -> None:
-    given: Any = loss
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} must be a tensor, not a {type(given).__name__}")
-    if given.numel() != 1:
-        raise ValueError(f"{name} must be a scalar, not of shape {tuple(given.shape)}: take its mean or sum")
-    if not given.requires_grad:
-        raise ValueError(f"{name} has no graph: it was computed under torch.no_grad(), detached, or from no parameter")
-
-
-def _check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            f"{name} does not depend on any of inner_params: were they replaced since it was computed, or do "
-            "all have requires_grad=False?"
-        )
-
-
-def _grad(
-    name: str, loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool, create_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    if not params:
-        return ()
-    try:
-        return torch.autograd.grad(
-            loss, params, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise RuntimeError(
-            f"The graph of {name} was freed before, by backward() or by an earlier hypergradient(). Compute "
-            "the loss anew, or let the call that came before keep it with retain_graph=True."
-        ) from error
-
-
-def _check_not_compiled(inner_graph: Iterable[Any]) -> None:
-    """torch.compile records a backward that looks constant: second derivatives would be zeros without a word."""
-    if any("CompiledFunction" in node.name() for node in inner_graph):
-        raise RuntimeError(
-            "inner_loss was computed with torch.compile, which has no second derivatives: compute it without, for the "
-            "outer steps at least (the outer loss may stay compiled)"
-        )
-
-
-def _graph(start: Iterable[Any]) -> set[Any]:
-    """The nodes of a recorded graph, from `start` to the leaves."""
-    seen: set[Any] = {None}
-    stack = [*start]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return seen - {None}

@@ -9,8 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from auxfast.implicit.hypergradient import hypergradient
-from auxfast.solvers.base import Solver, SolveStats, check_positive
+from auxfast.implicit.hypergradient import CurvatureName, hypergradient
+from auxfast.implicit.losses import Loss
+from auxfast.solvers import MINRES
+from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
+
+_DEFAULT_SOLVER = MINRES()
 
 
 class Projectable(Protocol):
@@ -24,7 +28,8 @@ class HyperOptimizer:
 
     Args:
         optimizer: holds the outer parameters, in its parameter groups, and makes the update.
-        solver: see `hypergradient`.
+        solver, curvature, warn: see `hypergradient`. What the solver learns in one step, and which warnings were given,
+            is kept for the next in `state`.
         max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
         project: modules whose `project_()` is called after each update.
 
@@ -37,9 +42,11 @@ class HyperOptimizer:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        solver: Solver,
+        solver: Solver = _DEFAULT_SOLVER,
+        curvature: CurvatureName = "hessian",
         max_grad_norm: float | None = None,
         project: Sequence[Projectable] = (),
+        warn: bool = True,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
@@ -50,17 +57,39 @@ class HyperOptimizer:
             raise TypeError("project must be a list of modules that have project_()")
         self.optimizer = optimizer
         self.solver = solver
+        self.curvature = curvature
+        self.warn = warn
+        self.state = SolverState()
         self.max_grad_norm = max_grad_norm
         self.project = tuple(project)
 
-    def step(self, outer_loss: Tensor, inner_loss: Tensor, inner_params: Iterable[Tensor]) -> SolveStats:
+    def step(
+        self,
+        outer_loss: Loss,
+        inner_loss: Loss,
+        inner_params: Iterable[Tensor],
+        *,
+        outputs: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> SolveStats:
         """One update of the outer parameters; arguments and errors are those of `hypergradient`.
 
-        The hypergradient replaces their `.grad`. If the solve overflowed (`stats.residual` is `inf`, which
-        the solver has warned of), the parameters stay as they are.
+        The hypergradient replaces their `.grad`. If not even x = 0 could be certified (`stats.residual` is `inf`: the
+        products overflow), the parameters stay as they are.
         """
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        result = hypergradient(outer_loss, inner_loss, inner_params, params, solver=self.solver)
+        result = hypergradient(
+            outer_loss,
+            inner_loss,
+            inner_params,
+            params,
+            solver=self.solver,
+            curvature=self.curvature,
+            outputs=outputs,
+            state=self.state,
+            retain_graph=retain_graph,
+            warn=self.warn,
+        )
         if math.isinf(result.stats.residual):
             return result.stats
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
@@ -82,8 +111,9 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The torch optimizer's state: there is no other."""
+        """The torch optimizer's state; `state`, which only saves work, is not kept."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+        self.state = SolverState()

@@ -11,7 +11,7 @@ from torch import nn
 
 from auxfast.implicit import HyperOptimizer
 from auxfast.nn import Combiner
-from auxfast.solvers import Identity, Neumann
+from auxfast.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainConfig:
     inner_steps: int
     inner_lr: float
     outer_lr: float
-    solver: Identity | Neumann
+    solver: Solver
     inner_momentum: float = 0.9
     outer_momentum: float = 0.9
     weight_decay: float = 0.0
@@ -56,4 +56,7 @@ class TrainConfig:
     def outer_optimizer(self, combiner: Combiner) -> HyperOptimizer:
         """The optimizer of a combiner's parameters; projects the combiner back into its monotone set."""
         optimizer = torch.optim.SGD(combiner.parameters(), lr=self.outer_lr, momentum=self.outer_momentum)
-        return HyperOptimizer(optimizer, solver=self.solver, max_grad_norm=self.max_grad_norm, project=[combiner])
+        # The progress bar and the report show every residual, so nothing needs to warn of it.
+        return HyperOptimizer(
+            optimizer, solver=self.solver, max_grad_norm=self.max_grad_norm, project=[combiner], warn=False
+        )

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auxfast.solvers import Matvec, SolveStats
+from auxfast.solvers import Matvec, SolverState, SolveStats
 
 
 @dataclass(frozen=True)
 class Dense:
     """Forms the matrix column by column and solves exactly: so that what is tested is not the solver."""
 
-    def solve(self, matvec: Matvec, rhs: Sequence[Tensor]) -> tuple[list[Tensor], SolveStats]:
+    def solve(
+        self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
+    ) -> tuple[list[Tensor], SolveStats]:
         sizes, b = [t.numel() for t in rhs], flat(rhs)
 
         def cut(vector: Tensor) -> list[Tensor]:
@@ -23,7 +25,7 @@ class Dense:
 
         columns = [flat(matvec(cut(unit))) for unit in torch.eye(len(b), dtype=b.dtype)]
         x = torch.linalg.solve(torch.stack(columns, dim=1), b)
-        return cut(x), SolveStats(0, len(b), 0.0, True, None, "converged")
+        return cut(x), SolveStats(0, len(b), 0.0, True, "converged")
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

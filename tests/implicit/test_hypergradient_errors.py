@@ -11,7 +11,7 @@ from auxfast.solvers import Neumann
 
 from .problems import Ridge
 
-SOLVER = Neumann(2, 1e-3)
+SOLVER = Neumann(20, 1e-2)
 
 
 def call(**changes):
@@ -29,7 +29,10 @@ def call(**changes):
 
 @pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
 def test_losses(name):
-    with pytest.raises(TypeError, match=f"{name} must be a tensor, not a float"):
+    with pytest.raises(
+        TypeError,
+        match=f"{name} must be a tensor, a function.*or a list of such functions, not a float",
+    ):
         call(**{name: 1.0})
     with pytest.raises(ValueError, match=rf"{name} must be a scalar, not of shape \(5,\)"):
         call(**{name: lambda problem: problem.w.square()})
@@ -124,5 +127,5 @@ def test_a_compiled_inner_loss_is_refused_and_a_compiled_outer_loss_is_not():
     compiled = torch.compile(loss, backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"inner_loss was computed with torch\.compile"):
         hypergradient(loss(w, phi), compiled(w, phi), [w], [phi], solver=SOLVER)
-    result = hypergradient(compiled(w, phi.detach()), loss(w, phi), [w], [phi], solver=SOLVER)
+    result = hypergradient(compiled(w, phi.detach()), loss(w, phi), [w], [phi])
     assert bool(result.grads[0].any())

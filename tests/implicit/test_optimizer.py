@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from auxfast.implicit import HyperOptimizer, hypergradient
-from auxfast.solvers import Neumann
+from auxfast.solvers import MINRES, Neumann, SolveStats
 
 from .problems import Dense, Ridge
 
@@ -90,14 +92,51 @@ def test_frozen_outer_parameters_stay():
     assert not torch.equal(phi.detach(), torch.ones(2))
 
 
-def test_an_overflowed_solve_changes_nothing():
+def test_a_diverged_solve_gives_a_finite_step_and_one_warning():
+    problem = Ridge()
+    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=0.1), solver=Neumann(500, 1e3))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            stats = optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
+    assert len(record) == 1
+    assert "take a smaller one, step_size='auto'" in str(record[0].message)
+    assert record[0].filename == __file__
+    assert stats.stop_reason == "diverged"
+    assert problem.decay.isfinite().all()
+
+
+def test_an_uncertified_solve_changes_nothing():
+    class Overflows:
+        def solve(self, matvec, rhs, **options):
+            return [torch.full_like(b, torch.inf) for b in rhs], SolveStats(1, 1, torch.inf, False, "diverged")
+
     problem = Ridge()
     before = problem.decay.detach().clone()
-    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), solver=Neumann(500, 1e3))
-    with pytest.warns(RuntimeWarning, match="diverged"):
-        stats = optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
-    assert stats.stop_reason == "diverged"
+    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), solver=Overflows(), warn=False)
+    optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
     assert torch.equal(problem.decay.detach(), before)
+
+
+def test_the_default_solver_and_the_curvature_are_passed_on():
+    problem = Ridge()
+    fit = problem.x @ problem.w
+    loss = 0.5 * (problem.weights * (fit - problem.y).square()).sum()
+    loss = loss + 0.5 * (problem.decay.exp() * problem.w.square()).sum()
+    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), curvature="gauss-newton")
+    exact = problem.exact()[0]
+    optimizer.step(problem.outer_loss(), loss, [problem.w], outputs=fit)  # linear: G is the Hessian
+    torch.testing.assert_close(problem.decay.grad, exact, rtol=1e-2, atol=1e-2)
+
+
+def test_the_state_serves_the_next_step_and_is_new_with_a_checkpoint():
+    problem = Ridge()
+    solver = MINRES(tol=1e-8, warm_start=True)
+    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1e-12), solver=solver)
+    steps = [optimizer.step(problem.outer_loss, problem.inner_loss, [problem.w]).iterations for _ in range(2)]
+    assert steps[1] < steps[0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.step(problem.outer_loss, problem.inner_loss, [problem.w]).iterations == steps[0]
 
 
 def test_zero_grad_and_state():

@@ -1,0 +1,87 @@
+"""Warnings about a solve, with what to do about it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from auxfast.solvers import Identity
+from auxfast.solvers.base import Solver, SolverState, SolveStats
+
+_LARGE = 0.5  # relative residual
+_PARALLEL = 0.99  # cosine
+_ELEMENTS = 4096  # looked at
+
+# The texts hold no figures of the solve: Python shows a text once for each place that it comes from.
+_TEXTS = {
+    "diverged": (
+        "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken. A fixed "
+        "step_size must be below 2 / (largest eigenvalue of the inner Hessian): take a smaller one, step_size='auto', "
+        "or the default solver, MINRES(). See result.stats."
+    ),
+    "negative curvature": (
+        "The inner loss curves downwards in some direction: the inner parameters are not at a minimum, and the "
+        "hypergradient is that of a stationary point nearby. Train them further, add damping to the solver, or take "
+        "curvature='gauss-newton', which has no negative curvature."
+    ),
+    "unconverged": (
+        "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
+        "steps, add damping or a preconditioner, or set a larger tol; tol=None says that the number of steps is meant."
+    ),
+    "identity": (
+        "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the "
+        "outer loss's gradient, while the residual is large. The steps are too few or too small for the curvature to "
+        "matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you "
+        "want, auxfast.solvers.Identity(), which is cheaper."
+    ),
+}
+
+
+def warn_of(
+    solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor], state: SolverState | None
+) -> None:
+    """At most one RuntimeWarning, each kind once with a `state`, and without one as often as Python's filters show the
+    same text from the same line (by default once). `warn=False` or a `warnings` filter turns it off."""
+    warned = set() if state is None else state.warned
+    kind = _what_is_wrong(solver, stats)
+    if kind is None and "identity" not in warned and _is_little_more_than_identity(solver, stats, rhs, solution):
+        kind = "identity"
+    if kind is None or kind in warned:
+        return
+    warned.add(kind)
+    warnings.warn(f"{_TEXTS[kind]} (solver={solver!r})", RuntimeWarning, stacklevel=_frames_of_auxfast())
+
+
+def _what_is_wrong(solver: Solver, stats: SolveStats) -> str | None:
+    if stats.stop_reason == "diverged":
+        return "diverged"
+    if stats.negative_curvature:
+        return "negative curvature"
+    if not stats.converged and getattr(solver, "tol", None) is not None:
+        return "unconverged"
+    return None
+
+
+def _is_little_more_than_identity(
+    solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor]
+) -> bool:
+    """As far as the first elements of the largest tensor tell: to look at all would cost what the solver saves."""
+    if stats.residual < _LARGE or isinstance(solver, Identity):
+        return False
+    largest = max(range(len(rhs)), key=lambda i: rhs[i].numel())
+    b, x = (tensors[largest].reshape(-1)[:_ELEMENTS] for tensors in (rhs, solution))
+    bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
+    return bx > _PARALLEL * math.sqrt(bb * xx)
+
+
+def _frames_of_auxfast() -> int:
+    """The `stacklevel` at which `warn_of` finds the first caller outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,116 @@
+"""What a recorded autograd graph tells: its nodes, which of them has no second derivative, and how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+
+_engine: Any = torch.autograd.Variable._execution_engine
+_TOGETHER_BYTES = 1 << 21  # of one tensor for all vectors
+_MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
+_ONCE = once_differentiable(lambda ctx: None).__code__  # what that decorator makes of any function
+
+
+def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> set[Any]:
+    """The nodes of a recorded graph from `start` to the leaves, or to the edges (node, input's index) in `until`."""
+    seen: set[Any] = {None}
+    stack = [*start]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [edge[0] for edge in node.next_functions if edge not in until]
+    return seen - {None}
+
+
+def is_compiled(nodes: Iterable[Any]) -> bool:
+    return any("CompiledFunction" in type(node).__name__ for node in nodes)
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`vectors^T d outputs / d inputs`: what `torch.autograd.grad` with `allow_unused=True` hands to the engine after
+    checks in Python that take an eighth of a small Hessian product. The engine checks shapes and devices itself."""
+    gradients: tuple[Tensor | None, ...] = _engine.run_backward(
+        tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return gradients
+
+
+class SilentBreaks:
+    """Finds the `torch.autograd.Function`s that drop out of the graph while a gradient is recorded: second derivatives
+    through them would be zeros without a word.
+
+    Either `once_differentiable` says so (autograd's own error is met only by those who ask for every input), or it
+    shows: a backward pass is linear in what comes in, so if that has a graph and what goes out is not zero and has
+    none, it was computed outside of autograd.
+    """
+
+    def __init__(self, nodes: Iterable[Any]) -> None:
+        self.names: list[str] = []
+        functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        self._handles = [node.register_hook(self._watch(node)) for node in functions]
+
+    def __enter__(self) -> SilentBreaks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, node: Any) -> Any:
+        name, once = node.name(), getattr(type(node)._forward_cls.backward, "__code__", None) is _ONCE
+
+        def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+            if once or (
+                any(grad is not None and grad.requires_grad for grad in incoming)
+                and any(grad is not None and not grad.requires_grad and bool(grad.any()) for grad in outgoing)
+            ):
+                self.names.append(name)
+
+        return hook
+
+
+def without_double_backward(loss: Tensor, params: Sequence[Tensor]) -> list[str]:
+    """The names of the nodes of `loss`'s graph (retained) that have a gradient and no second derivative."""
+    names: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(outgoing: Sequence[Tensor | None], incoming: Any) -> None:
+            nodes = [grad.grad_fn for grad in outgoing if grad is not None and grad.grad_fn is not None]
+            if any(node.name().endswith(_MISSING) for node in nodes):
+                names.append(name)
+
+        return hook
+
+    handles = [node.register_hook(watch(node.name())) for node in graph_from([loss.grad_fn]) if node.next_functions]
+    try:
+        torch.autograd.grad(loss, params, retain_graph=True, create_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(set(names))
+
+
+def vectors_together(gradients: Sequence[Tensor]) -> int:
+    """How many vectors are best taken through the graph of `gradients` together; 1: one after another.
+
+    Together they save most of the time that autograd and the dispatcher take, and lose to the caches. On a CPU, 8
+    vectors were 1.1 to 3 times faster in networks in which no tensor had more than 256 KiB, and up to 3 times slower in
+    networks of larger ones (benchmarks/test_bench_curvature.py). A GPU's launches leave more room; not measured.
+    """
+    most = _TOGETHER_BYTES if gradients[0].device.type == "cpu" else 32 * _TOGETHER_BYTES
+    nodes = graph_from(gradient.grad_fn for gradient in gradients)
+    numbers = [torch.Size(data.shape).numel() for node in nodes for data in node._input_metadata]
+    together = most // (max(numbers) * gradients[0].element_size())
+    return together if together >= 8 else 1

@@ -1,0 +1,117 @@
+"""Losses as `hypergradient` takes them: a tensor, a function that computes one, or functions of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxfast.implicit.graph import graph_from, vjp
+
+Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
+"""A scalar; a function of no arguments that computes it; or several such functions, whose mean it is. For Gauss-Newton
+products the functions of the inner loss return `(loss, outputs)`."""
+
+
+class Evaluation:
+    """One computed loss with its graph.
+
+    Raises:
+        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph.
+    """
+
+    def __init__(self, name: str, loss: Loss, outputs: Tensor | Sequence[Tensor] | None = None) -> None:
+        given: Any = loss
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, or a function that returns one, not a {type(given).__name__}")
+        if given.numel() != 1:
+            raise ValueError(f"{name} must be a scalar, not of shape {tuple(given.shape)}: take its mean or sum")
+        if not given.requires_grad:
+            raise ValueError(
+                f"{name} has no graph: it was computed under torch.no_grad(), detached, or from no parameter"
+            )
+        self.name = name
+        self.loss: Tensor = given
+        self.outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+
+    @cached_property
+    def nodes(self) -> set[Any]:
+        return graph_from([self.loss.grad_fn])
+
+    def gradient(
+        self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """One for each of `params`, `None` where the loss does not depend on it."""
+        if not params:
+            return []
+        try:
+            ones = torch.ones_like(self.loss)
+            return list(vjp([self.loss], params, [ones], retain_graph=retain_graph, create_graph=create_graph))
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"The graph of {self.name} was freed before, by backward() or by an earlier hypergradient(). Compute "
+                "the loss anew, or let the call that came before keep it with retain_graph=True."
+            ) from error
+
+
+def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"{name} does not depend on any of inner_params: were they replaced since it was computed, or do all have "
+            "requires_grad=False?"
+        )
+
+
+Evaluate = Callable[[], Evaluation]
+
+
+def evaluations(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[Evaluate]:
+    """What computes each micro-batch's loss anew; `loss` is no tensor.
+
+    Raises:
+        TypeError: `loss` is neither a function nor a sequence of functions. ValueError: the sequence is empty.
+    """
+    functions: Any = [loss] if callable(loss) else loss
+    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
+        what = type(loss).__name__
+        raise TypeError(
+            f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {what}"
+        )
+    if not functions:
+        raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
+    names = [name if callable(loss) else f"{name}[{i}]" for i in range(len(functions))]
+    return [_evaluation(n, replay(f), with_outputs) for n, f in zip(names, functions, strict=True)]
+
+
+def _evaluation(name: str, function: Callable[[], Any], with_outputs: bool) -> Evaluate:
+    def evaluate() -> Evaluation:
+        with torch.enable_grad():
+            result = function()
+        if not with_outputs:
+            return Evaluation(name, result)
+        if not isinstance(result, tuple) or len(result) != 2:
+            what = type(result).__name__
+            raise TypeError(f"{name} must return (loss, outputs) for curvature='gauss-newton', not a {what}")
+        return Evaluation(name, *result)
+
+    return evaluate
+
+
+def mean_gradient(evaluates: Sequence[Evaluate], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of the mean loss, accumulated one micro-batch after the other."""
+    if not params:
+        return []
+    total: list[Tensor | None] = [None] * len(params)
+    for evaluate in evaluates:
+        total = add(total, evaluate().gradient(params))
+    return total if len(evaluates) == 1 else [grad if grad is None else grad / len(evaluates) for grad in total]
+
+
+def add(total: Sequence[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`total + terms`, where `None` is 0. Not in place: autograd may give one tensor to two parameters."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(total, terms, strict=True)]

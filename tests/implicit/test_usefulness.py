@@ -1,0 +1,118 @@
+"""`auxiliary_usefulness` against the closed form, and against training with a little of each auxiliary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from auxfast.implicit import auxiliary_usefulness, hypergradient
+from auxfast.solvers import Dense
+
+
+class Quadratics:
+    """A main, an outer and several auxiliary losses in 6 weights, all quadratic, at the main loss's minimum."""
+
+    def __init__(self, auxiliaries: int = 4) -> None:
+        generator = torch.Generator().manual_seed(2)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.x, self.y = normal(20, 6), normal(20)
+        self.target, self.centers = normal(6), normal(auxiliaries, 6)
+        self.w = torch.linalg.lstsq(self.x, self.y[:, None]).solution[:, 0].requires_grad_()
+
+    def main(self) -> Tensor:
+        return 0.5 * (self.x @ self.w - self.y).square().sum()
+
+    def outer(self) -> Tensor:
+        return 0.5 * (self.w - self.target).square().sum()
+
+    def auxiliaries(self) -> Tensor:
+        return 0.5 * (self.w - self.centers).square().sum(1)
+
+    def trained_with(self, phi: Tensor) -> Tensor:
+        """The outer loss at the minimum of main + phi . auxiliaries."""
+        hessian = self.x.T @ self.x + phi.sum() * torch.eye(6, dtype=torch.float64)
+        w = torch.linalg.solve(hessian, self.x.T @ self.y + self.centers.T @ phi)
+        return 0.5 * (w - self.target).square().sum()
+
+
+def test_closed_form():
+    problem = Quadratics()
+    w = problem.w.detach()
+    newton = torch.linalg.solve(problem.x.T @ problem.x, (w - problem.centers).T)  # (6, auxiliaries)
+    result = auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [problem.w], solver=Dense())
+    torch.testing.assert_close(result.scores, (w - problem.target) @ newton)
+    assert result.stats.converged
+    assert not result.scores.requires_grad
+
+
+def test_it_predicts_what_training_with_a_little_of_each_does():
+    problem = Quadratics()
+    scores = auxiliary_usefulness(
+        problem.outer(), problem.main(), list(problem.auxiliaries()), [problem.w], solver=Dense()
+    ).scores
+    for score, little in zip(scores, 1e-6 * torch.eye(4, dtype=torch.float64), strict=True):
+        fall = (problem.trained_with(-little) - problem.trained_with(little)) / 2e-6
+        torch.testing.assert_close(score, fall, rtol=1e-6, atol=1e-8)
+
+
+def test_it_is_minus_the_hypergradient_in_the_weights():
+    problem = Quadratics()
+    phi = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    inner = problem.main() + phi @ problem.auxiliaries()
+    (grad,) = hypergradient(problem.outer(), inner, [problem.w], [phi], solver=Dense()).grads
+    result = auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [problem.w])
+    torch.testing.assert_close(result.scores, -grad, rtol=1e-3, atol=1e-3)
+
+
+def test_many_auxiliaries_cost_no_more_products():
+    few, many = (
+        auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [problem.w]).stats.matvecs
+        for problem in (Quadratics(1), Quadratics(30))
+    )
+    assert few == many
+
+
+def test_losses_that_share_their_graph_or_play_no_part():
+    problem = Quadratics(2)
+    unused, frozen = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.ones(2, dtype=torch.float64)
+    shared = problem.x @ problem.w
+    main = 0.5 * (shared - problem.y).square().sum()
+    constant = (unused.sum() * 2).reshape(1)  # does not depend on w
+    aux = torch.cat([0.5 * shared.square().sum().reshape(1), shared[:1], constant])
+    result = auxiliary_usefulness(problem.outer(), main, aux, [frozen, problem.w, unused], solver=Dense())
+    w = problem.w.detach()
+    gradients = torch.stack([problem.x.T @ (problem.x @ w), problem.x[0]], dim=1)
+    expected = (w - problem.target) @ torch.linalg.solve(problem.x.T @ problem.x, gradients)
+    torch.testing.assert_close(result.scores, torch.cat([expected, torch.zeros(1, dtype=torch.float64)]))
+
+
+@pytest.mark.parametrize(
+    ("aux", "message"),
+    [
+        (lambda problem: [], r"aux_losses must be \(num_auxiliaries,\), at least one, got shape \(0,\)"),
+        (lambda problem: problem.main(), r"aux_losses must be \(num_auxiliaries,\), at least one, got shape \(\)"),
+        (lambda problem: [problem.main(), problem.w], r"number 1 is of shape \(6,\)"),
+        (lambda problem: [1.0], "number 0 is a float"),
+        (lambda problem: problem.auxiliaries().detach(), "aux_losses have no graph"),
+    ],
+)
+def test_auxiliaries_that_are_refused(aux, message):
+    problem = Quadratics()
+    with pytest.raises(ValueError, match=message):
+        auxiliary_usefulness(problem.outer(), problem.main(), aux(problem), [problem.w])
+
+
+def test_other_arguments_that_are_refused():
+    problem = Quadratics()
+    with pytest.raises(ValueError, match="main_loss must be a scalar"):
+        auxiliary_usefulness(problem.outer(), problem.auxiliaries(), problem.auxiliaries(), [problem.w])
+    with pytest.raises(ValueError, match="outer_loss does not depend on any of"):
+        auxiliary_usefulness(
+            problem.outer(), problem.main(), problem.auxiliaries(), [torch.ones(1, requires_grad=True)]
+        )
+    with pytest.raises(ValueError, match="params is empty"):
+        auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [])
