@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-import torch
-from torch import Tensor
+from auxfast.ops.network import ACTIVATIONS, REDUCTIONS, Activation, Network, Reduction
 
 MAX_DEPTH, MAX_WIDTH = 8, 64  # of the kernels (csrc/combiner/combiner.h); larger networks run on the reference
 TILE_SAMPLES = 64
 MOST_SAVED_BYTES = 1 << 20  # of activations, unless the losses are larger still
 
-Reduction = Literal["mean", "sum", "none"]
-Activation = Literal["softplus", "identity"]
-REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "mean": 2}
-ACTIVATIONS: dict[str, int] = {"identity": 0, "softplus": 1}
-
 
 @dataclass(frozen=True)
-class CombinerNetwork:
+class CombinerNetwork(Network):
     """The architecture of a combiner, and where its parameters lie in the flat `phi`.
 
     Args:
@@ -68,24 +61,16 @@ class CombinerNetwork:
         return shapes
 
     @cached_property
-    def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-    @cached_property
-    def packed(self) -> list[int]:
-        """[activation, bias, main or -1, reduction, widths...]: what the kernels are told."""
+    def packed(self) -> str:
+        """activation, bias, main or -1, reduction, widths...: what the kernels are told, as numbers with commas between
+        (an op takes a string in much less time than a list of numbers)."""
         main = -1 if self.main is None else self.main
-        return [ACTIVATIONS[self.activation], int(self.bias), main, REDUCTIONS[self.reduction], *self.hidden]
+        numbers = ACTIVATIONS[self.activation], int(self.bias), main, REDUCTIONS[self.reduction], *self.hidden
+        return ",".join(map(str, numbers))
 
     @cached_property
     def fits_kernels(self) -> bool:
         return len(self.hidden) <= MAX_DEPTH and max(self.hidden) <= MAX_WIDTH
-
-    def split(self, phi: Tensor) -> dict[str, Tensor]:
-        """Views of a flat tensor (num_parameters,) by the names of `shapes`."""
-        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
-        parts = phi.split(sizes)
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
     @cached_property
     def _saved_per_tile(self) -> int:

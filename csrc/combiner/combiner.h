@@ -7,14 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/network.h"
 #include "common/parallel.h"
 
 namespace auxfast {
 
 constexpr int kMaxDepth = 8;
 constexpr int kMaxWidth = 64;
-
-enum class Activation : int32_t { identity, softplus };
 
 // phi is flat: for every hidden layer W_i (width_i, inputs_i), row by row, then b_i (width_i) if there are biases; then
 // w (width of the last layer).

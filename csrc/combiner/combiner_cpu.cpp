@@ -21,15 +21,11 @@ class Chunk {
   using Math = CombinerMath<OnPacks<Act>, Pack<T>, T, Pack<T>*>;
 
  public:
-  Chunk(const CombinerParams<T>& params, int64_t index, const Executor& executor, bool with_phi)
-      : net(params), math{params}, wide(params.num_losses > kNarrow) {
+  Chunk(const CombinerParams<T>& params, int64_t index, const Executor& executor, T* phi_sums)
+      : net(params), math{params}, wide(params.num_losses > kNarrow), phi_sums(phi_sums) {
     const int64_t losses = wide ? 0 : net.num_losses;
     const int64_t packs = 5 * net.units + 2 * (losses + kMaxWidth);
-    num_row_sums = wide ? (net.width[0] * net.num_losses + kLanes<T> - 1) / kLanes<T> : 0;  // in vectors
-    first_lane_sum = wide ? net.width[0] * net.num_losses : 0;
-    // sum_each() reads whole groups of vectors
-    const int64_t num_sums = with_phi ? num_row_sums + net.num_parameters - first_lane_sum + kLanes<T> : 0;
-    auto* memory = static_cast<Pack<T>*>(executor.scratch(packs * sizeof(Pack<T>) + num_sums * sizeof(Vec<T>)));
+    auto* memory = static_cast<Pack<T>*>(executor.scratch(packs * sizeof(Pack<T>)));
     state = memory;
     delta = state + net.units;
     value = delta + net.units;
@@ -38,11 +34,7 @@ class Chunk {
     kappa = hd + net.units;
     tile_losses = kappa + net.units;
     tile_tangent = tile_losses + losses + kMaxWidth;
-    if (with_phi) {
-      row_sums = reinterpret_cast<Vec<T>*>(tile_tangent + losses + kMaxWidth);
-      lane_sums = row_sums + num_row_sums;
-      std::memset(static_cast<void*>(row_sums), 0, num_sums * sizeof(Vec<T>));
-    }
+    if (phi_sums) std::memset(phi_sums, 0, net.num_parameters * sizeof(T));
     const int64_t chunk = combiner_chunk(net.batch);
     begin = index * chunk;
     end = begin + chunk < net.batch ? begin + chunk : net.batch;
@@ -85,20 +77,9 @@ class Chunk {
                         [&](int unit, Pack<T> zd) AUXFAST_INLINE { result(unit, c * zd); });
           },
           state, delta, hd, kappa);
-      if (lane_sums) add_to_phi(first, samples, tangent, c);
+      if (phi_sums) add_to_phi(first, samples, tangent, c);
       to_losses(kappa, samples, T(0), grad_losses, first);
     });
-  }
-
-  // What the lanes hold for phi, summed over them.
-  void write_phi(T* out) {
-    std::memcpy(out, row_sums, first_lane_sum * sizeof(T));
-    for (int64_t i = first_lane_sum; i < net.num_parameters; i += kLanes<T>) {
-      T lanes[kLanes<T>];
-      store<T>(lanes, sum_each<T>(sums_of(i)));
-      const int64_t rest = net.num_parameters - i;
-      std::memcpy(out + i, lanes, (rest < kLanes<T> ? rest : kLanes<T>)*sizeof(T));
-    }
   }
 
  private:
@@ -127,7 +108,7 @@ class Chunk {
     const int64_t losses = net.num_losses;
     const int width = net.width[0];
     if (!wide) {
-      gather_tile(matrix + first * losses, samples, losses, matrix + end * losses, tile);
+      gather_tile(matrix + first * losses, samples, losses, tile);
       matvec<Pack<T>>(width, int(losses), math.weight(0), losses, 1, bias, tile, result);
       return;
     }
@@ -144,7 +125,7 @@ class Chunk {
       matvec<Pack<T>>(int(losses), net.width[0], math.weight(0), 1, losses, static_cast<const T*>(nullptr), units,
                       [&](int k, Pack<T> sum) AUXFAST_INLINE { tile_tangent[k] = sum; });
       if (main != T(0)) tile_tangent[net.main_loss] = tile_tangent[net.main_loss] + main;
-      scatter_tile(tile_tangent, samples, losses, matrix + end * losses, rows);
+      scatter_tile(tile_tangent, samples, losses, rows);
       return;
     }
     combine_rows<T, false>({units->samples(), 1, kTile<T>}, samples, net.width[0], math.weight(0), losses, rows);
@@ -186,24 +167,19 @@ class Chunk {
     for (int s = samples; s < kTile<T>; ++s) pack.samples()[s] = T(0);
   }
 
-  // The sums for phi from its element `at` on, a vector an element; not for W_1 if wide.
-  Vec<T>* sums_of(int64_t at) const { return lane_sums + (at - first_lane_sum); }
-
-  // sums += kappa h^T, + delta hd^T if there is a tangent; biases += kappa; output weights += hd of the last layer.
+  // phi_sums += kappa h^T, + delta hd^T if there is a tangent; biases += kappa; output weights += hd of the last layer.
   void add_to_phi(int64_t first, int samples, const T* tangent, const Pack<T>& c) {
     for (int layer = 0; layer < net.depth; ++layer) {
       const int at = net.first_unit[layer], width = net.width[layer];
-      if (net.bias[layer] >= 0)
-        for (int unit = 0; unit < width; ++unit) add_lanes(kappa[at + unit], sums_of(net.bias[layer] + unit));
+      if (net.bias[layer] >= 0) add_packs<T>(kappa + at, width, phi_sums + net.bias[layer]);
       if (layer > 0) {
         const int below = net.first_unit[layer - 1];
         add_outer<T>(kappa + at, width, value + below, net.width[layer - 1], tangent ? delta + at : nullptr,
-                     tangent ? hd + below : nullptr, sums_of(net.weight[layer]));
+                     tangent ? hd + below : nullptr, phi_sums + net.weight[layer]);
       }
     }
     const int last = net.depth - 1;
-    for (int unit = 0; unit < net.width[last]; ++unit)
-      add_lanes(hd[net.first_unit[last] + unit], sums_of(net.weight[net.depth] + unit));
+    add_packs<T>(hd + net.first_unit[last], net.width[last], phi_sums + net.weight[net.depth]);
     add_to_first_layer(first, samples, tangent, c);
   }
 
@@ -215,19 +191,15 @@ class Chunk {
     if (tangent)
       for (int unit = 0; unit < width; ++unit) scaled[unit] = c * delta[unit];
     if (wide) {  // lanes run along the losses, so these sums need no lanes of their own
-      T* out = reinterpret_cast<T*>(row_sums);
-      combine_rows<T, true>({kappa->samples(), kTile<T>, 1}, width, samples, rows, losses, out);
+      combine_rows<T, true>({kappa->samples(), kTile<T>, 1}, width, samples, rows, losses, phi_sums);
       if (tangent)
-        combine_rows<T, true>({scaled->samples(), kTile<T>, 1}, width, samples, tangent + first * losses, losses, out);
+        combine_rows<T, true>({scaled->samples(), kTile<T>, 1}, width, samples, tangent + first * losses, losses,
+                              phi_sums);
       return;
     }
-    gather_tile(rows, samples, losses, net.losses + end * losses, tile_losses);
+    gather_tile(rows, samples, losses, tile_losses);
     add_outer<T>(kappa, width, tile_losses, int(losses), tangent ? scaled : nullptr, tangent ? tile_tangent : nullptr,
-                 sums_of(0));
-  }
-
-  static void add_lanes(const Pack<T>& pack, Vec<T>* sum) {
-    for (int v = 0; v < kPackVectors; ++v) *sum += pack.part[v];
+                 phi_sums);
   }
 
   const CombinerParams<T>& net;
@@ -237,24 +209,14 @@ class Chunk {
   Pack<T>*state, *delta, *value, *hd, *kappa;  // (units): see combiner_math.h
   Pack<T>* own_activations;
   Pack<T>*tile_losses, *tile_tangent;  // (num_losses) if narrow, (width of the first layer) if wide
-  // Sums for phi. Lane sums: a vector for each element of phi, still to be summed over its lanes. Row sums: W_1's rows
-  // as they lie in phi, if wide (the lanes run along the losses there).
-  int64_t num_row_sums, first_lane_sum;
-  Vec<T>*row_sums = nullptr, *lane_sums = nullptr;
+  T* phi_sums;                         // (num_parameters) of this chunk, or nullptr
 };
-
-template <class Task>
-void run(const Executor& executor, int64_t count, const Task& task) {
-  executor.parallel_for(
-      count, [](void* context, int64_t index) { (*static_cast<const Task*>(context))(index); },
-      const_cast<Task*>(&task));
-}
 
 template <class T, class Act>
 void forward(const CombinerParams<T>& net, const Executor& executor) {
   const int64_t chunks = combiner_num_chunks(net.batch);
   auto* totals = static_cast<double*>(net.workspace);
-  run(executor, chunks, [&](int64_t index) { totals[index] = Chunk<T, Act>(net, index, executor, false).forward(); });
+  executor.run(chunks, [&](int64_t index) { totals[index] = Chunk<T, Act>(net, index, executor, nullptr).forward(); });
   if (net.per_sample) return;
   double total = 0;
   for (int64_t index = 0; index < chunks; ++index) total += totals[index];
@@ -278,10 +240,8 @@ template <class T, class Act>
 void backward_phi(const CombinerParams<T>& net, const Executor& executor) {
   const int64_t chunks = combiner_num_chunks(net.batch);
   T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
-  run(executor, chunks, [&](int64_t index) {
-    Chunk<T, Act> chunk(net, index, executor, true);
-    chunk.backward_phi();
-    chunk.write_phi(parts + index * net.num_parameters);
+  executor.run(chunks, [&](int64_t index) {
+    Chunk<T, Act>(net, index, executor, parts + index * net.num_parameters).backward_phi();
   });
   if (chunks > 1) add_chunks(parts, chunks, net.num_parameters, net.grad_phi);
 }
@@ -290,11 +250,11 @@ template <class T, class Act>
 void second_order(const CombinerParams<T>& net, const Executor& executor) {
   const int64_t chunks = combiner_num_chunks(net.batch), size = net.batch * net.num_losses;
   T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
-  run(executor, net.num_tangents * chunks, [&](int64_t index) {
+  executor.run(net.num_tangents * chunks, [&](int64_t index) {
     const int64_t tangent = index / chunks;
-    Chunk<T, Act> chunk(net, index % chunks, executor, net.grad_phi != nullptr);
-    chunk.second_order(net.tangents + tangent * size, net.grad_losses + tangent * size);
-    if (net.grad_phi) chunk.write_phi(parts + index * net.num_parameters);
+    T* phi_sums = net.grad_phi ? parts + index * net.num_parameters : nullptr;
+    Chunk<T, Act>(net, index % chunks, executor, phi_sums)
+        .second_order(net.tangents + tangent * size, net.grad_losses + tangent * size);
   });
   if (!net.grad_phi || chunks == 1) return;
   for (int64_t tangent = 0; tangent < net.num_tangents; ++tangent)

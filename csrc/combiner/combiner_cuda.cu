@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
 template <class Part, class T>
 __global__ void __launch_bounds__(1024)
     sum_kernel(const Part* parts, int64_t rows, int blocks, int64_t count, T scale, T* out) {
-  __shared__ double sums[32][33];
+  STATIC_SHARED(double, sums, [32][33]);
   const int64_t entry = int64_t(blockIdx.x) * 32 + threadIdx.x;
   double sum = 0;
   if (entry < rows * count) {

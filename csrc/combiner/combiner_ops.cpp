@@ -1,11 +1,14 @@
 // torch's side of the combiner: checks, allocates, fills CombinerParams and hands over to the kernels of the device.
 // The schemas, and what each op returns, are in auxfast/ops/combiner.py.
+#include <cstdlib>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "combiner/combiner.h"
 #include "common/cpu_isa.h"
+#include "common/recycled_memory.h"
 #include "common/tensor_checks.h"
 #ifdef AUXFAST_WITH_CUDA
 #include "common/cuda_stream.h"
@@ -25,25 +28,38 @@ const CombinerKernels<T>& cpu_kernels() {
     return combiner_f64();
 }
 
-// network = [activation, bias, main loss or -1, reduction, width of each hidden layer]; as ops/combiner.py packs it.
+// [activation, bias, main loss or -1, reduction, width of each hidden layer]. The ops take it as text, with commas
+// between: a list of numbers takes the dispatcher longer than all tensors together.
 enum NetworkEntry { kActivation, kBias, kMainLoss, kReduction, kFirstWidth };
-enum Reduction { kNone, kSum, kMean };
 using Network = std::vector<int64_t>;
+
+Network parse_network(const char* op, const std::string& text) {
+  Network network;
+  network.reserve(kFirstWidth + kMaxDepth);
+  const char* at = text.c_str();
+  for (char* end;; at = end + 1) {
+    network.push_back(std::strtoll(at, &end, 10));
+    STD_TORCH_CHECK(end != at && (*end == ',' || *end == 0), "auxfast::", op, ": network must be numbers with commas ",
+                    "between, got '", text, "'");
+    if (*end == 0) break;
+  }
+  STD_TORCH_CHECK(int64_t(network.size()) > kFirstWidth, "auxfast::", op, ": the network has no hidden layer");
+  return network;
+}
 
 // The description of the network, checked against the tensors that every pass has.
 template <class T>
 CombinerParams<T> describe(const char* op, const Tensor& losses, const Tensor& phi, const Network& network) {
   const int64_t depth = int64_t(network.size()) - kFirstWidth;
-  STD_TORCH_CHECK(depth >= 1 && depth <= kMaxDepth, "auxfast::", op, ": 1 to ", kMaxDepth, " hidden layers, got ",
-                  depth);
+  STD_TORCH_CHECK(depth <= kMaxDepth, "auxfast::", op, ": 1 to ", kMaxDepth, " hidden layers, got ", depth);
   CombinerParams<T> net{};
   net.batch = losses.size(0);
   net.num_losses = losses.size(1);
   net.depth = int32_t(depth);
   net.activation = static_cast<Activation>(network[kActivation]);
   net.main_loss = int32_t(network[kMainLoss]);
-  net.per_sample = network[kReduction] == kNone;
-  net.scale = network[kReduction] == kMean ? T(1.0 / double(net.batch)) : T(1);
+  net.per_sample = Reduction(network[kReduction]) == Reduction::none;
+  net.scale = Reduction(network[kReduction]) == Reduction::mean ? T(1.0 / double(net.batch)) : T(1);
   STD_TORCH_CHECK(net.batch > 0 && net.num_losses > 0, "auxfast::", op, ": losses must not be empty");
   STD_TORCH_CHECK(net.main_loss >= -1 && net.main_loss < net.num_losses, "auxfast::", op, ": main loss ", net.main_loss,
                   " of ", net.num_losses, " losses");
@@ -105,12 +121,6 @@ void run_pass(Pass pass, CombinerParams<T>& net, [[maybe_unused]] const Tensor& 
                                 : kernels.second_order)(net, kTorchExecutor);
 }
 
-// Calls function(T()) with the element type of `losses`.
-template <class Function>
-auto by_dtype(const Tensor& losses, const Function& function) {
-  return losses.scalar_type() == ScalarType::Double ? function(double()) : function(float());
-}
-
 void check_inputs(const char* op, const Tensor& losses, const Tensor& phi) {
   check_floating(op, "losses", losses);
   STD_TORCH_CHECK(losses.dim() == 2, "auxfast::", op, ": losses must be (batch, num_losses), got ", losses.dim(),
@@ -122,8 +132,7 @@ void check_later_pass(const char* op, const Tensor& grad, const Tensor& losses, 
                       const Network& network) {
   check_matches(op, "grad", grad, "losses", losses);
   check_matches(op, "saved", saved, "losses", losses);
-  STD_TORCH_CHECK(int64_t(network.size()) > kFirstWidth, "auxfast::", op, ": the network has no hidden layer");
-  const int64_t expected = network[kReduction] == kNone ? losses.size(0) : 1;
+  const int64_t expected = Reduction(network[kReduction]) == Reduction::none ? losses.size(0) : 1;
   STD_TORCH_CHECK(grad.numel() == expected, "auxfast::", op, ": grad must have ", expected, " elements, got ",
                   grad.numel());
   STD_TORCH_CHECK(saved.numel() == 0 || saved.numel() == saved_size(network, losses.size(0)), "auxfast::", op,
@@ -131,8 +140,9 @@ void check_later_pass(const char* op, const Tensor& grad, const Tensor& losses, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> combiner_forward(const Tensor& losses_in, const Tensor& phi_in,
-                                                    const Network& network, bool save) {
+                                                    const std::string& network_text, bool save) {
   const char* op = "combiner_forward";
+  const Network network = parse_network(op, network_text);
   check_inputs(op, losses_in, phi_in);
   const Tensor losses = as_contiguous(losses_in), phi = as_contiguous(phi_in);
   return by_dtype(losses, [&](auto zero) {
@@ -140,7 +150,11 @@ std::tuple<Tensor, Tensor, Tensor> combiner_forward(const Tensor& losses_in, con
     CombinerParams<T> net = describe<T>(op, losses, phi, network);
     Tensor weights = new_tensor(losses, {net.batch, net.num_losses});
     Tensor value = net.per_sample ? new_tensor(losses, {net.batch}) : new_tensor(losses, {});
-    Tensor saved = new_tensor(losses, {save ? saved_size(network, net.batch) : 0});
+    const int64_t size = save ? saved_size(network, net.batch) : 0;
+    Tensor saved = size > 0 && !losses.is_cuda()
+                       ? torch::stable::from_blob(RecycledMemory::take(size * sizeof(T)), {size}, {1}, losses.device(),
+                                                  losses.scalar_type(), RecycledMemory::give_back)
+                       : new_tensor(losses, {size});
     net.value = pointer<T>(value);
     net.weights = pointer<T>(weights);
     net.saved = save ? pointer<T>(saved) : nullptr;
@@ -150,8 +164,9 @@ std::tuple<Tensor, Tensor, Tensor> combiner_forward(const Tensor& losses_in, con
 }
 
 Tensor combiner_backward_phi(const Tensor& grad_in, const Tensor& losses_in, const Tensor& phi_in, const Tensor& saved,
-                             const Network& network) {
+                             const std::string& network_text) {
   const char* op = "combiner_backward_phi";
+  const Network network = parse_network(op, network_text);
   check_inputs(op, losses_in, phi_in);
   check_later_pass(op, grad_in, losses_in, saved, network);
   const Tensor grad = as_contiguous(grad_in), losses = as_contiguous(losses_in), phi = as_contiguous(phi_in);
@@ -168,10 +183,12 @@ Tensor combiner_backward_phi(const Tensor& grad_in, const Tensor& losses_in, con
   });
 }
 
-std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents_in, const Tensor& grad_in,
-                                                 const Tensor& losses_in, const Tensor& phi_in, const Tensor& saved,
-                                                 const Network& network, bool with_phi) {
-  const char* op = "combiner_second_order";
+// What combiner_second_order returns; without phi's part combiner_hessian.
+std::pair<Tensor, std::optional<Tensor>> second_order(const char* op, bool with_phi, const Tensor& tangents_in,
+                                                      const Tensor& grad_in, const Tensor& losses_in,
+                                                      const Tensor& phi_in, const Tensor& saved,
+                                                      const std::string& network_text) {
+  const Network network = parse_network(op, network_text);
   check_inputs(op, losses_in, phi_in);
   check_later_pass(op, grad_in, losses_in, saved, network);
   check_matches(op, "tangents", tangents_in, "losses", losses_in);
@@ -187,23 +204,38 @@ std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents_in, cons
     net.num_tangents = several ? tangents.size(0) : 1;
     Tensor grad_losses = several ? new_tensor(losses, {net.num_tangents, net.batch, net.num_losses})
                                  : new_tensor(losses, {net.batch, net.num_losses});
-    const int64_t phi_size = with_phi ? net.num_parameters : 0;
-    Tensor grad_phi = several ? new_tensor(phi, {net.num_tangents, phi_size}) : new_tensor(phi, {phi_size});
+    std::optional<Tensor> grad_phi;
+    if (with_phi)
+      grad_phi =
+          several ? new_tensor(phi, {net.num_tangents, net.num_parameters}) : new_tensor(phi, {net.num_parameters});
     net.saved = saved.numel() ? pointer<T>(saved) : nullptr;
     net.grad = pointer<T>(grad);
     net.grad_stride = net.per_sample;
     net.tangents = pointer<T>(tangents);
     net.grad_losses = pointer<T>(grad_losses);
-    net.grad_phi = with_phi ? pointer<T>(grad_phi) : nullptr;
+    net.grad_phi = with_phi ? pointer<T>(*grad_phi) : nullptr;
     if (net.num_tangents > 0) run_pass(Pass::second_order, net, losses);
-    return std::make_tuple(grad_losses, grad_phi);
+    return std::make_pair(grad_losses, grad_phi);
   });
+}
+
+std::tuple<Tensor, Tensor> combiner_second_order(const Tensor& tangents, const Tensor& grad, const Tensor& losses,
+                                                 const Tensor& phi, const Tensor& saved, const std::string& network) {
+  const auto [grad_losses, grad_phi] =
+      second_order("combiner_second_order", true, tangents, grad, losses, phi, saved, network);
+  return std::make_tuple(grad_losses, *grad_phi);
+}
+
+Tensor combiner_hessian(const Tensor& tangents, const Tensor& grad, const Tensor& losses, const Tensor& phi,
+                        const Tensor& saved, const std::string& network) {
+  return second_order("combiner_hessian", false, tangents, grad, losses, phi, saved, network).first;
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("combiner_forward", TORCH_BOX(&combiner_forward));
   library.impl("combiner_backward_phi", TORCH_BOX(&combiner_backward_phi));
   library.impl("combiner_second_order", TORCH_BOX(&combiner_second_order));
+  library.impl("combiner_hessian", TORCH_BOX(&combiner_hessian));
 }
 
 }  // namespace

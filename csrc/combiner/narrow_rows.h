@@ -1,4 +1,8 @@
 // The first layer's products when there are few losses: a tile's rows of losses are transposed into packs, and back.
+//
+// Rows are read and written in pieces of 16 bytes, which cost little more than whole vectors: a vector takes the same
+// columns of every fourth sample (AVX-512; every second with AVX2), and as many vectors as a piece has columns are then
+// transposed piece by piece. The last piece of a row reaches back into the one before.
 #pragma once
 
 #include <cstdint>
@@ -8,74 +12,114 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// Rows of `count` losses to packs and back: pack k holds loss k of the tile's samples, zeros behind the last sample.
-// Square blocks are transposed in registers; the last block of a row that they do not divide reaches back into the one
-// before. Rows shorter than a vector are moved as vectors all the same where memory up to `end` allows: what is read
-// too much lands in packs that nobody looks at (there must be room for one vector's worth of packs), what is written
-// too much is the beginning of the next row, which is written next.
-constexpr int64_t kTooShortForVectors = 4;
-
 template <class T>
-AUXFAST_HD void gather_block(const T* rows, int samples, int64_t count, int64_t first, const T* end, Pack<T>* packs) {
-  const int64_t length = count < kLanes<T> ? count : kLanes<T>;
-  for (int v = 0; v < kPackVectors; ++v) {
-    Vec<T> block[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) {
-      const int s = v * kLanes<T> + i;
-      const T* from = rows + s * count + first;
-      block[i] = Vec<T>{};
-      if (s < samples && from + kLanes<T> <= end)
-        block[i] = load(from);
-      else if (s < samples)
-        for (int64_t k = 0; k < length; ++k) block[i][k] = from[k];
-    }
-    transpose<T>(block);
-    for (int i = 0; i < kLanes<T>; ++i) packs[first + i].part[v] = block[i];
+constexpr int kPieceLanes = kPieceBytes / int(sizeof(T));
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <class V, int... I>
+AUXFAST_HD auto concatenate(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, I...);
+}
+
+// The pieces at from, from + stride, ... in one vector.
+template <class T, int kBytes = kVectorBytes>
+AUXFAST_HD auto load_pieces(const T* from, int64_t stride) {
+  if constexpr (kBytes == kPieceBytes)
+    return typename VectorTypes<T>::Piece(*reinterpret_cast<const typename VectorTypes<T>::UnalignedPiece*>(from));
+  else
+    return concatenate(load_pieces<T, kBytes / 2>(from, stride),
+                       load_pieces<T, kBytes / 2>(from + kBytes / 2 / kPieceBytes * stride, stride),
+                       std::make_integer_sequence<int, kBytes / int(sizeof(T))>{});
+}
+
+// The vector's pieces to `to`, to + stride, ...
+template <class T, int kPiece = 0, int... I>
+AUXFAST_HD void store_pieces(T* to, int64_t stride, Vec<T> value, std::integer_sequence<int, I...> lanes) {
+  *reinterpret_cast<typename VectorTypes<T>::UnalignedPiece*>(to) =
+      __builtin_shufflevector(value, value, (kPiece * kPieceLanes<T> + I)...);
+  if constexpr ((kPiece + 1) * kPieceBytes < kVectorBytes)
+    store_pieces<T, kPiece + 1>(to + stride, stride, value, lanes);
+}
+template <class T>
+AUXFAST_HD void store_pieces(T* to, int64_t stride, Vec<T> value) {
+  store_pieces<T>(to, stride, value, std::make_integer_sequence<int, kPieceLanes<T>>{});
+}
+#else  // through the stack
+template <class T>
+AUXFAST_HD Vec<T> load_pieces(const T* from, int64_t stride) {
+  Vec<T> vector;
+  for (int i = 0; i < kVectorBytes / kPieceBytes; ++i)
+    std::memcpy(reinterpret_cast<char*>(&vector) + i * kPieceBytes, from + i * stride, kPieceBytes);
+  return vector;
+}
+template <class T>
+AUXFAST_HD void store_pieces(T* to, int64_t stride, Vec<T> value) {
+  for (int i = 0; i < kVectorBytes / kPieceBytes; ++i)
+    std::memcpy(to + i * stride, reinterpret_cast<const char*>(&value) + i * kPieceBytes, kPieceBytes);
+}
+#endif
+
+// Exchanges the off-diagonal quarters of every 2 kHalf x 2 kHalf block in the pieces of `rows`.
+template <class T, int kHalf, int... I>
+AUXFAST_HD void transpose_blocks(Vec<T>* rows, std::integer_sequence<int, I...>) {
+  constexpr int kN = kLanes<T>;
+#pragma GCC unroll 4
+  for (int i = 0; i < kPieceLanes<T>; ++i) {
+    if (i & kHalf) continue;
+    const Vec<T> upper = rows[i], lower = rows[i + kHalf];
+    rows[i] = shuffle<T>(upper, lower, std::integer_sequence<int, (I & kHalf ? kN + (I ^ kHalf) : I)...>{});
+    rows[i + kHalf] = shuffle<T>(upper, lower, std::integer_sequence<int, (I & kHalf ? kN + I : I ^ kHalf)...>{});
   }
 }
 
+// Transposes the square matrices that the pieces of `rows` are.
 template <class T>
-void gather_tile(const T* rows, int samples, int64_t count, const T* end, Pack<T>* packs) {
-  if (count <= kTooShortForVectors) {
-    if (samples < kTile<T>) std::memset(static_cast<void*>(packs), 0, count * sizeof(Pack<T>));
-    for (int64_t k = 0; k < count; ++k)
-      for (int s = 0; s < samples; ++s) packs[k].samples()[s] = rows[s * count + k];
-    return;
-  }
-  int64_t first = 0;
-  for (; first + kLanes<T> < count; first += kLanes<T>) gather_block(rows, samples, count, first, end, packs);
-  gather_block(rows, samples, count, count < kLanes<T> ? 0 : count - kLanes<T>, end, packs);
+AUXFAST_HD void transpose_pieces(Vec<T>* rows) {
+  constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
+  if constexpr (kPieceLanes<T> > 2) transpose_blocks<T, 2>(rows, lanes);
+  transpose_blocks<T, 1>(rows, lanes);
 }
 
+// work(vector, first column) for the pieces of a tile's rows, in the vectors that are full; their samples are returned.
+template <class T, class Work>
+AUXFAST_HD int for_each_piece(int samples, int64_t count, const Work& work) {
+  if (count < kPieceLanes<T>) return 0;
+  const int vectors = samples / kLanes<T>;
+  for (int v = 0; v < vectors; ++v) {
+    for (int64_t first = 0; first + kPieceLanes<T> < count; first += kPieceLanes<T>) work(v, first);
+    work(v, count - kPieceLanes<T>);
+  }
+  return vectors * kLanes<T>;
+}
+
+// Rows of `count` losses to packs: pack k holds loss k of the tile's samples, zeros behind the last sample.
 template <class T>
-AUXFAST_HD void scatter_block(const Pack<T>* packs, int samples, int64_t count, int64_t first, const T* end, T* rows) {
-  const int64_t length = count < kLanes<T> ? count : kLanes<T>;
-  for (int v = 0; v < kPackVectors; ++v) {
-    Vec<T> block[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) block[i] = packs[first + i].part[v];
-    transpose<T>(block);
-    for (int i = 0; i < kLanes<T>; ++i) {
-      const int s = v * kLanes<T> + i;
-      if (s >= samples) return;
-      T* to = rows + s * count + first;
-      if (to + kLanes<T> <= end)
-        store(to, block[i]);
-      else
-        for (int64_t k = 0; k < length; ++k) to[k] = block[i][k];
-    }
+void gather_tile(const T* rows, int samples, int64_t count, Pack<T>* packs) {
+  const int done = for_each_piece<T>(samples, count, [&](int v, int64_t first) {
+    Vec<T> block[kPieceLanes<T>];
+    for (int i = 0; i < kPieceLanes<T>; ++i)
+      block[i] = load_pieces(rows + (v * kLanes<T> + i) * count + first, kPieceLanes<T> * count);
+    transpose_pieces<T>(block);
+    for (int k = 0; k < kPieceLanes<T>; ++k) packs[first + k].part[v] = block[k];
+  });
+  for (int64_t k = 0; k < count; ++k) {
+    for (int s = done; s < samples; ++s) packs[k].samples()[s] = rows[s * count + k];
+    for (int s = samples; s < kTile<T>; ++s) packs[k].samples()[s] = T(0);
   }
 }
 
+// And back.
 template <class T>
-void scatter_tile(const Pack<T>* packs, int samples, int64_t count, const T* end, T* rows) {
-  if (count <= kTooShortForVectors) {
-    for (int s = 0; s < samples; ++s)
-      for (int64_t k = 0; k < count; ++k) rows[s * count + k] = packs[k].samples()[s];
-    return;
-  }
-  int64_t first = 0;
-  for (; first + kLanes<T> < count; first += kLanes<T>) scatter_block(packs, samples, count, first, end, rows);
-  scatter_block(packs, samples, count, count < kLanes<T> ? 0 : count - kLanes<T>, end, rows);
+void scatter_tile(const Pack<T>* packs, int samples, int64_t count, T* rows) {
+  const int done = for_each_piece<T>(samples, count, [&](int v, int64_t first) {
+    Vec<T> block[kPieceLanes<T>];
+    for (int k = 0; k < kPieceLanes<T>; ++k) block[k] = packs[first + k].part[v];
+    transpose_pieces<T>(block);
+    for (int i = 0; i < kPieceLanes<T>; ++i)
+      store_pieces(rows + (v * kLanes<T> + i) * count + first, kPieceLanes<T> * count, block[i]);
+  });
+  for (int s = done; s < samples; ++s)
+    for (int64_t k = 0; k < count; ++k) rows[s * count + k] = packs[k].samples()[s];
 }
 
 }  // namespace auxfast::AUXFAST_ISA

@@ -1,8 +1,7 @@
 // A pack: one number for each of a tile's samples, in as many SIMD vectors as the registers bear.
 #pragma once
 
-#include "common/activations.h"
-#include "common/simd.h"
+#include "common/vector_element.h"
 
 namespace auxfast::AUXFAST_ISA {
 
@@ -49,18 +48,6 @@ template <class T>
 struct ElementOf<Pack<T>> {
   using Scalar = T;
 };
-template <class T>
-struct VectorElement {
-  using Scalar = T;
-  using Bits = typename VectorTypes<T>::Bits;
-  static constexpr std::conditional_t<sizeof(T) == 4, int32_t, int64_t> kSign = sizeof(T) == 4 ? INT32_MIN : INT64_MIN;
-  static AUXFAST_HD Bits bits(Vec<T> x) { return (Bits)x; }
-  static AUXFAST_HD Vec<T> from_bits(Bits bits) { return (Vec<T>)bits; }
-};
-template <>
-struct ElementOf<Vec<float>> : VectorElement<float> {};
-template <>
-struct ElementOf<Vec<double>> : VectorElement<double> {};
 
 // An activation, vector by vector.
 template <class Act>

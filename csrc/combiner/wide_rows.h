@@ -105,31 +105,33 @@ AUXFAST_HD void combine_block(Coefficients<T> c, int count, const T* in, int64_t
     for (int v = 0; v < kVectors; ++v) store(out + r * length + v * kLanes<T>, sum[r][v]);
 }
 
-template <class T, int kRows, bool kAdd>
-AUXFAST_HD void combine_panel(Coefficients<T> c, int count, const T* in, int64_t length, T* out) {
+template <class T, int kVectors, bool kAdd, class Mask>
+AUXFAST_HD void combine_columns(Coefficients<T> c, int rows, int count, const T* in, int64_t length, T* out,
+                                const Mask& mask) {
+  in_panels<5>(rows, [&](auto height, int r) AUXFAST_INLINE {
+    const Coefficients<T> panel{c.at + r * c.row_stride, c.row_stride, c.column_stride};
+    combine_block<T, decltype(height)::value, kVectors, kAdd>(panel, count, in, length, out + r * length, mask);
+  });
+}
+
+// out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. All rows have `length` elements. A few
+// columns at a time, so that those of `in` stay in the cache for all rows of `out`.
+template <class T, bool kAdd>
+void combine_rows(Coefficients<T> c, int rows, int count, const T* in, int64_t length, T* out) {
   constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;
   const auto all = [](Vec<T> v) { return v; };
   int64_t at = 0;
   for (; at + kVectors * kLanes<T> <= length; at += kVectors * kLanes<T>)
-    combine_block<T, kRows, kVectors, kAdd>(c, count, in + at, length, out + at, all);
+    combine_columns<T, kVectors, kAdd>(c, rows, count, in + at, length, out + at, all);
   for (; at + kLanes<T> <= length; at += kLanes<T>)
-    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, all);
+    combine_columns<T, 1, kAdd>(c, rows, count, in + at, length, out + at, all);
   if (at == length) return;
   at = length - kLanes<T>;
   if constexpr (kAdd)
-    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at,
-                                     [&](Vec<T> v) { return keep_rest<T>(v, length); });
+    combine_columns<T, 1, kAdd>(c, rows, count, in + at, length, out + at,
+                                [&](Vec<T> v) { return keep_rest<T>(v, length); });
   else  // what was stored before is stored again
-    combine_block<T, kRows, 1, kAdd>(c, count, in + at, length, out + at, all);
-}
-
-// out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. All rows have `length` elements.
-template <class T, bool kAdd>
-void combine_rows(Coefficients<T> c, int rows, int count, const T* in, int64_t length, T* out) {
-  in_panels<5>(rows, [&](auto height, int r) {
-    const Coefficients<T> panel{c.at + r * c.row_stride, c.row_stride, c.column_stride};
-    combine_panel<T, decltype(height)::value, kAdd>(panel, count, in, length, out + r * length);
-  });
+    combine_columns<T, 1, kAdd>(c, rows, count, in + at, length, out + at, all);
 }
 
 }  // namespace auxfast::AUXFAST_ISA

@@ -19,6 +19,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kPackVectors = 2;
 #endif
 
+constexpr int kPieceBytes = 16;  // the smallest part of a vector that moves to and from memory by itself
+
 template <class T>
 struct VectorTypes;
 template <>
@@ -26,12 +28,16 @@ struct VectorTypes<float> {
   typedef float Aligned __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef float Piece __attribute__((vector_size(kPieceBytes)));
+  typedef float UnalignedPiece __attribute__((vector_size(kPieceBytes), aligned(4), may_alias));
 };
 template <>
 struct VectorTypes<double> {
   typedef double Aligned __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef double Piece __attribute__((vector_size(kPieceBytes)));
+  typedef double UnalignedPiece __attribute__((vector_size(kPieceBytes), aligned(8), may_alias));
 };
 template <class T>
 using Vec = typename VectorTypes<T>::Aligned;
@@ -51,6 +57,25 @@ AUXFAST_HD Vec<T> load(const T* from) {
 template <class T>
 AUXFAST_HD void store(T* to, Vec<T> value) {
   *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(to) = value;
+}
+
+// The same value, but kept in its register: GCC otherwise reads an operand from memory again for every use of it.
+template <class V>
+AUXFAST_HD V in_register(V value) {
+#if defined(__x86_64__) && !defined(__clang__)
+  asm volatile("" : "+v"(value));
+#endif
+  return value;
+}
+
+// The same pointer, but the compiler does not know it: GCC otherwise keeps what it has read there for so long that it
+// runs out of registers.
+template <class T>
+AUXFAST_HD const T* opaque(const T* pointer) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm volatile("" : "+r"(pointer));
+#endif
+  return pointer;
 }
 
 // Pairwise, in a fixed order.
@@ -79,39 +104,34 @@ AUXFAST_HD Vec<T> every_second(Vec<T> a, Vec<T> b, std::integer_sequence<int, I.
   return shuffle<T>(a, b, std::integer_sequence<int, (2 * I + kFirst)...>{});
 }
 
-// Lane j of the result is the sum over the lanes of vectors[j], for as many vectors as there are lanes.
-// The vectors are overwritten. Always the same order of additions.
-template <class T>
-AUXFAST_HD Vec<T> sum_each(Vec<T>* vectors) {
-  constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
-  for (int n = kLanes<T>; n > 1; n /= 2)
-    for (int i = 0; i < n / 2; ++i)
-      vectors[i] = every_second<T, 0>(vectors[2 * i], vectors[2 * i + 1], lanes) +
-                   every_second<T, 1>(vectors[2 * i], vectors[2 * i + 1], lanes);
-  return vectors[0];
-}
-
-// Exchanges the off-diagonal quarters of every 2 kHalf x 2 kHalf block of the square matrix `rows`.
-template <class T, int kHalf, int... I>
-AUXFAST_HD void transpose_blocks(Vec<T>* rows, std::integer_sequence<int, I...>) {
+// The lanes of a and b in turn, a's first; their lower or upper halves.
+template <class T, bool kUpper, int... I>
+AUXFAST_HD Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   constexpr int kN = kLanes<T>;
-#pragma GCC unroll 16
-  for (int i = 0; i < kN; ++i) {
-    if (i & kHalf) continue;
-    const Vec<T> upper = rows[i], lower = rows[i + kHalf];
-    rows[i] = shuffle<T>(upper, lower, std::integer_sequence<int, (I & kHalf ? kN + (I ^ kHalf) : I)...>{});
-    rows[i + kHalf] = shuffle<T>(upper, lower, std::integer_sequence<int, (I & kHalf ? kN + I : I ^ kHalf)...>{});
-  }
+  return shuffle<T>(a, b, std::integer_sequence<int, ((kUpper ? kN / 2 : 0) + I / 2 + (I % 2 ? kN : 0))...>{});
 }
 
-// Transposes as many vectors as there are lanes.
-template <class T>
-AUXFAST_HD void transpose(Vec<T>* rows) {
+// Lanes kDistance apart added up: those of a in the lanes i without that bit (i & kDistance), those of b in the others.
+template <class T, int kDistance, int... I>
+AUXFAST_HD Vec<T> add_pairs(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int kN = kLanes<T>;
+  return shuffle<T>(a, b, std::integer_sequence<int, (I & kDistance ? kN + I : I)...>{}) +
+         shuffle<T>(a, b, std::integer_sequence<int, (I & kDistance ? kN + (I ^ kDistance) : I ^ kDistance)...>{});
+}
+
+// Lane j of the result is the sum over the lanes of vectors[j], for as many vectors as there are lanes.
+// Always the same order of additions.
+template <class T, int kDistance = 1>
+AUXFAST_HD Vec<T> sum_each(const Vec<T>* vectors) {
   constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
-  if constexpr (kLanes<T> > 8) transpose_blocks<T, 8>(rows, lanes);
-  if constexpr (kLanes<T> > 4) transpose_blocks<T, 4>(rows, lanes);
-  if constexpr (kLanes<T> > 2) transpose_blocks<T, 2>(rows, lanes);
-  transpose_blocks<T, 1>(rows, lanes);
+  constexpr int kCount = kLanes<T> / kDistance / 2;
+  Vec<T> sums[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) sums[i] = add_pairs<T, kDistance>(vectors[2 * i], vectors[2 * i + 1], lanes);
+  if constexpr (kCount == 1)
+    return sums[0];
+  else
+    return sum_each<T, 2 * kDistance>(sums);
 }
 
 }  // namespace auxfast::AUXFAST_ISA

@@ -35,9 +35,9 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A new contiguous tensor of the dtype and on the device of `like`. (torch::stable::new_empty looks its op up by name
-// on every call, which costs more than the allocation.)
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+// A new contiguous tensor on the device of `like`. (torch::stable::new_empty looks its op up by name on every call,
+// which costs more than the allocation.)
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   constexpr int64_t kMostDimensions = 8;
   int64_t strides[kMostDimensions];
   int64_t stride = 1, dimension = int64_t(sizes.size());
@@ -45,8 +45,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
     strides[--dimension] = stride;
     stride *= *size ? *size : 1;  // as torch does
   }
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
@@ -55,9 +54,26 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return Tensor(handle);
 }
 
+// Of the dtype of `like`.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_tensor(like, sizes, dtype);
+}
+
+inline Tensor new_float64(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_tensor(like, sizes, aoti_torch_dtype_float64());
+}
+
 template <class T>
 T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// Calls function(T()) with the element type of a tensor that is float32 or float64.
+template <class Function>
+auto by_dtype(const Tensor& tensor, const Function& function) {
+  return tensor.scalar_type() == ScalarType::Double ? function(double()) : function(float());
 }
 
 // Frees with the thread; grows to the largest request of the thread.

@@ -13,7 +13,7 @@ from auxfast import reference_kernels
 from auxfast.ops import combiner as module
 from auxfast.ops.combiner import CombinerNetwork, combiner, combiner_reference
 
-from .combiner_cases import SMALL, inputs, name, normal
+from .combiner_cases import DEVICES, SMALL, inputs, name, normal
 
 OPTIONS = [
     CombinerNetwork(2, hidden, activation, bias, main, reduction)  # type: ignore[arg-type]
@@ -26,19 +26,21 @@ OPTIONS = [
 WRT = {"losses": (True, False), "phi": (False, True), "both": (True, True)}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wrt", WRT.values(), ids=WRT.keys())
 @pytest.mark.parametrize("network", OPTIONS, ids=map(name, OPTIONS))
-def test_gradcheck_and_gradgradcheck(network, wrt):
-    losses, phi, *_ = inputs(network, 3)
+def test_gradcheck_and_gradgradcheck(network, wrt, device):
+    losses, phi, *_ = inputs(network, 3, device=device)
     given = losses.requires_grad_(wrt[0]), phi.requires_grad_(wrt[1])
     assert torch.autograd.gradcheck(lambda x, p: combiner(x, p, network), given)
     assert torch.autograd.gradgradcheck(lambda x, p: combiner(x, p, network), given)
 
 
-def test_gradgradcheck_with_a_mask_and_several_tiles():
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradgradcheck_with_a_mask_and_several_tiles(device):
     network = CombinerNetwork(1, (2,), main=0, reduction="none")
-    losses, phi, *_ = inputs(network, 67)
-    mask = normal(67, 1, seed=4) > 0
+    losses, phi, *_ = inputs(network, 67, device=device)
+    mask = normal(67, 1, seed=4, device=device) > 0
     given = losses.requires_grad_(), phi.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x, p: combiner(x, p, network, mask), given, fast_mode=True)
 
@@ -51,16 +53,15 @@ def calls(monkeypatch) -> list[str]:
     """Names of the later passes that run, in order; with "+phi" where the second derivatives in phi are computed."""
     made: list[str] = []
 
-    def record(op: Callable[..., object], label: Callable[..., str]) -> Callable[..., object]:
+    def record(op: Callable[..., object], label: str) -> Callable[..., object]:
         def wrapped(*args: object) -> object:
-            made.append(label(*args))
+            made.append(label)
             return op(*args)
 
         return wrapped
 
-    monkeypatch.setattr(module, "_backward_phi", record(module._backward_phi, lambda *_: "gradient"))
-    second = record(module._second_order, lambda *args: "second+phi" if args[-1] else "second")
-    monkeypatch.setattr(module, "_second_order", second)
+    for op, label in {"_backward_phi": "gradient", "_second_order": "second+phi", "_hessian": "second"}.items():
+        monkeypatch.setattr(module, op, record(getattr(module, op), label))
     return made
 
 

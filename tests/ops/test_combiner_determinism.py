@@ -41,7 +41,7 @@ def test_same_bits_for_any_number_of_threads(network, batch, dtype, restore_thre
     results = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        several = torch.ops.auxfast.combiner_second_order(tangents, *some, network.packed, True)
+        several = torch.ops.auxfast.combiner_second_order(tangents, *some, network.packed)
         results.append([*of_kernels(network, *given).values(), *several])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

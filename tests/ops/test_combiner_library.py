@@ -21,7 +21,8 @@ PER_SAMPLE = replace(SMALL, reduction="none")
 
 
 def _calls(network: CombinerNetwork, batch: int, save: bool, dtype: torch.dtype, device: str) -> list[tuple[Any, Any]]:
-    """Sample calls of the three ops: (op, arguments)."""
+    """Sample calls of the four ops: (op, arguments)."""
+    second_order, hessian = OPS.combiner_second_order.default, OPS.combiner_hessian.default
     losses, phi, grad, tangent = inputs(network, batch, dtype, device)
     _, _, saved = OPS.combiner_forward(losses, phi, network.packed, save)
     several = normal(2, batch, network.num_losses, dtype=dtype, device=device)
@@ -29,9 +30,7 @@ def _calls(network: CombinerNetwork, batch: int, save: bool, dtype: torch.dtype,
     return [
         (OPS.combiner_forward.default, (losses, phi, network.packed, save)),
         (OPS.combiner_backward_phi.default, later),
-        (OPS.combiner_second_order.default, (tangent, *later, True)),
-        (OPS.combiner_second_order.default, (several, *later, True)),
-        (OPS.combiner_second_order.default, (several, *later, False)),
+        *((op, (some, *later)) for op in (second_order, hessian) for some in (tangent, several)),
     ]
 
 
@@ -111,8 +110,8 @@ def test_combiner_errors(which, change, error, message):
         combiner(given["losses"], given["phi"], SMALL, mask)
 
 
-def _raw(network: list[int] = SMALL.packed, **changes: Callable[[Tensor], Tensor]) -> list[Callable[[], object]]:
-    """Calls of the three ops, with arguments changed."""
+def _raw(network: str = SMALL.packed, **changes: Callable[[Tensor], Tensor]) -> list[Callable[[], object]]:
+    """Calls of the four ops, with arguments changed."""
     losses, phi, grad, tangents = inputs(SMALL, 5)
     _, _, saved = OPS.combiner_forward(losses, phi, SMALL.packed, True)
     given = {"losses": losses, "phi": phi, "grad": grad, "tangents": tangents, "saved": saved}
@@ -122,11 +121,12 @@ def _raw(network: list[int] = SMALL.packed, **changes: Callable[[Tensor], Tensor
     return [
         lambda: OPS.combiner_forward(losses, phi, network, True),
         lambda: OPS.combiner_backward_phi(grad, losses, phi, saved, network),
-        lambda: OPS.combiner_second_order(tangents, grad, losses, phi, saved, network, True),
+        lambda: OPS.combiner_second_order(tangents, grad, losses, phi, saved, network),
+        lambda: OPS.combiner_hessian(tangents, grad, losses, phi, saved, network),
     ]
 
 
-EVERY, LATER, LAST = slice(0, 3), slice(1, 3), slice(2, 3)
+EVERY, LATER, LAST = slice(0, 4), slice(1, 4), slice(2, 4)
 RAW_ERRORS: dict[str, tuple[slice, dict[str, Any], str]] = {
     "integers": (EVERY, {"losses": Tensor.long}, "losses must be float32 or float64"),
     "half": (EVERY, {"losses": Tensor.half, "phi": Tensor.half}, "losses must be float32 or float64"),
@@ -145,13 +145,15 @@ RAW_ERRORS: dict[str, tuple[slice, dict[str, Any], str]] = {
     "rank 4": (LAST, {"tangents": lambda t: t[None, None]}, r"tangents must be \(batch, num_losses\) or"),
     "batch of tangents": (LAST, {"tangents": lambda t: t[1:]}, r"tangents must be \(batch, num_losses\) or"),
     "columns of tangents": (LAST, {"tangents": lambda t: t[:, 1:]}, r"tangents must be \(batch, num_losses\) or"),
-    "no layers": (EVERY, {"network": SMALL.packed[:4]}, "hidden layer"),
-    "no network": (EVERY, {"network": []}, "hidden layer"),
-    "9 layers": (slice(0, 1), {"network": [1, 1, 0, 2] + [2] * 9}, "1 to 8 hidden layers, got 9"),
-    "width 65": (slice(0, 1), {"network": [1, 1, 0, 2, 65]}, "widths of 1 to 64, got 65"),
-    "width 0": (slice(0, 1), {"network": [1, 1, 0, 2, 0]}, "widths of 1 to 64, got 0"),
-    "main": (EVERY, {"network": [1, 1, 3, 2, 4, 2]}, "main loss 3 of 3 losses"),
-    "negative main": (EVERY, {"network": [1, 1, -2, 2, 4, 2]}, "main loss -2 of 3 losses"),
+    "no layers": (EVERY, {"network": "1,1,0,2"}, "hidden layer"),
+    "no network": (EVERY, {"network": ""}, "network must be numbers with commas between, got ''"),
+    "words": (EVERY, {"network": "1,1,0,2,ten"}, "network must be numbers with commas between, got '1,1,0,2,ten'"),
+    "a number too little": (EVERY, {"network": "1,1,0,2,4,"}, "network must be numbers with commas between"),
+    "9 layers": (slice(0, 1), {"network": "1,1,0,2" + ",2" * 9}, "1 to 8 hidden layers, got 9"),
+    "width 65": (slice(0, 1), {"network": "1,1,0,2,65"}, "widths of 1 to 64, got 65"),
+    "width 0": (slice(0, 1), {"network": "1,1,0,2,0"}, "widths of 1 to 64, got 0"),
+    "main": (EVERY, {"network": "1,1,3,2,4,2"}, "main loss 3 of 3 losses"),
+    "negative main": (EVERY, {"network": "1,1,-2,2,4,2"}, "main loss -2 of 3 losses"),
 }
 
 
@@ -160,6 +162,24 @@ def test_raw_ops_check_what_they_are_given(calls, changes, message):
     for call in _raw(**changes)[calls]:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def test_memory_of_activations_serves_again_once_it_is_free():
+    """The blocks that csrc/common/recycled_memory.h keeps are handed out to one tensor at a time, by size."""
+    losses, phi, *_ = inputs(SMALL, 67)
+
+    def saved(samples: int) -> Tensor:
+        return OPS.combiner_forward(losses[:samples], phi, SMALL.packed, True)[2]
+
+    first, second, smaller = saved(67), saved(67), saved(3)
+    assert len({t.untyped_storage().data_ptr() for t in (first, second, smaller)}) == 3
+    free, kept = first.data_ptr(), second.clone()
+    del first
+    assert saved(3).data_ptr() != free
+    again = saved(67)
+    assert again.data_ptr() == free
+    again.zero_()
+    assert torch.equal(second, kept)
 
 
 def test_raw_ops_are_not_differentiable_by_themselves():

@@ -13,7 +13,7 @@ from auxfast import reference_kernels
 from auxfast.ops import combiner as module
 from auxfast.ops.combiner import CombinerNetwork, combiner, combiner_reference
 
-from .combiner_cases import SMALL, inputs, normal
+from .combiner_cases import DEVICES, SMALL, inputs, normal
 
 # Forward-mode AD and Dynamo, on their first use, touch what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -28,18 +28,19 @@ def no_kernels(monkeypatch):
     def fail(*args: object) -> None:
         raise AssertionError("a kernel was called")
 
-    for op in ("_forward", "_backward_phi", "_second_order"):
+    for op in ("_forward", "_backward_phi", "_second_order", "_hessian"):
         monkeypatch.setattr(module, op, fail)
 
 
 # -------------------------------------------------------------------------------------------------- several at a time
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_phi", [True, False])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_batched_hessian_products_are_each_alone(network, with_phi):
-    losses, phi, grad, _ = inputs(network, 70)
-    tangents = normal(4, 70, network.num_losses, seed=7)
+def test_batched_hessian_products_are_each_alone(network, with_phi, device):
+    losses, phi, grad, _ = inputs(network, 70, device=device)
+    tangents = normal(4, 70, network.num_losses, seed=7, device=device)
     wrt = (losses.requires_grad_(), phi.requires_grad_())[: 1 + with_phi]
     (gradient,) = torch.autograd.grad(combiner(losses, phi, network), losses, grad, create_graph=True)
     together = torch.autograd.grad(gradient, wrt, tangents, is_grads_batched=True, retain_graph=True)
@@ -86,7 +87,7 @@ def test_other_batches_of_second_order_raise(batched):
     dims = [0 if key == batched else None for key in given]
 
     def second_order(*tensors: Tensor) -> Tensor:
-        return torch.ops.auxfast.combiner_second_order(*tensors, saved, SMALL.packed, True)[0]
+        return torch.ops.auxfast.combiner_second_order(*tensors, saved, SMALL.packed)[0]
 
     with pytest.raises(NotImplementedError, match="over the tangents only"):
         torch.func.vmap(second_order, tuple(dims))(*given.values())

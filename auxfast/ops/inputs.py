@@ -1,0 +1,63 @@
+"""What the combiners' ops do with what they are given before the network sees it, and with what it gives back."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxfast.ops.network import Network, Reduction
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def present_losses(losses: Tensor, mask: Tensor | None, num_losses: int, image: bool = False) -> Tensor:
+    """`losses` (batch, num_losses), or (batch, num_losses, H, W) of an `image`: checked, 0 where the mask is 0, and in
+    float32 if they came in less. The mask's zeros pass no gradient, and nothing of what they hide."""
+    shape, dtype = losses.shape, losses.dtype
+    if len(shape) != (4 if image else 2) or shape[1] != num_losses:
+        wanted = f"(batch, {num_losses}, H, W)" if image else f"(batch, {num_losses})"
+        raise ValueError(f"losses must be {wanted}, got {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"losses must be floating point, got {dtype}")
+    if mask is not None:
+        if mask.shape != shape:
+            raise ValueError(f"mask must have the losses' shape {tuple(shape)}, got {tuple(mask.shape)}")
+        if mask.device != losses.device:
+            raise RuntimeError(f"losses are on {losses.device} and mask is on {mask.device}: move one to the other")
+        losses = torch.where(mask.bool(), losses, 0.0)
+    return losses.float() if dtype in _LOW_PRECISION else losses
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, others as they are."""
+    return tensor.float() if tensor.dtype in _LOW_PRECISION else tensor
+
+
+def matching_phi(phi: Tensor, losses: Tensor, network: Network) -> Tensor:
+    """`phi` checked against the network and the losses, and in float32 if it came in less."""
+    if phi.shape != network.phi_shape:
+        raise ValueError(f"phi must be {network.phi_shape}, got {tuple(phi.shape)}")
+    if losses.dtype != phi.dtype:
+        phi = full_precision(phi)
+        if losses.dtype != phi.dtype:
+            raise TypeError(f"losses are {losses.dtype} and phi is {phi.dtype}: convert one, e.g. combiner.to(losses)")
+    if losses.device != phi.device:
+        raise RuntimeError(f"losses are on {losses.device} and phi is on {phi.device}: move one to the other")
+    return phi
+
+
+def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:
+    """Keeps products of losses out of autocast's half precision: they are small, and a loss needs its digits."""
+    device = losses.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
+def reduce_values(values: Tensor, reduction: Reduction) -> Tensor:
+    """`values` (batch,) as they are ("none"), or their "mean" or "sum"."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()

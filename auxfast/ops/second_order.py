@@ -1,0 +1,193 @@
+"""Autograd of the combiners' ops: value, gradient and second order from three kernels, and an error beyond.
+
+Functions in the old style, without setup_context: that costs 12 us an apply and all it buys is torch.func, where the
+ops run their references anyway. Each takes what it differentiates first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# At small batches most of the time is Python's, and in a training step, where code has left the caches, all of it costs
+# several times what a loop of its own shows: hence these, looked up once.
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_will_execute = torch._C._will_engine_execute_node
+
+
+class Record:
+    """A forward pass, as its kernels left it for the later ones; every op has its own. No autograd tensors are in it,
+    so ctx may hold it as it is, which is cheaper.
+
+    Attributes:
+        op: what to call it in messages.
+        weights: of the shape of the losses: d value / d losses, once `forward` has run.
+        per_sample: whether the value is (batch,) instead of one number.
+    """
+
+    op: str
+    weights: Tensor
+    per_sample: bool
+
+    def forward(self, losses: Tensor, phi: Tensor) -> Tensor:
+        """The value; fills `weights`."""
+        raise NotImplementedError
+
+    def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
+        """grad * d value / d phi."""
+        raise NotImplementedError
+
+    def second_order(
+        self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Derivatives of <tangent, grad * weights> in losses, and in phi if wanted (else anything)."""
+        raise NotImplementedError
+
+    def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
+        """The value in PyTorch operations."""
+        raise NotImplementedError
+
+    def scaled_weights(self, grad: Tensor) -> Tensor:
+        per_sample = grad.view(-1, *(1,) * (self.weights.dim() - 1)) if self.per_sample else grad
+        return self.weights * per_sample
+
+    def grad_of_grad(self, tangent: Tensor) -> Tensor:
+        """<tangent, weights>, of each sample or of all. Piece by piece: torch divides larger sums among its threads."""
+        products = (tangent * self.weights).flatten(1)
+        sums = torch.stack([piece.sum(-1) for piece in products.split(1 << 14, dim=1)]).sum(0)
+        return sums if self.per_sample else torch.stack([piece.sum() for piece in sums.split(1 << 14)]).sum()
+
+
+def is_transformed() -> bool:
+    """Whether something that the Functions know nothing of is under way, and would get errors or silent zeros."""
+    return torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _transforms_active()
+
+
+def differentiable_value(losses: Tensor, phi: Tensor, record: Record) -> Tensor:
+    """The value of `record`'s op, differentiable twice in losses and phi."""
+    if phi.is_leaf and phi.requires_grad:
+        phi = phi.expand(-1)  # the engine answers _is_needed for inner nodes only; `view` takes 2 us more
+    value: Tensor = _apply_value(losses, phi, record)
+    return value
+
+
+def batch_over_tangents(op: str, *passes: str) -> None:
+    """Makes `torch.func.vmap` of these passes of `op` over tangents, their first argument, one call with several."""
+
+    def register(name: str) -> None:
+        function = getattr(torch.ops.auxfast, name)
+
+        def rule(info: Any, in_dims: tuple[int | None, ...], tangents: Tensor, *args: Any) -> tuple[Any, Any]:
+            if in_dims[0] is None or any(dim is not None for dim in in_dims[1:] if not isinstance(dim, list)):
+                raise NotImplementedError(f"auxfast's {op} batches second derivatives over the tangents only")
+            out = function(tangents.movedim(in_dims[0], 0), *args)
+            return out, 0 if isinstance(out, Tensor) else (0, 0)
+
+        torch.library.register_vmap(f"auxfast::{name}", rule)
+
+    for name in passes:
+        register(f"{op}_{name}")
+
+
+def _is_needed(next_function: tuple[Any, int]) -> bool:
+    """Whether the backward pass under way will use the gradient sent there. `ctx.needs_input_grad` cannot tell: it
+    says what requires grad, and a Hessian product, which asks for the inner parameters only, would pay for phi."""
+    node = next_function[0]
+    return node is not None and _will_execute(node)
+
+
+def _check_transforms(incoming: Tensor, with_graph: bool, op: str) -> None:
+    """Raises where a backward pass would lose derivatives without a word."""
+    if forward_ad._current_level >= 0:
+        what = "forward-mode AD through their backward pass"
+    elif with_graph and (_is_batched(incoming) or _transforms_active()):
+        what = "batched gradients that have a graph (is_grads_batched=True with create_graph=True)"
+    else:
+        return
+    raise NotImplementedError(
+        f"auxfast's {op} kernels do not support {what}. Call the combiner within auxfast.reference_kernels()."
+    )
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, phi: Tensor, record: Record) -> Tensor:
+        value = record.forward(losses, phi)
+        ctx.save_for_backward(losses, phi)
+        ctx.record = record
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        losses, phi = ctx.saved_tensors
+        record: Record = ctx.record
+        to_losses, to_phi = ctx.next_functions
+        with_graph = torch.is_grad_enabled()
+        _check_transforms(grad, with_graph, record.op)
+        grad_losses = grad_phi = None
+        if to_losses[0] is not None:
+            grad_losses = _apply_gradient(grad, losses, phi, record) if with_graph else record.scaled_weights(grad)
+        if _is_needed(to_phi):
+            if with_graph:  # d^2/dphi^2 is nobody's hot path: the reference records it
+                value = record.reference(losses, phi)
+                (grad_phi,) = torch.autograd.grad(value, phi, grad, create_graph=True)
+            else:
+                grad_phi = record.backward_phi(grad, losses, phi)
+        return grad_losses, grad_phi, None
+
+
+class _Gradient(torch.autograd.Function):
+    """grad * d value / d losses, of which the backward is a Hessian-vector and mixed product."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, losses: Tensor, phi: Tensor, record: Record) -> Tensor:
+        ctx.save_for_backward(grad, losses, phi)
+        ctx.record = record
+        return record.scaled_weights(grad)
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
+        grad, losses, phi = ctx.saved_tensors
+        to_grad, _, to_phi = ctx.next_functions
+        with_grad, with_phi = to_grad[0] is not None, _is_needed(to_phi)
+        with_graph = torch.is_grad_enabled()
+        _check_transforms(tangent, with_graph, ctx.record.op)
+        if with_graph:
+            return _apply_second_order(tangent, grad, losses, phi, ctx.record, with_grad, with_phi)
+        return _second_derivatives(tangent, grad, losses, phi, ctx.record, with_grad, with_phi)
+
+
+def _second_derivatives(
+    tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, record: Record, with_grad: bool, with_phi: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    """Derivatives of <tangent, grad * weights> in grad, losses and phi; in grad and phi if wanted."""
+    grad_losses, grad_phi = record.second_order(tangent, grad, losses, phi, with_phi)
+    grad_grad = record.grad_of_grad(tangent) if with_grad else None
+    return grad_grad, grad_losses, grad_phi if with_phi else None, None
+
+
+class _SecondOrder(torch.autograd.Function):
+    """`_second_derivatives` in a graph: it has values, and an error where its derivatives would be."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        ctx.op = args[4].op
+        return _second_derivatives(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"auxfast's {ctx.op} kernels have first and second derivatives, and this asks for a third. Call the "
+            "combiner within auxfast.reference_kernels() to differentiate it to any order."
+        )
+
+
+# apply() without its preparations for torch.func, which the ops have ruled out by then: they take 3.5 us.
+_apply_value, _apply_gradient, _apply_second_order = (
+    super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    for function in (_Value, _Gradient, _SecondOrder)
+)
