@@ -19,7 +19,7 @@ def short_demo(monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    short = [replace(e, config=replace(e.config, outer_steps=3)) for e in demo.EXPERIMENTS]
+    short = [replace(e, config=replace(e.config, outer_steps=3, inner_steps=3)) for e in demo.EXPERIMENTS]
     monkeypatch.setattr(demo, "EXPERIMENTS", tuple(short))
     monkeypatch.setattr(timing, "REPEATS", 2)
 
@@ -39,7 +39,7 @@ def test_demo_end_to_end(short_demo, tmp_path, capsys):
     assert set(results["hypergradient"]["milliseconds"]) == {"native", "reference"}
     assert list(results["experiments"]) == ["diabetes", "digits"]
     for experiment in results["experiments"].values():
-        _check_methods(experiment["methods"], len(experiment["losses"]))
+        _check_methods(experiment["methods"], len(experiment["losses"]), "nonlinear")
 
     for label in ("STL (main loss only)", "Equal", "Linear, frozen", "Linear, learned", "Nonlinear, learned"):
         assert len(re.findall(rf"^{re.escape(label)}.* \+- ", output.out, re.MULTILINE)) == 2
@@ -54,8 +54,29 @@ def test_demo_end_to_end(short_demo, tmp_path, capsys):
     assert _without_times(again["experiments"]) == _without_times(results["experiments"])
 
 
-def _check_methods(methods, num_losses):
-    assert list(methods) == ["stl", "equal", "linear-frozen", "linear", "nonlinear-frozen", "nonlinear"]
+def test_demo_of_pixel_losses(short_demo, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    assert main(["demo", "--experiment", "stereo", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.png", "results.json", "stereo.png"]
+    assert (tmp_path / "stereo.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["experiments"]) == ["stereo"]
+    _check_methods(results["experiments"]["stereo"]["methods"], 2, "conv")
+    output = capsys.readouterr().out
+    assert re.search(r"^Convolutional, learned.* \+- ", output, re.MULTILINE)
+    assert re.search(r"losses \(16, 2, 24, 24\), .*\n  native \d+\.\d\d ms", output)
+    assert "stereo.png" in output
+
+
+def test_every_experiment_can_be_asked_for(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--experiment", "none"])
+    message = capsys.readouterr().err
+    assert all(e.name in message for e in demo.EXPERIMENTS)
+
+
+def _check_methods(methods, num_losses, network):
+    assert list(methods) == ["stl", "equal", "linear-frozen", "linear", f"{network}-frozen", network]
     for name, method in methods.items():
         one, two = method["scores"]
         assert method["mean"] == pytest.approx((one + two) / 2)
@@ -64,7 +85,7 @@ def _check_methods(methods, num_losses):
         paired = method["paired difference to stl"]
         assert paired["mean"] == pytest.approx(sum(differences) / 2)
         assert paired["sem"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
-        assert ("history" in method) == (name in ("linear", "nonlinear"))
+        assert ("history" in method) == (name in ("linear", network))
         for run in method.get("history", []):
             assert len(run["residual"]) == len(run["training_loss"]) == len(run["outer_loss"]) == 3
             assert [len(weights) for weights in run["loss_weights"]] == [num_losses] * 3
@@ -85,7 +106,7 @@ def test_one_seed_has_no_standard_error(short_demo, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(short_demo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "_run_all", lambda seeds: pytest.fail("training started"))
+    monkeypatch.setattr(demo, "_run_all", lambda *_: pytest.fail("training started"))
     (tmp_path / "file").touch()
     assert main(["demo", "--out", str(tmp_path / "file")]) == 1
     assert main(["demo", "--out", str(tmp_path / "file" / "below")]) == 1
@@ -98,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(short_demo, tm
     ("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")]
 )
 def test_a_missing_extra_is_named_before_training(module, package, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "_run_all", lambda seeds: pytest.fail("training started"))
+    monkeypatch.setattr(demo, "_run_all", lambda *_: pytest.fail("training started"))
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
@@ -145,7 +166,7 @@ def test_info_says_what_a_bug_report_needs(capsys):
 def test_as_a_module_and_without_the_extras():
     """`python -m auxfast info`, with every optional package hidden; importing auxfast loads none of them."""
     code = (
-        "import sys; sys.modules.update(sklearn=None, matplotlib=None, tqdm=None); "
+        "import sys; sys.modules.update(sklearn=None, skimage=None, matplotlib=None, tqdm=None); "
         "import auxfast, runpy; sys.argv = ['auxfast', 'info']; runpy.run_module('auxfast', run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONWARNINGS": "error"}

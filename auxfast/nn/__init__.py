@@ -7,5 +7,13 @@ from auxfast.nn.combiners import (
     NonlinearCombiner,
     PolynomialCombiner,
 )
+from auxfast.nn.conv_combiner import ConvCombiner
 
-__all__ = ["Combiner", "DeepLinearCombiner", "LinearCombiner", "NonlinearCombiner", "PolynomialCombiner"]
+__all__ = [
+    "Combiner",
+    "ConvCombiner",
+    "DeepLinearCombiner",
+    "LinearCombiner",
+    "NonlinearCombiner",
+    "PolynomialCombiner",
+]

@@ -7,16 +7,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from auxfast.ops.combiner_network import Reduction
+from auxfast.ops.network import Reduction
 
 
 class Combiner(nn.Module):
     """What all combiners share; subclasses say how `phi` is laid out and what the combined value of a sample is.
 
     Args:
-        num_losses: columns of the losses.
-        main: column of the main loss, added to the combiner's output as it is (the paper's l_main + g); None for no
-            such skip.
+        num_losses: columns of the losses, or channels of the loss image.
+        main: column (channel) of the main loss, added to the combiner's output as it is (the paper's l_main + g); None
+            for no such skip.
         monotone: keep the output non-decreasing in every loss: `project_()` then clips the weights to >= 0.
         reduction: "mean" or "sum" over the batch, or "none".
         shapes: name and shape of every part of `phi`.
@@ -50,9 +50,9 @@ class Combiner(nn.Module):
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The combined loss of `losses` (batch, num_losses): a scalar, or (batch,) if the reduction is "none".
 
-        `mask` (batch, num_losses) is 0 where a sample does not have a loss: that entry counts as 0 and its gradient
-        is 0, whatever it holds. float16 and bfloat16 losses are computed in float32. Twice differentiable in the
-        losses and in `phi`.
+        `mask`, of the shape of `losses`, is 0 where a sample does not have a loss: that entry counts as 0 and its
+        gradient is 0, whatever it holds. float16 and bfloat16 losses are computed in float32. Twice differentiable in
+        the losses and in `phi`.
         """
         return self._combine(losses, mask, self.reduction)
 
@@ -77,7 +77,7 @@ class Combiner(nn.Module):
                     part.clamp_(min=0)
 
     def loss_weights(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The adaptive weights (batch, num_losses): the derivative of each sample's combined value in its losses.
+        """The adaptive weights, of the shape of `losses`: the derivative of each sample's combined value in its losses.
 
         These are the paper's alpha (section 3.2), and 1 more in the main loss's column: what each sample's losses are
         multiplied with, to first order. They do not contain the 1 / batch of a mean. Detached.

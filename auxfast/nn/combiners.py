@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from auxfast.nn.combiner_base import Combiner
-from auxfast.ops.combiner import combiner, full_precision, present_losses, reduce_values, without_autocast
-from auxfast.ops.combiner_network import Activation, CombinerNetwork, Reduction
+from auxfast.nn.network_combiner import NetworkCombiner
+from auxfast.ops.combiner import combiner
+from auxfast.ops.combiner_network import CombinerNetwork
+from auxfast.ops.inputs import full_precision, present_losses, reduce_values, without_autocast
+from auxfast.ops.network import Activation, Reduction
 
 
 class LinearCombiner(Combiner):
@@ -90,7 +93,7 @@ class PolynomialCombiner(Combiner):
         return f"{super().extra_repr()}, degree={self.degree}"
 
 
-class NonlinearCombiner(Combiner):
+class NonlinearCombiner(NetworkCombiner):
     """A monotone network over the losses (paper, section 3.2): softplus layers, and a linear output without bias.
 
     Runs on fused kernels for up to 8 hidden layers of up to 64 units (`auxfast.ops.combiner`).
@@ -99,12 +102,13 @@ class NonlinearCombiner(Combiner):
         num_losses, main, monotone, reduction: see `Combiner`.
         hidden: width of each hidden layer, at least one.
         bias: whether hidden layers have biases; they start at 0.
-        weight_norm: train each row of the weights as direction `weight_v` and length `weight_g` (Salimans & Kingma
-            2016), as the paper's code does. A row whose direction is zero counts as zero, with finite gradients.
+        weight_norm: train each row of the weights as direction and length (see `NetworkCombiner`).
 
     Weights start uniform in [0, 2 / fan_in]: each unit begins near the mean of its inputs, whatever the depth.
     """
 
+    op = staticmethod(combiner)
+    network: CombinerNetwork
     activation: Activation = "softplus"
 
     def __init__(
@@ -119,53 +123,11 @@ class NonlinearCombiner(Combiner):
         reduction: Reduction = "mean",
     ) -> None:
         network = CombinerNetwork(num_losses, tuple(hidden), self.activation, bias, main, reduction)
-        super().__init__(num_losses, main, monotone, reduction, _raw_shapes(network) if weight_norm else network.shapes)
-        self.network, self.weight_norm = network, weight_norm
-        self._summed = CombinerNetwork(num_losses, tuple(hidden), self.activation, bias, main, "sum")
+        super().__init__(network, monotone, weight_norm)
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        layers = self.layers()
-        for name, part in layers.items():
-            if name.endswith(("weight", "weight_v")):
-                part.uniform_(0, 2 / part.shape[-1])
-            elif name.endswith("weight_g"):
-                part.copy_(layers[name[:-1] + "v"].norm(dim=-1))
-            else:
-                part.zero_()
-
-    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-        network = self.network if reduction == self.reduction else self._summed
-        return combiner(losses, self._normalized() if self.weight_norm else self.phi, network, mask)
-
-    def _normalized(self) -> Tensor:
-        """The network's phi: weight_g * weight_v / |weight_v|, row by row."""
-        parts = []
-        for (name, shape), part in zip(self._shapes.items(), self.phi.split(self._sizes), strict=True):
-            if name.endswith("bias"):
-                parts.append(part)
-            elif name.endswith("weight_v"):
-                direction = part.view(shape)
-            else:
-                square = (direction * direction).sum(-1)
-                length = torch.where(square > 0, square, 1.0).sqrt()
-                parts.append((direction * (part.view(shape) / length).unsqueeze(-1)).flatten())
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """As `Combiner.project_`. A row that clipping leaves without any direction gets all of them at length 0, so
-        that it can grow again."""
-        super().project_()
-        if self.monotone and self.weight_norm:
-            layers = self.layers()
-            for name, length in layers.items():
-                if name.endswith("weight_g"):
-                    direction = layers[name[:-1] + "v"]
-                    lost = ~direction.any(-1)
-                    length.masked_fill_(lost, 0.0)
-                    direction.masked_fill_(lost.unsqueeze(-1), direction.shape[-1] ** -0.5)
+    def _draw(self, weight: Tensor) -> None:
+        weight.uniform_(0, 2 / weight.shape[-1])
 
     def extra_repr(self) -> str:
         network = self.network
@@ -191,17 +153,6 @@ class DeepLinearCombiner(NonlinearCombiner):
         super().__init__(
             num_losses, hidden, main, monotone=monotone, bias=False, weight_norm=weight_norm, reduction=reduction
         )
-
-
-def _raw_shapes(network: CombinerNetwork) -> dict[str, tuple[int, ...]]:
-    """The parts of phi under weight normalisation: each weight's rows as direction, then their lengths."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in network.shapes.items():
-        if name.endswith("weight"):
-            shapes[f"{name}_v"], shapes[f"{name}_g"] = shape, shape[:-1]
-        else:
-            shapes[name] = shape
-    return shapes
 
 
 def _linear(features: Tensor, weight: Tensor, main: int | None, losses: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from auxfast.train.report import short_label
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision.
 _BLACK, _GREY, _BLUE, _RED, _GREEN = "#000000", "#7f7f7f", "#0072b2", "#d55e00", "#009e73"
-_METHOD_COLOURS = {"linear": _BLUE, "nonlinear": _RED}  # with their frozen controls; the others are grey
+_METHOD_COLOURS = {"linear": _BLUE, "nonlinear": _RED, "conv": _RED}  # with their frozen controls; the others are grey
 _FEW_LOSSES = (_BLACK, _BLUE, _RED, _GREEN)
 _DASHES = ("-", "--", "-.", ":")
 
@@ -32,11 +32,11 @@ def draw_report(path: Path, results: dict[str, Any]) -> None:
     rows = figure.subfigures(len(experiments), 1, squeeze=False)[:, 0]
     for row, experiment in zip(rows, experiments.values(), strict=True):
         row.suptitle(experiment["title"], fontsize=13, fontweight="bold")
-        scores, linear, nonlinear, residual = row.subplots(1, 4, width_ratios=(1.5, 1, 1, 0.95))
+        scores, *weights, residual = row.subplots(1, 4, width_ratios=(1.5, 1, 1, 0.95))
         _draw_scores(scores, experiment)
-        for axes, name in ((linear, "linear"), (nonlinear, "nonlinear")):
+        for axes, name in zip(weights, _learned(experiment), strict=True):
             _draw_weights(axes, experiment, name)
-        nonlinear.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+        weights[-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
         _draw_residuals(residual, experiment)
     seeds = len(results["seeds"])
     note = (
@@ -46,6 +46,11 @@ def draw_report(path: Path, results: dict[str, Any]) -> None:
     )
     figure.supxlabel(note, fontsize=9.5, color=_GREY)
     figure.savefig(path)
+
+
+def _learned(experiment: Any) -> list[str]:
+    """The names of the two learned methods."""
+    return [name for name, method in experiment["methods"].items() if "history" in method]
 
 
 def _draw_scores(axes: Any, experiment: dict[str, Any]) -> None:
@@ -107,7 +112,7 @@ def _loss_colours(count: int) -> Sequence[Any]:
 
 def _draw_residuals(axes: Any, experiment: dict[str, Any]) -> None:
     """Relative residual of the linear solve at each outer step: how far each hypergradient can be trusted."""
-    for name, dash in (("linear", "-"), ("nonlinear", "--")):
+    for name, dash in zip(_learned(experiment), ("-", "--"), strict=True):
         runs = experiment["methods"][name]["history"]
         residual = np.array([[np.inf if r is None else r for r in run["residual"]] for run in runs])
         low, middle, high = np.quantile(residual, (0.25, 0.5, 0.75), axis=0, method="nearest")

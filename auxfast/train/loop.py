@@ -14,8 +14,8 @@ from auxfast.train.config import TrainConfig
 
 
 class Batch(NamedTuple):
-    """losses: (batch, num_losses), with a graph to the model. mask: None, or (batch, num_losses) of 0 and 1,
-    where 0 marks a loss that the sample does not have (its label is unknown)."""
+    """losses: (batch, num_losses), or (batch, num_losses, H, W) of pixels, with a graph to the model. mask: None, or of
+    the same shape, of 0 and 1, where 0 marks a loss that the sample does not have (its label is unknown)."""
 
     losses: Tensor
     mask: Tensor | None
@@ -25,7 +25,7 @@ class Task(Protocol):
     """What the loop needs to know of a problem: a model, its losses, and how good it is."""
 
     loss_names: tuple[str, ...]
-    main: int  # column of the main loss
+    main: int  # column, or channel, of the main loss
     model: nn.Module
 
     def training_batch(self, generator: torch.Generator) -> Batch:
@@ -45,8 +45,8 @@ class OuterRecord(NamedTuple):
     """What was seen at one outer step. Where nothing is learned, there is no outer loss and no residual.
 
     `residual` is that of the linear system behind the hypergradient, relative to its right-hand side.
-    `loss_weights` holds d (training loss) / d (loss j), as a mean over the samples of one batch that have
-    loss j (paper, section 3.2).
+    `loss_weights` holds d (training loss) / d (loss j), as a mean over the samples (in images: pixels) of one batch
+    that have loss j (paper, section 3.2).
     """
 
     training_loss: float
@@ -115,9 +115,12 @@ def train(
 def mean_loss_weights(combine: Combine, batch: Batch) -> tuple[float, ...]:
     """d (combined loss of a sample) / d (its loss j), as a mean over the samples that have loss j.
 
-    `combine` must be a mean over the batch, as the combiners are by default. One number for each loss.
+    `combine` must be a mean over the batch, as the combiners are by default. In images, the samples are the pixels: a
+    weight of 1 is that in a mean over all pixels. One number for each loss.
     """
     losses = batch.losses.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(combine(losses, batch.mask), losses)
-    count = len(losses) if batch.mask is None else batch.mask.sum(dim=0).clamp(min=1)
-    return tuple((gradient.sum(dim=0) * len(losses) / count).tolist())
+    mask = torch.ones_like(losses) if batch.mask is None else batch.mask
+    samples = losses[:, 0].numel()
+    sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (gradient, mask))
+    return tuple((sums * samples / counts.clamp(min=1)).tolist())

@@ -1,15 +1,31 @@
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from auxfast.train.experiments import diabetes, digits
-from auxfast.train.experiments.base import METHODS, main_loss, make_combiner, run_method
+from auxfast.train.experiments import diabetes, digits, stereo
+from auxfast.train.experiments.base import IMAGE_METHODS, METHODS, as_function, main_loss, make_combiner, run_method
 
 pytest.importorskip("sklearn")
 
-EXPERIMENTS = (diabetes.EXPERIMENT, digits.EXPERIMENT)
-each_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+EXPERIMENTS = (diabetes.EXPERIMENT, digits.EXPERIMENT, stereo.EXPERIMENT)
+needs_skimage = pytest.mark.skipif(find_spec("skimage") is None, reason="needs scikit-image")
+
+
+def _case(experiment, *others):
+    marks = [needs_skimage] if experiment is stereo.EXPERIMENT else []
+    return pytest.param(experiment, *others, marks=marks, id="-".join(case.name for case in (experiment, *others)))
+
+
+each_experiment = pytest.mark.parametrize("experiment", [_case(experiment) for experiment in EXPERIMENTS])
+each_method = pytest.mark.parametrize(
+    ("experiment", "method"), [_case(experiment, method) for experiment in EXPERIMENTS for method in experiment.methods]
+)
+
+
+def _short(experiment, outer_steps):
+    return replace(experiment, config=replace(experiment.config, outer_steps=outer_steps, inner_steps=3))
 
 
 def _rows(task):
@@ -91,10 +107,9 @@ def test_single_task_learning_is_a_linear_combiner_with_no_weight_on_auxiliaries
         torch.testing.assert_close(main_loss(losses, given), combiner(losses, given))
 
 
-@each_experiment
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@each_method
 def test_a_run_depends_on_its_seed_and_nothing_else(experiment, method):
-    short = replace(experiment, config=replace(experiment.config, outer_steps=2))
+    short = _short(experiment, 2)
     first = run_method(short, method, 0)
     torch.manual_seed(1234)
     torch.rand(5)
@@ -108,8 +123,58 @@ def test_a_run_depends_on_its_seed_and_nothing_else(experiment, method):
 
 @each_experiment
 def test_frozen_combiners_stay_and_learned_ones_move(experiment):
-    short = replace(experiment, config=replace(experiment.config, outer_steps=4))
-    weights = {m.name: [r.loss_weights for r in run_method(short, m, 0).records] for m in METHODS}
+    short = _short(experiment, 4)
+    weights = {m.name: [r.loss_weights for r in run_method(short, m, 0).records] for m in experiment.methods}
     assert weights["linear-frozen"][0] == pytest.approx(weights["linear-frozen"][-1])
     assert weights["linear"][0] == pytest.approx(weights["linear-frozen"][0])
     assert weights["linear"][-1] != pytest.approx(weights["linear"][0], abs=1e-4)
+    last = experiment.methods[-1].name
+    assert weights[last][0] == pytest.approx(weights[f"{last}-frozen"][0])
+    assert weights[last][-1] != pytest.approx(weights[f"{last}-frozen"][-1], abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- losses of pixels
+
+
+def test_combiners_start_with_the_auxiliaries_weight_they_are_told():
+    for method in IMAGE_METHODS[2:]:
+        combiner = make_combiner(replace(stereo.EXPERIMENT, initial_weight=0.3), method, 0)
+        losses = torch.ones(1, 2, 64, 64, requires_grad=True)
+        (weights,) = torch.autograd.grad(as_function(combiner)(losses, None), losses)
+        assert weights[:, 1].sum().item() == pytest.approx(0.3, rel=1e-4)
+        assert weights[:, 0].sum().item() >= 1
+
+
+def test_a_combiner_of_samples_takes_pixels_for_samples():
+    losses, mask = torch.rand(2, 2, 3, 4), torch.rand(2, 2, 3, 4) > 0.3
+    linear = make_combiner(stereo.EXPERIMENT, IMAGE_METHODS[1], 0)
+    expected = (losses * mask)[:, 0].mean() + stereo.EXPERIMENT.equal_weight * (losses * mask)[:, 1].mean()
+    torch.testing.assert_close(as_function(linear)(losses, mask), expected)
+    torch.testing.assert_close(as_function(None)(losses, mask), (losses * mask)[:, 0].mean())
+
+
+@needs_skimage
+def test_tiles_without_labels_and_pixels_without_disparity_are_masked():
+    task = stereo.EXPERIMENT.make_task(1, hold_out=True)
+    assert (task.labels[task.unlabelled] == stereo.UNKNOWN).all()
+    losses, mask = task.training_batch(torch.Generator().manual_seed(0))
+    assert losses.shape == mask.shape == (2 * stereo.BATCH, 2, stereo.TILE, stereo.TILE)
+    assert not mask[stereo.BATCH :, 0].any()
+    assert mask[: stereo.BATCH, 0].float().mean() > 0.5
+    assert 0.8 < mask[:, 1].float().mean() < 1
+    seen = torch.cat([task.training, task.unlabelled])
+    known = task.disparity[seen][task.valid[seen]]
+    torch.testing.assert_close(torch.stack([known.mean(), known.std()]), torch.tensor([0.0, 1.0]), atol=1e-4, rtol=0)
+
+
+@needs_skimage
+def test_the_score_is_the_mean_intersection_over_union():
+    task = stereo.EXPERIMENT.make_task(1, hold_out=True)
+    labels = task.labels[task.test]
+    known = labels != stereo.UNKNOWN
+    with torch.no_grad():
+        for parameter in task.model[-1].parameters():
+            parameter.zero_()
+        task.model[-1].bias[0] = 1.0  # every pixel is grey
+    share = (labels[known] == 0).float().mean().item()
+    assert task.score() == pytest.approx(100 * share / 3, rel=1e-5)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from auxfast import HyperOptimizer
-from auxfast.nn import LinearCombiner
+from auxfast.nn import ConvCombiner, LinearCombiner
 from auxfast.solvers import Neumann
 from auxfast.train import Batch, TrainConfig, train
 from auxfast.train.loop import mean_loss_weights
@@ -112,6 +112,43 @@ def test_mean_loss_weights_are_over_the_samples_that_have_the_loss():
     batch = Batch(torch.rand(4, 2), torch.tensor([[1.0, 1], [0, 1], [0, 1], [0, 1]]))
     assert mean_loss_weights(combiner, batch) == pytest.approx((2.0, 3.0))
     assert mean_loss_weights(combiner, Batch(torch.rand(4, 2), None)) == pytest.approx((2.0, 3.0))
+
+
+def test_mean_loss_weights_of_images_are_over_pixels():
+    combiner = LinearCombiner(2)
+    with torch.no_grad():
+        combiner.phi.copy_(torch.tensor([2.0, 3.0]))
+    mask = torch.ones(2, 2, 3, 4)
+    mask[0, 0] = mask[1, 0, :2] = 0
+
+    def combine(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return combiner((losses * mask).mean((2, 3)))
+
+    assert mean_loss_weights(combine, Batch(torch.rand(2, 2, 3, 4), mask)) == pytest.approx((2.0, 3.0))
+
+
+class OnePixelwiseWeight(OneWeight):
+    """The same for every pixel of an image; the harmful loss is unknown in half of the pixels."""
+
+    def training_batch(self, generator: torch.Generator) -> Batch:
+        losses = super().training_batch(generator).losses[:, :, None, None].expand(1, 3, 6, 6)
+        mask = torch.ones(1, 3, 6, 6)
+        mask[:, 2, 3:] = 0
+        return Batch(losses, mask)
+
+
+def test_a_combiner_of_loss_images_learns_which_auxiliary_helps():
+    torch.manual_seed(0)
+    combiner = ConvCombiner(3, (4, 4), init_range=(0.1, 0.3))
+    config = _config(outer_lr=0.05)
+    task = OnePixelwiseWeight(0.0)
+    outer = config.outer_optimizer(combiner)
+    records = train(task, combiner, config, torch.Generator().manual_seed(0), outer=outer)
+    assert records[-1].outer_loss < 0.5 * records[0].outer_loss
+    _, helpful, harmful = records[-1].loss_weights
+    assert helpful > 2 * harmful >= 0
+    assert all(0 <= record.residual < 1e-1 for record in records)
+    assert min(part.min() for name, part in combiner.layers().items() if "weight" in name) >= 0
 
 
 def test_a_loss_that_nobody_has_has_no_weight():

@@ -1,4 +1,4 @@
-"""`auxfast demo`: learned loss weights against their controls, on two real data sets, in about a minute."""
+"""`auxfast demo`: learned loss weights against their controls, on real data; two data sets in about a minute."""
 
 from __future__ import annotations
 
@@ -14,45 +14,56 @@ import torch
 
 from auxfast.data.extras import import_extra
 from auxfast.train.environment import environment
-from auxfast.train.experiments import diabetes, digits
-from auxfast.train.experiments.base import METHODS, Experiment, Run, run_method
+from auxfast.train.experiments import diabetes, digits, stereo
+from auxfast.train.experiments.base import Experiment, Run, run_method
 from auxfast.train.experiments.timing import describe_timing, time_hypergradient
 from auxfast.train.figure import draw_report
 from auxfast.train.loop import OuterRecord
 from auxfast.train.report import estimate, paired_difference, score_table, short_label, write_json
 
-EXPERIMENTS: tuple[Experiment, ...] = (diabetes.EXPERIMENT, digits.EXPERIMENT)
+EXPERIMENTS: tuple[Experiment, ...] = (diabetes.EXPERIMENT, digits.EXPERIMENT, stereo.EXPERIMENT)
+DEFAULT = ("diabetes", "digits")
 BASELINES = ("stl", "equal")
 
 
-def run_demo(seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Train everything, print tables and timing, write results.json and report.png; return the first.
+def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) -> dict[str, Any]:
+    """Train everything, print tables and timing, write results.json, report.png and, for experiments that draw one, a
+    picture; return the first.
 
     Runs on one thread: the problems are small, and more threads only wait for each other.
 
+    Args:
+        names: of experiments.
+
     Raises:
-        MissingExtraError: scikit-learn, matplotlib or tqdm is not installed.
+        MissingExtraError: the experiments' package, matplotlib or tqdm is not installed.
         OSError: `out` cannot be written to. Both are raised before training starts.
     """
-    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")):
+    experiments = [e for e in EXPERIMENTS if e.name in names]
+    for module, package in (*(e.package for e in experiments), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")):
         import_extra(module, package)
     _check_writable(out)
     start = time.perf_counter()
     with _one_thread():
-        runs = _run_all(seeds)
+        runs = _run_all(experiments, seeds)
         results: dict[str, Any] = {
             "environment": environment(),
             "seeds": list(seeds),
-            "experiments": {e.name: _summary(e, runs[e.name], seeds) for e in EXPERIMENTS},
+            "experiments": {e.name: _summary(e, runs[e.name], seeds) for e in experiments},
         }
-        for experiment in EXPERIMENTS:
+        for experiment in experiments:
             print("\n" + describe(experiment, results["experiments"][experiment.name]))
-        results["hypergradient"] = timing = time_hypergradient(EXPERIMENTS[-1])
+        results["hypergradient"] = timing = time_hypergradient(experiments[-1])
     print("\n" + describe_timing(timing))
-    draw_report(out / "report.png", results)
+    written = [out / "results.json", out / "report.png"]
+    draw_report(written[-1], results)
+    for experiment in experiments:
+        if experiment.draw is not None:
+            written.append(out / f"{experiment.name}.png")
+            experiment.draw(written[-1], runs[experiment.name][experiment.methods[-1].name][0])
     results["seconds"] = round(time.perf_counter() - start, 2)
     write_json(out / "results.json", results)
-    print(f"\n{results['seconds']:.0f} s. Wrote {out / 'results.json'} and {out / 'report.png'}")
+    print(f"\n{results['seconds']:.0f} s. Wrote {', '.join(map(str, written))}")
     return results
 
 
@@ -73,11 +84,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run_all(seeds: Sequence[int]) -> dict[str, dict[str, list[Run]]]:
+def _run_all(experiments: Sequence[Experiment], seeds: Sequence[int]) -> dict[str, dict[str, list[Run]]]:
     """Every method of every experiment from every seed: {experiment: {method: [run of each seed]}}."""
     tqdm = import_extra("tqdm", "tqdm").tqdm
-    total = sum(e.config.outer_steps for e in EXPERIMENTS) * len(METHODS) * len(seeds)
-    runs: dict[str, dict[str, list[Run]]] = {e.name: {m.name: [] for m in METHODS} for e in EXPERIMENTS}
+    total = sum(e.config.outer_steps * len(e.methods) for e in experiments) * len(seeds)
+    runs: dict[str, dict[str, list[Run]]] = {e.name: {m.name: [] for m in e.methods} for e in experiments}
     with tqdm(total=total, unit="outer step", dynamic_ncols=True, mininterval=0.2) as bar:
 
         def show(record: OuterRecord) -> None:
@@ -90,9 +101,9 @@ def _run_all(seeds: Sequence[int]) -> dict[str, dict[str, list[Run]]]:
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-        for experiment in EXPERIMENTS:
+        for experiment in experiments:
             for seed in seeds:
-                for method in METHODS:
+                for method in experiment.methods:
                     bar.set_description(f"{experiment.name}, seed {seed}, {method.name}", refresh=False)
                     runs[experiment.name][method.name].append(run_method(experiment, method, seed, show))
     return runs
@@ -102,7 +113,7 @@ def _summary(experiment: Experiment, runs: dict[str, list[Run]], seeds: Sequence
     """What results.json says of an experiment: settings, aggregated scores, and what each learned run did."""
     scores = {name: [run.score for run in of_method] for name, of_method in runs.items()}
     methods: dict[str, Any] = {}
-    for method in METHODS:
+    for method in experiment.methods:
         own = methods[method.name] = {
             "label": method.label,
             "scores": scores[method.name],
@@ -151,7 +162,7 @@ def describe(experiment: Experiment, summary: dict[str, Any]) -> str:
         f"{experiment.score_name}; mean +- SEM of {count} seed{'s' * (count > 1)}; differences are paired",
         score_table(labels, scores, BASELINES),
     ]
-    for method in METHODS:
+    for method in experiment.methods:
         if method.learned:
             verdicts = [
                 f"{_verdict(scores[method.name], scores[base])} {short_label(labels[base])}"

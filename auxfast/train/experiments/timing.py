@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from auxfast import hypergradient, reference_kernels
-from auxfast.train.experiments.base import METHODS, Experiment, make_combiner
+from auxfast.train.experiments.base import Experiment, as_function, make_combiner
 
 WARM_UP, REPEATS = 3, 40
 
 
 def time_hypergradient(experiment: Experiment) -> dict[str, Any]:
-    """Median time of one hypergradient of the nonlinear combiner, from the losses to the gradient in phi.
+    """Median time of one hypergradient of the last method's combiner, from the losses to the gradient in phi.
 
     The kernels and the reference take turns, so that whatever else the machine does hits both.
     """
-    method = next(m for m in METHODS if m.name == "nonlinear")
+    method = experiment.methods[-1]
     task = experiment.make_task(0, hold_out=True)
     combiner = make_combiner(experiment, method, 0)
     assert combiner is not None
@@ -30,13 +30,14 @@ def time_hypergradient(experiment: Experiment) -> dict[str, Any]:
         for name, kernels in (("native", nullcontext), ("reference", reference_kernels)):
             with kernels():
                 start = time.perf_counter()
-                inner_loss = combiner(*task.training_batch(generator))
+                inner_loss = as_function(combiner)(*task.training_batch(generator))
                 hypergradient(
                     task.outer_loss(),
                     inner_loss,
                     task.model.parameters(),
                     combiner.parameters(),
                     solver=experiment.config.solver,
+                    warn=False,  # as in training
                 )
                 if repeat >= 0:
                     milliseconds[name].append(1e3 * (time.perf_counter() - start))
@@ -56,9 +57,9 @@ def describe_timing(timing: dict[str, Any]) -> str:
     """One sentence, also if the kernels do not win."""
     native, reference = timing["milliseconds"]["native"], timing["milliseconds"]["reference"]
     outcome = f"{timing['ratio']:.2f} times faster" if timing["ratio"] > 1 else "NOT faster"
-    batch, num_losses = timing["losses"]
+    shape = ", ".join(map(str, timing["losses"]))
     return (
-        f"One hypergradient ({timing['experiment']}, losses ({batch}, {num_losses}), {timing['solver']}, one "
+        f"One hypergradient ({timing['experiment']}, losses ({shape}), {timing['solver']}, one "
         f"thread, median of {timing['repeats']}):\n  native {native:.2f} ms, reference {reference:.2f} ms: "
         f"{outcome} on the kernels, the model's own derivatives included"
     )

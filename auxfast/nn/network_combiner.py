@@ -1,0 +1,102 @@
+"""What the combiners that are networks share: the fused op behind them, and weight normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxfast.nn.combiner_base import Combiner
+from auxfast.ops.combiner_network import CombinerNetwork
+from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import Network, Reduction
+
+
+class NetworkCombiner(Combiner):
+    """A combiner that is a network; subclasses say which op runs it and how its weights start, and have them drawn
+    (`reset_parameters`) when they are made.
+
+    Args:
+        network: the architecture.
+        monotone: see `Combiner`.
+        weight_norm: train each row of the weights (what leads to one unit or channel) as direction `weight_v` and
+            length `weight_g` (Salimans & Kingma 2016), as the paper's code does. A row whose direction is zero counts
+            as zero, with finite gradients.
+    """
+
+    op: Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]  # (losses, phi, network, mask)
+
+    def __init__(self, network: CombinerNetwork | LossImageNetwork, monotone: bool, weight_norm: bool) -> None:
+        shapes = _raw_shapes(network) if weight_norm else network.shapes
+        super().__init__(network.num_losses, network.main, monotone, network.reduction, shapes)
+        self.network, self.weight_norm = network, weight_norm
+        self._summed = replace(network, reduction="sum")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the weights anew; biases are 0."""
+        layers = self.layers()
+        for name, part in layers.items():
+            if name.endswith(("weight", "weight_v")):
+                self._draw(part)
+            elif name.endswith("weight_g"):
+                part.copy_(_rows(layers[name[:-1] + "v"], part.shape).norm(dim=-1))
+            else:
+                part.zero_()
+
+    def _draw(self, weight: Tensor) -> None:
+        """Initial values for the weight of one layer, in place."""
+        raise NotImplementedError
+
+    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+        network = self.network if reduction == self.reduction else self._summed
+        return self.op(losses, self._normalized() if self.weight_norm else self.phi, network, mask)
+
+    def _normalized(self) -> Tensor:
+        """The network's phi: weight_g * weight_v / |weight_v|, row by row."""
+        parts = []
+        for (name, shape), part in zip(self._shapes.items(), self.phi.split(self._sizes), strict=True):
+            if name.endswith("bias"):
+                parts.append(part)
+            elif name.endswith("weight_v"):
+                direction = part
+            else:
+                rows = _rows(direction, shape)
+                square = (rows * rows).sum(-1)
+                length = torch.where(square > 0, square, 1.0).sqrt()
+                parts.append((rows * (part.view(shape) / length).unsqueeze(-1)).flatten())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """As `Combiner.project_`. A row that clipping leaves without any direction gets all of them at length 0, so
+        that it can grow again."""
+        super().project_()
+        if self.monotone and self.weight_norm:
+            layers = self.layers()
+            for name, length in layers.items():
+                if name.endswith("weight_g"):
+                    direction = _rows(layers[name[:-1] + "v"], length.shape)
+                    lost = ~direction.any(-1)
+                    length.masked_fill_(lost, 0.0)
+                    direction.masked_fill_(lost.unsqueeze(-1), direction.shape[-1] ** -0.5)
+
+
+def _rows(weight: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """A view of a weight with one row for each of its lengths: (rows, ...) or, of one row without that dimension."""
+    return weight.view(*lengths, -1)
+
+
+def _raw_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """The parts of phi under weight normalisation: each weight's rows as direction, then their lengths."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in network.shapes.items():
+        if name.endswith("weight"):
+            shapes[f"{name}_v"] = shape
+            shapes[f"{name}_g"] = shape[:1] if len(shape) > 1 else ()  # the output's weight is one row
+        else:
+            shapes[name] = shape
+    return shapes

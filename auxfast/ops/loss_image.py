@@ -1,0 +1,163 @@
+"""The loss image: a small convolutional network that turns an image of losses into one number (the paper's section 3.2,
+"convolutional loss network").
+
+For an image of losses h_0 (num_losses, H, W): h_i = avgpool2(act(conv3x3(h_{i-1}))), g = mean over positions of
+w . h_depth, and the value is g plus the main loss's mean or sum over pixels, per image, or its mean or sum over the
+batch. Three kernels serve all of first and second order; their derivation is in csrc/loss_image/loss_image_math.h.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from auxfast._native import use_native
+from auxfast.ops.inputs import matching_phi, present_losses, reduce_values, without_autocast
+from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import REDUCTIONS
+from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value, is_transformed
+
+# ---------------------------------------------------------------------------------------------------------- schemas
+# network: see LossImageNetwork.packed. main_weights (batch,): what each image's sum of the main loss is multiplied
+# with, if that is not the network's constant. weights: d value / d losses, or empty.
+
+_LIBRARY = torch.library.Library("auxfast", "FRAGMENT")
+_LIBRARY.define("loss_image_forward(Tensor losses, Tensor phi, Tensor? main_weights, int[] network, bool with_weights) -> (Tensor value, Tensor weights)")  # fmt: skip  # noqa: E501
+_LIBRARY.define("loss_image_backward_phi(Tensor grad, Tensor losses, Tensor phi, int[] network) -> Tensor")
+_LIBRARY.define("loss_image_second_order(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, int[] network, bool with_phi) -> (Tensor grad_losses, Tensor grad_phi)")  # fmt: skip  # noqa: E501
+for _op in ("loss_image_forward", "loss_image_backward_phi", "loss_image_second_order"):
+    # The Functions of second_order.py are their autograd.
+    _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
+
+# -------------------------------------------------------------------------------------------------------- reference
+
+
+def loss_image_reference(
+    losses: Tensor, phi: Tensor, network: LossImageNetwork, main_weights: Tensor | None = None
+) -> Tensor:
+    """The loss image in PyTorch operations: on any device, differentiable to any order, under every transform.
+
+    Args and result as in `loss_image`; `main_weights` (batch,) stands for the mask: what the sum of each image's main
+    loss is multiplied with, instead of what the network says.
+    """
+    parts = network.split(phi)
+    h = losses
+    with without_autocast(losses):
+        for layer in range(len(network.channels)):
+            h = F.conv2d(h, parts[f"{layer}.weight"], parts[f"{layer}.bias"], padding=1)
+            if network.activation == "softplus":
+                h = F.softplus(h, threshold=40.0)  # the default of 20 is off by 2e-9 in float64
+            # Along a dimension of size 1 a pool of 2 would leave nothing: there it does nothing.
+            h = F.avg_pool2d(h, [min(2, size) for size in h.shape[-2:]])
+        value = h.mean((-2, -1)) @ parts["out.weight"]
+    if network.main is not None:
+        main = losses[:, network.main].sum((-2, -1))
+        value = value + main * (network.main_weight(losses) if main_weights is None else main_weights)
+    return reduce_values(value, network.reduction)
+
+
+# ------------------------------------------------------------------------------------------- fake kernels, batching
+
+
+@torch.library.register_fake("auxfast::loss_image_forward")
+def _forward_fake(
+    losses: Tensor, phi: Tensor, main_weights: Tensor | None, network: list[int], with_weights: bool
+) -> tuple[Tensor, Tensor]:
+    value = losses.new_empty((losses.shape[0],) if network[3] == REDUCTIONS["none"] else ())
+    return value, losses.new_empty(losses.shape if with_weights else (0,))
+
+
+@torch.library.register_fake("auxfast::loss_image_backward_phi")
+def _backward_phi_fake(grad: Tensor, losses: Tensor, phi: Tensor, network: list[int]) -> Tensor:
+    return phi.new_empty(phi.shape)
+
+
+@torch.library.register_fake("auxfast::loss_image_second_order")
+def _second_order_fake(
+    tangents: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, network: list[int], with_phi: bool
+) -> tuple[Tensor, Tensor]:
+    grad_phi = phi.new_empty((*tangents.shape[:-4], phi.shape[0] if with_phi else 0))
+    return tangents.new_empty(tangents.shape), grad_phi
+
+
+batch_over_tangents("loss_image", "second_order")
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+_forward = torch.ops.auxfast.loss_image_forward.default
+_backward_phi = torch.ops.auxfast.loss_image_backward_phi.default
+_second_order = torch.ops.auxfast.loss_image_second_order.default
+
+
+class _LossImage(Record):
+    op = "loss image"
+
+    def __init__(self, network: LossImageNetwork, main_weights: Tensor | None) -> None:
+        self.network, self.main_weights = network, main_weights
+        self.per_sample = network.reduction == "none"
+
+    def forward(self, losses: Tensor, phi: Tensor) -> Tensor:
+        value: Tensor
+        value, self.weights = _forward(losses, phi, self.main_weights, self.network.packed, True)
+        return value
+
+    def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
+        gradient: Tensor = _backward_phi(grad, losses, phi, self.network.packed)
+        return gradient
+
+    def second_order(
+        self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
+    ) -> tuple[Tensor, Tensor]:
+        second: tuple[Tensor, Tensor] = _second_order(tangent, grad, losses, phi, self.network.packed, with_phi)
+        return second
+
+    def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
+        return loss_image_reference(losses, phi, self.network, self.main_weights)
+
+
+# ------------------------------------------------------------------------------------------------------------ the op
+
+
+def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Tensor | None = None) -> Tensor:
+    """The combined loss of an image of losses, differentiable twice in `losses` and `phi` (a third time raises).
+
+    Args:
+        losses: (batch, num_losses, H, W), float32 or float64; float16 and bfloat16 are computed in float32.
+        phi: (network.num_parameters,), of the dtype of the computation, on the losses' device.
+        network: the architecture.
+        mask: (batch, num_losses, H, W), bool or 0/1; where it is 0 that loss is missing at that pixel: it counts as 0
+            and receives gradient 0, whatever its value, NaN included. The network's own mean is over all positions; the
+            main loss's over all pixels or over those that the mask keeps, by `network.main_reduction`.
+
+    Returns:
+        A scalar, or (batch,) if the reduction is "none".
+
+    A pool drops the last row or column of an odd size, as PyTorch does, and does nothing along a dimension of size 1,
+    where PyTorch would raise.
+
+    Kernels run on the CPU for up to 4 convolutions and up to 64 losses and channels. Other networks, other devices,
+    empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
+    `loss_image_reference`. `is_grads_batched=True` works for Hessian products. Memory beyond the inputs and results
+    grows with the width of the image and not with its height. Reductions have a fixed order: the same bits for any
+    number of threads.
+
+    Raises:
+        ValueError: a shape that does not fit the network; TypeError: a dtype that is not floating or that differs
+            between losses and phi; RuntimeError: different devices.
+    """
+    main_weights = None
+    losses = present_losses(losses, mask, network.num_losses, image=True)
+    phi = matching_phi(phi, losses, network)
+    if mask is not None and network.main is not None and network.main_reduction == "valid_mean":
+        valid = mask[:, network.main].bool().sum((-2, -1))
+        main_weights = valid.clamp(min=1).to(losses.dtype).reciprocal()
+    has_kernels = losses.device.type == "cpu" and network.fits_kernels and losses.numel() > 0
+    if is_transformed() or not (has_kernels and use_native(losses.device)):
+        return loss_image_reference(losses, phi, network, main_weights)
+    if not (torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)):
+        value: Tensor = _forward(losses, phi, main_weights, network.packed, False)[0]
+        return value
+    return differentiable_value(losses, phi, _LossImage(network, main_weights))

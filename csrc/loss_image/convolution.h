@@ -1,0 +1,126 @@
+// The 3x3 convolution of rows that are held as two phases, even columns and odd columns: element x of channel c, phase
+// p is column 2 x + p, at row[(2 c + p) * length + x]. The element before a phase's first is zero, as is the one
+// behind.
+#pragma once
+
+#include "common/panels.h"
+#include "common/simd.h"
+#include "loss_image/loss_image.h"
+
+namespace auxfast::AUXFAST_ISA {
+
+// Output channels whose sums (2 rows x 2 phases of them) stay in registers: of 32 or 16, with two inputs and a weight.
+constexpr int kConvolutionPanel = kVectorBytes == 64 ? 4 : kVectorBytes == 32 ? 3 : 2;
+
+// Weights in the order in which convolve() reads them: by panel of output channels; in it by input channel, tap,
+// output.
+template <class T>
+struct PackedWeights {
+  int inputs, outputs;
+  const T* weights;
+
+  // The panel that begins with output channel `first`.
+  AUXFAST_HD const T* panel(int first) const { return weights + int64_t(first) * inputs * kTaps; }
+};
+
+// Calls at(packed index, output, input, tap) for every weight.
+template <class Visit>
+void for_each_weight(int inputs, int outputs, const Visit& visit) {
+  int64_t at = 0;
+  in_panels<kConvolutionPanel>(outputs, [&](auto height, int first) {
+    for (int input = 0; input < inputs; ++input)
+      for (int tap = 0; tap < kTaps; ++tap)
+        for (int o = 0; o < decltype(height)::value; ++o) visit(at++, first + o, input, tap);
+  });
+}
+
+// `matrix` is W (outputs, inputs, 3, 3).
+template <class T>
+PackedWeights<T> pack_weights(const T* matrix, int inputs, int outputs, T* packed) {
+  for_each_weight(inputs, outputs, [&](int64_t at, int output, int input, int tap) {
+    packed[at] = matrix[(int64_t(output) * inputs + input) * kTaps + tap];
+  });
+  return {inputs, outputs, packed};
+}
+
+// For the transposed convolution, from W's outputs back to its inputs: kernels transposed and flipped, times `scale`.
+template <class T>
+PackedWeights<T> pack_transposed(const T* matrix, int inputs, int outputs, T scale, T* packed) {
+  for_each_weight(outputs, inputs, [&](int64_t at, int input, int output, int tap) {
+    packed[at] = scale * matrix[(int64_t(output) * inputs + input) * kTaps + kTaps - 1 - tap];
+  });
+  return {outputs, inputs, packed};
+}
+
+// Two rows of outputs at both columns of the vector of column pairs that begins at `x`: sums[o][row][phase] for kOut
+// output channels, from four rows of inputs.
+template <class T, int kOut>
+AUXFAST_HD void convolve_panel(const T* const* rows, int64_t x, int64_t length, int inputs, const T* weights,
+                               const T* bias, Vec<T> (*sums)[2][2]) {
+  Vec<T> sum[2][2][kOut];
+#pragma GCC unroll 4
+  for (int o = 0; o < kOut; ++o) {
+    const Vec<T> start = bias ? broadcast(bias[o]) : Vec<T>{};
+    sum[0][0][o] = sum[0][1][o] = sum[1][0][o] = sum[1][1][o] = start;
+  }
+  const T* row[4] = {rows[0] + x, rows[1] + x, rows[2] + x, rows[3] + x};
+  for (int input = 0; input < inputs; ++input, weights += kTaps * kOut) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      // Columns 2 x - 1 to 2 x + 2: the taps of both phases. Loaded when needed, for want of registers.
+      const T* at[4] = {row[k] + length - 1, row[k], row[k] + length, row[k] + 1};
+      const T* taps = opaque(weights);
+      Vec<T> left = in_register(load(at[0]));
+#pragma GCC unroll 3
+      for (int dx = 0; dx < 3; ++dx) {
+        const Vec<T> right = in_register(load(at[dx + 1]));
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; ++q) {
+          const int dy = k - q;
+          if (dy < 0 || dy > 2) continue;
+#pragma GCC unroll 4
+          for (int o = 0; o < kOut; ++o) {
+            const Vec<T> weight = in_register(broadcast(taps[(3 * dy + dx) * kOut + o]));
+            sum[q][0][o] += weight * left;
+            sum[q][1][o] += weight * right;
+          }
+        }
+        left = right;
+      }
+      row[k] += 2 * length;
+    }
+  }
+#pragma GCC unroll 4
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[o][j / 2][j % 2] = sum[j / 2][j % 2][o];
+}
+
+// All output channels; bias: (outputs) or nullptr; sums: (outputs, 2 rows, 2 phases).
+template <class T>
+AUXFAST_HD void convolve(const T* const* rows, int64_t x, int64_t length, const PackedWeights<T>& packed, const T* bias,
+                         Vec<T> (*sums)[2][2]) {
+  in_panels<kConvolutionPanel>(packed.outputs, [&](auto height, int first) AUXFAST_INLINE {
+    convolve_panel<T, decltype(height)::value>(rows, x, length, packed.inputs, packed.panel(first),
+                                               bias ? bias + first : nullptr, sums + first);
+  });
+}
+
+// sums[dx][o] += sum over the row's columns of outer[o] at the column times inner at column + dx - 1.
+template <class T, int kOut>
+AUXFAST_HD void correlate(const T* inner, const T* outer, int64_t length, int vectors, Vec<T> (&sums)[3][kOut]) {
+  for (int64_t x = 0; x < vectors * kLanes<T>; x += kLanes<T>) {
+    const Vec<T> in[4] = {in_register(load(inner + length - 1 + x)), in_register(load(inner + x)),
+                          in_register(load(inner + length + x)), in_register(load(inner + 1 + x))};
+#pragma GCC unroll 2
+    for (int phase = 0; phase < 2; ++phase)
+#pragma GCC unroll 4
+      for (int o = 0; o < kOut; ++o) {
+        const Vec<T> out = in_register(load(outer + (2 * o + phase) * length + x));
+#pragma GCC unroll 3
+        for (int dx = 0; dx < 3; ++dx) sums[dx][o] += out * in[phase + dx];
+      }
+  }
+}
+
+}  // namespace auxfast::AUXFAST_ISA

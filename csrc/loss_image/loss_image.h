@@ -1,0 +1,107 @@
+// The loss-image op: what one call is told. Host code, CPU kernels and CUDA kernels share it.
+//
+// An image of losses h_0 (num_losses, H, W) goes through convolutions  z_i = W_i * h_{i-1} + b_i  (3x3, padding 1),
+// each followed by  h_i = avgpool2(act(z_i)),  to  g = mean over positions of w . h_depth,  and the main loss is added:
+// + k (sum over pixels of h_0[main_loss]). The value is sum_b g_b, their mean, or g itself.
+//
+// A pool halves a dimension and drops the last row or column of an odd one, as PyTorch does. Along a dimension of size
+// 1 it would leave nothing: there it does nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/network.h"
+#include "common/parallel.h"
+
+namespace auxfast {
+
+constexpr int kMaxConvolutions = 4;
+constexpr int kMaxChannels = 64;  // of the losses, too
+constexpr int kTaps = 9;          // of a 3x3 kernel
+
+constexpr int32_t pool_extent(int32_t size) { return size > 1 ? 2 : 1; }
+constexpr int32_t pooled_size(int32_t size) { return size / pool_extent(size); }
+
+// How the CPU divides the work; by sizes alone, so that the result does not depend on the number of threads. Narrow
+// images lie side by side in a strip, tall ones are cut into bands of rows. An item is one band of one strip; a chunk
+// is a run of items that one thread adds up in phi, one after the other.
+struct LossImageItems {
+  int64_t images;            // of a strip; the last one may have fewer
+  int64_t bands, band_rows;  // of an image; of a band (the last one takes what is left)
+  int64_t count, chunks;     // of items; of chunks
+};
+
+// phi is flat: for every convolution W_i (channels_i, channels_{i-1}, 3, 3) and b_i (channels_i); then w (channels of
+// the last).
+template <class T>
+struct LossImageParams {
+  int64_t batch;
+  int32_t depth;                                                      // convolutions
+  int32_t channels[kMaxConvolutions + 1];                             // of h_i; channels[0]: num_losses
+  int32_t height[kMaxConvolutions + 1], width[kMaxConvolutions + 1];  // of h_i
+  int64_t weight[kMaxConvolutions + 1];                               // where in phi W_{i+1} begins; weight[depth]: w
+  int64_t bias[kMaxConvolutions];                                     // where in phi b_{i+1} begins
+  int64_t num_parameters;                                             // of phi
+  Activation activation;
+  int32_t main_loss;  // channel that is added to g, or -1
+  bool per_image;     // the value is (batch) instead of one number
+  T scale;            // of every image in the value: 1 / batch for the mean, else 1
+  T position_scale;   // 1 / (positions of z_depth that the last pool keeps)
+  T main_scale;       // k, unless there are main_weights
+
+  const T* losses;        // (batch, num_losses, H, W)
+  const T* phi;           // (num_parameters)
+  const T* main_weights;  // (batch): k of each image; or nullptr
+
+  T* value;  // forward: (1) or (batch)
+
+  const T* grad;  // later passes: gradient that reaches the value; grad_stride 0: one number, 1: (batch)
+  int64_t grad_stride;
+  const T* tangents;  // second order: (num_tangents, batch, num_losses, H, W)
+  int64_t num_tangents;
+  T* grad_losses;  // forward: d value / d losses, or nullptr; second order: (num_tangents, batch, num_losses, H, W)
+  T* grad_phi;     // phi gradient: (num_parameters), second order: (num_tangents, num_parameters); or nullptr
+
+  LossImageItems items;  // CPU only
+  void* workspace;       // CPU: loss_image_workspace_bytes(); else up to the kernels
+};
+
+// Host code only calls these two, so that no copy of them for a particular instruction set exists.
+template <class T>
+LossImageItems loss_image_items(const LossImageParams<T>& net) {
+  constexpr int64_t kStripColumns = 288, kBandRows = 256, kEnoughItems = 32, kMostChunks = 64;
+  LossImageItems items{};
+  items.images = kStripColumns / (net.width[0] + 1);
+  if (items.images < 1) items.images = 1;
+  if (items.images > net.batch) items.images = net.batch;
+  const int64_t strips = (net.batch + items.images - 1) / items.images;
+  items.bands = net.height[0] / kBandRows;
+  const int64_t wanted = (kEnoughItems + strips - 1) / strips;
+  if (items.bands > wanted) items.bands = wanted;
+  if (items.bands < 1) items.bands = 1;
+  const int64_t unit = int64_t(1) << net.depth;  // bands begin where rows of all layers do
+  items.band_rows = net.height[0] / items.bands / unit * unit;
+  items.count = strips * items.bands;
+  items.chunks = items.count < kMostChunks ? items.count : kMostChunks;
+  return items;
+}
+
+// The sums of every chunk for phi, the sums of every band for the value, and all weights twice in the kernels' order.
+template <class T>
+size_t loss_image_workspace_bytes(const LossImageParams<T>& net) {
+  const int64_t tangents = net.tangents ? net.num_tangents : 1;
+  const int64_t phi_sums = net.grad_phi ? tangents * net.items.chunks * net.num_parameters : 0;
+  const int64_t sums = phi_sums + net.items.bands * net.batch;
+  return size_t(sums) * sizeof(double) + size_t(2 * net.num_parameters) * sizeof(T);
+}
+
+// Forward, gradient in phi, and second order: see auxfast/ops/loss_image.py for what each returns.
+template <class T>
+struct LossImageKernels {
+  void (*forward)(const LossImageParams<T>&, const Executor&);
+  void (*backward_phi)(const LossImageParams<T>&, const Executor&);
+  void (*second_order)(const LossImageParams<T>&, const Executor&);
+};
+
+}  // namespace auxfast
