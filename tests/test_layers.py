@@ -151,14 +151,10 @@ def test_kernels_see_no_torch(path):
     assert not [name for name in others if name.startswith(("torch", "ATen", "c10", "pybind11", "Python"))]
 
 
-CUDA_PENDING = {"loss_image"}  # runs on its reference there
-
-
 def test_every_op_has_its_faces():
     for folder in {path.parent for path in SOURCES} - {CSRC, CSRC / "common"}:
         names = {path.name for path in folder.iterdir()}
         op = folder.name
-        wanted = {f"{op}.h", f"{op}_math.h", f"{op}_cpu.cpp", f"{op}_ops.cpp"}
-        wanted |= set() if op in CUDA_PENDING else {f"{op}_cuda.cu"}
+        wanted = {f"{op}.h", f"{op}_math.h", f"{op}_cpu.cpp", f"{op}_cuda.cu", f"{op}_ops.cpp"}
         assert wanted <= names
         assert (ROOT / "auxfast" / "ops" / f"{op}.py").is_file()

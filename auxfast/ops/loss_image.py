@@ -138,11 +138,12 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     A pool drops the last row or column of an odd size, as PyTorch does, and does nothing along a dimension of size 1,
     where PyTorch would raise.
 
-    Kernels run on the CPU for up to 4 convolutions and up to 64 losses and channels. Other networks, other devices,
-    empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
+    Kernels run on the CPU and on CUDA for up to 4 convolutions and up to 64 losses and channels. Other networks, other
+    devices, empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
     `loss_image_reference`. `is_grads_batched=True` works for Hessian products. Memory beyond the inputs and results
-    grows with the width of the image and not with its height. Reductions have a fixed order: the same bits for any
-    number of threads.
+    grows with the width of the image and not with its height; on CUDA it is some 64 MiB, or less for small batches,
+    and more only for images of many thousands of columns. Reductions have a fixed order: the same bits for any number
+    of threads, and for each call on CUDA.
 
     Raises:
         ValueError: a shape that does not fit the network; TypeError: a dtype that is not floating or that differs
@@ -154,7 +155,7 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     if mask is not None and network.main is not None and network.main_reduction == "valid_mean":
         valid = mask[:, network.main].bool().sum((-2, -1))
         main_weights = valid.clamp(min=1).to(losses.dtype).reciprocal()
-    has_kernels = losses.device.type == "cpu" and network.fits_kernels and losses.numel() > 0
+    has_kernels = network.fits_kernels and losses.numel() > 0
     if is_transformed() or not (has_kernels and use_native(losses.device)):
         return loss_image_reference(losses, phi, network, main_weights)
     if not (torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)):

@@ -64,7 +64,7 @@ struct LossImageParams {
   T* grad_phi;     // phi gradient: (num_parameters), second order: (num_tangents, num_parameters); or nullptr
 
   LossImageItems items;  // CPU only
-  void* workspace;       // CPU: loss_image_workspace_bytes(); else up to the kernels
+  void* workspace;       // of loss_image_workspace_bytes() or loss_image_cuda_workspace_bytes()
 };
 
 // Host code only calls these two, so that no copy of them for a particular instruction set exists.
@@ -103,5 +103,15 @@ struct LossImageKernels {
   void (*backward_phi)(const LossImageParams<T>&, const Executor&);
   void (*second_order)(const LossImageParams<T>&, const Executor&);
 };
+
+// The same passes on a GPU: nullptr, or what CUDA said against a launch. `workspace` is device memory.
+template <class T>
+struct LossImageCudaKernels {
+  const char* forward(const LossImageParams<T>&, void* stream) const;
+  const char* backward_phi(const LossImageParams<T>&, void* stream) const;
+  const char* second_order(const LossImageParams<T>&, void* stream) const;
+};
+template <class T>
+int64_t loss_image_cuda_workspace_bytes(const LossImageParams<T>&);
 
 }  // namespace auxfast

@@ -7,6 +7,9 @@
 #include "common/cpu_isa.h"
 #include "common/tensor_checks.h"
 #include "loss_image/loss_image.h"
+#ifdef AUXFAST_WITH_CUDA
+#include "common/cuda_stream.h"
+#endif
 
 AUXFAST_CPU_KERNELS(LossImageKernels<float>, loss_image_f32)
 AUXFAST_CPU_KERNELS(LossImageKernels<double>, loss_image_f64)
@@ -96,12 +99,31 @@ LossImageParams<T> describe(const char* op, const Tensor& losses, const Tensor& 
   return net;
 }
 
+enum class Pass { forward, backward_phi, second_order };
+
 template <class T>
-void run_pass(void (*LossImageKernels<T>::*pass)(const LossImageParams<T>&, const Executor&), LossImageParams<T>& net) {
+void run_pass(Pass pass, LossImageParams<T>& net, [[maybe_unused]] const Tensor& losses) {
+#ifdef AUXFAST_WITH_CUDA
+  if (losses.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(losses.get_device_index());
+    const Tensor workspace = torch::stable::new_empty(losses, {loss_image_cuda_workspace_bytes(net)}, ScalarType::Byte);
+    net.workspace = workspace.data_ptr();
+    void* stream = current_cuda_stream(losses.get_device_index());
+    const LossImageCudaKernels<T> kernels;
+    const char* error = pass == Pass::forward        ? kernels.forward(net, stream)
+                        : pass == Pass::backward_phi ? kernels.backward_phi(net, stream)
+                                                     : kernels.second_order(net, stream);
+    STD_TORCH_CHECK(error == nullptr, "auxfast: a CUDA kernel of the loss image was not launched: ", error);
+    return;
+  }
+#endif
   net.items = loss_image_items(net);
   const std::unique_ptr<double[]> workspace(new double[loss_image_workspace_bytes(net) / sizeof(double) + 1]);
   net.workspace = workspace.get();
-  (cpu_kernels<T>().*pass)(net, kTorchExecutor);
+  const LossImageKernels<T>& kernels = cpu_kernels<T>();
+  (pass == Pass::forward        ? kernels.forward
+   : pass == Pass::backward_phi ? kernels.backward_phi
+                                : kernels.second_order)(net, kTorchExecutor);
 }
 
 std::tuple<Tensor, Tensor> loss_image_forward(const Tensor& losses_in, const Tensor& phi_in,
@@ -126,7 +148,7 @@ std::tuple<Tensor, Tensor> loss_image_forward(const Tensor& losses_in, const Ten
     net.main_weights = main_weights ? pointer<T>(*main_weights) : nullptr;
     net.value = pointer<T>(value);
     net.grad_losses = with_gradient ? pointer<T>(grad_losses) : nullptr;
-    run_pass(&LossImageKernels<T>::forward, net);
+    run_pass(Pass::forward, net, losses);
     return std::make_tuple(value, grad_losses);
   });
 }
@@ -144,7 +166,7 @@ Tensor loss_image_backward_phi(const Tensor& grad_in, const Tensor& losses_in, c
     net.grad = pointer<T>(grad);
     net.grad_stride = net.per_image;
     net.grad_phi = pointer<T>(grad_phi);
-    run_pass(&LossImageKernels<T>::backward_phi, net);
+    run_pass(Pass::backward_phi, net, losses);
     return grad_phi;
   });
 }
@@ -176,7 +198,7 @@ std::tuple<Tensor, Tensor> loss_image_second_order(const Tensor& tangents_in, co
     net.tangents = pointer<T>(tangents);
     net.grad_losses = pointer<T>(grad_losses);
     net.grad_phi = with_phi ? pointer<T>(grad_phi) : nullptr;
-    if (net.num_tangents > 0) run_pass(&LossImageKernels<T>::second_order, net);
+    if (net.num_tangents > 0) run_pass(Pass::second_order, net, losses);
     return std::make_tuple(grad_losses, grad_phi);
   });
 }
@@ -191,3 +213,6 @@ void register_kernels(torch::stable::detail::StableLibrary& library) {
 }  // namespace auxfast
 
 STABLE_TORCH_LIBRARY_IMPL(auxfast, CPU, library) { auxfast::register_kernels(library); }
+#ifdef AUXFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(auxfast, CUDA, library) { auxfast::register_kernels(library); }
+#endif

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from ops import loss_image_cases
 from ops.combiner_cases import inputs, normal, of_kernels
 from ops.krylov_cases import coefficients_for, rows
 from ops.test_neumann import LAYOUTS, STEP, clones, lists
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from auxfast.ops.combiner import CombinerNetwork, combiner
 from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.loss_image_network import LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
 # More than one launch takes, and one whose hv is copied before.
@@ -49,6 +51,14 @@ def _several_tangents(network: CombinerNetwork, batch: int) -> Case:
     return Case(make, run)
 
 
+def _loss_image(network: LossImageNetwork, shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    """The loss image's passes; shape: (batch, H, W)."""
+    return Case(
+        lambda seed, device: [t.to(device) for t in loss_image_cases.inputs(network, *shape, dtype, seed)],
+        lambda *given: list(loss_image_cases.of_kernels(network, *given).values()),
+    )
+
+
 def _neumann(dtype: torch.dtype) -> Case:
     def make(seed: int, device: str) -> list[Tensor]:
         v, hv, p = lists(SHAPES, dtype, device)
@@ -79,6 +89,8 @@ CASES = {
     "combiner, tiles in shared memory": _combiner(CombinerNetwork(5, (10, 6), main=0), 700, torch.float32),
     "combiner, tiles in the workspace": _combiner(CombinerNetwork(40, (64,) * 8, reduction="none"), 70, torch.float64),
     "combiner, several tangents": _several_tangents(CombinerNetwork(5, (10, 6), "identity"), 700),
+    "loss image": _loss_image(LossImageNetwork(3, (8, 16), main=0), (2, 75, 131), torch.float32),
+    "loss image, in bands": _loss_image(LossImageNetwork(2, (24, 5), reduction="none"), (2, 640, 384), torch.float64),
     "Neumann, float32": _neumann(torch.float32),
     "Neumann, float64": _neumann(torch.float64),
     "Krylov, float32": _krylov(torch.float32),

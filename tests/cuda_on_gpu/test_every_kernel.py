@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, of_kernels
 from ops.krylov_cases import coefficients_for, rows
 from ops.test_neumann import STEP, lists
 
 from auxfast.ops.combiner import CombinerNetwork
 from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.loss_image_network import LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
 from .cases import SHAPES
@@ -32,6 +34,24 @@ def test_combiner(network, batch, dtype):
     wanted = of_kernels(network, *(t.double() for t in given))
     actual = of_kernels(network, *(t.to("cuda", dtype) for t in given))
     assert_agree({key: tensor.cpu() for key, tensor in actual.items()}, wanted, TOLERANCES[dtype])
+
+
+LOSS_IMAGES = [
+    LossImageNetwork(3, (8, 16), main=0),
+    LossImageNetwork(2, (5, 3, 4, 1), "identity", main=1, main_reduction="sum", reduction="none"),
+    LossImageNetwork(17, (9,), reduction="sum"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 35, 70)])
+@pytest.mark.parametrize("network", LOSS_IMAGES, ids=map(loss_image_cases.name, LOSS_IMAGES))
+def test_loss_image(network, shape, dtype):
+    given = loss_image_cases.inputs(network, *shape, torch.float32)
+    wanted = loss_image_cases.of_kernels(network, *(t.double() for t in given))
+    actual = loss_image_cases.of_kernels(network, *(t.to("cuda", dtype) for t in given))
+    results = {key: tensor.cpu() for key, tensor in actual.items()}
+    assert_agree(results, wanted, loss_image_cases.TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1.2e-7), (torch.float64, 4e-16)])

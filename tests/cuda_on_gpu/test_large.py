@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, normal, of_kernels, relative_error
 from ops.test_neumann import assert_step, lists
 
 from auxfast.ops.combiner import CombinerNetwork
+from auxfast.ops.loss_image_network import LossImageNetwork
 
 pytestmark = pytest.mark.cuda
 
@@ -44,6 +46,23 @@ def test_several_tangents(batch):
         results.append(torch.ops.auxfast.combiner_second_order(tangents, grad, losses, phi, nothing, network.packed))
     for exact, actual in zip(*results, strict=True):
         assert relative_error(actual.cpu(), exact) <= 1e-11
+
+
+IMAGES = {
+    "groups of images": ((20, 288, 384), LossImageNetwork(3, (8, 16), main=0)),
+    "bands": ((1, 1031, 1027), LossImageNetwork(3, (8, 16, 32), main=2, reduction="none")),
+    "the most channels": ((3, 101, 67), LossImageNetwork(64, (64, 64), main=63)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "network"), IMAGES.values(), ids=IMAGES.keys())
+def test_loss_image(shape, network, dtype):
+    given = loss_image_cases.inputs(network, *shape, torch.float32)
+    wanted = loss_image_cases.of_kernels(network, *(t.double() for t in given))
+    actual = loss_image_cases.of_kernels(network, *(t.to("cuda", dtype) for t in given))
+    results = {key: tensor.cpu() for key, tensor in actual.items()}
+    assert_agree(results, wanted, loss_image_cases.TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

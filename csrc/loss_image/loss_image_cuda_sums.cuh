@@ -1,0 +1,145 @@
+// The loss image's sums on a GPU: over pixels and images, for the value and for phi. Always in the same order, in
+// float64 beyond a thread's own pixels.
+#pragma once
+
+#include "loss_image/loss_image_cuda_convolution.cuh"
+
+namespace auxfast::cuda {
+
+// Adds sum over pixels p of outer[o, p] inner[p + tap] for some o, and of outer[o, p].
+template <class T>
+__device__ __forceinline__ void add_products(const Pixels& pixels, int first_output, int outputs, int input,
+                                             const Planes<const T>& outer, const Planes<const T>& inner,
+                                             T (&products)[kOutputs][kTaps], T (*outer_sums)[kOutputs]) {
+  if (!pixels.has(0, 0)) return;
+  T in[4][4];
+  AUXFAST_UNROLL
+  for (int i = 0; i < 16; ++i)
+    in[i / 4][i % 4] = inner.at_or_zero(pixels.image, input, pixels.y + i / 4 - 1, pixels.x + i % 4 - 1);
+  AUXFAST_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
+    if (first_output + o >= outputs) continue;
+    AUXFAST_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (!pixels.has(j / 2, j % 2)) continue;
+      const T out = outer.at(pixels.image, first_output + o, pixels.y + j / 2, pixels.x + j % 2);
+      AUXFAST_UNROLL
+      for (int tap = 0; tap < kTaps; ++tap) products[o][tap] += out * in[j / 2 + tap / 3][j % 2 + tap % 3];
+      if (outer_sums) (*outer_sums)[o] += out;
+    }
+  }
+}
+
+// The gradient of a layer's weights and biases: products of kappa and h, and of e and hd; without a tangent of e and h.
+template <class T>
+struct WeightGradient {
+  Planes<const T> outer, inner, outer2, inner2;  // outer2.data: nullptr if there is but one product
+  int inputs, outputs;
+  Tiling tiling;
+  int64_t tiles;  // of all images
+
+  __device__ __forceinline__ int64_t weights() const { return int64_t(outputs) * inputs * kTaps; }
+};
+
+// parts: (gridDim.x, weights and biases). Blocks: (parts, panels of outputs, inputs).
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) weight_gradient_kernel(const WeightGradient<T> work, double* parts) {
+  constexpr int kSums = kTaps + 1, kShares = 16;  // of an output; threads that add up one of them
+  static_assert(kSums * kShares % 32 == 0 && kSums * kShares <= kSumThreads, "whole warps");
+  STATIC_SHARED(T, sums, [kSums][kSumThreads]);
+  const int first_output = blockIdx.y * kOutputs, input = blockIdx.z;
+  T products[kOutputs][kTaps] = {}, outer_sums[kOutputs] = {};
+  for (int64_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
+    const Pixels pixels(work.tiling, tile);
+    add_products<T>(pixels, first_output, work.outputs, input, work.outer, work.inner, products, &outer_sums);
+    if (work.outer2.data)
+      add_products<T>(pixels, first_output, work.outputs, input, work.outer2, work.inner2, products, nullptr);
+  }
+  double* part = parts + blockIdx.x * (work.weights() + work.outputs);
+  const int tap = threadIdx.x / kShares, share = threadIdx.x % kShares;
+  AUXFAST_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
+    const int output = first_output + o;
+    __syncthreads();
+    AUXFAST_UNROLL
+    for (int i = 0; i < kTaps; ++i) sums[i][threadIdx.x] = products[o][i];
+    sums[kTaps][threadIdx.x] = outer_sums[o];
+    __syncthreads();
+    if (tap >= kSums) continue;
+    double sum = 0;
+    for (int i = share; i < kSumThreads; i += kShares) sum += double(sums[tap][i]);
+    for (int distance = kShares / 2; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
+    if (share > 0 || output >= work.outputs) continue;
+    if (tap < kTaps)
+      part[(int64_t(output) * work.inputs + input) * kTaps + tap] = sum;
+    else if (input == 0)
+      part[work.weights() + output] = sum;
+  }
+}
+
+// sums (count,), or sums so far, plus those of parts (number, count).
+static __global__ void __launch_bounds__(kSumThreads)
+    add_parts_kernel(const double* parts, int number, int64_t count, bool begin, double* sums) {
+  const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (at >= count) return;
+  double sum = begin ? 0 : sums[at];
+  for (int part = 0; part < number; ++part) sum += parts[part * count + at];
+  sums[at] = sum;
+}
+
+// sums: (images, channels), of the planes' rows; a block each.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    plane_sums_kernel(const Planes<const T> planes, int channels, double* sums) {
+  const T* row = planes.row(blockIdx.x / channels, int(blockIdx.x % channels), planes.rows.begin);
+  const int64_t count = int64_t(planes.rows.end - planes.rows.begin) * planes.width;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += double(row[i]);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// values (images), or values so far, plus a band's: from its sums of h (images, channels) and of the main loss.
+// pixel_scale: of a number of h in the value.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    image_values_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, const double* main_sums,
+                        T pixel_scale, bool begin, double* values) {
+  const int64_t image = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (image >= images) return;
+  const int channels = net.channels[net.depth];
+  double g = 0;
+  for (int c = 0; c < channels; ++c) g += double(net.phi[net.weight[net.depth] + c]) * plane_sums[image * channels + c];
+  double value = double(pixel_scale) * g;
+  if (net.main_loss >= 0) value += double(main_weight(net, image)) * main_sums[image];
+  values[image] = begin ? value : values[image] + value;
+}
+
+// The gradient (channels) of the output weights, or what there is of it, plus a slice's; a block for each.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    output_gradient_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, T pixel_scale,
+                           bool begin, double* sums) {
+  double sum = 0;
+  for (int64_t image = threadIdx.x; image < images; image += kSumThreads)
+    sum += double(incoming(net, image)) * plane_sums[image * gridDim.x + blockIdx.x];
+  sum = double(pixel_scale) * block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = begin ? sum : sums[blockIdx.x] + sum;
+}
+
+// One number, scale times the sum of all.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) reduce_kernel(const double* numbers, int64_t count, T scale, T* out) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += numbers[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *out = T(double(scale) * sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) store_kernel(const double* numbers, int64_t count, T* out) {
+  const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (at < count) out[at] = T(numbers[at]);
+}
+
+}  // namespace auxfast::cuda
