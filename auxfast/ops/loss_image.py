@@ -142,8 +142,8 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     devices, empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
     `loss_image_reference`. `is_grads_batched=True` works for Hessian products. Memory beyond the inputs and results
     grows with the width of the image and not with its height; on CUDA it is some 64 MiB, or less for small batches,
-    and more only for images of many thousands of columns. Reductions have a fixed order: the same bits for any number
-    of threads, and for each call on CUDA.
+    and more only for many channels or many thousands of columns. Reductions have a fixed order: the same bits for any
+    number of threads, and for each call on CUDA.
 
     Raises:
         ValueError: a shape that does not fit the network; TypeError: a dtype that is not floating or that differs
