@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, Protocol
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit.arguments import check_independent
+from auxfast.implicit.block_pass import BlockPass, vectors_together
 from auxfast.implicit.graph import (
     SilentBreaks,
     functions_of,
     graph_from,
     is_compiled,
-    vectors_together,
     vjp,
     without_double_backward,
 )
@@ -28,6 +27,9 @@ _WAYS_OUT = (
     "attention, for one, within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and a cuDNN RNN within "
     "torch.backends.cudnn.flags(enabled=False)."
 )
+
+
+_Vjp = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 class Curvature(Protocol):
@@ -86,29 +88,50 @@ class Hessian:
         self._inner = inner
         self._retain_graph = retain_graph
         self._together: int | None = None  # vectors in one pass
+        self._block_passes: dict[int, BlockPass] = {}  # by the identity of the list of outputs
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return _filled(self._vjp(self._grads, self.params, vectors), vectors)
+        return self._product(vectors, self._vjp)
 
     def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        count = len(block[0])
         if self._together is None:
             self._together = vectors_together(self._grads)
-        if self._together > 1 and count >= _FEWEST_TOGETHER:
-            try:
-                # An operator that has no batching rule warns, and runs one vector after another, slower than we do.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    pieces = zip(*(tensor.split(self._together) for tensor in block), strict=True)
-                    parts = [self._vmapped(piece) for piece in pieces]
-                return [torch.cat(column) for column in zip(*parts, strict=True)] if len(parts) > 1 else list(parts[0])
-            except (RuntimeError, UserWarning):
-                self._together = 1  # if it is another error, it comes again below
+        if self._together > 1 and len(block[0]) >= _FEWEST_TOGETHER:
+            products = self._all_together(block, self._together)
+            if products is not None:
+                return products
+            self._together = 1
         return one_at_a_time(self, block)
 
-    def _vmapped(self, block: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        products: tuple[Tensor, ...] = torch.vmap(lambda *vectors: tuple(self(vectors)))(*block)
-        return products
+    def _all_together(self, block: Sequence[Tensor], together: int) -> list[Tensor] | None:
+        """`None` if the graph has to be taken one vector at a time: the first block shows."""
+        first = not self._block_passes
+        try:
+            pieces = zip(*(tensor.split(together) for tensor in block), strict=True)
+            parts = [self._product(piece, self._block_vjp) for piece in pieces]
+        except (AttributeError, LookupError, RuntimeError):  # any other error comes again from the engine
+            return None
+        products = [torch.cat(column) for column in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+        return None if first and not self._confirmed(block, products) else products
+
+    def _confirmed(self, block: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
+        """Whether autograd's engine agrees, on a combination of the vectors. Hooks that change gradients are one reason
+        why it may not."""
+        weights = torch.arange(1, len(block[0]) + 1, dtype=block[0].dtype, device=block[0].device)
+        expected, found = self([_combined(weights, t) for t in block]), [_combined(weights, t) for t in products]
+        norms = torch.stack(torch._foreach_norm(expected))
+        errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
+        return bool((errors <= torch.finfo(norms.dtype).eps ** 0.5 * norms.clamp(min=1e-3 * norms.max())).all())
+
+    def _product(self, vectors: Sequence[Tensor], vjp: _Vjp) -> list[Tensor]:
+        return _filled(vjp(self._grads, self.params, vectors), vectors)
+
+    def _block_vjp(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], block: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        if id(outputs) not in self._block_passes:
+            self._block_passes[id(outputs)] = BlockPass(outputs, inputs)
+        return self._block_passes[id(outputs)](block)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
@@ -157,12 +180,13 @@ class GaussNewton(Hessian):
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
         self._partial = [grad for grad in partial if grad is not None and grad.requires_grad]
 
-    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def _product(self, vectors: Sequence[Tensor], vjp: _Vjp) -> list[Tensor]:
         if not self._partial:
             return [torch.zeros_like(v) for v in vectors]
-        pulled = self._vjp(self._pulled, self._cotangents, list(compress(vectors, self._reaches)))
-        tangents = [*_filled(pulled, self._cotangents), *vectors]
-        return _filled(self._vjp(self._partial, self.params, list(compress(tangents, self._curved))), vectors)
+        pulled = vjp(self._pulled, self._cotangents, list(compress(vectors, self._reaches)))
+        many = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
+        tangents = [*_filled(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
+        return _filled(vjp(self._partial, self.params, list(compress(tangents, self._curved))), vectors)
 
 
 def _direct_gradient(inner: Evaluation, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -252,6 +276,10 @@ def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]
         for row, product in zip(products, curvature(vectors), strict=True):
             row[i] = product
     return products
+
+
+def _combined(weights: Tensor, rows: Tensor) -> Tensor:
+    return (weights @ rows.flatten(1)).view(rows.shape[1:])
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

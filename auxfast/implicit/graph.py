@@ -1,4 +1,4 @@
-"""What a recorded autograd graph tells: its nodes, which of them has no second derivative, and how large they are."""
+"""What a recorded autograd graph tells: its nodes, and which of them has no second derivative."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 _engine: Any = torch.autograd.Variable._execution_engine
-_TOGETHER_BYTES = 1 << 21  # of one tensor for all vectors
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
 _ONCE = once_differentiable(lambda ctx: None).__code__  # what that decorator makes of any function
 
@@ -105,17 +104,3 @@ def without_double_backward(loss: Tensor, params: Sequence[Tensor]) -> list[str]
         for handle in handles:
             handle.remove()
     return sorted(set(names))
-
-
-def vectors_together(gradients: Sequence[Tensor]) -> int:
-    """How many vectors are best taken through the graph of `gradients` together; 1: one after another.
-
-    Together they save most of the time that autograd and the dispatcher take, and lose to the caches. On a CPU, 8
-    vectors were 1.1 to 3 times faster in networks in which no tensor had more than 256 KiB, and up to 3 times slower in
-    networks of larger ones (benchmarks/test_bench_curvature.py). A GPU's launches leave more room; not measured.
-    """
-    most = _TOGETHER_BYTES if gradients[0].device.type == "cpu" else 32 * _TOGETHER_BYTES
-    nodes = graph_from(gradient.grad_fn for gradient in gradients)
-    numbers = [torch.Size(data.shape).numel() for node in nodes for data in node._input_metadata]
-    together = most // (max(numbers) * gradients[0].element_size())
-    return together if together >= 8 else 1

@@ -7,6 +7,7 @@ ops run their references anyway. Each takes what it differentiates first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -135,6 +136,15 @@ class _Value(torch.autograd.Function):
                 grad_phi = record.backward_phi(grad, losses, phi)
         return grad_losses, grad_phi, None
 
+    @staticmethod
+    def block_backward(ctx: Any, wanted: Collection[int], grads: Tensor) -> tuple[Tensor | None, ...]:
+        """What auxfast.implicit.block_pass calls for several gradients, outside of the engine."""
+        losses, phi = ctx.saved_tensors
+        record: Record = ctx.record
+        to_losses = torch.stack([record.scaled_weights(grad) for grad in grads]) if 0 in wanted else None
+        to_phi = torch.stack([record.backward_phi(grad, losses, phi) for grad in grads]) if 1 in wanted else None
+        return to_losses, to_phi
+
 
 class _Gradient(torch.autograd.Function):
     """grad * d value / d losses, of which the backward is a Hessian-vector and mixed product."""
@@ -153,6 +163,14 @@ class _Gradient(torch.autograd.Function):
         if with_graph:
             return _apply_second_order(tangent, grad, losses, phi, record, with_grad, with_phi)
         return _second_derivatives(tangent, grad, losses, phi, record, with_grad, with_phi)
+
+    @staticmethod
+    def block_backward(ctx: Any, wanted: Collection[int], tangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Likewise; the kernels take several tangents at once."""
+        grad, losses, phi = ctx.saved_tensors
+        record: Record = ctx.record
+        to_grad = torch.stack([record.grad_of_grad(tangent) for tangent in tangents]) if 0 in wanted else None
+        return to_grad, *record.second_order(tangents, grad, losses, phi, 2 in wanted)
 
 
 def _second_derivatives(

@@ -1,0 +1,170 @@
+"""A backward pass for several vectors at once against one pass of autograd's engine for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from auxfast.implicit.block_pass import BlockPass
+from auxfast.implicit.curvature import Hessian
+from auxfast.implicit.graph import vjp
+from auxfast.implicit.losses import Evaluation
+from auxfast.nn import ConvCombiner, NonlinearCombiner
+
+
+class Pair(torch.autograd.Function):
+    """Two results, of which a graph may use one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2, x**3
+
+    @staticmethod
+    def backward(ctx, first, second):
+        (x,) = ctx.saved_tensors
+        return 2 * first * x + 3 * second * x**2
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return F.linear(x.reshape(-1, w.shape[1]), w, b)
+
+
+X = torch.linspace(-1, 2, 30, dtype=torch.float64)
+LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
+Graph = Callable[..., Tensor]
+GRAPHS: dict[str, tuple[Graph, list[tuple[int, ...]]]] = {
+    "linear layers": (
+        lambda w, b, v, c: linear(linear(X, w, b).relu(), v, c).square().sum(),
+        [(4, 5), (4,), (3, 4), (3,)],
+    ),
+    "without bias": (lambda w, v: linear(linear(X, w).tanh(), v).square().sum(), [(4, 5), (3, 4)]),
+    "one unit, one sample": (lambda w, v: linear(linear(X, w).tanh(), v).square().sum(), [(1, 30), (1, 1)]),
+    "no samples": (lambda w, v: linear(linear(X[:0], w).tanh(), v).square().sum() + w.square().sum(), [(4, 5), (3, 4)]),
+    "addmm with factors": (lambda a, b, c: torch.addmm(c, a, b, beta=-3, alpha=2).sin().sum(), [(4, 5), (5, 3), (3,)]),
+    "mm of transposes": (lambda a, b: ((a.T @ b.T).tanh() @ (b @ a)).sin().sum(), [(4, 5), (3, 4)]),
+    "mm of itself": (lambda a: (a @ a.T @ a).sin().sum(), [(4, 5)]),
+    "mm of every other row": (lambda a, b: (a[::2] @ b[:, ::2]).sin().sum(), [(8, 3), (3, 6)]),
+    "a transposed parameter twice": (lambda a: (a.T.exp() * a.T).sum() + a.t().t().sin().sum(), [(4, 5)]),
+    "sums": (
+        lambda x: x.sum(0).sin().sum() + x.sum(-1, keepdim=True).sin().sum() + x.sum((0, 2)).exp().sum(),
+        [(2, 3, 4)],
+    ),
+    "log-softmax": (
+        lambda x: x.log_softmax(0).sin().sum() + x.log_softmax(-1).exp().sin().sum() + x.log_softmax(1).cos().sum(),
+        [(2, 3, 4)],
+    ),
+    "cross entropy": (
+        lambda w, b: F.cross_entropy(linear(X, w, b), LABELS, torch.tensor([1.0, 2, 3], dtype=X.dtype)),
+        [(3, 5), (3,)],
+    ),
+    "cross entropy of a sample, weighted": (
+        lambda w, u: (u.exp() * F.cross_entropy(linear(X, w), LABELS, reduction="none")).sum(),
+        [(3, 5), (6,)],
+    ),
+    "cross entropy of pixels": (
+        lambda w, u: (
+            (F.cross_entropy((u * w).exp(), LABELS.view(2, 3, 1), reduction="none") ** 2).sum()
+            + F.cross_entropy(w * u, LABELS.view(2, 3, 1), reduction="sum").exp()
+        ),
+        [(2, 3, 3, 1), (3, 1)],
+    ),
+    "cross entropy, mean and sum, within": (
+        lambda w, b: (
+            F.cross_entropy(linear(X, w, b), LABELS).exp()
+            + F.cross_entropy(linear(X, w, b), LABELS, ignore_index=1, reduction="sum").square()
+            + F.cross_entropy(b, LABELS[1]).square()
+        ),
+        [(3, 5), (3,)],
+    ),
+    "smoothed labels": (lambda w: F.cross_entropy(linear(X, w), LABELS, label_smoothing=0.2), [(3, 5)]),
+    "mean squares": (lambda w, b: F.mse_loss(linear(X, w, b).sigmoid(), X[:18].view(6, 3)), [(3, 5), (3,)]),
+    "binary cross entropy": (
+        lambda w: F.binary_cross_entropy_with_logits(linear(X, w), X[:18].view(6, 3).sigmoid()),
+        [(3, 5)],
+    ),
+    "broadcasting": (
+        lambda u, v, s: (u[:, None] * v.exp() / (2 + s.sigmoid()) - v.abs().sqrt() * s + u.sum() ** 2).sin().sum(),
+        [(3,), (1, 4), ()],
+    ),
+    "powers": (lambda u: (u**0 * u**3 + u**2).sum() + (u.square() + 1).log().sum(), [(5,)]),
+    "sums of one thing": (lambda u: ((u + u) * (u - 2 * u) + (-u).exp() + (u + u).sin()).sum(), [(5,)]),
+    "activations": (
+        lambda w: sum(f(linear(X, w)).square().sum() for f in (F.gelu, F.silu, F.softplus, F.elu, F.leaky_relu)),
+        [(3, 5)],
+    ),
+    "norms": (
+        lambda w, g, b: F.layer_norm(linear(X, w), (4,), g, b).square().sum() + w.norm() ** 3,
+        [(4, 5), (4,), (4,)],
+    ),
+    "convolution": (lambda w: F.conv2d(X.view(1, 1, 5, 6), w).tanh().square().sum(), [(2, 1, 3, 3)]),
+    "another dtype": (lambda w, v: linear(linear(X, w).float().tanh().double(), v).square().sum(), [(4, 5), (3, 4)]),
+    "its gradient is a parameter": (lambda u, v: (u * v).sum(), [(5,), (5,)]),
+    "one of two results": (lambda u: Pair.apply(u)[0].sin().sum() + Pair.apply(u.exp())[1].sum(), [(5,)]),
+}
+
+
+def compare(loss: Tensor, inputs: list[Tensor], k: int = 3) -> None:
+    dependent = [grad for grad in torch.autograd.grad(loss, inputs, create_graph=True) if grad.requires_grad]
+    block = [torch.randn(k, *grad.shape, dtype=grad.dtype) for grad in dependent]
+    before = [tensor.clone() for tensor in block]
+    together = BlockPass(dependent, inputs)
+    for _ in range(2):  # the second pass finds what the first one left
+        products = together(block)
+        assert all(map(torch.equal, block, before))
+        for i in range(k):
+            expected = vjp(dependent, inputs, [tensor[i] for tensor in block])
+            for product, row in zip(products, expected, strict=True):
+                assert (product is None) == (row is None)
+                if product is not None:
+                    rtol = 1e-9 if loss.dtype == torch.float64 else 1e-5
+                    torch.testing.assert_close(product[i], row, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_is_the_pass_of_each_vector(name, k):
+    torch.manual_seed(0)
+    graph, shapes = GRAPHS[name]
+    params = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    compare(graph(*params), params, k)
+
+
+def test_inputs_within_the_graph():
+    torch.manual_seed(0)
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    h = linear(X, w).tanh()
+    t = h.T
+    compare((t @ h).sin().sum() + t.exp().sum(), [h, w, t])
+
+
+@pytest.mark.parametrize("after", ["alone", "within"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_combiners(kind, reduction, after):
+    torch.manual_seed(0)
+    if kind == "vector":
+        combiner, shape = NonlinearCombiner(3, (4, 4), reduction=reduction), (6, 3)
+    else:
+        combiner, shape = ConvCombiner(2, (3,), reduction=reduction), (2, 2, 5, 4)
+    losses = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    value = combiner.double()(losses.square())
+    inputs = [losses, combiner.phi]
+    if after == "within" and kind == "vector":
+        inputs = [losses]  # phi of a graph that goes on has a reference's second derivative
+    compare(value.sum() if after == "alone" else value.exp().sum(), inputs)
+
+
+def test_a_hook_that_changes_gradients_is_not_passed_over():
+    torch.manual_seed(0)
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    h = linear(X, w)
+    h.register_hook(lambda grad: grad.clamp(max=0.1))
+    curvature = Hessian(Evaluation("inner_loss", h.tanh().square().sum()), [w])
+    block = torch.randn(8, 4, 5, dtype=torch.float64)
+    together = curvature.batched([block])
+    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
