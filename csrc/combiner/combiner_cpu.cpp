@@ -128,7 +128,14 @@ class Chunk {
       scatter_tile(tile_tangent, samples, losses, rows);
       return;
     }
-    combine_rows<T, false>({units->samples(), 1, kTile<T>}, samples, net.width[0], math.weight(0), losses, rows);
+    const auto combine = [&](auto count, int s) {
+      combine_rows<T, false>({units->samples() + s, 1, kTile<T>}, count, net.width[0], math.weight(0), losses,
+                             rows + s * losses);
+    };
+    if (net.width[0] > 1)
+      combine(samples, 0);
+    else  // one row of weights stays in the cache, and fresh memory takes whole rows faster than columns
+      for (int s = 0; s < samples; ++s) combine(std::integral_constant<int, 1>{}, s);
     if (main != T(0))
       for (int s = 0; s < samples; ++s) rows[s * losses + net.main_loss] += main;
   }

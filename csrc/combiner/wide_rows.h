@@ -117,9 +117,10 @@ AUXFAST_HD void combine_columns(Coefficients<T> c, int rows, int count, const T*
 }
 
 // out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. All rows have `length` elements. A few
-// columns at a time, so that those of `in` stay in the cache for all rows of `out`.
-template <class T, bool kAdd>
-void combine_rows(Coefficients<T> c, int rows, int count, const T* in, int64_t length, T* out) {
+// columns at a time, so that those of `in` stay in the cache for all rows of `out`. Rows: int, or a constant known to
+// the compiler.
+template <class T, bool kAdd, class Rows>
+void combine_rows(Coefficients<T> c, Rows rows, int count, const T* in, int64_t length, T* out) {
   constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;
   constexpr int64_t kBlock = kVectors * kLanes<T>;
   int64_t at = 0;
