@@ -10,7 +10,7 @@ take the longer tensors as they are, and all others have vmap's rules.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
@@ -24,25 +24,29 @@ from auxfast.implicit.graph import graph_from
 
 Gradients = Sequence[Tensor | None]
 _Edge = tuple[Any, int]  # a node and the number of one of its inputs
+_Wanted = Mapping[int, Tensor | None]
 _Rule = Callable[..., Gradients]
-"""`rule(node, wanted, *gradients)`: the gradients of the node's inputs, or `None`; `wanted` has the numbers of those
-that will be used. A `torch.autograd.Function` may bring its own, as `block_backward`."""
+"""`rule(node, wanted, *gradients)`: the gradients of the node's inputs, or `None`. `wanted` has the numbers of those
+that will be used, with `None` or a sum to which a rule may add instead of returning it. A `torch.autograd.Function` may
+bring its own rule, as `block_backward`."""
 
 
 _TOGETHER_BYTES = 1 << 21  # of one tensor for all vectors
 
 
-def vectors_together(gradients: Sequence[Tensor]) -> int:
-    """How many vectors are best taken through the graph of `gradients` together; 1: one after another.
+def vectors_together(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> int:
+    """How many vectors are best taken together through the graph of `gradients` in `params`; 1: one after another.
 
     Together they save most of the time that autograd and the dispatcher take, and lose to the caches. On a CPU, 8
-    vectors were 1.3 to 6 times faster in networks in which no tensor had more than 256 KiB, and 0.7 to 1.4 times as
-    fast in networks of larger ones. A GPU's launches leave more room; not measured.
+    vectors were 1.4 to 5 times faster in networks in which no activation had more than 256 KiB, and 0.7 to 1.4 times as
+    fast in networks of larger ones; large weights do no harm. A GPU's launches leave more room; not measured.
     """
     most = _TOGETHER_BYTES if gradients[0].device.type == "cpu" else 32 * _TOGETHER_BYTES
+    weights = {shape for w in params for shape in (w.shape, w.shape[::-1])}
     nodes = graph_from(gradient.grad_fn for gradient in gradients)
-    numbers = [torch.Size(data.shape).numel() for node in nodes for data in node._input_metadata]
-    together = most // (max(numbers) * gradients[0].element_size())
+    shapes = {torch.Size(data.shape) for node in nodes for data in node._input_metadata} - weights
+    largest = max((shape.numel() for shape in shapes), default=0)
+    together = most // max(1, largest * gradients[0].element_size())
     return together if together >= 8 else 1
 
 
@@ -60,7 +64,6 @@ class _Step(NamedTuple):
     node: Any
     rule: _Rule
     sources: list[int]  # slots
-    wanted: set[int]
     targets: list[_Target]
 
 
@@ -104,13 +107,13 @@ class BlockPass:
             targets = [target(i, edge) for i, edge in enumerate(following[node]) if edge[0] in leads_on]
             sources = [(node, i) for i in range(len(node._input_metadata))]
             if targets and not only_transposes(sources[0]):
-                wanted = {target.result for target in targets}
-                self._steps.append(_Step(node, _rule_of(node), [slots[edge] for edge in sources], wanted, targets))
+                self._steps.append(_Step(node, _rule_of(node), [slots[edge] for edge in sources], targets))
 
     @torch.no_grad()
     def __call__(self, block: Sequence[Tensor]) -> list[Tensor | None]:
         """The tensors have one more axis in front, of size k."""
         sums: list[Tensor | None] = [None] * (self._slots + 1)  # one more, for -1
+        ends = {*self._ends}
         ours = [False] * self._slots  # nobody else sees this sum's memory: it may be written to
 
         def add(target: _Target, gradient: Tensor, new: bool) -> None:
@@ -123,19 +126,25 @@ class BlockPass:
             else:
                 sums[slot], ours[slot] = gradient.add_(before) if new else gradient + before, True
 
-        def take(node: Any, rule: _Rule, sources: list[int], wanted: set[int], targets: list[_Target]) -> None:
+        def sum_of_ours(target: _Target) -> Tensor | None:
+            total = sums[target.slot] if ours[target.slot] else None
+            return total if total is None or not target.transposed else total.mT
+
+        def take(node: Any, rule: _Rule, sources: list[int], targets: list[_Target]) -> None:
             incoming = [sums[slot] for slot in sources]
-            if all(gradient is None for gradient in incoming):
+            first = incoming[0]
+            if first is None and all(gradient is None for gradient in incoming):
                 return
             for slot in sources:
-                if slot in self._ends:
+                if slot in ends:
                     ours[slot] = False
                 else:
                     sums[slot] = None
-            results = rule(node, wanted, *incoming)
+            results = rule(node, {target.result: sum_of_ours(target) for target in targets}, *incoming)
             new = rule in _IN_NEW_MEMORY or (rule in _VIEWS and ours[sources[0]])
-            handed_on = [result is incoming[0] for result in results]
-            incoming.clear()  # so that the sums find its memory, still in the caches
+            handed_on = [result is first for result in results]
+            incoming.clear()
+            first = None  # so that the sums find its memory, still in the caches
             for target in targets:
                 result = results[target.result]
                 if result is not None:
@@ -166,7 +175,8 @@ def _following(node: Any) -> list[_Edge]:
 def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
     """Over the axes that broadcasting had added or stretched, as the engine does."""
     added = [*range(1, gradient.dim() - len(shape))]
-    return (gradient.sum(added) if added else gradient).sum_to_size(len(gradient), *shape)
+    gradient = gradient.sum(added) if added else gradient
+    return gradient if gradient.shape[1:] == shape else gradient.sum_to_size(gradient.shape[0], *shape)
 
 
 def _rule_of(node: Any) -> _Rule:
@@ -174,9 +184,9 @@ def _rule_of(node: Any) -> _Rule:
     return own or _RULES.get(node.name(), _mapped)
 
 
-def _mapped(node: Any, wanted: Collection[int], *gradients: Tensor | None) -> Gradients:
+def _mapped(node: Any, wanted: _Wanted, *gradients: Tensor | None) -> Gradients:
     """`torch.vmap` of any node. Its own frames of Python take 60 us a call."""
-    size = next(len(gradient) for gradient in gradients if gradient is not None)
+    size = next(gradient.shape[0] for gradient in gradients if gradient is not None)
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
         given = [None if g is None else _functorch._add_batch_dim(g, 0, level) for g in gradients]
@@ -195,22 +205,22 @@ def _or_zeros(gradient: Tensor | None, data: Any) -> Tensor:
     return torch.zeros(tuple(data.shape), dtype=data.dtype, device=data.device)
 
 
-def _pointwise(node: Any, wanted: Collection[int], *gradients: Tensor | None) -> Gradients:
+def _pointwise(node: Any, wanted: _Wanted, *gradients: Tensor | None) -> Gradients:
     results = node(*gradients)
     return results if isinstance(results, tuple) else (results,)
 
 
-def _threshold(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _threshold(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     return (torch.ops.aten.threshold_backward(gradient, node._saved_self, node._saved_threshold),)
 
 
-def _log_softmax(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _log_softmax(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     y = node._saved_result
     axis = _axes([node._saved_dim], y.shape)
     return (gradient - y.exp() * gradient.sum(axis, keepdim=True),)
 
 
-def _log_softmax_backward(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _log_softmax_backward(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     """Of `h - exp(y) sum(h)` in h and y."""
     h, y = node._saved_grad_output, node._saved_output
     axis, weighted = _axes([node._saved_dim], y.shape), gradient * y.exp()
@@ -220,12 +230,12 @@ def _log_softmax_backward(node: Any, wanted: Collection[int], gradient: Tensor) 
     )
 
 
-def _sum(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _sum(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     shape = [*node._saved_self_sym_sizes]
     kept = shape[:]
     for axis in _axes(node._saved_dim, shape):
         kept[axis] = 1
-    return (gradient.reshape(len(gradient), *kept).expand(-1, *shape),)
+    return (gradient.reshape(gradient.shape[0], *kept).expand(-1, *shape),)
 
 
 def _axes(saved: Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -233,39 +243,33 @@ def _axes(saved: Sequence[int], shape: Sequence[int]) -> list[int]:
     return [axis - len(shape) if axis < len(shape) else axis - (1 << 64) for axis in saved]
 
 
-def _view(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
-    return (gradient.reshape(len(gradient), *node._saved_self_sym_sizes),)
+def _view(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
+    return (gradient.reshape(gradient.shape[0], *node._saved_self_sym_sizes),)
 
 
-def _transpose(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _transpose(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     return (gradient.mT,)
 
 
-def _mm(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _mm(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     """Of `a @ b`."""
+    a_columns, b_columns = map(_by_columns, (node._saved_self_sym_strides, node._saved_mat2_sym_strides))
     return (
-        _gradient_a(gradient, node._saved_mat2, node._saved_self_sym_strides) if 0 in wanted else None,
-        _gradient_b(gradient, node._saved_self, node._saved_mat2_sym_strides) if 1 in wanted else None,
+        _product(gradient, node._saved_mat2.mT, a_columns, wanted[0]) if 0 in wanted else None,
+        _product(node._saved_self.mT, gradient, b_columns, wanted[1]) if 1 in wanted else None,
     )
 
 
-def _addmm(node: Any, wanted: Collection[int], gradient: Tensor) -> Gradients:
+def _addmm(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     """Of `beta c + alpha a @ b`."""
     alpha, beta = node._saved_alpha, node._saved_beta
     scaled = gradient if alpha == 1 else gradient * alpha
+    a_columns, b_columns = map(_by_columns, (node._saved_mat1_sym_strides, node._saved_mat2_sym_strides))
     return (
         gradient if beta == 1 else gradient * beta,
-        _gradient_a(scaled, node._saved_mat2, node._saved_mat1_sym_strides) if 1 in wanted else None,
-        _gradient_b(scaled, node._saved_mat1, node._saved_mat2_sym_strides) if 2 in wanted else None,
+        _product(scaled, node._saved_mat2.mT, a_columns, wanted[1]) if 1 in wanted else None,
+        _product(node._saved_mat1.mT, scaled, b_columns, wanted[2]) if 2 in wanted else None,
     )
-
-
-def _gradient_a(gradient: Tensor, b: Tensor, strides: Sequence[int]) -> Tensor:
-    return _product(b, gradient.mT).mT if _by_columns(strides) else _product(gradient, b.mT)
-
-
-def _gradient_b(gradient: Tensor, a: Tensor, strides: Sequence[int]) -> Tensor:
-    return _product(gradient.mT, a).mT if _by_columns(strides) else _product(a.mT, gradient)
 
 
 def _by_columns(strides: Sequence[int]) -> bool:
@@ -273,14 +277,22 @@ def _by_columns(strides: Sequence[int]) -> bool:
     return len(strides) > 0 and strides[0] == 1
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of a matrix and k matrices, without copies: as one large product or as k."""
-    if a.dim() == 2:
-        return torch.bmm(a.expand(len(b), -1, -1), b)
-    if a.is_contiguous():
+def _product(a: Tensor, b: Tensor, by_columns: bool, total: Tensor | None) -> Tensor | None:
+    """`a @ b` of a matrix and k matrices, without copies; added to `total` if there is one."""
+    if by_columns:
+        product = _product(b.mT, a.mT, False, None if total is None else total.mT)
+        return None if product is None else product.mT
+    if a.dim() == 3 and a.is_contiguous() and (total is None or total.is_contiguous()):  # one large product
         k, n, m = a.shape
-        return torch.mm(a.view(k * n, m), b).view(k, n, b.shape[1])
-    return torch.bmm(a, b.expand(len(a), -1, -1))
+        if total is None:
+            return torch.mm(a.view(k * n, m), b).view(k, n, b.shape[1])
+        total.view(k * n, b.shape[1]).addmm_(a.view(k * n, m), b)
+        return None
+    a, b = (a.expand(b.shape[0], -1, -1), b) if a.dim() == 2 else (a, b.expand(a.shape[0], -1, -1))
+    if total is None:
+        return torch.bmm(a, b)
+    total.baddbmm_(a, b)
+    return None
 
 
 _RULES: dict[str, _Rule] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from typing import Any, Protocol
 
@@ -95,8 +95,8 @@ class Hessian:
 
     def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
         if self._together is None:
-            self._together = vectors_together(self._grads)
-        if self._together > 1 and len(block[0]) >= _FEWEST_TOGETHER:
+            self._together = vectors_together(self._grads, self.params)
+        if self._together > 1 and block[0].shape[0] >= _FEWEST_TOGETHER:
             products = self._all_together(block, self._together)
             if products is not None:
                 return products
@@ -106,8 +106,10 @@ class Hessian:
     def _all_together(self, block: Sequence[Tensor], together: int) -> list[Tensor] | None:
         """`None` if the graph has to be taken one vector at a time: the first block shows."""
         first = not self._block_passes
-        try:
+        pieces: Iterable[Sequence[Tensor]] = [block]
+        if block[0].shape[0] > together:
             pieces = zip(*(tensor.split(together) for tensor in block), strict=True)
+        try:
             parts = [self._product(piece, self._block_vjp) for piece in pieces]
         except (AttributeError, LookupError, RuntimeError):  # any other error comes again from the engine
             return None
