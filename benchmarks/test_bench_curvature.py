@@ -1,15 +1,13 @@
 """Products with the curvature of the inner loss: one at a time, several together, and Gauss-Newton.
 
-The goal of 2.0 for 8 vectors is reached with small tensors (MLPs of up to 32 units, layer norm, GRU: 2.1 to 3.1 with
-cross entropy), and not on MLP 64-128-128-10: 335 to 370 us a vector against 355 to 385 singly and 415 to 450 with
-`autograd.grad` (Xeon, AVX-512, shared), so 1.04 to 1.11 and 1.2; 1.07 to 1.16 over single ones through a combiner. 4
-vectors and 8 together fit 530 us a block and 280 a vector, of which matrix products are 100 (16 MFLOP at 155 GFLOP/s):
-no number of vectors would make it 2.0. In a profile the rest is copies of transposed operands, which vmap's folding of
-`mm` makes, sums and masks, on tensors of 256 to 512 KiB.
-What does not help: 4 vectors at once (405 us), a block with the vectors on another axis or in rows of one flat matrix
-(0 to 4%), a malloc that keeps its memory (3%). `is_grads_batched` instead of `torch.vmap` takes 335 to 350 us, but 1.3
-to 1.4 times as long on the CNN and with layer norm. A combiner costs about 200 us a block more under `torch.vmap` than
-under `is_grads_batched` in most networks: the op's batching rule goes through pytrees in Python.
+Goal: 8 vectors together at least 2.0 times faster than 8 single products on MLP 64-128-128-10. Reached on a quiet
+machine (Xeon, AVX-512): 1.94 to 2.20, median 2.06, in 6 runs, and 2.27 to 2.55 against `autograd.grad`; 170 to 185 us a
+vector, of which matrix products are 120 and a hand-written sequence of the same operations takes 143. MLPs of up to 32
+units 4.5 to 5.4, GRU 4.2, layer norm 2.6, attention 1.7, CNNs 1.4 to 1.7, never below 1.0 but for noise.
+`torch.vmap` around autograd's engine, which this replaced, reached 1.04 to 1.11 on that MLP: copies of transposed
+operands, and sums that are not in place. Through a combiner 1.84 to 1.89. What did not help: the vectors on another
+axis, for larger matrix products; nodes in depth-first order. What decides at this size is how much memory is touched:
+with every sum in new memory, malloc gave 400 pages back and took them again in some processes: 1.1 to 1.9.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.losses import Evaluation
+from auxfast.nn import NonlinearCombiner
 
 VECTORS, CLASSES = 8, 10
 
@@ -75,6 +74,7 @@ class Recurrent(nn.Module):
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MLP 64-128-128-10": lambda: mlp(64, 128, 128, CLASSES, batch=64),
+    "MLP 64-128-128-10, combiner": lambda: mlp(64, 128, 128, CLASSES, batch=64),
     "MLP 4-8-10": lambda: mlp(4, 8, CLASSES, batch=8),
     "MLP 9 x 32": lambda: mlp(*[32] * 10, CLASSES, batch=32),
     "MLP 64-128-128-10, batch 1024": lambda: mlp(64, 128, 128, CLASSES, batch=1024),
@@ -92,6 +92,12 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+def combined(outputs: Tensor, labels: Tensor) -> Tensor:
+    cross_entropy = nn.functional.cross_entropy(outputs, labels, reduction="none")
+    losses = torch.stack([cross_entropy, outputs.square().mean(1), outputs.abs().sum(1)], dim=1)
+    return NonlinearCombiner(3, (10,) * 5)(losses)
+
+
 @pytest.mark.benchmark(group=f"curvature products, {VECTORS} vectors, float32, one thread")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_products(benchmark: Any, name: str) -> None:
@@ -99,7 +105,8 @@ def test_products(benchmark: Any, name: str) -> None:
     net, x = NETWORKS[name]()
     params = list(net.parameters())
     outputs = net(x)
-    inner = Evaluation("inner_loss", nn.functional.cross_entropy(outputs, torch.randint(CLASSES, (len(x),))), outputs)
+    loss = combined if name.endswith("combiner") else nn.functional.cross_entropy
+    inner = Evaluation("inner_loss", loss(outputs, torch.randint(CLASSES, (len(x),))), outputs)
     hessian, gauss_newton = Hessian(inner, params), GaussNewton(inner, params)
     block = [torch.randn(VECTORS, *w.shape) for w in params]
     rows = [list(row) for row in zip(*block, strict=True)]

@@ -10,27 +10,18 @@ take the longer tensors as they are, and all others have vmap's rules.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from auxfast.implicit.block_rules import IN_NEW_MEMORY, IN_PLACE, VIEWS, ZERO, Rule, rule_of
 from auxfast.implicit.graph import graph_from
 
-Gradients = Sequence[Tensor | None]
 _Edge = tuple[Any, int]  # a node and the number of one of its inputs
-_Wanted = Mapping[int, Tensor | None]
-_Rule = Callable[..., Gradients]
-"""`rule(node, wanted, *gradients)`: the gradients of the node's inputs, or `None`. `wanted` has the numbers of those
-that will be used, with `None` or a sum to which a rule may add instead of returning it. A `torch.autograd.Function` may
-bring its own rule, as `block_backward`."""
-
-
 _TOGETHER_BYTES = 1 << 21  # of one tensor for all vectors
 
 
@@ -62,7 +53,7 @@ class _Target(NamedTuple):
 
 class _Step(NamedTuple):
     node: Any
-    rule: _Rule
+    rule: Rule
     sources: list[int]  # slots
     targets: list[_Target]
 
@@ -107,7 +98,7 @@ class BlockPass:
             targets = [target(i, edge) for i, edge in enumerate(following[node]) if edge[0] in leads_on]
             sources = [(node, i) for i in range(len(node._input_metadata))]
             if targets and not only_transposes(sources[0]):
-                self._steps.append(_Step(node, _rule_of(node), [slots[edge] for edge in sources], targets))
+                self._steps.append(_Step(node, rule_of(node), [slots[edge] for edge in sources], targets))
 
     @torch.no_grad()
     def __call__(self, block: Sequence[Tensor]) -> list[Tensor | None]:
@@ -130,7 +121,7 @@ class BlockPass:
             total = sums[target.slot] if ours[target.slot] else None
             return total if total is None or not target.transposed else total.mT
 
-        def take(node: Any, rule: _Rule, sources: list[int], targets: list[_Target]) -> None:
+        def take(node: Any, rule: Rule, sources: list[int], targets: list[_Target]) -> None:
             incoming = [sums[slot] for slot in sources]
             first = incoming[0]
             if first is None and all(gradient is None for gradient in incoming):
@@ -140,8 +131,10 @@ class BlockPass:
                     ours[slot] = False
                 else:
                     sums[slot] = None
+            if rule in IN_PLACE and first is not None:
+                incoming[0], first = first if ours[sources[0]] else first.clone(), None
             results = rule(node, {target.result: sum_of_ours(target) for target in targets}, *incoming)
-            new = rule in _IN_NEW_MEMORY or (rule in _VIEWS and ours[sources[0]])
+            new = rule in IN_PLACE or rule in IN_NEW_MEMORY or (rule in VIEWS and ours[sources[0]])
             handed_on = [result is first for result in results]
             incoming.clear()
             first = None  # so that the sums find its memory, still in the caches
@@ -168,7 +161,7 @@ def _edge(tensor: Tensor) -> _Edge:
 
 def _following(node: Any) -> list[_Edge]:
     """Without the edge along which nothing but zeros can go."""
-    zero = _ZERO.get(node.name())
+    zero = ZERO.get(node.name())
     return [(None, 0) if i == zero else edge for i, edge in enumerate(node.next_functions)]
 
 
@@ -177,141 +170,3 @@ def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
     added = [*range(1, gradient.dim() - len(shape))]
     gradient = gradient.sum(added) if added else gradient
     return gradient if gradient.shape[1:] == shape else gradient.sum_to_size(gradient.shape[0], *shape)
-
-
-def _rule_of(node: Any) -> _Rule:
-    own: _Rule | None = getattr(getattr(type(node), "_forward_cls", None), "block_backward", None)
-    return own or _RULES.get(node.name(), _mapped)
-
-
-def _mapped(node: Any, wanted: _Wanted, *gradients: Tensor | None) -> Gradients:
-    """`torch.vmap` of any node. Its own frames of Python take 60 us a call."""
-    size = next(gradient.shape[0] for gradient in gradients if gradient is not None)
-    level = _functorch._vmap_increment_nesting(size, "error")
-    try:
-        given = [None if g is None else _functorch._add_batch_dim(g, 0, level) for g in gradients]
-        in_python = isinstance(node, BackwardCFunction)
-        results = node.apply(*map(_or_zeros, given, node._input_metadata)) if in_python else node(*given)
-        results = results if isinstance(results, tuple) else (results,)
-        return [None if r is None else _functorch._remove_batch_dim(r, level, size, 0) for r in results]
-    finally:
-        _functorch._vmap_decrement_nesting()
-
-
-def _or_zeros(gradient: Tensor | None, data: Any) -> Tensor:
-    """As the engine fills in for a node that was written in Python."""
-    if gradient is not None:
-        return gradient
-    return torch.zeros(tuple(data.shape), dtype=data.dtype, device=data.device)
-
-
-def _pointwise(node: Any, wanted: _Wanted, *gradients: Tensor | None) -> Gradients:
-    results = node(*gradients)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _threshold(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    return (torch.ops.aten.threshold_backward(gradient, node._saved_self, node._saved_threshold),)
-
-
-def _log_softmax(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    y = node._saved_result
-    axis = _axes([node._saved_dim], y.shape)
-    return (gradient - y.exp() * gradient.sum(axis, keepdim=True),)
-
-
-def _log_softmax_backward(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    """Of `h - exp(y) sum(h)` in h and y."""
-    h, y = node._saved_grad_output, node._saved_output
-    axis, weighted = _axes([node._saved_dim], y.shape), gradient * y.exp()
-    return (
-        gradient - weighted.sum(axis, keepdim=True) if 0 in wanted else None,
-        -weighted * h.sum(axis, keepdim=True) if 1 in wanted else None,
-    )
-
-
-def _sum(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    shape = [*node._saved_self_sym_sizes]
-    kept = shape[:]
-    for axis in _axes(node._saved_dim, shape):
-        kept[axis] = 1
-    return (gradient.reshape(gradient.shape[0], *kept).expand(-1, *shape),)
-
-
-def _axes(saved: Sequence[int], shape: Sequence[int]) -> list[int]:
-    """Counted from the last, so that one more in front makes no difference. Nodes save them as unsigned numbers."""
-    return [axis - len(shape) if axis < len(shape) else axis - (1 << 64) for axis in saved]
-
-
-def _view(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    return (gradient.reshape(gradient.shape[0], *node._saved_self_sym_sizes),)
-
-
-def _transpose(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    return (gradient.mT,)
-
-
-def _mm(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    """Of `a @ b`."""
-    a_columns, b_columns = map(_by_columns, (node._saved_self_sym_strides, node._saved_mat2_sym_strides))
-    return (
-        _product(gradient, node._saved_mat2.mT, a_columns, wanted[0]) if 0 in wanted else None,
-        _product(node._saved_self.mT, gradient, b_columns, wanted[1]) if 1 in wanted else None,
-    )
-
-
-def _addmm(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    """Of `beta c + alpha a @ b`."""
-    alpha, beta = node._saved_alpha, node._saved_beta
-    scaled = gradient if alpha == 1 else gradient * alpha
-    a_columns, b_columns = map(_by_columns, (node._saved_mat1_sym_strides, node._saved_mat2_sym_strides))
-    return (
-        gradient if beta == 1 else gradient * beta,
-        _product(scaled, node._saved_mat2.mT, a_columns, wanted[1]) if 1 in wanted else None,
-        _product(node._saved_mat1.mT, scaled, b_columns, wanted[2]) if 2 in wanted else None,
-    )
-
-
-def _by_columns(strides: Sequence[int]) -> bool:
-    """A matrix by columns is the transpose of one by rows, and its gradient goes on to that one."""
-    return len(strides) > 0 and strides[0] == 1
-
-
-def _product(a: Tensor, b: Tensor, by_columns: bool, total: Tensor | None) -> Tensor | None:
-    """`a @ b` of a matrix and k matrices, without copies; added to `total` if there is one."""
-    if by_columns:
-        product = _product(b.mT, a.mT, False, None if total is None else total.mT)
-        return None if product is None else product.mT
-    if a.dim() == 3 and a.is_contiguous() and (total is None or total.is_contiguous()):  # one large product
-        k, n, m = a.shape
-        if total is None:
-            return torch.mm(a.view(k * n, m), b).view(k, n, b.shape[1])
-        total.view(k * n, b.shape[1]).addmm_(a.view(k * n, m), b)
-        return None
-    a, b = (a.expand(b.shape[0], -1, -1), b) if a.dim() == 2 else (a, b.expand(a.shape[0], -1, -1))
-    if total is None:
-        return torch.bmm(a, b)
-    total.baddbmm_(a, b)
-    return None
-
-
-_RULES: dict[str, _Rule] = {
-    "AddmmBackward0": _addmm,
-    "LogSoftmaxBackward0": _log_softmax,
-    "LogSoftmaxBackwardDataBackward0": _log_softmax_backward,
-    "MmBackward0": _mm,
-    "SumBackward1": _sum,
-    "TBackward0": _transpose,
-    "ThresholdBackwardBackward0": _threshold,
-    "ViewBackward0": _view,
-} | dict.fromkeys(
-    [
-        *("AbsBackward0", "AddBackward0", "DivBackward0", "ExpBackward0", "LogBackward0", "MulBackward0"),
-        *("NegBackward0", "ReluBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SqrtBackward0"),
-        *("SubBackward0", "TanhBackward0", "TanhBackwardBackward0"),
-    ],
-    _pointwise,
-)
-_ZERO = {"NllLossBackwardBackward0": 1, "ThresholdBackwardBackward0": 1}  # the number of the result that always is
-_IN_NEW_MEMORY = {_addmm, _log_softmax, _log_softmax_backward, _mm, _pointwise, _threshold}
-_VIEWS = {_transpose, _view}

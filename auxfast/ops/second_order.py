@@ -138,7 +138,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def block_backward(ctx: Any, wanted: Collection[int], grads: Tensor) -> tuple[Tensor | None, ...]:
-        """What auxfast.implicit.block_pass calls for several gradients, outside of the engine."""
+        """What auxfast.implicit.block_rules calls for several gradients, outside of the engine."""
         losses, phi = ctx.saved_tensors
         record: Record = ctx.record
         to_losses = torch.stack([record.scaled_weights(grad) for grad in grads]) if 0 in wanted else None
