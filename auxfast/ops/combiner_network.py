@@ -46,6 +46,7 @@ class CombinerNetwork(Network):
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}")
         if self.main is not None and not 0 <= self.main < self.num_losses:
             raise ValueError(f"main must be None or a column 0 to {self.num_losses - 1}, got {self.main}")
+        super().__post_init__()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -65,8 +65,14 @@ def op_inputs(
 def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:
     """Keeps products of losses out of autocast's half precision: they are small, and a loss needs its digits."""
     device = losses.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    enabled = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """Which torch.compile of 2.11 cannot trace."""
+    return torch.amp.is_autocast_available(device)
 
 
 def reduce_values(values: Tensor, reduction: Reduction) -> Tensor:

@@ -54,6 +54,7 @@ class LossImageNetwork(Network):
             raise ValueError(f"main_reduction must be one of {', '.join(MAIN_REDUCTIONS)}, got {self.main_reduction!r}")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}")
+        super().__post_init__()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

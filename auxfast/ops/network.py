@@ -20,6 +20,13 @@ class Network(ABC):
 
     num_losses: int
 
+    def __post_init__(self) -> None:
+        """Fills in what is cached: up to Python 3.11 that takes a lock, which torch.compile of 2.11 cannot trace."""
+        for kind in type(self).__mro__:
+            for name, value in vars(kind).items():
+                if isinstance(value, cached_property):
+                    getattr(self, name)
+
     @cached_property
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
