@@ -28,7 +28,9 @@ Later, predicted and measured in us:
   sums, and prefetches only where a row is read first: -5% of each op at 313 losses.
 - Fewer frames of Python, at (1024, 11): `backward` called by the engine itself -5.5, one function that asks what a
   pass wants -1.6, `phi[...]` instead of `expand` -1 to -2, `forward` straight to the op -1.5: 5.33 becomes 5.5 to 5.7.
-- Left: the Hessian product of width 1 at (16384, 2048), a stream of 134 MB in and out, is at 0.93 to 0.97.
+- One unit: rows of the Hessian product written from end to end, not in columns of a tile, along which 64 fresh pages
+  fault at a time: 0.93 to 0.97 becomes 0.99 to 1.03 at (16384, 2048). Of its 58 ms 51 are page faults, eager's too.
+  Stores that pass by the cache make it worse (66 becomes 111 in fresh pages: clearing them has just brought them in).
 - No better: one Function for value and gradient whose second output is multiplied by torch (an empty one takes 90 us
   where an empty pair takes 85).
 - No better: activations apart from the products (a vector takes 20 cycles either way, 3 of them the division), slope
