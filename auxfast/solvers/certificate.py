@@ -15,6 +15,8 @@ from auxfast.solvers.base import Block, SolverState, SolveStats
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
 
+PROGRESS = 0.5  # what a restart must leave of the residual, at most, for another one to be worth its products
+
 
 class Certified:
     """Starts at x = 0, whose residual is the right-hand side, and takes only what has a smaller one.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from auxfast.ops.krylov import linear_combination_, row_dots
 from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import Certified, Floats, Rows
+from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
 from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
 from auxfast.solvers.series import steps_per_look
 from auxfast.solvers.spectrum import Estimate
@@ -23,7 +23,6 @@ _WINDOW = math.log(2)  # by how much the residual should have fallen before its 
 _SLOW = 0.6  # of the fall that the bounds promise, in logarithms
 _GROWTH = 2.0  # of a residual over less than a window
 _ALLOWANCE = math.log(2)  # for rounding
-_PROGRESS = 0.5  # what a certified restart must leave of the residual for another one to be worth its products
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class _Cycle:
         done, going = (torch.from_numpy(np.flatnonzero(mask)).to(self.x.device) for mask in (reached, ~reached))
         self.best.offer(self.rows[reached], self.x[done])
         for row, first in zip(self.rows[reached], self.first[reached], strict=True):
-            if self.best.reasons[row] == "steps" and self.best.norms[row] <= _PROGRESS * first:
+            if self.best.reasons[row] == "steps" and self.best.norms[row] <= PROGRESS * first:
                 self.again.append(row)
             elif self.best.reasons[row] == "steps":
                 self.best.reasons[row] = "stagnated"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import Certified, Floats, Rows
+from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
 from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
 
 Scalars = Any
@@ -24,7 +24,6 @@ _REASONS = ("steps", "stagnated", "stagnated", "negative curvature", "diverged")
 
 _STEPS_PER_LOOK = 8  # on a GPU, where looking at who has stopped waits for all that was launched
 _RITZ_STEPS = 32  # enough for the largest eigenvalue to a few per cent
-_PROGRESS = 0.5  # what a cycle must leave of the residual for another one to be worth its products
 
 
 class Recurrence(ABC):
@@ -178,7 +177,7 @@ def _go_on(best: Certified, rows: Rows, before: Floats, cycle: Recurrence) -> Ro
     for row, norm, status in zip(rows, before, cycle.status.tolist(), strict=True):
         if best.reasons[row] != "steps":
             continue
-        if status == REACHED and best.norms[row] <= _PROGRESS * norm:
+        if status == REACHED and best.norms[row] <= PROGRESS * norm:
             again.append(row)
         else:
             best.reasons[row] = _REASONS[int(status)]

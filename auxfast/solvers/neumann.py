@@ -21,11 +21,9 @@ from auxfast.solvers.base import (
     check_steps,
     check_tol,
 )
-from auxfast.solvers.certificate import Certified, Floats, Rows
+from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
 from auxfast.solvers.series import ListProducts, Products, RowProducts, Series, run, without_graph
 from auxfast.solvers.spectrum import Estimate
-
-_PROGRESS = 0.5  # what a certified restart must leave of the residual for another one to be worth its products
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _go_on(best: Certified, rows: Rows, before: Floats, cycle: Sequence[Series],
     for row, norm, s in zip(rows, before, cycle, strict=True):
         if best.norms[row] <= best.goals[row]:
             continue
-        if (s.grew and again) or (s.reached and best.norms[row] <= _PROGRESS * norm):
+        if (s.grew and again) or (s.reached and best.norms[row] <= PROGRESS * norm):
             going.append(row)
         elif s.grew or s.reached:
             best.reasons[row] = "diverged" if s.grew else "stagnated"

@@ -60,6 +60,12 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     return estimate([value - base for value, base in zip(values, baseline, strict=True)])
 
 
+def finished(runs: Iterable[RunFolder], method: str, setting: str = "") -> list[RunFolder]:
+    """The finished runs of a method in a setting, in the seeds' order."""
+    own = (run for run in runs if run.result is not None and run.method.name == method and run.setting == setting)
+    return sorted(own, key=lambda run: run.seed)
+
+
 def scores(runs: Iterable[RunFolder], method: str, setting: str = "") -> dict[int, float]:
     """Test scores of the finished runs of a method in a setting, by seed, in the seeds' order."""
     return dict(

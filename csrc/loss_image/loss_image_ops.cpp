@@ -1,7 +1,9 @@
 // torch's side of the loss image: checks, allocates, fills LossImageParams and hands over to the kernels of the device.
 // The schemas, and what each op returns, are in auxfast/ops/loss_image.py.
+#include <memory>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu_isa.h"

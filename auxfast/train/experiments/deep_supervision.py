@@ -25,8 +25,9 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.drawing import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.train.experiments.options import check_range
+from auxfast.train.experiments.split_task import SplitTask, accuracy
 from auxfast.train.methods import parse_method
-from auxfast.train.statistics import better, estimate
+from auxfast.train.statistics import better, estimate, finished
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class StagedNet(nn.Module):
 
 
 @dataclass
-class DeepSupervisionTask:
+class DeepSupervisionTask(SplitTask):
     """An `auxfast.train.Task` of scans; the losses are the cross-entropies of the heads, and only the final one scores.
 
     images: (n, 64). labels: (n,) int64.
@@ -90,13 +91,7 @@ class DeepSupervisionTask:
 
     images: Tensor
     labels: Tensor
-    training: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = LOSS_NAMES
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         rows = draw_batch(self.training, BATCH, generator)
@@ -111,17 +106,8 @@ class DeepSupervisionTask:
     def outer_loss(self) -> Tensor:
         return F.cross_entropy(self._final(self.auxiliary), self.labels[self.auxiliary])
 
-    def validation_score(self) -> float:
-        return self._accuracy(self.validation)
-
-    def score(self) -> float:
-        return self._accuracy(self.test)
-
-    @torch.no_grad()
-    def _accuracy(self, rows: Tensor) -> float:
-        """In percent."""
-        hits = self._final(rows).argmax(dim=1) == self.labels[rows]
-        return 100 * hits.double().mean().item()
+    def score_on(self, rows: Tensor) -> float:
+        return accuracy(self._final(rows), self.labels[rows])
 
     def _final(self, rows: Tensor) -> Tensor:
         """The final head's logits, (len(rows), 10)."""
@@ -162,7 +148,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     all_axes = figure.subplots(len(EXPERIMENT.settings), len(_DRAWN), sharex=True, sharey=True)
     for row, setting in zip(all_axes, EXPERIMENT.settings, strict=True):
         for axes, name in zip(row, _DRAWN, strict=True):
-            _draw_weights(axes, [run for run in learned if (run.setting, run.method.name) == (setting, name)])
+            _draw_weights(axes, finished(runs, name, setting))
             axes.set_title(f"{parse_method(name).label}; {setting}", fontsize=11)
         row[0].set_ylabel("weight: d training loss / d loss")
     for axes in all_axes[-1]:
@@ -199,7 +185,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
 
 def _turned_down(runs: Sequence[RunFolder], setting: str) -> Finding:
     claim = f"{setting}: the linear combiner learns to turn the auxiliary heads down"
-    chosen = [run for run in runs if (run.setting, run.method.name) == (setting, "linear") and run.result]
+    chosen = finished(runs, "linear", setting)
     if len(chosen) < 2:
         return Finding(f"{claim}: not known; it takes two seeds.", None)
     ends = [run.records[-1].loss_weights for run in chosen]

@@ -30,6 +30,7 @@ from auxfast.solvers import Neumann
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.options import check_range
+from auxfast.train.experiments.split_task import SplitTask, explained_variance
 from auxfast.train.statistics import better
 from auxfast.train.task import Batch
 
@@ -58,7 +59,7 @@ class DiabetesOptions:
 
 
 @dataclass
-class DiabetesTask:
+class DiabetesTask(SplitTask):
     """An `auxfast.train.Task`; samples are patients, the batch is the whole training part.
 
     features: (n, 10). labels: (n, 4), noisy. target: (n,), real. All standardised by the training part.
@@ -67,13 +68,7 @@ class DiabetesTask:
     features: Tensor
     labels: Tensor
     target: Tensor
-    training: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = ("main", "helpful", "harmful", "shuffled")
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         predicted = self.model(self.features[self.training])  # (batch, 1)
@@ -83,18 +78,9 @@ class DiabetesTask:
         predicted = self.model(self.features[self.auxiliary]).squeeze(1)
         return F.mse_loss(predicted, self.labels[self.auxiliary, self.main])
 
-    def validation_score(self) -> float:
-        return self._explained(self.validation)
-
-    def score(self) -> float:
-        return self._explained(self.test)
-
-    @torch.no_grad()
-    def _explained(self, patients: Tensor) -> float:
-        """R2 x 100: the percentage of the real target's variance that is explained."""
-        target = self.target[patients]
-        error = F.mse_loss(self.model(self.features[patients]).squeeze(1), target)
-        return 100 * (1 - error.item() / target.var(correction=0).item())
+    def score_on(self, rows: Tensor) -> float:
+        """Against the real target."""
+        return explained_variance(self.model(self.features[rows]).squeeze(1), self.target[rows])
 
 
 def make_task(seed: int, options: DiabetesOptions, *, hold_out: bool) -> DiabetesTask:

@@ -24,6 +24,7 @@ from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.options import check_range
+from auxfast.train.experiments.split_task import SplitTask, accuracy
 from auxfast.train.statistics import better
 from auxfast.train.task import Batch
 
@@ -61,7 +62,7 @@ class DigitsOptions:
 
 
 @dataclass
-class DigitsTask:
+class DigitsTask(SplitTask):
     """An `auxfast.train.Task` of scans; the losses: a cross-entropy, and a binary one for each attribute.
 
     images: (n, 64). labels: (n,) int64, UNKNOWN for the scans without a main label. attributes: (n, 8) of
@@ -72,14 +73,8 @@ class DigitsTask:
     labels: Tensor
     attributes: Tensor
     known: Tensor
-    training: Tensor
     unlabelled: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = LOSS_NAMES
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         labelled = draw_batch(self.training, LABELLED_BATCH, generator)
@@ -98,17 +93,8 @@ class DigitsTask:
     def outer_loss(self) -> Tensor:
         return F.cross_entropy(self._digits(self.auxiliary), self.labels[self.auxiliary])
 
-    def validation_score(self) -> float:
-        return self._accuracy(self.validation)
-
-    def score(self) -> float:
-        return self._accuracy(self.test)
-
-    @torch.no_grad()
-    def _accuracy(self, rows: Tensor) -> float:
-        """In percent."""
-        hits = self._digits(rows).argmax(dim=1) == self.labels[rows]
-        return 100 * hits.double().mean().item()
+    def score_on(self, rows: Tensor) -> float:
+        return accuracy(self._digits(rows), self.labels[rows])
 
     def _digits(self, rows: Tensor) -> Tensor:
         """Logits of the classes, (len(rows), 10)."""

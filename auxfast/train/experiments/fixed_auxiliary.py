@@ -17,7 +17,7 @@ from auxfast.train.experiment import Finding
 from auxfast.train.experiments import digits
 from auxfast.train.experiments.drawing import BLUE, GREY, ORANGE, RED, draw_course, new_figure, tidy
 from auxfast.train.methods import parse_method
-from auxfast.train.statistics import better, estimate, scores
+from auxfast.train.statistics import better, estimate, finished, scores
 
 if TYPE_CHECKING:
     from auxfast.train.runs import RunFolder
@@ -53,7 +53,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
         if own:
             mean, sem, _ = estimate(own)
             left.errorbar(x, mean, yerr=sem or 0.0, fmt="o", color=colour, capsize=5, markersize=9, linewidth=2)
-        shares = [[r.loss_weights[0] / sum(r.loss_weights) for r in run.records] for run in _finished(runs, name)]
+        shares = [[r.loss_weights[0] / sum(r.loss_weights) for r in run.records] for run in finished(runs, name)]
         if shares:
             courses = [[100 * share for share in course] for course in shares]
             draw_course(right, courses, colour, parse_method(name).label)
@@ -75,10 +75,6 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
         color=GREY,
     )
     figure.savefig(path)
-
-
-def _finished(runs: Sequence[RunFolder], method: str) -> list[RunFolder]:
-    return [run for run in runs if run.result is not None and run.method.name == method]
 
 
 # Everything is as in `digits`, where it was chosen for the learned combiner.

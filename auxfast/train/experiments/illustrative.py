@@ -33,7 +33,7 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.drawing import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.train.experiments.options import check_range
-from auxfast.train.statistics import estimate
+from auxfast.train.statistics import estimate, finished
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -142,17 +142,12 @@ def shares(run: RunFolder) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def _learned(runs: Sequence[RunFolder], setting: str) -> list[RunFolder]:
-    of_setting = (r for r in runs if r.result is not None and r.method.name == "linear" and r.setting == setting)
-    return sorted(of_setting, key=lambda run: run.seed)
-
-
 def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     """What section 5.1, Figure 2 and Figure 5 show."""
     found = []
-    if learned := _learned(runs, ""):
+    if learned := finished(runs, "linear"):
         found += [_harmful_vanishes(learned), _minimum_is_nearer(learned)]
-    if learned := _learned(runs, TRAINING_SET):
+    if learned := finished(runs, "linear", TRAINING_SET):
         found.append(_reduces_to_main(learned))
     return found
 
@@ -207,13 +202,13 @@ def _figure(values: Sequence[float]) -> str:
 def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     """Figure 2 of the paper for the first seed, and the weights' course over all seeds, as in Figure 5; to a PNG, if
     there is a run with the auxiliary set."""
-    if not (learned := _learned(runs, "")):
+    if not (learned := finished(runs, "linear")):
         return
     figure = new_figure(13.5, 9)
     figure.suptitle("A helpful and a harmful auxiliary: loss landscapes, and the learned weights", fontweight="bold")
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     _draw_landscapes(above.subplots(1, 3, sharex=True, sharey=True), learned[0])
-    courses = {"auxiliary set": learned, "training set": _learned(runs, TRAINING_SET)}
+    courses = {"auxiliary set": learned, "training set": finished(runs, "linear", TRAINING_SET)}
     shown = {where: of_setting for where, of_setting in courses.items() if of_setting}
     for ax, (where, of_setting) in zip(below.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         _draw_shares(ax, of_setting, where)

@@ -25,6 +25,8 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.drawing import BLUE, GREY, new_figure, tidy
 from auxfast.train.experiments.options import check_range
+from auxfast.train.experiments.split_task import SplitTask, explained_variance
+from auxfast.train.statistics import finished
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -54,19 +56,13 @@ class NoisyAuxiliariesOptions:
 
 
 @dataclass
-class NoisyAuxiliariesTask:
+class NoisyAuxiliariesTask(SplitTask):
     """An `auxfast.train.Task`. features: (n, 10). labels: (n, 101), noisy. target: (n,), without noise."""
 
     features: Tensor
     labels: Tensor
     target: Tensor
-    training: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = LOSS_NAMES
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         rows = draw_batch(self.training, BATCH, generator)
@@ -76,18 +72,9 @@ class NoisyAuxiliariesTask:
         predicted = self.model(self.features[self.auxiliary]).squeeze(1)
         return F.mse_loss(predicted, self.labels[self.auxiliary, self.main])
 
-    def validation_score(self) -> float:
-        return self._explained(self.validation)
-
-    def score(self) -> float:
-        return self._explained(self.test)
-
-    @torch.no_grad()
-    def _explained(self, rows: Tensor) -> float:
-        """R2 x 100 of the target without noise."""
-        target = self.target[rows]
-        error = F.mse_loss(self.model(self.features[rows]).squeeze(1), target)
-        return 100 * (1 - error.item() / target.var(correction=0).item())
+    def score_on(self, rows: Tensor) -> float:
+        """Against the target without noise."""
+        return explained_variance(self.model(self.features[rows]).squeeze(1), self.target[rows])
 
 
 def noise_deviations(options: NoisyAuxiliariesOptions) -> Tensor:
@@ -137,18 +124,13 @@ def final_weights(run: RunFolder) -> Tensor:
     return torch.tensor(run.records[-1].loss_weights[1:], dtype=torch.float64)
 
 
-def _learned(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    return sorted((r for r in runs if r.result is not None and r.method.name == "linear"), key=lambda run: run.seed)
-
-
 def _correlations(runs: Sequence[RunFolder]) -> list[float]:
     return [rank_correlation(final_weights(run), noise_deviations(run.config.task)) for run in runs]
 
 
 def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     """The figure that section C.3 gives as a picture."""
-    learned = _learned(runs)
-    if not learned:
+    if not (learned := finished(runs, "linear")):
         return []
     found = _correlations(learned)
     zeros = sum(int((final_weights(run) == 0).sum()) for run in learned) / len(learned)
@@ -162,7 +144,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
 
 def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     """Figure 6 of the paper: weight against noise, of every auxiliary and seed; to a PNG, if there is a learned run."""
-    if not (learned := _learned(runs)):
+    if not (learned := finished(runs, "linear")):
         return
     figure = new_figure(8.5, 5.2)
     ax = figure.subplots()

@@ -41,7 +41,8 @@ from auxfast.train.experiments.drawing import (
     tidy,
 )
 from auxfast.train.experiments.options import check_range
-from auxfast.train.statistics import better, estimate
+from auxfast.train.experiments.split_task import SplitTask, accuracy
+from auxfast.train.statistics import better, estimate, finished
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -79,19 +80,13 @@ class ThreeHeads(nn.Module):
 
 
 @dataclass
-class PolynomialKernelTask:
+class PolynomialKernelTask(SplitTask):
     """An `auxfast.train.Task` of scans. images: (n, 64). labels: (n,) int64. attributes: (n, 8) of 0 and 1."""
 
     images: Tensor
     labels: Tensor
     attributes: Tensor
-    training: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = LOSS_NAMES
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         rows = draw_batch(self.training, BATCH, generator)
@@ -110,17 +105,8 @@ class PolynomialKernelTask:
     def outer_loss(self) -> Tensor:
         return F.cross_entropy(self.model(self.images[self.auxiliary])[0], self.labels[self.auxiliary])
 
-    def validation_score(self) -> float:
-        return self._accuracy(self.validation)
-
-    def score(self) -> float:
-        return self._accuracy(self.test)
-
-    @torch.no_grad()
-    def _accuracy(self, rows: Tensor) -> float:
-        """In percent."""
-        hits: Tensor = self.model(self.images[rows])[0].argmax(dim=1) == self.labels[rows]
-        return 100 * hits.double().mean().item()
+    def score_on(self, rows: Tensor) -> float:
+        return accuracy(self.model(self.images[rows])[0], self.labels[rows])
 
 
 def make_task(seed: int, options: PolynomialKernelOptions, *, hold_out: bool) -> PolynomialKernelTask:
@@ -136,7 +122,16 @@ def make_task(seed: int, options: PolynomialKernelOptions, *, hold_out: bool) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ThreeHeads(data.images.shape[1], attributes.shape[1])
-    return PolynomialKernelTask(data.images, data.labels, attributes, training, auxiliary, validation, test, model)
+    return PolynomialKernelTask(
+        images=data.images,
+        labels=data.labels,
+        attributes=attributes,
+        training=training,
+        auxiliary=auxiliary,
+        validation=validation,
+        test=test,
+        model=model,
+    )
 
 
 def monomial_names(degree: int) -> list[str]:
@@ -157,10 +152,7 @@ def monomial_weights(run: RunFolder) -> Tensor:
 
 def _learned(runs: Sequence[RunFolder]) -> list[RunFolder]:
     """Whose phi is recorded: of higher degrees it has too many entries."""
-    own = [run for run in runs if run.result is not None and run.method.name == "polynomial"]
-    return sorted(
-        (run for run in own if all(record.phi is not None for record in run.records)), key=lambda run: run.seed
-    )
+    return [run for run in finished(runs, "polynomial") if all(record.phi is not None for record in run.records)]
 
 
 def findings(runs: Sequence[RunFolder]) -> list[Finding]:

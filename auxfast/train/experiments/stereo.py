@@ -26,8 +26,9 @@ from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.options import check_range
+from auxfast.train.experiments.split_task import SplitTask
 from auxfast.train.loss_image_figure import draw_loss_images
-from auxfast.train.statistics import better
+from auxfast.train.statistics import better, finished
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class StereoOptions:
 
 
 @dataclass
-class StereoTask:
+class StereoTask(SplitTask):
     """An `auxfast.train.Task` of tiles.
 
     images: (n, 3, TILE, TILE): grey level, row and column (it is one scene that the model fills in). labels:
@@ -69,14 +70,8 @@ class StereoTask:
     labels: Tensor
     disparity: Tensor
     valid: Tensor
-    training: Tensor
     unlabelled: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module
     loss_names: tuple[str, ...] = ("segmentation", "depth")
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         tiles = torch.cat([draw_batch(part, BATCH, generator) for part in (self.training, self.unlabelled)])
@@ -97,18 +92,11 @@ class StereoTask:
     def outer_loss(self) -> Tensor:
         return F.cross_entropy(self._logits(self.auxiliary), self.labels[self.auxiliary])
 
-    def validation_score(self) -> float:
-        return self._mean_iou(self.validation)
-
-    def score(self) -> float:
-        return self._mean_iou(self.test)
-
-    @torch.no_grad()
-    def _mean_iou(self, tiles: Tensor) -> float:
+    def score_on(self, rows: Tensor) -> float:
         """Mean intersection over union of the classes, over all pixels of the tiles together, in percent."""
-        labels = self.labels[tiles]
+        labels = self.labels[rows]
         known = labels != UNKNOWN
-        predicted, labels = self._logits(tiles).argmax(dim=1)[known], labels[known]
+        predicted, labels = self._logits(rows).argmax(dim=1)[known], labels[known]
         classes = len(COLOUR_CLASSES)
         confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
         hits = confusion.diag()
@@ -173,10 +161,7 @@ def make_task(seed: int, options: StereoOptions, *, hold_out: bool) -> StereoTas
 def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     """Loss images of test tiles, and what their pixels weigh by the learned combiners of the first seeds, in turn;
     nothing if there is none."""
-    learned = sorted((run for run in runs if run.method.name == "conv" and run.result), key=lambda run: run.seed)[
-        :DRAWN
-    ]
-    if not learned:
+    if not (learned := finished(runs, "conv")[:DRAWN]):
         return
     rows = [_drawn(run, DRAWN // len(learned)) for run in learned]
     images, losses, weights, mask = (torch.cat(parts) for parts in zip(*rows, strict=True))

@@ -31,7 +31,8 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.experiment import Experiment, Finding
 from auxfast.train.experiments.drawing import BLACK, BLUE, GREEN, GREY, RED, draw_course, new_figure, tidy
 from auxfast.train.experiments.options import check_range
-from auxfast.train.statistics import better, estimate, scores
+from auxfast.train.experiments.split_task import SplitTask, explained_variance
+from auxfast.train.statistics import better, estimate, finished, scores
 from auxfast.train.task import Batch
 
 if TYPE_CHECKING:
@@ -68,19 +69,13 @@ class GroupedLinear(nn.Module):
 
 
 @dataclass
-class WeightDecayTask:
+class WeightDecayTask(SplitTask):
     """An `auxfast.train.Task`; the batch is the whole training part. features: (n, 128). target: (n,). Both
     standardised by the training part."""
 
     features: Tensor
     target: Tensor
-    training: Tensor
-    auxiliary: Tensor
-    validation: Tensor
-    test: Tensor
-    model: nn.Module  # GroupedLinear
     loss_names: tuple[str, ...] = ("error", *GROUPS)
-    main: int = 0
 
     def training_batch(self, generator: torch.Generator) -> Batch:
         error = (self.model(self.features[self.training]) - self.target[self.training]).square()
@@ -88,21 +83,10 @@ class WeightDecayTask:
         return Batch(torch.cat([error[:, None], penalties.expand(len(error), -1)], dim=1), None)
 
     def outer_loss(self) -> Tensor:
-        return self._error(self.auxiliary)
+        return F.mse_loss(self.model(self.features[self.auxiliary]), self.target[self.auxiliary])
 
-    def validation_score(self) -> float:
-        return self._explained(self.validation)
-
-    def score(self) -> float:
-        return self._explained(self.test)
-
-    @torch.no_grad()
-    def _explained(self, patients: Tensor) -> float:
-        """R2 x 100."""
-        return 100 * (1 - self._error(patients).item() / self.target[patients].var(correction=0).item())
-
-    def _error(self, patients: Tensor) -> Tensor:
-        return F.mse_loss(self.model(self.features[patients]), self.target[patients])
+    def score_on(self, rows: Tensor) -> float:
+        return explained_variance(self.model(self.features[rows]), self.target[rows])
 
 
 def grouped_features(measured: Tensor, strangers: Tensor) -> list[Tensor]:
@@ -141,14 +125,10 @@ def decays(run: RunFolder) -> Tensor:
     return weights[:, 1:] / weights[:, :1]
 
 
-def _learned(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    return sorted((r for r in runs if r.result is not None and r.method.name == "linear"), key=lambda run: run.seed)
-
-
 def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     """Learned decays against none, against one for all by hand, and against where they started; and what they are."""
     found = [better(runs, "linear", baseline) for baseline in ("stl", "equal", "linear-frozen")]
-    if learned := _learned(runs):
+    if learned := finished(runs, "linear"):
         found.append(_measurements_decay_least(learned))
     return found
 
@@ -167,7 +147,7 @@ def _measurements_decay_least(runs: Sequence[RunFolder]) -> Finding:
 
 def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     """Decays over the outer steps, and the methods' scores; to a PNG, if there is a learned run."""
-    if not (learned := _learned(runs)):
+    if not (learned := finished(runs, "linear")):
         return
     figure = new_figure(12, 4.8)
     figure.suptitle("A weight decay for each group of features, learned", fontweight="bold")

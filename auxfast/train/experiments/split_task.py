@@ -1,0 +1,47 @@
+"""What most experiments' tasks share: a data set in four parts, and how a model is scored on one of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class SplitTask(ABC):
+    """An `auxfast.train.Task` but for the samples and their losses, which are a subclass's own.
+
+    training, auxiliary, validation, test: the indices of each part's samples, (n,) int64.
+    """
+
+    training: Tensor
+    auxiliary: Tensor
+    validation: Tensor
+    test: Tensor
+    model: nn.Module
+    main: int = 0
+
+    @abstractmethod
+    def score_on(self, rows: Tensor) -> float:
+        """How good the model is on the samples of those indices, (n,): more is better. Needs no graph."""
+
+    @torch.no_grad()
+    def validation_score(self) -> float:
+        return self.score_on(self.validation)
+
+    @torch.no_grad()
+    def score(self) -> float:
+        return self.score_on(self.test)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """In percent. logits: (n, classes). labels: (n,) int64."""
+    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def explained_variance(predicted: Tensor, target: Tensor) -> float:
+    """R2 x 100: the percentage of the target's variance that is explained. Both (n,)."""
+    return 100 * (1 - F.mse_loss(predicted, target).item() / target.var(correction=0).item())
