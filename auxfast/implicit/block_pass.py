@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
@@ -32,13 +33,29 @@ def vectors_together(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> i
     vectors were 1.4 to 5 times faster in networks in which no activation had more than 256 KiB, and 0.7 to 1.4 times as
     fast in networks of larger ones; large weights do no harm. A GPU's launches leave more room; not measured.
     """
+    nodes = graph_from(gradient.grad_fn for gradient in gradients)
+    metadata = [data for node in nodes for data in node._input_metadata]
+    if any(data.dtype.is_complex for data in metadata) or any(map(_unpacks, nodes)):
+        return 1  # the rules of nodes do not conjugate
     most = _TOGETHER_BYTES if gradients[0].device.type == "cpu" else 32 * _TOGETHER_BYTES
     weights = {shape for w in params for shape in (w.shape, w.shape[::-1])}
-    nodes = graph_from(gradient.grad_fn for gradient in gradients)
-    shapes = {torch.Size(data.shape) for node in nodes for data in node._input_metadata} - weights
+    shapes = {torch.Size(data.shape) for data in metadata} - weights
     largest = max((shape.numel() for shape in shapes), default=0)
     together = most // max(1, largest * gradients[0].element_size())
     return together if together >= 8 else 1
+
+
+def _unpacks(node: Any) -> bool:
+    """Whether hooks unpack what the node saved. Those of torch.utils.checkpoint ask which pass of the engine they are
+    in; outside of one they compute the segment anew for every tensor, and keep it as long as the graph lives."""
+    saved = [getattr(node, name) for name in _raw_saved(type(node))]  # type: ignore[arg-type]
+    tensors = [item for each in saved for item in (each if isinstance(each, tuple) else (each,))]
+    return any(tensor is not None and tensor.unpack_hook is not None for tensor in tensors)
+
+
+@cache
+def _raw_saved(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 class _Target(NamedTuple):
@@ -59,7 +76,7 @@ class _Step(NamedTuple):
 
 
 class BlockPass:
-    """`vectors^T d outputs / d inputs` of a retained graph, for k lists of vectors at once.
+    """`vectors^T d outputs / d inputs` of a retained graph of real numbers, for k lists of vectors at once.
 
     The nodes run on the current stream, and hooks that were registered on tensors of the graph do not run.
     """
@@ -82,7 +99,7 @@ class BlockPass:
         slots = {edge: slot for slot, edge in enumerate(metadata)}
 
         def only_transposes(edge: _Edge) -> bool:
-            return edge[0].name() == "TBackward0" and edge not in ends
+            return edge[0].name() == "TBackward0" and len(metadata[edge].shape) == 2 and edge not in ends
 
         def target(result: int, edge: _Edge) -> _Target:
             data, transposed = metadata[edge], False

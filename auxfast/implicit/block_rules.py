@@ -6,6 +6,7 @@ Tied to torch's names for its nodes and what they save. Nodes that are not named
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ def _mapped(node: Any, wanted: _Wanted, *gradients: Tensor | None) -> Gradients:
         in_python = isinstance(node, BackwardCFunction)
         results = node.apply(*map(_or_zeros, given, node._input_metadata)) if in_python else node(*given)
         results = results if isinstance(results, tuple) else (results,)
+        if in_python:  # one for each argument, tensor or not; the graph has edges for tensors
+            needed = compress(results, node.needs_input_grad)
+            results = [None if edge[0] is None else next(needed) for edge in node.next_functions]
         return [None if r is None else _functorch._remove_batch_dim(r, level, size, 0) for r in results]
     finally:
         _functorch._vmap_decrement_nesting()
@@ -82,7 +86,7 @@ def _log_softmax_backward(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradi
 def _sum(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
     shape = [*node._saved_self_sym_sizes]
     kept = shape[:]
-    for axis in _axes(node._saved_dim, shape):
+    for axis in _axes(node._saved_dim or range(len(shape)), shape) if shape else ():  # no axes: over all
         kept[axis] = 1
     return (gradient.reshape(gradient.shape[0], *kept).expand(-1, *shape),)
 
@@ -97,7 +101,7 @@ def _view(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
 
 
 def _transpose(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:
-    return (gradient.mT,)
+    return (gradient.mT if gradient.dim() == 3 else gradient,)
 
 
 def _mm(node: Any, wanted: _Wanted, gradient: Tensor) -> Gradients:

@@ -88,6 +88,7 @@ class Hessian:
         self._inner = inner
         self._retain_graph = retain_graph
         self._together: int | None = None  # vectors in one pass
+        self._confirmed = False
         self._block_passes: dict[int, BlockPass] = {}  # by the identity of the list of outputs
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,25 +105,25 @@ class Hessian:
         return one_at_a_time(self, block)
 
     def _all_together(self, block: Sequence[Tensor], together: int) -> list[Tensor] | None:
-        """`None` if the graph has to be taken one vector at a time: the first block shows."""
-        first = not self._block_passes
+        """`None` if the graph has to be taken one vector at a time."""
         pieces: Iterable[Sequence[Tensor]] = [block]
         if block[0].shape[0] > together:
             pieces = zip(*(tensor.split(together) for tensor in block), strict=True)
         try:
             parts = [self._product(piece, self._block_vjp) for piece in pieces]
-        except (AttributeError, LookupError, RuntimeError):  # any other error comes again from the engine
+        except Exception:  # of somebody's Function under vmap, say. If the graph is to blame, the engine says it again
             return None
         products = [torch.cat(column) for column in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
-        return None if first and not self._confirmed(block, products) else products
+        return products if self._confirmed or self._confirm(block, products) else None
 
-    def _confirmed(self, block: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
-        """Whether autograd's engine agrees, on a combination of the vectors. Hooks that change gradients are one reason
-        why it may not."""
+    def _confirm(self, block: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
+        """Whether autograd's engine agrees, on a combination of the vectors; asked until one says something. Hooks that
+        change gradients are one reason why it may not. (Those that do so only at times may go unnoticed.)"""
         weights = torch.arange(1, len(block[0]) + 1, dtype=block[0].dtype, device=block[0].device)
         expected, found = self([_combined(weights, t) for t in block]), [_combined(weights, t) for t in products]
         norms = torch.stack(torch._foreach_norm(expected))
         errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
+        self._confirmed = bool(norms.max() > 0)
         return bool((errors <= torch.finfo(norms.dtype).eps ** 0.5 * norms.clamp(min=1e-3 * norms.max())).all())
 
     def _product(self, vectors: Sequence[Tensor], vjp: _Vjp) -> list[Tensor]:
@@ -281,7 +282,8 @@ def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]
 
 
 def _combined(weights: Tensor, rows: Tensor) -> Tensor:
-    return (weights @ rows.flatten(1)).view(rows.shape[1:])
+    total: Tensor = torch.tensordot(weights, rows, dims=1)
+    return total
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

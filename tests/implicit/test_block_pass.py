@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from auxfast.implicit.block_pass import BlockPass
 from auxfast.implicit.curvature import Hessian
@@ -30,6 +31,21 @@ class Pair(torch.autograd.Function):
         return 2 * first * x + 3 * second * x**2
 
 
+class Scaled(torch.autograd.Function):
+    """With arguments that are not tensors, before and between those that are, of which one needs no gradient."""
+
+    @staticmethod
+    def forward(ctx, power, constant, factor, x):
+        ctx.save_for_backward(constant, x)
+        ctx.power, ctx.factor = power, factor
+        return factor * constant * x**power
+
+    @staticmethod
+    def backward(ctx, grad):
+        constant, x = ctx.saved_tensors
+        return None, None, None, grad * ctx.factor * ctx.power * constant * x ** (ctx.power - 1)
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return F.linear(x.reshape(-1, w.shape[1]), w, b)
 
@@ -50,6 +66,8 @@ GRAPHS: dict[str, tuple[Graph, list[tuple[int, ...]]]] = {
     "mm of itself": (lambda a: (a @ a.T @ a).sin().sum(), [(4, 5)]),
     "mm of every other row": (lambda a, b: (a[::2] @ b[:, ::2]).sin().sum(), [(8, 3), (3, 6)]),
     "a transposed parameter twice": (lambda a: (a.T.exp() * a.T).sum() + a.t().t().sin().sum(), [(4, 5)]),
+    "a transposed vector": (lambda u, s: (u.t().exp() * u * s.t()).sin().sum(), [(5,), ()]),
+    "numbers": (lambda s, t: (s.exp() * t).sin() + (s * t).sum(None, keepdim=True) ** 2 + s.sum(0).cos(), [(), ()]),
     "sums": (
         lambda x: x.sum(0).sin().sum() + x.sum(-1, keepdim=True).sin().sum() + x.sum((0, 2)).exp().sum(),
         [(2, 3, 4)],
@@ -104,6 +122,7 @@ GRAPHS: dict[str, tuple[Graph, list[tuple[int, ...]]]] = {
     "convolution": (lambda w: F.conv2d(X.view(1, 1, 5, 6), w).tanh().square().sum(), [(2, 1, 3, 3)]),
     "another dtype": (lambda w, v: linear(linear(X, w).float().tanh().double(), v).square().sum(), [(4, 5), (3, 4)]),
     "its gradient is a parameter": (lambda u, v: (u * v).sum(), [(5,), (5,)]),
+    "a Function's other arguments": (lambda u: Scaled.apply(3, X[:5], 0.5, u.tanh()).square().sum(), [(5,)]),
     "one of two results": (lambda u: Pair.apply(u)[0].sin().sum() + Pair.apply(u.exp())[1].sum(), [(5,)]),
 }
 
@@ -159,12 +178,46 @@ def test_combiners(kind, reduction, after):
     compare(value.sum() if after == "alone" else value.exp().sum(), inputs)
 
 
-def test_a_hook_that_changes_gradients_is_not_passed_over():
+@pytest.mark.parametrize("first", ["random", "zeros"])
+def test_a_hook_that_changes_gradients_is_not_passed_over(first):
     torch.manual_seed(0)
     w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     h = linear(X, w)
     h.register_hook(lambda grad: grad.clamp(max=0.1))
     curvature = Hessian(Evaluation("inner_loss", h.tanh().square().sum()), [w])
     block = torch.randn(8, 4, 5, dtype=torch.float64)
+    if first == "zeros":  # which agree with anything
+        assert not curvature.batched([torch.zeros_like(block)])[0].any()
+    together = curvature.batched([block])
+    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
+
+
+def test_checkpoints_are_left_to_the_engine():
+    """Their hooks would keep a segment for every tensor of every pass."""
+    torch.manual_seed(0)
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    h = checkpoint(lambda w: linear(X, w).tanh(), w, use_reentrant=False)
+    curvature = Hessian(Evaluation("inner_loss", h.square().sum()), [w])
+    block = torch.randn(8, 4, 5, dtype=torch.float64)
+    together = curvature.batched([block])
+    assert curvature._together == 1
+    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_parameters_of_any_rank(shape):
+    torch.manual_seed(0)
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    curvature = Hessian(Evaluation("inner_loss", w.exp().square().sum()), [w])
+    block = torch.randn(6, *shape, dtype=torch.float64)
+    torch.testing.assert_close(curvature.batched([block])[0], block * 4 * (2 * w.detach()).exp())
+    assert curvature._together > 1
+
+
+def test_complex_numbers_are_left_to_the_engine():
+    torch.manual_seed(0)
+    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    curvature = Hessian(Evaluation("inner_loss", (torch.fft.fft2(w) @ (1j * w).exp()).abs().square().sum()), [w])
+    block = torch.randn(6, 4, 4, dtype=torch.float64)
     together = curvature.batched([block])
     torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -53,16 +53,18 @@ class MetaOptimizer:
         grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
         for param, grad in zip(outer, self._clipped(grads), strict=True):
             if param.requires_grad:
-                param.grad = grad.clone() if return_grads else grad
+                param.grad = grad
         self.meta_optimizer.step()
         return grads if return_grads else None
 
-    def _clipped(self, grads: list[Tensor]) -> Sequence[Tensor]:
-        """As `torch.nn.utils.clip_grad_norm_` has them; its eight small operations take 3% of a small step."""
-        if self.max_grad_norm is None:
-            return grads
-        scale = self.max_grad_norm / (math.hypot(*(norm.item() for norm in torch._foreach_norm(grads))) + 1e-6)
-        return grads if scale >= 1 else [grad * scale for grad in grads]
+    def _clipped(self, grads: list[Tensor]) -> list[Tensor]:
+        """As `torch.nn.utils.clip_grad_norm_` has them, in tensors of their own. That function's eight small operations
+        take 3% of a small step."""
+        scale = 1.0
+        if self.max_grad_norm is not None:
+            norms = [norm.item() for norm in torch._foreach_norm(grads)]
+            scale = self.max_grad_norm / (math.sqrt(sum(norm * norm for norm in norms)) + 1e-6)
+        return [grad.clone() if scale >= 1 else grad * scale for grad in grads]
 
     def zero_grad(self) -> None:
         self.meta_optimizer.zero_grad()
