@@ -35,8 +35,10 @@ def vectors_together(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> i
     """
     nodes = graph_from(gradient.grad_fn for gradient in gradients)
     metadata = [data for node in nodes for data in node._input_metadata]
-    if any(data.dtype.is_complex for data in metadata) or any(map(_unpacks, nodes)):
-        return 1  # the rules of nodes do not conjugate
+    if any(data.dtype.is_complex for data in metadata):  # which the rules of nodes do not conjugate
+        return 1
+    if any(map(_unpacks, nodes)):
+        return 1
     most = _TOGETHER_BYTES if gradients[0].device.type == "cpu" else 32 * _TOGETHER_BYTES
     weights = {shape for w in params for shape in (w.shape, w.shape[::-1])}
     shapes = {torch.Size(data.shape) for data in metadata} - weights
@@ -153,8 +155,8 @@ class BlockPass:
             results = rule(node, {target.result: sum_of_ours(target) for target in targets}, *incoming)
             new = rule in IN_PLACE or rule in IN_NEW_MEMORY or (rule in VIEWS and ours[sources[0]])
             handed_on = [result is first for result in results]
-            incoming.clear()
-            first = None  # so that the sums find its memory, still in the caches
+            incoming.clear()  # so that the sums find its memory, still in the caches
+            first = None
             for target in targets:
                 result = results[target.result]
                 if result is not None:
