@@ -23,14 +23,17 @@ _BUILD: dict[str, Any] = _C.build_info()
 _KERNEL_DEVICES = frozenset({"cpu", "cuda"} if _BUILD["cuda_kernels"] else {"cpu"})
 
 
+@cache  # `device.type` writes a string each time, 8 us in a training step
+def has_kernels(device: torch.device) -> bool:
+    return device.type in _KERNEL_DEVICES
+
+
+within_reference_kernels = _REFERENCE_ONLY.get
+
+
 def use_native(device: torch.device) -> bool:
     """Whether ops on `device` run on auxfast's kernels (else on the reference in PyTorch operations)."""
-    return _has_kernels(device) and not _REFERENCE_ONLY.get()
-
-
-@cache  # `device.type` writes a string each time, 8 us in a training step
-def _has_kernels(device: torch.device) -> bool:
-    return device.type in _KERNEL_DEVICES
+    return has_kernels(device) and not within_reference_kernels()
 
 
 @contextmanager

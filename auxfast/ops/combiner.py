@@ -83,6 +83,10 @@ batch_over_tangents("combiner", "second_order", "hessian")
 
 # -------------------------------------------------------------------------------------------------------- autograd
 
+# Activations are kept for the second order where that takes little memory, or less than the losses do; elsewhere they
+# are computed again, since beyond that reading them back costs as much as the arithmetic.
+MOST_SAVED_BYTES = 1 << 20
+
 # Without OpOverload's own frame of Python.
 _forward = torch.ops.auxfast.combiner_forward.default._op
 _backward_phi = torch.ops.auxfast.combiner_backward_phi.default._op
@@ -95,14 +99,9 @@ class _Combination(Record):
 
     op = "combiner"
 
-    def __init__(self, network: CombinerNetwork) -> None:
+    def __init__(self, network: CombinerNetwork, value: Tensor, weights: Tensor, saved: Tensor) -> None:
         self.network, self.per_sample = network, network.reduction == "none"
-
-    def forward(self, losses: Tensor, phi: Tensor) -> Tensor:
-        save = self.network.saves_activations(losses.shape[0], losses.element_size())
-        value: Tensor
-        value, self.weights, self.saved = _forward(losses, phi, self.network.packed, save)
-        return value
+        self.value, self.weights, self.saved = value, weights, saved
 
     def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
         gradient: Tensor = _backward_phi(grad, losses, phi, self.saved, self.network.packed)
@@ -146,7 +145,8 @@ def combiner(losses: Tensor, phi: Tensor, network: CombinerNetwork, mask: Tensor
     losses, phi, native = op_inputs(losses, phi, network, mask)
     if not native:
         return combiner_reference(losses, phi, network)
-    if not (torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)):
-        value: Tensor = _forward(losses, phi, network.packed, False)[0]
-        return value
-    return differentiable_value(losses, phi, _Combination(network))
+    differentiable = torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)
+    saved_size = network.saved_size(losses.shape[0])
+    save = saved_size * losses.element_size() <= MOST_SAVED_BYTES or saved_size <= losses.numel()
+    value, weights, saved = _forward(losses, phi, network.packed, differentiable and save)
+    return differentiable_value(losses, phi, _Combination(network, value, weights, saved)) if differentiable else value

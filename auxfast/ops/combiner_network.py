@@ -9,7 +9,6 @@ from auxfast.ops.network import ACTIVATIONS, REDUCTIONS, Activation, Network, Re
 
 MAX_DEPTH, MAX_WIDTH = 8, 64  # of the kernels (csrc/combiner/combiner.h); larger networks run on the reference
 TILE_SAMPLES = 64
-MOST_SAVED_BYTES = 1 << 20  # of activations, unless the losses are larger still
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,3 @@ class CombinerNetwork(Network):
     def saved_size(self, batch: int) -> int:
         """Elements that the kernels need to keep the activations of `batch` samples (whole tiles)."""
         return self._saved_per_tile * -(-batch // TILE_SAMPLES)
-
-    def saves_activations(self, batch: int, element_size: int) -> bool:
-        """Whether the activations are kept for the second order, or computed again. They are kept where that takes
-        little memory, or less than the losses do; beyond, reading them back costs as much as the arithmetic."""
-        size = self.saved_size(batch)
-        return size * element_size <= MOST_SAVED_BYTES or size <= batch * self.num_losses

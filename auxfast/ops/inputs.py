@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from auxfast._native import use_native
+from auxfast._native import has_kernels, within_reference_kernels
 from auxfast.ops.network import Network, Reduction
 
 # Looked up once, as in second_order.py.
@@ -59,7 +59,8 @@ def op_inputs(
     if device != phi.device:
         raise RuntimeError(f"losses are on {device} and phi is on {phi.device}: move one to the other")
     is_transformed = _is_compiling() or forward_ad._current_level >= 0 or _transforms_active()
-    return losses, phi, not is_transformed and network.fits_kernels and use_native(device) and losses.numel() > 0
+    is_native = has_kernels(device) and not within_reference_kernels()  # use_native() without its frame
+    return losses, phi, is_native and not is_transformed and network.fits_kernels and losses.numel() > 0
 
 
 def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:

@@ -94,14 +94,9 @@ _second_order = torch.ops.auxfast.loss_image_second_order.default
 class _LossImage(Record):
     op = "loss image"
 
-    def __init__(self, network: LossImageNetwork, main_weights: Tensor | None) -> None:
+    def __init__(self, network: LossImageNetwork, main_weights: Tensor | None, value: Tensor, weights: Tensor) -> None:
         self.network, self.main_weights = network, main_weights
-        self.per_sample = network.reduction == "none"
-
-    def forward(self, losses: Tensor, phi: Tensor) -> Tensor:
-        value: Tensor
-        value, self.weights = _forward(losses, phi, self.main_weights, self.network.packed, True)
-        return value
+        self.per_sample, self.value, self.weights = network.reduction == "none", value, weights
 
     def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
         gradient: Tensor = _backward_phi(grad, losses, phi, self.network.packed)
@@ -109,9 +104,9 @@ class _LossImage(Record):
 
     def second_order(
         self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
-    ) -> tuple[Tensor, Tensor]:
-        second: tuple[Tensor, Tensor] = _second_order(tangent, grad, losses, phi, self.network.packed, with_phi)
-        return second
+    ) -> tuple[Tensor, Tensor | None]:
+        to_losses, to_phi = _second_order(tangent, grad, losses, phi, self.network.packed, with_phi)
+        return to_losses, to_phi if with_phi else None
 
     def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
         return loss_image_reference(losses, phi, self.network, self.main_weights)
@@ -155,7 +150,8 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
         main_weights = valid.clamp(min=1).to(losses.dtype).reciprocal()
     if not native:
         return loss_image_reference(losses, phi, network, main_weights)
-    if not (torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)):
-        value: Tensor = _forward(losses, phi, main_weights, network.packed, False)[0]
+    differentiable = torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)
+    value, weights = _forward(losses, phi, main_weights, network.packed, differentiable)
+    if not differentiable:
         return value
-    return differentiable_value(losses, phi, _LossImage(network, main_weights))
+    return differentiable_value(losses, phi, _LossImage(network, main_weights, value, weights))

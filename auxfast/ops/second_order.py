@@ -27,19 +27,19 @@ class Record(ABC):
 
     Attributes:
         op: what to call it in messages.
-        weights: of the shape of the losses: d value / d losses, once `forward` has run.
+        weights: of the shape of the losses: d value / d losses.
         per_sample: whether the value is (batch,) instead of one number.
-        to_phi: the node that phi's gradient goes to; `None` if it needs none.
+        value: what the forward pass returned, until it gets its node.
+        to_phi: the node that phi's gradient goes to; `None` if it needs none. The engine is asked whether it will run.
+            `ctx.needs_input_grad` cannot tell: it says what requires grad, and a Hessian product, which asks for the
+            inner parameters only, would pay for phi.
     """
 
     op: str
     weights: Tensor
     per_sample: bool
+    value: Tensor | None
     to_phi: Any
-
-    @abstractmethod
-    def forward(self, losses: Tensor, phi: Tensor) -> Tensor:
-        """The value; fills `weights`."""
 
     @abstractmethod
     def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Record(ABC):
     def second_order(
         self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Derivatives of <tangent, grad * weights> in losses, and in phi if wanted (else anything)."""
+        """Derivatives of <tangent, grad * weights> in losses, and in phi if wanted."""
 
     @abstractmethod
     def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
@@ -93,20 +93,14 @@ def batch_over_tangents(op: str, *passes: str) -> None:
         register(f"{op}_{name}")
 
 
-def _wanted(incoming: Tensor, record: Record) -> tuple[bool, bool]:
-    """Whether the backward pass under way has a graph, and whether it will use phi's gradient. `ctx.needs_input_grad`
-    cannot tell: it says what requires grad, and a Hessian product, which asks for the inner parameters only, would pay
-    for phi. Raises where the pass would lose derivatives without a word."""
-    with_graph = torch.is_grad_enabled()
+def _unsupported(op: str) -> NotImplementedError:
+    """Where a backward pass would lose derivatives without a word."""
     if forward_ad._current_level >= 0:
         what = "forward-mode AD through their backward pass"
-    elif with_graph and (_is_batched(incoming) or _transforms_active()):
-        what = "batched gradients that have a graph (is_grads_batched=True with create_graph=True)"
     else:
-        to_phi = record.to_phi
-        return with_graph, to_phi is not None and _will_execute(to_phi)
-    raise NotImplementedError(
-        f"auxfast's {record.op} kernels do not support {what}. Call it within auxfast.reference_kernels()."
+        what = "batched gradients that have a graph (is_grads_batched=True with create_graph=True)"
+    return NotImplementedError(
+        f"auxfast's {op} kernels do not support {what}. Call it within auxfast.reference_kernels()."
     )
 
 
@@ -114,21 +108,23 @@ class _Value(torch.autograd.Function):
     twice_differentiable = True  # which auxfast.implicit.graph need not find out
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, phi: Tensor, record: Record) -> Tensor:
-        value = record.forward(losses, phi)
+    def forward(ctx: Any, losses: Tensor, phi: Tensor, record: Record) -> Tensor | None:
         ctx.save_for_backward(losses, phi)
         ctx.record = record
+        value, record.value = record.value, None  # it will hold this node, and the node holds the record
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         losses, phi = ctx.saved_tensors
         record: Record = ctx.record
-        with_graph, with_phi = _wanted(grad, record)
+        with_graph = torch.is_grad_enabled()
+        if forward_ad._current_level >= 0 or (with_graph and (_is_batched(grad) or _transforms_active())):
+            raise _unsupported(record.op)
         grad_losses = grad_phi = None
         if ctx.needs_input_grad[0]:
             grad_losses = _apply_gradient(grad, losses, phi, record) if with_graph else record.scaled_weights(grad)
-        if with_phi:
+        if record.to_phi is not None and _will_execute(record.to_phi):
             if with_graph:  # d^2/dphi^2 is nobody's hot path: the reference records it
                 value = record.reference(losses, phi)
                 (grad_phi,) = torch.autograd.grad(value, phi, grad, create_graph=True)
@@ -159,10 +155,15 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
         grad, losses, phi = ctx.saved_tensors
         record: Record = ctx.record
-        with_grad, (with_graph, with_phi) = ctx.needs_input_grad[0], _wanted(tangent, record)
+        with_grad = ctx.needs_input_grad[0]
+        with_phi = record.to_phi is not None and _will_execute(record.to_phi)
+        with_graph = torch.is_grad_enabled()
+        if forward_ad._current_level >= 0 or (with_graph and (_is_batched(tangent) or _transforms_active())):
+            raise _unsupported(record.op)
         if with_graph:
             return _apply_second_order(tangent, grad, losses, phi, record, with_grad, with_phi)
-        return _second_derivatives(tangent, grad, losses, phi, record, with_grad, with_phi)
+        to_losses, to_phi = record.second_order(tangent, grad, losses, phi, with_phi)
+        return record.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
 
     @staticmethod
     def block_backward(ctx: Any, wanted: Collection[int], tangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,22 +174,23 @@ class _Gradient(torch.autograd.Function):
         return to_grad, *record.second_order(tangents, grad, losses, phi, 2 in wanted)
 
 
-def _second_derivatives(
-    tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, record: Record, with_grad: bool, with_phi: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
-    """Derivatives of <tangent, grad * weights> in grad, losses and phi; in grad and phi if wanted."""
-    grad_losses, grad_phi = record.second_order(tangent, grad, losses, phi, with_phi)
-    grad_grad = record.grad_of_grad(tangent) if with_grad else None
-    return grad_grad, grad_losses, grad_phi if with_phi else None, None
-
-
 class _SecondOrder(torch.autograd.Function):
-    """`_second_derivatives` in a graph: it has values, and an error where its derivatives would be."""
+    """`_Gradient.backward` in a graph: it has values, and an error where its derivatives would be."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        ctx.op = args[4].op
-        return _second_derivatives(*args)
+    def forward(
+        ctx: Any,
+        tangent: Tensor,
+        grad: Tensor,
+        losses: Tensor,
+        phi: Tensor,
+        record: Record,
+        with_grad: bool,
+        with_phi: bool,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.op = record.op
+        to_losses, to_phi = record.second_order(tangent, grad, losses, phi, with_phi)
+        return record.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

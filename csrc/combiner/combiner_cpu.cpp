@@ -15,6 +15,11 @@ namespace {
 // Up to here transposing a tile's losses into packs beats running lanes along the losses (measured at widths 10, 64).
 constexpr int64_t kNarrow = 48;
 
+// Sums for phi are made from several tiles at once, as many as these bounds allow.
+template <class T>
+constexpr int kMostTiles = 256 / kTile<T>;
+constexpr int64_t kGroupBytes = 512 << 10;  // of their packs, which should not leave the L2 cache
+
 // One chunk of samples, worked on by one thread in memory of its own.
 template <class T, class Act>
 class Chunk {
@@ -23,17 +28,13 @@ class Chunk {
  public:
   Chunk(const CombinerParams<T>& params, int64_t index, const Executor& executor, T* phi_sums)
       : net(params), math{params}, wide(params.num_losses > kNarrow), phi_sums(phi_sums) {
-    const int64_t losses = wide ? 0 : net.num_losses;
-    const int64_t packs = 5 * net.units + 2 * (losses + kMaxWidth);
-    auto* memory = static_cast<Pack<T>*>(executor.scratch(packs * sizeof(Pack<T>)));
-    state = memory;
-    delta = state + net.units;
-    value = delta + net.units;
-    own_activations = state;
-    hd = value + net.units;
-    kappa = hd + net.units;
-    tile_losses = kappa + net.units;
-    tile_tangent = tile_losses + losses + kMaxWidth;
+    const int64_t losses = wide ? 0 : net.num_losses, inputs = wide ? net.width[0] : losses;
+    own_stride = 5 * net.units + 2 * inputs;
+    saved_stride = net.saved ? 3 * net.units : own_stride;
+    const int64_t fitting = kGroupBytes / int64_t(own_stride * sizeof(Pack<T>));
+    group = phi_sums ? int(fitting < 1 ? 1 : fitting < kMostTiles<T> ? fitting : kMostTiles<T>) : 1;
+    own = static_cast<Pack<T>*>(executor.scratch((group * own_stride + losses) * sizeof(Pack<T>)));
+    results = own + group * own_stride;
     if (phi_sums) std::memset(phi_sums, 0, net.num_parameters * sizeof(T));
     const int64_t chunk = combiner_chunk(net.batch);
     begin = index * chunk;
@@ -43,8 +44,7 @@ class Chunk {
   // Values and their derivatives in the losses. Returns the chunk's sum of values, in double.
   double forward() {
     double total = 0;
-    for_each_tile([&](int64_t first, int samples) {
-      point_to_activations(first);
+    for_each_group([&](int64_t first, int samples) {
       activate(first, samples);
       total += write_value(first, samples);
       for (int unit = 0; unit < net.width[0]; ++unit) hd[unit] = net.scale * delta[unit];
@@ -55,21 +55,25 @@ class Chunk {
 
   // Adds up sum_b c_b d g_b / d phi.
   void backward_phi() {
-    for_each_tile([&](int64_t first, int samples) {
-      restore_activations(first, samples);
+    for_each_group([&](int64_t first, int samples) {
+      if (!net.saved) activate(first, samples);
       const Pack<T> c = incoming(first, samples);
       for (int unit = 0; unit < net.units; ++unit) {
         kappa[unit] = c * delta[unit];
         hd[unit] = c * value[unit];
       }
-      add_to_phi(first, samples, nullptr, c);
+      if (wide)
+        add_rows_to_phi(kappa, net.losses, first, samples);
+      else
+        gather_tile(net.losses + first * net.num_losses, samples, net.num_losses, tile_losses);
     });
   }
 
   // Derivatives of sum_b c_b <d g_b / d l_b, t_b> in the losses and, if asked for, in phi.
   void second_order(const T* tangent, T* grad_losses) {
-    for_each_tile([&](int64_t first, int samples) {
-      restore_activations(first, samples);
+    second = true;
+    for_each_group([&](int64_t first, int samples) {
+      if (!net.saved) activate(first, samples);
       const Pack<T> c = incoming(first, samples);
       math.second_order(
           [&](const auto& result) {
@@ -77,28 +81,49 @@ class Chunk {
                         [&](int unit, Pack<T> zd) AUXFAST_INLINE { result(unit, c * zd); });
           },
           state, delta, hd, kappa);
-      if (phi_sums) add_to_phi(first, samples, tangent, c);
       to_losses(kappa, samples, T(0), grad_losses, first);
+      if (!phi_sums) return;
+      // c e_1 t^T: the one place where the tangent's own factor c is still missing
+      if (wide) {
+        Pack<T> scaled[kMaxWidth];
+        for (int unit = 0; unit < net.width[0]; ++unit) scaled[unit] = c * delta[unit];
+        add_rows_to_phi(kappa, net.losses, first, samples);
+        add_rows_to_phi(scaled, tangent, first, samples);
+      } else {
+        gather_tile(net.losses + first * net.num_losses, samples, net.num_losses, tile_losses);
+        for (int k = 0; k < net.num_losses; ++k) tile_tangent[k] = c * tile_tangent[k];
+      }
     });
   }
 
  private:
+  // work(first sample, samples) for every tile, with the pointers at its packs. Those of a group of tiles stay until
+  // their sums for phi are made.
   template <class Work>
-  void for_each_tile(const Work& work) {
-    for (int64_t first = begin; first < end; first += kTile<T>)
-      work(first, int(end - first < kTile<T> ? end - first : kTile<T>));
+  void for_each_group(const Work& work) {
+    int64_t first = begin;
+    while (first < end) {
+      const int64_t begin_group = first;
+      int tiles = 0;
+      for (; tiles < group && first < end; ++tiles, first += kTile<T>) {
+        point_to_tile(first, tiles);
+        work(first, int(end - first < kTile<T> ? end - first : kTile<T>));
+      }
+      point_to_tile(begin_group, 0);
+      if (phi_sums) add_to_phi(tiles);
+    }
   }
 
-  // state, delta and value: of the saved tile that begins at sample `first`, or this chunk's own.
-  void point_to_activations(int64_t first) {
-    Pack<T>* tile = net.saved ? reinterpret_cast<Pack<T>*>(net.saved + first * 3 * net.units) : own_activations;
-    state = tile;
-    delta = tile + net.units;
-    value = tile + 2 * net.units;
-  }
-  void restore_activations(int64_t first, int samples) {
-    point_to_activations(first);
-    if (!net.saved) activate(first, samples);
+  // To the saved tile that begins at sample `first`, or this chunk's own.
+  void point_to_tile(int64_t first, int tile) {
+    Pack<T>* mine = own + tile * own_stride;
+    state = net.saved ? reinterpret_cast<Pack<T>*>(net.saved + first * 3 * net.units) : mine;
+    delta = state + net.units;
+    value = delta + net.units;
+    hd = mine + 3 * net.units;
+    kappa = hd + net.units;
+    tile_losses = kappa + net.units;
+    tile_tangent = tile_losses + (wide ? net.width[0] : net.num_losses);
   }
 
   // result(unit, <row `unit` of W_1, sample's losses> + bias) for the units of the first layer. `matrix` is
@@ -123,9 +148,9 @@ class Chunk {
     T* rows = matrix + first * losses;
     if (!wide) {
       matvec<Pack<T>>(int(losses), net.width[0], math.weight(0), 1, losses, static_cast<const T*>(nullptr), units,
-                      [&](int k, Pack<T> sum) AUXFAST_INLINE { tile_tangent[k] = sum; });
-      if (main != T(0)) tile_tangent[net.main_loss] = tile_tangent[net.main_loss] + main;
-      scatter_tile(tile_tangent, samples, losses, rows);
+                      [&](int k, Pack<T> sum) AUXFAST_INLINE { results[k] = sum; });
+      if (main != T(0)) results[net.main_loss] = results[net.main_loss] + main;
+      scatter_tile(results, samples, losses, rows);
       return;
     }
     const auto combine = [&](auto count, int s) {
@@ -174,49 +199,44 @@ class Chunk {
     for (int s = samples; s < kTile<T>; ++s) pack.samples()[s] = T(0);
   }
 
-  // phi_sums += kappa h^T, + delta hd^T if there is a tangent; biases += kappa; output weights += hd of the last layer.
-  void add_to_phi(int64_t first, int samples, const T* tangent, const Pack<T>& c) {
+  // phi_sums += kappa h^T, + delta hd^T in second order, over a group of tiles; biases += kappa; output weights += hd of
+  // the last layer. The pointers are those of the first tile.
+  void add_to_phi(int tiles) {
+    const TilePacks<T> kappas{kappa, own_stride}, hds{hd, own_stride}, values{value, saved_stride};
+    const TilePacks<T> deltas{second ? delta : nullptr, saved_stride};
     for (int layer = 0; layer < net.depth; ++layer) {
       const int at = net.first_unit[layer], width = net.width[layer];
-      if (net.bias[layer] >= 0) add_packs<T>(kappa + at, width, phi_sums + net.bias[layer]);
+      if (net.bias[layer] >= 0) add_packs<T>(kappas + at, tiles, width, phi_sums + net.bias[layer]);
       if (layer > 0) {
         const int below = net.first_unit[layer - 1];
-        add_outer<T>(kappa + at, width, value + below, net.width[layer - 1], tangent ? delta + at : nullptr,
-                     tangent ? hd + below : nullptr, phi_sums + net.weight[layer]);
+        add_outer<T>({kappas + at, values + below, second ? deltas + at : deltas, hds + below, tiles}, width,
+                     net.width[layer - 1], phi_sums + net.weight[layer]);
+      } else if (!wide) {
+        add_outer<T>({kappas, {tile_losses, own_stride}, deltas, {tile_tangent, own_stride}, tiles}, width,
+                     int(net.num_losses), phi_sums);
       }
     }
     const int last = net.depth - 1;
-    add_packs<T>(hd + net.first_unit[last], net.width[last], phi_sums + net.weight[net.depth]);
-    add_to_first_layer(first, samples, tangent, c);
+    add_packs<T>(hds + net.first_unit[last], tiles, net.width[last], phi_sums + net.weight[net.depth]);
   }
 
-  void add_to_first_layer(int64_t first, int samples, const T* tangent, const Pack<T>& c) {
-    const int64_t losses = net.num_losses;
-    const T* rows = net.losses + first * losses;
-    const int width = net.width[0];
-    Pack<T> scaled[kMaxWidth];  // c e_1: the one place where the tangent's own factor c is still missing
-    if (tangent)
-      for (int unit = 0; unit < width; ++unit) scaled[unit] = c * delta[unit];
-    if (wide) {  // lanes run along the losses, so these sums need no lanes of their own
-      combine_rows<T, true>({kappa->samples(), kTile<T>, 1}, width, samples, rows, losses, phi_sums);
-      if (tangent)
-        combine_rows<T, true>({scaled->samples(), kTile<T>, 1}, width, samples, tangent + first * losses, losses,
-                              phi_sums);
-      return;
-    }
-    gather_tile(rows, samples, losses, tile_losses);
-    add_outer<T>(kappa, width, tile_losses, int(losses), tangent ? scaled : nullptr, tangent ? tile_tangent : nullptr,
-                 phi_sums);
+  // The first layer's, of a tile of many losses: lanes run along the losses, so these sums need no lanes of their own.
+  void add_rows_to_phi(const Pack<T>* units, const T* matrix, int64_t first, int samples) {
+    combine_rows<T, true>({units->samples(), kTile<T>, 1}, net.width[0], samples, matrix + first * net.num_losses,
+                          net.num_losses, phi_sums);
   }
 
   const CombinerParams<T>& net;
   Math math;
   const bool wide;
+  bool second = false;
   int64_t begin, end;
-  Pack<T>*state, *delta, *value, *hd, *kappa;  // (units): see combiner_math.h
-  Pack<T>* own_activations;
-  Pack<T>*tile_losses, *tile_tangent;  // (num_losses) if narrow, (width of the first layer) if wide
-  T* phi_sums;                         // (num_parameters) of this chunk, or nullptr
+  Pack<T>*state, *delta, *value, *hd, *kappa;  // (units) of the tile: see combiner_math.h
+  Pack<T>*tile_losses, *tile_tangent;          // (num_losses) if narrow, (width of the first layer) if wide
+  Pack<T>*own, *results;                       // (group, own_stride); (num_losses) if narrow
+  int64_t own_stride, saved_stride;            // packs from tile to tile
+  int group;                                   // tiles whose sums for phi are made at once
+  T* phi_sums;                                 // (num_parameters) of this chunk, or nullptr
 };
 
 template <class T, class Act>

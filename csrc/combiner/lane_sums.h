@@ -6,55 +6,76 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// out[i * columns + k] += <left[i], right[k]> + <left2[i], right2[k]> over the tile's samples, for kRows x kColumns.
+// The same packs of several tiles: tile t's begin at first + t * stride.
+template <class T>
+struct TilePacks {
+  const Pack<T>* first;
+  int64_t stride;
+
+  AUXFAST_HD TilePacks operator+(int64_t pack) const { return {first + pack, stride}; }
+};
+
+// What is multiplied and added up over the samples of `tiles` tiles: <left, right>, and <left2, right2> unless null.
+template <class T>
+struct OuterProducts {
+  TilePacks<T> left, right, left2, right2;
+  int tiles;
+};
+
+// out[i * columns + k] += the products of the packs i on the left with the packs k on the right, for kRows x kColumns.
+// Adding up the lanes in the end takes nearly as long as one tile's products, hence several tiles.
 template <class T, int kRows, int kColumns>
-__attribute__((noinline)) void outer_block(const Pack<T>* left, const Pack<T>* right, const Pack<T>* left2,
-                                           const Pack<T>* right2, int columns, T* out) {
+__attribute__((noinline)) void outer_block(const OuterProducts<T>& packs, int row, int column, int columns, T* out) {
   constexpr int kSums = (kRows * kColumns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   Vec<T> sum[kSums] = {};
-  const auto add = [&](const Pack<T>* a, const Pack<T>* b) {
+  const auto add = [&](TilePacks<T> left, TilePacks<T> right) AUXFAST_INLINE {
 #pragma GCC unroll 1
-    for (int v = 0; v < kPackVectors; ++v) {
-      Vec<T> x[kColumns];
+    for (int tile = 0; tile < packs.tiles; ++tile) {
+      const Pack<T>*a = left.first + tile * left.stride, *b = right.first + tile * right.stride;
+#pragma GCC unroll 1
+      for (int v = 0; v < kPackVectors; ++v) {
+        Vec<T> x[kColumns];
 #pragma GCC unroll 4
-      for (int k = 0; k < kColumns; ++k) x[k] = b[k].part[v];
+        for (int k = 0; k < kColumns; ++k) x[k] = b[k].part[v];
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i)
+        for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int k = 0; k < kColumns; ++k) sum[i * kColumns + k] += a[i].part[v] * x[k];
+          for (int k = 0; k < kColumns; ++k) sum[i * kColumns + k] += a[i].part[v] * x[k];
+      }
     }
   };
-  add(left, right);
-  if (left2) add(left2, right2);
+  add(packs.left + row, packs.right + column);
+  if (packs.left2.first) add(packs.left2 + row, packs.right2 + column);
   T total[kSums];
 #pragma GCC unroll 4
   for (int first = 0; first < kSums; first += kLanes<T>) store<T>(total + first, sum_each<T>(sum + first));
+  out += row * columns + column;
   for (int i = 0; i < kRows; ++i)
     for (int k = 0; k < kColumns; ++k) out[i * columns + k] += total[i * kColumns + k];
 }
 
 // The same for all rows and columns.
 template <class T>
-void add_outer(const Pack<T>* left, int rows, const Pack<T>* right, int columns, const Pack<T>* left2,
-               const Pack<T>* right2, T* out) {
+void add_outer(const OuterProducts<T>& packs, int rows, int columns, T* out) {
   constexpr int kMostRows = kVectorBytes == 64 ? 4 : 2, kMostColumns = 4;
   in_panels<kMostRows>(rows, [&](auto height, int i) AUXFAST_INLINE {
     in_panels<kMostColumns>(columns, [&](auto width, int k) AUXFAST_INLINE {
-      outer_block<T, decltype(height)::value, decltype(width)::value>(left + i, right + k, left2 ? left2 + i : nullptr,
-                                                                      right2 ? right2 + k : nullptr, columns,
-                                                                      out + i * columns + k);
+      outer_block<T, decltype(height)::value, decltype(width)::value>(packs, i, k, columns, out);
     });
   });
 }
 
-// out[i] += the sum of pack i over the tile's samples.
+// out[i] += the sum of the packs i over the samples of the tiles.
 template <class T>
-void add_packs(const Pack<T>* packs, int count, T* out) {
+void add_packs(TilePacks<T> packs, int tiles, int count, T* out) {
   for (int first = 0; first < count; first += kLanes<T>) {
     const int some = count - first < kLanes<T> ? count - first : kLanes<T>;
     Vec<T> sum[kLanes<T>] = {};
-    for (int i = 0; i < some; ++i)
-      for (int v = 0; v < kPackVectors; ++v) sum[i] += packs[first + i].part[v];
+    for (int i = 0; i < some; ++i) {
+      Pack<T> over_tiles{};
+      for (int tile = 0; tile < tiles; ++tile) over_tiles += packs.first[tile * packs.stride + first + i];
+      for (int v = 0; v < kPackVectors; ++v) sum[i] += over_tiles.part[v];
+    }
     const Vec<T> total = sum_each<T>(sum);
     for (int i = 0; i < some; ++i) out[first + i] += total[i];
   }

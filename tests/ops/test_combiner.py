@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork, combiner, combiner_reference
-from auxfast.ops.combiner_network import MOST_SAVED_BYTES
+from auxfast.ops.combiner import MOST_SAVED_BYTES, CombinerNetwork, combiner, combiner_reference
 
 from .combiner_cases import (
     DEVICES,
