@@ -199,8 +199,8 @@ class Chunk {
     for (int s = samples; s < kTile<T>; ++s) pack.samples()[s] = T(0);
   }
 
-  // phi_sums += kappa h^T, + delta hd^T in second order, over a group of tiles; biases += kappa; output weights += hd of
-  // the last layer. The pointers are those of the first tile.
+  // phi_sums += kappa h^T, + delta hd^T in second order, over a group of tiles; biases += kappa; output weights += hd
+  // of the last layer. The pointers are those of the first tile.
   void add_to_phi(int tiles) {
     const TilePacks<T> kappas{kappa, own_stride}, hds{hd, own_stride}, values{value, saved_stride};
     const TilePacks<T> deltas{second ? delta : nullptr, saved_stride};
