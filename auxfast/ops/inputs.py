@@ -58,9 +58,14 @@ def op_inputs(
     device = losses.device
     if device != phi.device:
         raise RuntimeError(f"losses are on {device} and phi is on {phi.device}: move one to the other")
-    is_transformed = _is_compiling() or forward_ad._current_level >= 0 or _transforms_active()
-    is_native = has_kernels(device) and not within_reference_kernels()  # use_native() without its frame
-    return losses, phi, is_native and not is_transformed and network.fits_kernels and losses.numel() > 0
+    native = (
+        not (_is_compiling() or forward_ad._current_level >= 0 or _transforms_active())
+        and has_kernels(device)  # these two: use_native() without its frame
+        and not within_reference_kernels()
+        and network.fits_kernels
+        and losses.numel() > 0
+    )
+    return losses, phi, native
 
 
 def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:
