@@ -69,7 +69,7 @@ class Record(ABC):
 def differentiable_value(losses: Tensor, phi: Tensor, record: Record) -> Tensor:
     """The value of `record`'s op, differentiable twice in losses and phi."""
     if phi.is_leaf and phi.requires_grad:
-        phi = phi[...]  # the engine answers _wanted for inner nodes only; `expand` takes 1.5 us more, `view` 3
+        phi = phi[...]  # the engine can be asked about inner nodes only; `expand` takes 1.5 us more, `view` 3
     record.to_phi = phi.grad_fn
     value: Tensor = _apply_value(losses, phi, record)
     return value

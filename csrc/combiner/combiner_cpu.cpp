@@ -1,5 +1,5 @@
 // The combiner on the CPU. Samples are worked on in tiles: a pack holds one number for each sample of a tile, and the
-// formulas of combiner_math.h run on packs. Sums over samples stay in the lanes until a chunk is done.
+// formulas of combiner_math.h run on packs. Sums over samples stay in the lanes until a group of tiles is done.
 #include <cstring>
 
 #include "combiner/combiner.h"
