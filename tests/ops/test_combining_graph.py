@@ -29,6 +29,25 @@ def test_in_place_change_before_the_backward_raises(order, changed, op):
 
 
 @BOTH
+def test_in_place_change_of_the_incoming_gradient_raises(op):
+    losses, phi, grad, tangent = op.inputs(op.small, op.some)
+    (gradient,) = torch.autograd.grad(op(losses.requires_grad_(), phi, op.small), losses, grad, create_graph=True)
+    grad.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(gradient, losses, tangent)
+
+
+@BOTH
+def test_losses_that_were_detached_do_not_lose_their_second_derivatives_without_a_word(op):
+    leaf, phi, *_ = op.inputs(op.small, op.some)
+    losses = leaf.requires_grad_() * 2
+    value = op(losses, phi, op.small)
+    losses.detach_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value.sum(), leaf, create_graph=True)
+
+
+@BOTH
 def test_retained_graph_gives_the_same_bits_again(op):
     losses, phi, grad, tangent = op.inputs(op.small, op.many, torch.float32)
     given = losses.requires_grad_(), phi.requires_grad_()
