@@ -28,7 +28,7 @@ class Record(ABC):
     Attributes:
         op: what to call it in messages.
         inputs: losses and phi.
-        versions: what changes if they are written to or detached.
+        versions: of the inputs, which change if they are written to.
         weights: of the shape of the losses: d value / d losses.
         per_sample: whether the value is (batch,) instead of one number.
         value: what the forward pass returned, until it gets its node.
@@ -39,7 +39,7 @@ class Record(ABC):
 
     op: str
     inputs: tuple[Tensor, Tensor]
-    versions: tuple[int, int, bool]
+    versions: tuple[int, int]
     weights: Tensor
     per_sample: bool
     value: Tensor | None
@@ -76,7 +76,7 @@ def differentiable_value(losses: Tensor, phi: Tensor, record: Record) -> Tensor:
         phi = phi[...]  # the engine can be asked about inner nodes only; `expand` takes 1.5 us more, `view` 3
     record.to_phi = phi.grad_fn
     record.inputs = losses, phi
-    record.versions = losses._version, phi._version, losses.requires_grad
+    record.versions = losses._version, phi._version
     value: Tensor = _apply_value(losses, phi, record)
     return value
 
@@ -104,12 +104,13 @@ def _inputs(ctx: Any, record: Record) -> tuple[Tensor, Tensor]:
     freed."""
     ctx.saved_tensors  # none, but autograd asks whether the graph is still there  # noqa: B018
     losses, phi = record.inputs
-    if (losses._version, phi._version, losses.requires_grad) != record.versions:
+    if (losses._version, phi._version) != record.versions:
         raise _overwritten(record.op)
     return losses, phi
 
 
 def _overwritten(op: str) -> RuntimeError:
+    """`detach_()` counts as an inplace operation."""
     return RuntimeError(
         f"one of the tensors that auxfast's {op} needs for gradient computation has been modified by an inplace "
         "operation since it was called: the losses, phi, or the gradient that came in"
@@ -143,8 +144,11 @@ class _Value(torch.autograd.Function):
         with_graph = torch.is_grad_enabled()
         if forward_ad._current_level >= 0 or (with_graph and (_is_batched(grad) or _transforms_active())):
             raise _unsupported(record.op)
+        for_losses, for_phi, _ = ctx.needs_input_grad
+        if with_graph and ((for_losses and not losses.requires_grad) or (for_phi and not phi.requires_grad)):
+            raise _overwritten(record.op)
         grad_losses = grad_phi = None
-        if ctx.needs_input_grad[0]:
+        if for_losses:
             grad_losses = _apply_gradient(grad, losses, phi, record) if with_graph else record.scaled_weights(grad)
         if record.to_phi is not None and _will_execute(record.to_phi):
             if with_graph:  # d^2/dphi^2 is nobody's hot path: the reference records it

@@ -38,13 +38,17 @@ def test_in_place_change_of_the_incoming_gradient_raises(op):
 
 
 @BOTH
-def test_losses_that_were_detached_do_not_lose_their_second_derivatives_without_a_word(op):
-    leaf, phi, *_ = op.inputs(op.small, op.some)
-    losses = leaf.requires_grad_() * 2
-    value = op(losses, phi, op.small)
-    losses.detach_()
+@pytest.mark.parametrize("detached", ["losses", "phi"])
+def test_inputs_that_were_detached_do_not_lose_their_second_derivatives_without_a_word(detached, op):
+    leaves = [t.requires_grad_() for t in op.inputs(op.small, op.some)[:2]]
+    losses, phi = (leaf * 1 for leaf in leaves)
+    value = op(losses, phi, op.small).sum()
+    expected = torch.autograd.grad(value, leaves, retain_graph=True)
+    (losses if detached == "losses" else phi).detach_()
+    first_order = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert all(map(torch.equal, first_order, expected))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        torch.autograd.grad(value, leaves, create_graph=True)
 
 
 @BOTH
