@@ -36,6 +36,9 @@ Later, predicted and measured in us:
 - Five frames of Python less, and no AttributeError (`Module.__getattr__` writes one before it finds a parameter): -3 of
   86 us at (64, 4), -3 of 215 at (1024, 11).
 - Inputs held by ctx, with their versions, instead of `save_for_backward`: -8 of 215 at (1024, 11), -1 of 86 at (64, 4).
+- Eight runs one after the other, quiet: (64, 4) 6.0 to 6.3 and 7.1 to 7.2, (64, 313) 4.9 to 5.1 and 5.5 to 5.7, (1024,
+  11) 5.5 to 5.8 and 8.1 to 8.4, (65536, 4) 6.4 to 8.6 and 6.8 to 7.7. In a slow phase of the machine (350 instead of
+  205 us at (1024, 11)) 4.8, 4.0, 4.7 and 7.8 in the left column.
 - What is left at (1024, 11): 105 us in the two ops, where 94 would do with their data in the cache; of the rest a third
   is Python, torch's own included, that finds its code and objects gone from the cache after the kernels (libpython
   takes 45 us of a step at batch 64 and 84 at 1024). Activations computed again instead of kept: +20.
