@@ -2,7 +2,7 @@
 
 On a quiet Xeon, one thread: 1.4 to 1.6 times faster with the paper's combiner and an MLP 64-128-128 or smaller, 1.25 to
 1.35 with the others and the smallest. Below the floor of 1.25: linear combiners and those of one unit with 64-128-128
-(1.19 to 1.23), and some runs with 256-512-512 (1.14 to 1.38). With 64-128-128, of 2270 us 1610 are the engine's own
+(1.18 to 1.23), and some runs with 256-512-512 (1.14 to 1.38). With 64-128-128, of 2270 us 1610 are the engine's own
 passes (three Hessian products of 355, gradients, the mixed product), 226 the program's losses and 107 the optimizer's
 step, the same work on both sides. What did not help: the fused Neumann step in these small lists, flat vectors, fewer
 clones. CNN 1.05 to 1.12, pixel losses 1.48.
