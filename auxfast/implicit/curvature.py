@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, Protocol
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.block_pass import BlockPass, vectors_together
 from auxfast.implicit.graph import (
     SilentBreaks,
+    filled,
     functions_of,
     graph_from,
     is_compiled,
@@ -20,16 +20,16 @@ from auxfast.implicit.graph import (
     without_double_backward,
 )
 from auxfast.implicit.losses import Evaluation, add, check_connected
+from auxfast.implicit.pullback import Gradients, OneAtATime, Pullback
 
-_FEWEST_TOGETHER = 4  # vectors; preparing fewer for one pass costs more than it saves
 _WAYS_OUT = (
     "Pass inner_loss as a function and curvature='finite-difference', or compute it without that operator: "
     "attention, for one, within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and a cuDNN RNN within "
     "torch.backends.cudnn.flags(enabled=False)."
 )
 
-
-_Vjp = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor | None]]
+_Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
+"""`Pullback.__call__`, or `Pullback.together`."""
 
 
 class Curvature(Protocol):
@@ -87,65 +87,29 @@ class Hessian:
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
-        self._together: int | None = None  # vectors in one pass
-        self._confirmed = False
-        self._block_passes: dict[int, BlockPass] = {}  # by the identity of the list of outputs
+        self._pullback = Pullback(self._grads, self.params)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._product(vectors, self._vjp)
+        return self._product(vectors, Pullback.__call__)
 
     def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        if self._together is None:
-            self._together = vectors_together(self._grads, self.params)
-        if self._together > 1 and block[0].shape[0] >= _FEWEST_TOGETHER:
-            products = self._all_together(block, self._together)
-            if products is not None:
-                return products
-            self._together = 1
-        return one_at_a_time(self, block)
-
-    def _all_together(self, block: Sequence[Tensor], together: int) -> list[Tensor] | None:
-        """`None` if the graph has to be taken one vector at a time."""
-        pieces: Iterable[Sequence[Tensor]] = [block]
-        if block[0].shape[0] > together:
-            pieces = zip(*(tensor.split(together) for tensor in block), strict=True)
         try:
-            parts = [self._product(piece, self._block_vjp) for piece in pieces]
-        except Exception:  # of somebody's Function under vmap, say. If the graph is to blame, the engine says it again
-            return None
-        products = [torch.cat(column) for column in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
-        return products if self._confirmed or self._confirm(block, products) else None
+            return self._product(block, Pullback.together)
+        except OneAtATime:
+            return one_at_a_time(self, block)
 
-    def _confirm(self, block: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
-        """Whether autograd's engine agrees, on a combination of the vectors; asked until one says something. Hooks that
-        change gradients are one reason why it may not. (Those that do so only at times may go unnoticed.)"""
-        weights = torch.arange(1, len(block[0]) + 1, dtype=block[0].dtype, device=block[0].device)
-        expected, found = self([_combined(weights, t) for t in block]), [_combined(weights, t) for t in products]
-        norms = torch.stack(torch._foreach_norm(expected))
-        errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
-        self._confirmed = bool(norms.max() > 0)
-        return bool((errors <= torch.finfo(norms.dtype).eps ** 0.5 * norms.clamp(min=1e-3 * norms.max())).all())
-
-    def _product(self, vectors: Sequence[Tensor], vjp: _Vjp) -> list[Tensor]:
-        return _filled(vjp(self._grads, self.params, vectors), vectors)
-
-    def _block_vjp(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], block: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        if id(outputs) not in self._block_passes:
-            self._block_passes[id(outputs)] = BlockPass(outputs, inputs)
-        return self._block_passes[id(outputs)](block)
+    def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
+        return filled(self._named(pull, self._pullback, vectors), vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
-        return list(self._vjp(self._grads, outer_params, vectors, self._retain_graph))
+        return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
 
-    def _vjp(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], retain_graph: bool = True
-    ) -> tuple[Tensor | None, ...]:
+    def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
+        """Its result; if an operator has no second derivatives, an error that names it."""
         try:
-            return vjp(outputs, inputs, vectors, retain_graph=retain_graph)
+            return pass_back(*args, **options)
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
@@ -177,19 +141,19 @@ class GaussNewton(Hessian):
             outputs, self.params, self._cotangents, create_graph=True, retain_graph=True, allow_unused=True
         )
         self._reaches = [grad is not None for grad in pulled]
-        self._pulled = [grad for grad in pulled if grad is not None]
+        self._jacobian = Pullback([grad for grad in pulled if grad is not None], self._cotangents)
         head = inner.gradient(outputs, retain_graph=True, create_graph=True)
         partial = [*head, *_direct_gradient(inner, outputs, self.params)]
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
-        self._partial = [grad for grad in partial if grad is not None and grad.requires_grad]
+        self._pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
 
-    def _product(self, vectors: Sequence[Tensor], vjp: _Vjp) -> list[Tensor]:
-        if not self._partial:
+    def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
+        if not any(self._curved):
             return [torch.zeros_like(v) for v in vectors]
-        pulled = vjp(self._pulled, self._cotangents, list(compress(vectors, self._reaches)))
+        pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         many = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
-        tangents = [*_filled(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
-        return _filled(vjp(self._partial, self.params, list(compress(tangents, self._curved))), vectors)
+        tangents = [*filled(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
+        return filled(self._named(pull, self._pullback, list(compress(tangents, self._curved))), vectors)
 
 
 def _direct_gradient(inner: Evaluation, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -267,11 +231,6 @@ class MicroBatches:
         return curvature.coupled, product(curvature, list(compress(vectors, curvature.coupled)))
 
 
-def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """With zeros for `None`."""
-    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]
-
-
 def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]:
     """`H v` for each of k vectors: tensors with an axis of size k in front."""
     products = [torch.empty_like(tensor) for tensor in block]
@@ -279,11 +238,6 @@ def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]
         for row, product in zip(products, curvature(vectors), strict=True):
             row[i] = product
     return products
-
-
-def _combined(weights: Tensor, rows: Tensor) -> Tensor:
-    total: Tensor = torch.tensordot(weights, rows, dims=1)
-    return total
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

@@ -42,6 +42,11 @@ def vjp(
     return gradients
 
 
+def filled(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """With zeros for `None`."""
+    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]
+
+
 def functions_of(nodes: Iterable[Any]) -> list[Any]:
     """Those that are `torch.autograd.Function`s."""
     return [node for node in nodes if isinstance(node, BackwardCFunction)]

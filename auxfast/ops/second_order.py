@@ -7,7 +7,7 @@ ops run their references anyway. Each takes what it differentiates first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -109,6 +109,10 @@ def _inputs(ctx: Any, record: Record) -> tuple[Tensor, Tensor]:
     return losses, phi
 
 
+def _of_each(function: Callable[[Tensor], Tensor], gradient: Tensor, several: bool) -> Tensor:
+    return torch.stack([function(each) for each in gradient]) if several else function(gradient)
+
+
 def _overwritten(op: str) -> RuntimeError:
     """`detach_()` counts as an inplace operation."""
     return RuntimeError(
@@ -159,12 +163,12 @@ class _Value(torch.autograd.Function):
         return grad_losses, grad_phi, None
 
     @staticmethod
-    def block_backward(ctx: Any, wanted: Collection[int], grads: Tensor) -> tuple[Tensor | None, ...]:
-        """What auxfast.implicit.block_rules calls for several gradients, outside of the engine."""
+    def backward_outside(ctx: Any, wanted: Collection[int], grad: Tensor, several: bool) -> tuple[Tensor | None, ...]:
+        """What auxfast.implicit.node_steps calls outside of the engine, for one gradient or several."""
         record: Record = ctx.record
         losses, phi = _inputs(ctx, record)
-        to_losses = torch.stack([record.scaled_weights(grad) for grad in grads]) if 0 in wanted else None
-        to_phi = torch.stack([record.backward_phi(grad, losses, phi) for grad in grads]) if 1 in wanted else None
+        to_losses = _of_each(record.scaled_weights, grad, several) if 0 in wanted else None
+        to_phi = _of_each(lambda g: record.backward_phi(g, losses, phi), grad, several) if 1 in wanted else None
         return to_losses, to_phi
 
 
@@ -193,14 +197,16 @@ class _Gradient(torch.autograd.Function):
         return record.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
 
     @staticmethod
-    def block_backward(ctx: Any, wanted: Collection[int], tangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_outside(
+        ctx: Any, wanted: Collection[int], tangent: Tensor, several: bool
+    ) -> tuple[Tensor | None, ...]:
         """Likewise; the kernels take several tangents at once."""
         record: Record = ctx.record
         grad, (losses, phi) = ctx.grad, _inputs(ctx, record)
         if grad._version != ctx.version:
             raise _overwritten(record.op)
-        to_grad = torch.stack([record.grad_of_grad(tangent) for tangent in tangents]) if 0 in wanted else None
-        return to_grad, *record.second_order(tangents, grad, losses, phi, 2 in wanted)
+        to_grad = _of_each(record.grad_of_grad, tangent, several) if 0 in wanted else None
+        return to_grad, *record.second_order(tangent, grad, losses, phi, 2 in wanted)
 
 
 class _SecondOrder(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A backward pass for several vectors at once against one pass of autograd's engine for each."""
+"""A backward pass of our own, for one vector and for several at once, against passes of autograd's engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from auxfast.implicit.block_pass import BlockPass
-from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.graph import vjp
-from auxfast.implicit.losses import Evaluation
+from auxfast.implicit.graph_pass import Graph, GraphPass
 from auxfast.nn import ConvCombiner, NonlinearCombiner
 
 
@@ -52,8 +49,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 X = torch.linspace(-1, 2, 30, dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
-Graph = Callable[..., Tensor]
-GRAPHS: dict[str, tuple[Graph, list[tuple[int, ...]]]] = {
+Loss = Callable[..., Tensor]
+GRAPHS: dict[str, tuple[Loss, list[tuple[int, ...]]]] = {
     "linear layers": (
         lambda w, b, v, c: linear(linear(X, w, b).relu(), v, c).square().sum(),
         [(4, 5), (4,), (3, 4), (3,)],
@@ -128,20 +125,27 @@ GRAPHS: dict[str, tuple[Graph, list[tuple[int, ...]]]] = {
 
 
 def compare(loss: Tensor, inputs: list[Tensor], k: int = 3) -> None:
-    dependent = [grad for grad in torch.autograd.grad(loss, inputs, create_graph=True) if grad.requires_grad]
+    """Of k vectors together and of one; twice, so that the second pass finds what the first one left."""
+    grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    dependent = [grad for grad in grads if grad is not None and grad.requires_grad]
+    graph = Graph(dependent)
+    alone, together = (GraphPass(graph, [*map(graph.edge_to, inputs)], block) for block in (False, True))
+    alone.bind(graph)
+    together.bind(graph)
     block = [torch.randn(k, *grad.shape, dtype=grad.dtype) for grad in dependent]
     before = [tensor.clone() for tensor in block]
-    together = BlockPass(dependent, inputs)
-    for _ in range(2):  # the second pass finds what the first one left
+    rtol = 1e-9 if loss.dtype == torch.float64 else 1e-5
+    for _ in range(2):
         products = together(block)
-        assert all(map(torch.equal, block, before))
         for i in range(k):
-            expected = vjp(dependent, inputs, [tensor[i] for tensor in block])
-            for product, row in zip(products, expected, strict=True):
-                assert (product is None) == (row is None)
-                if product is not None:
-                    rtol = 1e-9 if loss.dtype == torch.float64 else 1e-5
-                    torch.testing.assert_close(product[i], row, rtol=rtol, atol=1e-12)
+            rows = [tensor[i] for tensor in block]
+            expected = vjp(dependent, inputs, rows)
+            for found in ([product if product is None else product[i] for product in products], alone(rows)):
+                assert [a is None for a in found] == [b is None for b in expected]
+                for a, b in zip(found, expected, strict=True):
+                    if a is not None:
+                        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+        assert all(map(torch.equal, block, before))
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -161,6 +165,36 @@ def test_inputs_within_the_graph():
     compare((t @ h).sin().sum() + t.exp().sum(), [h, w, t])
 
 
+def test_inputs_that_play_no_part():
+    w, unused, out_of_reach = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    compare((w.exp() * X[:3]).sum(), [unused, w, out_of_reach, unused.exp()])
+
+
+def test_a_plan_serves_graphs_of_the_same_structure():
+    """Of another batch size too, where a sum over the batch is one over more."""
+    torch.manual_seed(0)
+    w, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4,)))
+    vectors = [torch.randn_like(t) for t in (w, b)]
+    planned = None
+    for rows in (6, 1, 3):
+        dependent = torch.autograd.grad(linear(X[: 5 * rows], w, b).relu().exp().sum(), [w, b], create_graph=True)
+        graph = Graph(dependent)
+        planned = planned or GraphPass(graph, [*map(graph.edge_to, [w, b])], block=False)
+        planned.bind(graph)
+        torch.testing.assert_close(planned(vectors), [*vjp(dependent, [w, b], vectors)])
+        planned.release()
+
+
+def test_the_structure_tells_graphs_apart():
+    u, v = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    graphs = [Graph([t]) for t in (u.exp() * v, v.exp() * u, u * v.exp(), u.exp() * u, (u.exp() * v).sum())]
+    structures = [(graph.structure, graph.edge_to(u), graph.edge_to(v)) for graph in graphs]
+    assert len({*structures}) == len(structures)
+    assert Graph([u.exp() * v]).structure == Graph([v.exp() * u]).structure  # the ends differ
+    pair = [u.exp(), v.sin()]
+    assert Graph(pair).structure != Graph(pair[::-1]).structure
+
+
 @pytest.mark.parametrize("after", ["alone", "within"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["vector", "image"])
@@ -173,48 +207,3 @@ def test_combiners(kind, reduction, after):
     losses = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     value = combiner.double()(losses.square())
     compare(value.sum() if after == "alone" else value.exp().sum(), [losses, combiner.phi])
-
-
-@pytest.mark.parametrize("first", ["random", "zeros"])
-def test_a_hook_that_changes_gradients_is_not_passed_over(first):
-    torch.manual_seed(0)
-    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    h = linear(X, w)
-    h.register_hook(lambda grad: grad.clamp(max=0.1))
-    curvature = Hessian(Evaluation("inner_loss", h.tanh().square().sum()), [w])
-    block = torch.randn(8, 4, 5, dtype=torch.float64)
-    if first == "zeros":  # which agree with anything
-        assert not curvature.batched([torch.zeros_like(block)])[0].any()
-    together = curvature.batched([block])
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
-
-
-def test_checkpoints_are_left_to_the_engine():
-    """Their hooks would keep a segment for every tensor of every pass."""
-    torch.manual_seed(0)
-    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    h = checkpoint(lambda w: linear(X, w).tanh(), w, use_reentrant=False)
-    curvature = Hessian(Evaluation("inner_loss", h.square().sum()), [w])
-    block = torch.randn(8, 4, 5, dtype=torch.float64)
-    together = curvature.batched([block])
-    assert curvature._together == 1
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
-
-
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
-def test_parameters_of_any_rank(shape):
-    torch.manual_seed(0)
-    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    curvature = Hessian(Evaluation("inner_loss", w.exp().square().sum()), [w])
-    block = torch.randn(6, *shape, dtype=torch.float64)
-    torch.testing.assert_close(curvature.batched([block])[0], block * 4 * (2 * w.detach()).exp())
-    assert curvature._together > 1
-
-
-def test_complex_numbers_are_left_to_the_engine():
-    torch.manual_seed(0)
-    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    curvature = Hessian(Evaluation("inner_loss", (torch.fft.fft2(w) @ (1j * w).exp()).abs().square().sum()), [w])
-    block = torch.randn(6, 4, 4, dtype=torch.float64)
-    together = curvature.batched([block])
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
