@@ -1,11 +1,16 @@
 """A whole outer step of an AuxiLearn program: the drop-in against its algorithm in plain torch.
 
-On a quiet Xeon, one thread: 1.4 to 1.6 times faster with the paper's combiner and an MLP 64-128-128 or smaller, 1.25 to
-1.35 with the others and the smallest. Below the floor of 1.25: linear combiners and those of one unit with 64-128-128
-(1.18 to 1.23), and some runs with 256-512-512 (1.14 to 1.38). With 64-128-128, of 2270 us 1610 are the engine's own
-passes (three Hessian products of 355, gradients, the mixed product), 226 the program's losses and 107 the optimizer's
-step, the same work on both sides. What did not help: the fused Neumann step in these small lists, flat vectors, fewer
-clones. CNN 1.05 to 1.12, pixel losses 1.48.
+On a quiet Xeon, one thread, four runs; the floor is 1.25 for MLPs, 1.0 for others. 16-32: 1.31 to 1.34 with a linear
+combiner, 1.28 to 1.30 with one unit, 1.60 to 1.64 with the paper's; 64-128-128: 1.25 to 1.30, 1.25 to 1.30, 1.49 to
+1.53; 256-512-512: 1.37 to 1.41, 1.33 to 1.48, 1.27 to 1.54; CNN 1.05 to 1.12, pixel losses 1.49 to 1.56.
+
+With 64-128-128 and one unit, of 2300 us the program's losses are 230 and the optimizer's step 110, the same work on
+both sides; two gradients by the engine 370, three Hessian products by our own pass (auxfast/implicit/pullback.py) 350,
+260 and 250 with 130 for looking through the graph, the mixed product 220 with it. The engine took 410, 370, 370 and
+250. A pass takes 230 in a loop of its own: what it does first is slow because its code has left the caches, so planning
+a pass anew for each graph (another 150) gave nothing back, and plans are kept by the structure of the graph. Horner's
+scheme for the series saves one of two copies. What did not help: the fused Neumann step in these small lists, flat
+vectors.
 """
 
 from __future__ import annotations

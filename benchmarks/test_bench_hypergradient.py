@@ -1,11 +1,10 @@
 """A whole hypergradient with its forward passes: fused kernels, their references, and the textbook loop.
 
-On a Xeon of which others used both cores, in medians of interleaved rounds (80 and 60 of the first two networks, 6 to
-14 of the others; 0.1 is noise): MLP 64-128-128-10 1.28 to 1.29 times faster than the textbook loop, 16-32-10 1.43,
-512-1024-1024-10 1.18, CNN 1.12, with BatchNorm 1.00 to 1.04, no more than level with its floor. What surrounds the
-first's products is mostly code that has left the caches: after a product, a call that takes 2 us in a loop of its own
-takes 10, so fewer and plainer calls count, not less arithmetic. Advice about the solve takes 100 us where it finds
-something and there is no `state` to remember it.
+On a quiet Xeon, in medians of interleaved rounds (0.1 is noise): MLP 64-128-128-10 1.36 to 1.41 times faster than the
+textbook loop, 16-32-10 1.47, 512-1024-1024-10 1.42 (and once 1.01), CNN 1.05, with BatchNorm 1.02, no more than level
+with its floor. What surrounds the first's products is mostly code that has left the caches: after a product, a call
+that takes 2 us in a loop of its own takes 10, so fewer and plainer calls count, not less arithmetic. Advice about the
+solve takes 100 us where it finds something and there is no `state` to remember it.
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ from torch import Tensor
 from auxfast.implicit import hypergradient
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.graph import vjp
+from auxfast.implicit.graph import filled
 from auxfast.implicit.losses import Evaluation
+from auxfast.implicit.pullback import Pullback
 from auxfast.solvers import Identity, Neumann, Solver
 from auxfast.solvers.base import SolverState
 
 Scale = Literal["auxilearn", "exact"]
+_SCALES = get_args(Scale)
 
 
 class Hypergrad:
@@ -56,7 +58,7 @@ class Hypergrad:
 
         Args:
             loss_val: the outer loss, a scalar; its graph is kept.
-            loss_train: the inner loss, a scalar that depends on both; its graph is spent.
+            loss_train: the inner loss, a scalar that depends on both; its graph may be spent.
             aux_params: the outer parameters.
             params: the inner parameters; those that a loss does not use count as 0 in its gradient. Any iterables,
                 generators included.
@@ -74,35 +76,34 @@ class Hypergrad:
             return list(hypergradient(*losses, inner, outer, solver=solver, state=self._state, retain_graph=True).grads)
         active = [phi for phi in outer if phi.requires_grad]
         grads = iter(self._sum_of_terms(loss_val, loss_train, active, [w for w in inner if w.requires_grad]))
-        return _filled([next(grads) if phi.requires_grad else None for phi in outer], outer)
+        return filled([next(grads) if phi.requires_grad else None for phi in outer], outer)
 
     def _sum_of_terms(
         self, loss_val: Tensor, loss_train: Tensor, outer: Sequence[Tensor], inner: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Algorithm 2 as it stands, for parameters that all require gradients; `None` for those that play no part."""
+        """Algorithm 2, for parameters that all require gradients; `None` for those that play no part."""
         val_grads = _gradient("loss_val", loss_val, inner)
         train_grads = _gradient("loss_train", loss_train, inner, create_graph=True)
         coupled = [grad is not None and grad.requires_grad for grad in train_grads]
         w = list(compress(inner, coupled))
         grads = [grad for grad in train_grads if grad is not None and grad.requires_grad]
-        b = _filled(compress(val_grads, coupled), w)
+        b = filled(compress(val_grads, coupled), w)
         if not grads or not outer:
             return [None] * len(outer)
         if not self._has_second_derivatives:
             Hessian(Evaluation("loss_train", loss_train), w, retain_graph=True)(b)  # its errors say what to do
             self._has_second_derivatives = True
-        v, p = ([t.clone() for t in b] for _ in range(2))  # autograd may give one tensor to two parameters
-        for _ in range(self.truncate_iter):
-            # Not the fused step: it gives a norm as well, and takes one dtype and one device only.
-            torch._foreach_add_(v, _filled(vjp(grads, w, v), w), alpha=-self.learning_rate)
-            torch._foreach_add_(p, v)
-        return [grad if grad is None else -grad for grad in vjp(grads, outer, p, retain_graph=False)]
+        pullback, p = Pullback(grads, w), [t.clone() for t in b]
+        for _ in range(self.truncate_iter):  # Horner's scheme for the same sum: p <- b + (1 - alpha H) p
+            torch._foreach_add_(p, filled(pullback(p), w), alpha=-self.learning_rate)
+            torch._foreach_add_(p, b)
+        return [grad if grad is None else -grad for grad in Pullback(grads, outer, pullback)(p)]
 
     def _check(self) -> None:
         if self.truncate_iter < 0:
             raise ValueError(f"truncate_iter must be at least 0, got {self.truncate_iter}")
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got {self.scale!r}")
+        if self.scale not in _SCALES:
+            raise ValueError(f"scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
 
 
 def listed(name: str, params: Iterable[Tensor] | Tensor) -> tuple[Tensor, ...]:
@@ -118,8 +119,3 @@ def _gradient(name: str, loss: Tensor, params: Sequence[Tensor], create_graph: b
             "requires_grad=False?"
         )
     return grads
-
-
-def _filled(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """With zeros for `None`."""
-    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]

@@ -51,20 +51,20 @@ class MetaOptimizer:
             for param in group["params"]:
                 param.grad = None
         grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
+        unclipped = [grad.clone() for grad in grads] if return_grads else None
         for param, grad in zip(outer, self._clipped(grads), strict=True):
             if param.requires_grad:
                 param.grad = grad
         self.meta_optimizer.step()
-        return grads if return_grads else None
+        return unclipped
 
     def _clipped(self, grads: list[Tensor]) -> list[Tensor]:
-        """As `torch.nn.utils.clip_grad_norm_` has them, in tensors of their own. That function's eight small operations
-        take 3% of a small step."""
+        """As `torch.nn.utils.clip_grad_norm_` has them, whose eight small operations take 3% of a small step."""
         scale = 1.0
         if self.max_grad_norm is not None:
             norms = [norm.item() for norm in torch._foreach_norm(grads)]
             scale = self.max_grad_norm / (math.sqrt(sum(norm * norm for norm in norms)) + 1e-6)
-        return [grad.clone() if scale >= 1 else grad * scale for grad in grads]
+        return grads if scale >= 1 else [grad * scale for grad in grads]
 
     def zero_grad(self) -> None:
         self.meta_optimizer.zero_grad()
