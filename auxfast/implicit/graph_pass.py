@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from auxfast.implicit.gradient_sums import BlockSum, Edge, Sum, Target, Transposed
 from auxfast.implicit.node_steps import ONE_INPUT, ZERO, Step, step_of
@@ -28,7 +29,7 @@ class Graph:
     """Equal for graphs of the same nodes, edges and outputs, whatever the tensors are."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
-        nodes: list[Any] = [*dict.fromkeys(t.grad_fn for t in outputs if t.grad_fn is not None)]
+        nodes: list[Any] = [*dict.fromkeys(t.grad_fn or get_gradient_edge(t).node for t in outputs)]
         numbers = {node: number for number, node in enumerate(nodes)}
         structure: list[str | int | None] = []
         self.nodes, self._numbers = nodes, numbers

@@ -56,6 +56,8 @@ class Pullback:
         self._outputs, self._inputs, self._other = outputs, inputs, other
 
     def __call__(self, vectors: Sequence[Tensor]) -> Gradients:
+        if not self._outputs:
+            return [None] * len(self._inputs)
         if self._single is not None:
             gradients = self._single(vectors)
             if gradients is not None:
@@ -69,6 +71,8 @@ class Pullback:
         Raises:
             OneAtATime: that would not be faster, or the engine does not agree.
         """
+        if not self._outputs:
+            return [None] * len(self._inputs)
         if len(block[0]) < _FEWEST_TOGETHER or self._block is None:
             raise OneAtATime
         parts = []
@@ -95,13 +99,13 @@ class Pullback:
                 if tensor.dim() > 2 or not tensor.is_cpu:
                     return None
                 numbers += tensor.numel()
-            if numbers < _FEWEST_NUMBERS:
+            if numbers < _FEWEST_NUMBERS or torch.is_autocast_enabled("cpu"):
                 return None
         return _CheckedPass(self._plans, self._graph, self._outputs, self._inputs, block=False)
 
     @cached_property
     def _block(self) -> _CheckedPass | None:
-        if self._at_once < 8:
+        if self._at_once < 8 or torch.is_autocast_enabled(self._inputs[0].device.type):
             return None
         return _CheckedPass(self._plans, self._graph, self._outputs, self._inputs, block=True)
 
@@ -172,12 +176,13 @@ class _CheckedPass:
         try:
             gradients = self._pass(vectors)
         except Exception:  # of somebody's Function under vmap, say. If the graph is to blame, the engine says it again
-            self._plan.agrees = bool(self._plan.agrees)
+            self._plan.agrees = bool(self._plan.agrees)  # not known: no
             return None
         return gradients if self._plan.agrees or self._confirmed(vectors, gradients) else None
 
     def _confirmed(self, vectors: Sequence[Tensor], gradients: Gradients) -> bool:
-        """Whether the engine agrees; of several vectors, on a combination. It is asked until it says something."""
+        """Whether the engine agrees; of several vectors, on a combination. It is asked until vectors that are not zero
+        have something to say about every part of the graph."""
         if self._block:
             weights = torch.arange(1, len(vectors[0]) + 1, dtype=vectors[0].dtype, device=vectors[0].device)
             vectors = [torch.tensordot(weights, rows, dims=1) for rows in vectors]
@@ -188,7 +193,7 @@ class _CheckedPass:
         norms = torch.stack(torch._foreach_norm(expected))
         errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
         agrees = bool((errors <= torch.finfo(norms.dtype).eps ** 0.5 * norms.clamp(min=1e-3 * norms.max())).all())
-        if 0 < norms.max() < torch.inf:
+        if 0 < norms.max() < torch.inf and not (agrees and any(not vector.any() for vector in vectors)):
             self._plan.agrees = agrees
         return agrees
 

@@ -289,6 +289,15 @@ def test_gauss_newton_hypergradient():
     torch.testing.assert_close(result.grads[0], wanted)
 
 
+def test_gauss_newton_of_outputs_that_depend_on_no_parameter():
+    w, phi = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    z = torch.randn(5, 3, dtype=torch.float64) @ phi
+    curvature = GaussNewton(Evaluation("inner_loss", z.square().sum() + (w**4).sum(), z), [w])
+    block = torch.randn(8, 3, dtype=torch.float64)
+    torch.testing.assert_close(curvature.batched([block])[0], block * 12 * w.detach() ** 2)
+    torch.testing.assert_close(curvature([block[0]])[0], block[0] * 12 * w.detach() ** 2)
+
+
 def test_gauss_newton_with_several_outputs_and_views():
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()

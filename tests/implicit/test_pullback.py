@@ -131,6 +131,45 @@ def test_vectors_that_say_nothing_decide_nothing(value):
     assert [plan.agrees for plan in plans.values()] == [True]
 
 
+def test_zeros_do_not_speak_for_what_they_leave_out():
+    params, layers = net()
+    grads = gradient(layers)
+    pullback = Pullback(grads, params)
+    vectors = vectors_like(params)
+    vectors[2] = torch.zeros_like(params[2])
+    torch.testing.assert_close([*pullback(vectors)], [*vjp(grads, params, vectors)])
+    assert pullback._single._plan.agrees is None
+    check(pullback, grads, params)
+    assert pullback._single._plan.agrees
+
+
+def test_an_output_may_be_an_input():
+    w, alone = (torch.randn(100, 100, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outputs = [w.tanh(), alone, w]
+    for inputs in ([w, alone], [alone], [w]):
+        pullback = Pullback(outputs, inputs)
+        for _ in range(2):
+            check(pullback, outputs, inputs)
+        assert is_ours(pullback)
+
+
+def test_nothing_depends_on_nothing():
+    w = torch.randn(3, requires_grad=True)
+    assert Pullback([], [w])([]) == [None]
+    assert Pullback([], [w]).together([]) == [None]
+
+
+def test_under_autocast_the_engine_is_asked():
+    params, layers = net()
+    grads = gradient(layers)
+    with torch.autocast("cpu"):
+        pullback = Pullback(grads, params)
+        check(pullback, grads, params)
+        assert not is_ours(pullback)
+        with pytest.raises(OneAtATime):
+            pullback.together(vectors_like(params, 8))
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_what_was_overwritten_is_an_error(after):
     params, layers = net()
