@@ -18,7 +18,7 @@ Gradients = Sequence[Tensor | None]
 _FEWEST_NUMBERS = 1 << 13  # in outputs and inputs; with fewer, three products do not make up for looking at the graph
 _FEWEST_TOGETHER = 4  # vectors; preparing fewer for one pass costs more than it saves
 _TOGETHER_BYTES = 1 << 21  # of one tensor for all vectors
-_MOST_STRUCTURES = 1000
+_MOST_STRUCTURES = 128  # of which plans are kept: 1 KB a node
 
 
 class _Plan:
