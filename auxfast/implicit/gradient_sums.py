@@ -44,7 +44,7 @@ class Sum:
     def add(self, gradient: Tensor, new: bool) -> None:
         """As the engine does: summed over the axes that broadcasting had added or stretched, in the edge's dtype.
         `new`: nobody else sees the gradient's memory."""
-        shape = self.measured() if self.shape is None else self.shape
+        shape = self.measured()
         if self._shape_of(gradient) != shape:
             gradient, new = self.sum_to(gradient, shape), True
         if gradient.dtype != self._dtype:
@@ -72,8 +72,9 @@ class Sum:
             self.gradient, self.ours = torch.addmm(before, a, b), True
 
     def measured(self) -> torch.Size:
-        data = self._nodes[self._number]._input_metadata[self._input]
-        self.shape, self._dtype = torch.Size(data.shape), data.dtype
+        if self.shape is None:
+            data = self._nodes[self._number]._input_metadata[self._input]
+            self.shape, self._dtype = torch.Size(data.shape), data.dtype
         return self.shape
 
     def sum_to(self, gradient: Tensor, shape: torch.Size) -> Tensor:

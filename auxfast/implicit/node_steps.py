@@ -36,14 +36,13 @@ class Step:
 
     def __init__(self, source: Sum, targets: Targets) -> None:
         self.source, self.targets = source, targets
-        self.items = [*targets.items()]
 
     def bind(self, node: Any, saved: list[Tensor]) -> Any:
         """Reads what the node saved, once for many passes, and appends to `saved` what must not be written to."""
         return node
 
     def add(self, results: Sequence[Tensor | None]) -> None:
-        for i, target in self.items:
+        for i, target in self.targets.items():
             result = results[i]
             if result is not None and not result._is_zerotensor():  # adding one takes 100 us
                 target.add(result, new=False)
