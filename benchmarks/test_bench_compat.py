@@ -1,9 +1,9 @@
 """A whole outer step of an AuxiLearn program: the drop-in against its algorithm in plain torch.
 
-On a quiet Xeon, one thread, eight runs; the floor is 1.25 for MLPs, 1.0 for others, and each run met it in every case.
-16-32: 1.29 to 1.34 with a linear combiner, 1.27 to 1.30 with one unit, 1.60 to 1.67 with the paper's; 64-128-128: 1.25
-to 1.30, 1.25 to 1.27, 1.49 to 1.55; 256-512-512: 1.36 to 1.47, 1.33 to 1.48, 1.27 to 1.54; CNN 1.04 to 1.13, pixel
-losses 1.46 to 1.56.
+On a quiet Xeon, one thread, twelve runs; the floor is 1.25 for MLPs, 1.0 for others. 16-32: 1.29 to 1.34 with a linear
+combiner, 1.27 to 1.30 with one unit, 1.60 to 1.67 with the paper's; 64-128-128: 1.25 to 1.30 (1.245 in one of the
+runs), 1.25 to 1.28, 1.49 to 1.55; 256-512-512: 1.36 to 1.47, 1.33 to 1.48, 1.27 to 1.54; CNN 1.04 to 1.13, pixel losses
+1.46 to 1.56. In a slower phase of the machine 64-128-128 with one unit came out at 1.235 once.
 
 With 64-128-128 and one unit, of 2300 us the program's losses are 230 and the optimizer's step 110, the same work on
 both sides; two gradients by the engine 370, three Hessian products by our own pass (auxfast/implicit/pullback.py) 350,
