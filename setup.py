@@ -1,13 +1,14 @@
-"""The native module auxfast._C: which files it is made of, and how each kind of them is compiled."""
+"""The native module auxfast._C: which files it is made of, and how each kind of them is compiled.
 
-import sys
-from pathlib import Path
+pip and other front ends put tools/build on the path, as pyproject.toml says. Without one: PYTHONPATH=tools/build.
+"""
 
-from setuptools import setup
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import build_backend as build
 import cuda_check
+from build_requirements import check_requirements
+from setuptools import setup
+
+check_requirements("setuptools")
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Wall", "-Wextra"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11: one build serves it and all newer ones
@@ -26,9 +27,9 @@ CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # what is compiled for x.0 runs on 
 
 
 def native_module() -> build.Plan:
-    cxx, nvcc = build.find_cxx(), build.find_nvcc()
+    cxx, nvcc = build.find_cxx(), build.choose_nvcc()
     cpp = [*cxx, *COMMON, *build.environment_flags("CXXFLAGS")]
-    torch_includes, torch_libraries = build.torch_flags()
+    torch_includes, torch_libraries, torch_release = build.torch_flags()
     sets = INSTRUCTION_SETS if build.is_x86() else {"baseline": []}
     defines = [f"-DAUXFAST_WITH_{name.upper()}" for name in sets if name != "baseline"]
 
@@ -47,7 +48,7 @@ def native_module() -> build.Plan:
         torch_libraries += ["-ldl"]
     for name, flags in sets.items():
         steps += build.compile_all("*/*_cpu.cpp", [*cpp, *KERNEL, f"-DAUXFAST_ISA={name}", *flags], name)
-    steps += build.compile_all("*/*_ops.cpp", [*cpp, "-O2", *STABLE_ABI, *defines, *torch_includes])
+    steps += build.compile_all("*/*_ops.cpp", [*cpp, "-O2", *STABLE_ABI, *defines, *torch_includes], torch_release)
     steps += build.compile_all("module.cpp", [*cpp, "-O2", *defines, *build.python_flags()])
     return build.Plan(steps, link, torch_libraries)
 

@@ -1,9 +1,8 @@
 """Hypergradients for auxiliary learning by implicit differentiation, on fused C++/CUDA kernels."""
 
-__version__ = "0.1.0"
-
 from auxfast import nn, solvers
 from auxfast._native import build_info, reference_kernels
+from auxfast._version import __version__
 from auxfast.implicit import (
     HypergradientReport,
     HypergradientResult,

@@ -1,4 +1,4 @@
-"""What was built, and the choice between kernels and reference."""
+"""The account of what was built, and the choice between kernels and reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextvars
 import importlib.util
 import sys
 import threading
+from pathlib import Path
+from types import ModuleType
 
+import no_kernels
 import pytest
 import torch
 
@@ -104,11 +107,52 @@ def test_a_graph_keeps_what_it_was_recorded_with(recorded_on_reference):
             third_derivative(value)
 
 
-def test_a_missing_native_module_says_how_to_build_it(monkeypatch):
-    monkeypatch.delattr(auxfast, "_C")
-    monkeypatch.setitem(sys.modules, "auxfast._C", None)
+def _load_again() -> ModuleType:
+    """Another `_native`, loaded from the same file."""
     spec = importlib.util.spec_from_file_location("another_native", _native.__file__)
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(ImportError, match=r"native module could not be loaded .*pip install \."):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def _no_native_module(monkeypatch):
+    monkeypatch.delattr(auxfast, "_C")
+    monkeypatch.setitem(sys.modules, "auxfast._C", None)
+
+
+@pytest.mark.usefixtures("_no_native_module")
+def test_a_missing_native_module_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(_native.__file__).parents[1])])
+    with pytest.raises(ImportError, match=r"native module could not be loaded .*pip install \.`\.$"):
+        _load_again()
+
+
+@pytest.mark.usefixtures("_no_native_module")
+@pytest.mark.parametrize("module", ["_C.cpython-311-x86_64-linux-gnu.so", "_C.py"])
+def test_a_source_tree_that_hides_an_installed_auxfast_says_so(monkeypatch, tmp_path, module):
+    (tmp_path / "auxfast").mkdir()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / "auxfast/_C.pyi").touch()
+    with pytest.raises(ImportError) as raised:
+        _load_again()
+    assert str(tmp_path) not in str(raised.value)
+    (tmp_path / "auxfast" / module).touch()
+    with pytest.raises(
+        ImportError, match=rf"auxfast hides the auxfast in {tmp_path}/auxfast: started in another folder"
+    ):
+        _load_again()
+
+
+def test_without_kernels_all_devices_are_on_the_reference(monkeypatch):
+    monkeypatch.setattr(auxfast, "_C", no_kernels)
+    monkeypatch.setitem(sys.modules, "auxfast._C", no_kernels)
+    module = _load_again()
+    assert not module.use_native(CPU)
+    assert not module.use_native(torch.device("cuda"))
+    info = module.build_info()
+    assert set(info) == set(auxfast.build_info())
+    assert (info["cpu_kernels"], info["cuda_kernels"]) == ([], [])
+    assert info["compiler"].endswith("AUXFAST_BUILD=none, so every op runs on the PyTorch reference")

@@ -1,4 +1,4 @@
-"""How the native module is built: PEP 517 hooks, and a setuptools command that hands the work to ninja.
+"""The build of the native module: PEP 517 hooks, and a setuptools command that hands the work to ninja.
 
 The build needs torch's headers and libraries, but not a second torch: an isolated build environment hides the
 installed one, so it is looked for with a fresh interpreter, and only where there is none is torch asked for as a
@@ -18,44 +18,73 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from setuptools import Extension, build_meta
-from setuptools.build_meta import (  # noqa: F401  (the hooks that need no change)
-    build_editable,
-    build_sdist,
-    build_wheel,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
-from setuptools.command.build_ext import build_ext
+from build_requirements import check_requirements, release
 
-ROOT = Path(__file__).resolve().parent.parent
+try:
+    from setuptools import Extension, build_meta
+    from setuptools.build_meta import (  # noqa: F401  (the hooks that need no change)
+        build_editable,
+        build_sdist,
+        build_wheel,
+        get_requires_for_build_sdist,
+        prepare_metadata_for_build_editable,
+        prepare_metadata_for_build_wheel,
+    )
+    from setuptools.command.build_ext import build_ext
+except ModuleNotFoundError:
+    check_requirements("setuptools")
+    raise
+
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST_TORCH = "2.11"
 DEFAULT_CUDA = "/usr/local/cuda"
+DEVICES = Path("/dev")
+NO_KERNELS = Path(__file__).with_name("no_kernels.py")
+CHOICES = ("auto", "cpu", "cuda", "none")
 
 _FIND_TORCH = """
-import importlib.metadata, importlib.util
+import importlib.metadata, importlib.util, pathlib, runpy
 spec = importlib.util.find_spec("torch")
 if spec is not None:
-    print(spec.submodule_search_locations[0], importlib.metadata.version("torch"), sep="\\n")
+    folder = spec.submodule_search_locations[0]
+    cuda = runpy.run_path(str(pathlib.Path(folder, "version.py")))["cuda"]
+    print(folder, importlib.metadata.version("torch"), cuda or "", sep="\\n")
 """
 
 
+class Torch(NamedTuple):
+    """An installed torch. `cuda` is the version of CUDA that it was built with, or empty."""
+
+    folder: Path
+    version: str
+    cuda: str
+
+
 @cache
-def installed_torch() -> tuple[Path, str] | None:
-    """Folder and version of the torch that this interpreter imports, inside a build environment or outside it."""
+def installed_torch() -> Torch | None:
+    """The torch that this interpreter imports, inside a build environment or outside it."""
     for options in ([], ["-E"]):  # -E forgets the build environment that pip put on PYTHONPATH
         found = subprocess.run([sys.executable, *options, "-c", _FIND_TORCH], capture_output=True, text=True)
         if found.returncode == 0 and found.stdout:
-            folder, version = found.stdout.splitlines()
-            return Path(folder), version
+            folder, version, cuda = found.stdout.split("\n")[:3]
+            return Torch(Path(folder), version, cuda)
     return None
 
 
+def build_choice() -> str:
+    """The value of AUXFAST_BUILD: auto, cpu, cuda or none (no compiler, all ops on the PyTorch reference)."""
+    choice = os.environ.get("AUXFAST_BUILD", "auto")
+    if choice not in CHOICES:
+        raise SystemExit(f"auxfast: AUXFAST_BUILD must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}, not {choice!r}")
+    return choice
+
+
 def _with_torch(requirements: list[str]) -> list[str]:
-    return requirements if installed_torch() else [*requirements, f"torch>={OLDEST_TORCH}"]
+    if build_choice() == "none" or installed_torch():
+        return requirements
+    return [*requirements, f"torch>={OLDEST_TORCH}"]
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -83,20 +112,40 @@ def find_cxx() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler to use, or None for a build without CUDA; AUXFAST_BUILD=auto|cpu|cuda decides."""
-    choice = os.environ.get("AUXFAST_BUILD", "auto")
-    if choice not in ("auto", "cpu", "cuda"):
-        raise SystemExit(f"auxfast: AUXFAST_BUILD must be auto, cpu or cuda, not {choice!r}")
-    if choice == "cpu":
-        return None
+    """The CUDA compiler of CUDA_HOME, of CUDA_PATH, on the PATH or in the default folder; None if there is none."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), f"{DEFAULT_CUDA}/bin"]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
-    if nvcc is None and choice == "cuda":
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def choose_nvcc() -> str | None:
+    """The CUDA compiler to build with, or None for the CPU kernels alone, which is said unless it was asked for.
+
+    Without AUXFAST_BUILD, nvcc is used where its kernels could run: with a torch that has CUDA, or beside a GPU.
+    """
+    choice, nvcc = build_choice(), find_nvcc()
+    if choice == "cuda" and nvcc is None:
         raise SystemExit(f"auxfast: AUXFAST_BUILD=cuda, but no nvcc in CUDA_HOME, on the PATH or in {DEFAULT_CUDA}")
-    if nvcc is None:
+    if choice == "auto" and nvcc is None:
         print("auxfast: no nvcc found, building the CPU kernels only", file=sys.stderr)
-    return nvcc
+    elif choice == "auto" and not (_torch_has_cuda() or _has_gpu()):
+        print(
+            "auxfast: this torch has no CUDA and there is no GPU, building the CPU kernels only; "
+            "AUXFAST_BUILD=cuda builds the CUDA kernels too",
+            file=sys.stderr,
+        )
+        return None
+    return nvcc if choice in ("auto", "cuda") else None
+
+
+def _torch_has_cuda() -> bool:
+    torch = installed_torch()
+    return torch is not None and bool(torch.cuda)
+
+
+def _has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a GPU: as /dev/nvidia0 and so on, under WSL as /dev/dxg."""
+    return any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "dxg").exists()
 
 
 def cuda_flags(nvcc: str, architectures: list[int]) -> tuple[list[str], list[str]]:
@@ -118,22 +167,18 @@ def cuda_flags(nvcc: str, architectures: list[int]) -> tuple[list[str], list[str
     ]
 
 
-def torch_flags() -> tuple[list[str], list[str]]:
-    """(compile flags, link flags) for code that uses torch's stable ABI."""
+def torch_flags() -> tuple[list[str], list[str], str]:
+    """(compile flags, link flags, a name for what is compiled with them) for code that uses torch's stable ABI."""
     found = installed_torch()
     if found is None:
         raise SystemExit(f"auxfast: the build needs torch's headers; pip install 'torch>={OLDEST_TORCH}' first")
-    folder, version = found
-    if _release(version) < _release(OLDEST_TORCH):
+    if release(found.version) < release(OLDEST_TORCH):
         raise SystemExit(
-            f"auxfast needs torch {OLDEST_TORCH} or newer, and {folder} is {version}; "
+            f"auxfast needs torch {OLDEST_TORCH} or newer, and {found.folder} is {found.version}; "
             f"pip install --upgrade 'torch>={OLDEST_TORCH}' first"
         )
-    return ["-isystem", f"{folder / 'include'}"], [f"-L{folder / 'lib'}", "-ltorch_cpu"]
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    includes, libraries = ["-isystem", f"{found.folder / 'include'}"], [f"-L{found.folder / 'lib'}", "-ltorch_cpu"]
+    return includes, libraries, f"torch-{found.version}"
 
 
 def python_flags() -> list[str]:
@@ -213,7 +258,7 @@ def build_folder() -> str:
 
 
 class NativeExtension(Extension):
-    """An extension module whose plan is made only when it is built: neither an sdist nor metadata need a compiler."""
+    """An extension module whose plan is made only when it is built: neither an sdist nor metadata needs a compiler."""
 
     def __init__(self, name: str, make_plan: Callable[[], Plan]) -> None:
         super().__init__(name, sources=[])
@@ -221,20 +266,52 @@ class NativeExtension(Extension):
 
 
 class NinjaBuild(build_ext):
-    """build_ext that lets ninja do the work: parallel, and only what changed since the last build, of any kind."""
+    """build_ext that lets ninja do the work: parallel, and only what changed since the last build, of any kind.
+
+    With AUXFAST_BUILD=none it installs no_kernels.py in the module's place. The last build decides what is imported:
+    each removes what another kind of build left.
+    """
+
+    def run(self) -> None:
+        """Builds, and leaves the module in the source tree too: there, the tree's auxfast hides an installed one."""
+        super().run()
+        if not self.inplace:
+            self.copy_extensions_to_source()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return self._stand_in(fullname) if build_choice() == "none" else self._native_module(fullname)
 
     def build_extension(self, extension: Extension) -> None:
         assert isinstance(extension, NativeExtension)
+        output = Path(self.get_ext_fullpath(extension.name))
+        if build_choice() == "none":
+            module, other = NO_KERNELS, self._native_module(extension.name)
+        else:
+            module, other = self._compile(extension, output.name), self._stand_in(extension.name)
+        for folder in (Path(self.build_lib), ROOT):
+            (folder / other).unlink(missing_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(module), str(output))
+
+    def _native_module(self, fullname: str) -> str:
+        filename: str = super().get_ext_filename(fullname)  # type: ignore[no-untyped-call]
+        return filename
+
+    @staticmethod
+    def _stand_in(fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.py"
+
+    @staticmethod
+    def _compile(extension: NativeExtension, name: str) -> Path:
+        check_requirements("ninja", "pybind11")
         import ninja
 
-        output = Path(self.get_ext_fullpath(extension.name))
         folder = build_folder()
-        module = f"{folder}/{output.name}"
+        module = f"{folder}/{name}"
         file = ROOT / folder / "build.ninja"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(extension.make_plan().ninja_file(folder, module))
         done = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", file.relative_to(ROOT)], cwd=ROOT)
         if done.returncode != 0:
             raise SystemExit("auxfast: the native build failed; the compiler's messages are above")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(ROOT / module), str(output))
+        return ROOT / module

@@ -1,4 +1,4 @@
-"""`python setup.py check_cuda --inplace`: builds, and looks at what the compiler said of the CUDA kernels.
+"""`setup.py check_cuda --inplace`, as `make test-cuda-compile` calls it: a build, and a check of the CUDA kernels.
 
 The build keeps ptxas's report on the architectures that it compiles for. The check compiles for some more, prints one
 table of both, and fails on spilled registers and on whatever else the compiler remarks.
@@ -124,9 +124,10 @@ class CheckCuda(build.NinjaBuild):
     def build_extension(self, extension: Extension) -> None:
         super().build_extension(extension)
         assert isinstance(extension, build.NativeExtension)
-        steps = [step for step in extension.make_plan().steps if step.source.endswith(".cu")]
+        compiled = [] if build.build_choice() == "none" else extension.make_plan().steps
+        steps = [step for step in compiled if step.source.endswith(".cu")]
         if not steps:
-            print("auxfast: no check of the CUDA kernels, since they were not built: no nvcc, or AUXFAST_BUILD=cpu")
+            print("auxfast: no check of the CUDA kernels, since they were not built; AUXFAST_BUILD=cuda builds them")
             return
         nvcc = steps[0].command[0]
         flags, _ = build.cuda_flags(nvcc, MORE_ARCHITECTURES)

@@ -1,0 +1,44 @@
+"""What the build needs of pip: pyproject.toml's `[build-system] requires`, for builds that are not isolated.
+
+An isolated build gets these packages by itself. Otherwise nobody looks, and the build would fail in the middle.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import metadata
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+
+
+def build_requirements() -> dict[str, str]:
+    """The requirement of each package, such as `setuptools>=77`. tomllib is not read here: Python 3.10 has none."""
+    (listed,) = re.findall(r"^requires = \[(.*)\]$", PYPROJECT.read_text(), re.MULTILINE)
+    requirements: list[str] = re.findall('"(.*?)"', listed)
+    return {requirement.partition(">=")[0]: requirement for requirement in requirements}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (2, 11) of "2.11.0+cpu"."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def check_requirements(*names: str) -> None:
+    """Ends the build, with the remedy, if one of these packages is missing or too old."""
+    requirements = build_requirements()
+    if missing := [requirements[name] for name in names if not _is_installed(requirements[name])]:
+        raise SystemExit(
+            f"auxfast: the build needs {', '.join(missing)}, which a build without isolation does not install; "
+            f"pip install {shlex.join(requirements.values())} first"
+        )
+
+
+def _is_installed(requirement: str) -> bool:
+    name, _, oldest = requirement.partition(">=")
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return not oldest or release(version) >= release(oldest)
