@@ -1,6 +1,11 @@
 # The targets use .venv where there is one, else a running python3 that has torch, else they make .venv with this torch
 # in it. For a small torch without CUDA: make TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# The oldest torch that auxfast supports, to test with. Its small build: make test-torch-2.11 \
+#   OLDEST_TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu"
+OLDEST_TORCH ?= torch==2.11.0
+# Small networks need one thread: on a busy machine several spend their time waiting for each other.
+export OMP_NUM_THREADS ?= 1
 
 has_torch = -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 use_venv := $(or $(wildcard .venv),$(shell python3 $(has_torch) || echo yes))
@@ -11,6 +16,8 @@ PIP = $(PYTHON) -m pip install --quiet
 environment := $(if $(use_venv),venv,$(shell python3 -c 'import sys, zlib; print(zlib.crc32(sys.prefix.encode()))'))
 installed = build/installed-$(environment)
 build_requires = $(shell sed -n '/^requires = /s/.*\[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+setup_py = PYTHONPATH=$(1)tools/build $(PYTHON) setup.py --quiet
+with_oldest = PYTHONPATH=build/torch-2.11 $(PYTHON) -m pytest -m 'not slow'
 has_gpu = -c 'import auxfast, sys; info = auxfast.build_info(); info["cuda_available"] and info["cuda_kernels"] or \
   sys.exit("make test-gpu needs a GPU that torch sees ({cuda_available}) and a build with nvcc ({cuda_toolkit})" \
   .format(**info))'
@@ -20,24 +27,37 @@ BENCHMARK ?= --benchmark-enable
 native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/cuda_on_cpu/* tests/cuda_on_cpu/*/*))
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: help install native demo test test-cuda-sanitizers test-cuda-compile test-gpu bench lint format clean
+.PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
+  bench docs lint format clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 28
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
 
 install: native $(installed)-core  ## build and install the package, editable
 
 demo: native $(installed)-demo  ## learn loss weights on real data, about a minute; writes auxfast-demo/
 	$(PYTHON) -m auxfast demo
 
-test: native $(installed)-test  ## run the tests
+test: native $(installed)-test  ## run the tests, but for the slow ones
+	$(PYTHON) -m pytest -m 'not slow'
+
+test-slow: native $(installed)-test  ## run the slow tests
+	$(PYTHON) -m pytest -m slow
+
+test-all: native $(installed)-test  ## run all tests
 	$(PYTHON) -m pytest
 
+# First the module that was built with the newest torch, as a wheel has it; then the one that a user of the oldest builds.
+test-torch-2.11: native $(installed)-test build/torch-2.11/installed  ## compile against the oldest torch, and run tests under it
+	$(with_oldest) tests/test_native.py tests/ops
+	$(call setup_py,build/torch-2.11:) build_ext --inplace
+	$(with_oldest) tests/test_native.py tests/autograd tests/implicit
+
 test-cuda-sanitizers: native $(installed)-test  ## run the CUDA kernels on the CPU, under ASan, UBSan and TSan too
-	PYTHONPATH=csrc:tests $(PYTHON) -m cuda_on_cpu.sanitizers
+	PYTHONPATH=tools/build:tests $(PYTHON) -m cuda_on_cpu.sanitizers
 
 test-cuda-compile: $(installed)-build  ## check registers, spills and warnings on each GPU generation
-	$(PYTHON) setup.py --quiet check_cuda --inplace
+	AUXFAST_BUILD=cuda $(setup_py) check_cuda --inplace
 
 test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each kernel under compute-sanitizer
 	@$(PYTHON) $(has_gpu)
@@ -51,6 +71,9 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)
 
+docs: native $(installed)-docs  ## build the documentation site, build/site
+	$(PYTHON) -m mkdocs build --strict
+
 lint: $(installed)-lint  ## check style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -63,12 +86,12 @@ format: $(installed)-lint  ## lay out the code as lint wants it
 	$(clang_format) -i $(native_sources)
 
 clean:  ## remove what was built (.venv stays)
-	rm -rf build dist *.egg-info auxfast/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	find auxfast benchmarks csrc tests -name __pycache__ -prune -exec rm -r {} +
+	rm -rf build dist *.egg-info auxfast/*.so auxfast/_C.py .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find auxfast benchmarks tests tools -name __pycache__ -prune -exec rm -r {} +
 
 # The native module, in place. Compiled here and not by pip: incrementally, and with the messages visible.
 native: $(installed)-build
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(setup_py) build_ext --inplace
 
 $(installed)-build: pyproject.toml $(if $(use_venv),.venv/pyvenv.cfg)
 	$(PIP) $(build_requires)
@@ -81,6 +104,10 @@ $(installed)-core: $(installed)-build | native
 
 $(installed)-%: $(installed)-build | native
 	$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+build/torch-2.11/installed: | $(installed)-build
+	rm -rf $(@D) && $(PIP) --target $(@D) $(OLDEST_TORCH)
 	@touch $@
 
 .venv/pyvenv.cfg:

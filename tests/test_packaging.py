@@ -260,6 +260,7 @@ auxfast.cli.main(["info"])
 """
 
 
+@pytest.mark.slow
 def test_auxfast_build_none_needs_no_compiler_and_runs_on_the_reference(source, tmp_path):
     with _build_wheel(source, AUXFAST_BUILD="none") as wheel:
         assert "auxfast/_C.py" in wheel.namelist()
