@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -291,3 +292,16 @@ def test_a_build_leaves_its_module_in_the_source_tree_and_the_last_build_decides
         (left,) = [path.name for path in (source / "auxfast").glob("_C.*[!i]")]
         assert shipped == f"auxfast/{left}"
         assert left.endswith(suffix)
+
+
+def test_changelog_and_citation_know_the_version():
+    assert f"\n## [{auxfast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {auxfast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_pre_commit_has_the_versions_of_make_lint():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = set(re.findall(r"additional_dependencies: \[(.*)\]", hooks))
+    assert pins
+    lint = (ROOT / "pyproject.toml").read_text().partition("\nlint = ")[2].partition("\n")[0]
+    assert all(f'"{pin}"' in lint for pin in pins)
