@@ -23,10 +23,10 @@ INSTRUCTION_SETS = {
         *("-mtune=skylake-avx512", "-mprefer-vector-width=512"),
     ],
 }
-CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # what is compiled for x.0 runs on all x.y
+CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # code for x.0 runs on all x.y
 
 
-def native_module() -> build.Plan:
+def native_module() -> build.ModuleBuild:
     cxx, nvcc = build.find_cxx(), build.choose_nvcc()
     cpp = [*cxx, *COMMON, *build.environment_flags("CXXFLAGS")]
     torch_includes, torch_libraries, torch_release = build.torch_flags()
@@ -39,7 +39,7 @@ def native_module() -> build.Plan:
         architectures, cuda_defines = build.cuda_flags(nvcc, CUDA_ARCHITECTURES)
         defines += cuda_defines
         cuda = [nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
-        # First and with a thread for each architecture, since these take longest.
+        # These come first and get a thread for each architecture, since they take longest.
         kernel = [*cuda, "-std=c++17", "-O3", "--threads=0", "-Xptxas=-v", "-Icsrc"]
         kernel += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         steps += build.compile_all("*/*_cuda.cu", [*kernel, *architectures])
@@ -50,7 +50,7 @@ def native_module() -> build.Plan:
         steps += build.compile_all("*/*_cpu.cpp", [*cpp, *KERNEL, f"-DAUXFAST_ISA={name}", *flags], name)
     steps += build.compile_all("*/*_ops.cpp", [*cpp, "-O2", *STABLE_ABI, *defines, *torch_includes], torch_release)
     steps += build.compile_all("module.cpp", [*cpp, "-O2", *defines, *build.python_flags()])
-    return build.Plan(steps, link, torch_libraries)
+    return build.ModuleBuild(steps, link, torch_libraries)
 
 
 setup(

@@ -9,7 +9,7 @@ import build_backend
 import cuda_check
 import pytest
 
-# As nvcc 13.0 prints it, for two architectures; the second kernel calls a function that was not inlined.
+# nvcc 13.0 printed this for two architectures; the second kernel calls a function that was not inlined.
 LOG = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN7auxfast4cuda4stepIfNS0_8SoftplusEEEvPT_' for 'sm_80'
@@ -97,12 +97,14 @@ def test_a_kernel_that_spills_is_found(tmp_path):
 
 
 def test_the_build_keeps_what_the_compiler_said_and_shows_the_remarks(tmp_path):
-    """With a compiler that says the same of every file and fails for bad.cu."""
+    """The compiler here says the same of every file and fails for bad.cu."""
     ninja = pytest.importorskip("ninja")
     (tmp_path / "said").write_text(LOG + WARNING + "\n")
     compiler = ["sh", "-c", 'cat said >&2; touch "$7"; [ "$5" != bad.cu ]', "-"]
     steps = [build_backend.Compile(name, compiler) for name in ("good.cu", "bad.cu")]
-    (tmp_path / "build.ninja").write_text(build_backend.Plan(steps, ["true"], []).ninja_file("objects", "module"))
+    (tmp_path / "build.ninja").write_text(
+        build_backend.ModuleBuild(steps, ["true"], []).ninja_file("objects", "module")
+    )
     results = []
     for step in steps:
         (tmp_path / step.source).touch()

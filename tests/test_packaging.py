@@ -176,7 +176,7 @@ def test_ninja_is_told_awkward_paths(tmp_path):
     folder = "a b:c$d"
     echo = ["sh", "-c", 'echo "$1" >> log; shift; while [ "$1" != -o ]; do shift; done; touch "$2"', "-", "I x$y'z"]
     steps = [build_backend.Compile(f"{folder}/{name}.cpp", echo, name) for name in "xy"]
-    plan = build_backend.Plan(steps, echo, [])
+    plan = build_backend.ModuleBuild(steps, echo, [])
     (tmp_path / folder).mkdir()
     for step in steps:
         (tmp_path / step.source).touch()
@@ -282,7 +282,7 @@ def test_auxfast_build_none_needs_no_compiler_and_runs_on_the_reference(source, 
 
 
 def test_a_build_leaves_its_module_in_the_source_tree_and_the_last_build_decides(source, tmp_path):
-    """With a compiler that writes empty files."""
+    """The compiler here writes empty files."""
     pytest.importorskip("pybind11")
     cxx = _script(tmp_path / "bin/c++", 'while [ "$1" != -o ]; do shift; done; : > "$2"')
     native, none = {"AUXFAST_BUILD": "cpu", "CXX": str(cxx), "PATH": os.environ["PATH"]}, {"AUXFAST_BUILD": "none"}

@@ -49,7 +49,7 @@ def build_libraries(modes: Iterable[str]) -> dict[str, Path]:
     return libraries
 
 
-def _plan(mode: str) -> build.Plan:
+def _plan(mode: str) -> build.ModuleBuild:
     kernel_flags, engine_flags = MODES[mode]
     gxx = find_gxx()
     common = [gxx, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -58,7 +58,7 @@ def _plan(mode: str) -> build.Plan:
     for source in [*sorted((build.ROOT / "csrc").glob("*/*_cuda.cu")), *WRAPPERS, HERE / "planted.cu"]:
         command = [*common, "-O2", *engine_flags] if source.name == "engine.cpp" else kernel
         steps.append(build.Compile(source.relative_to(build.ROOT).as_posix(), command))
-    return build.Plan(steps, [gxx, "-shared", *kernel_flags], [])
+    return build.ModuleBuild(steps, [gxx, "-shared", *kernel_flags], [])
 
 
 def find_gxx() -> str:

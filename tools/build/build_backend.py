@@ -197,7 +197,7 @@ def is_x86() -> bool:
 
 @dataclass(frozen=True)
 class Compile:
-    """One source file, the command that compiles it, and a name that tells apart several builds of one file."""
+    """One source file, the command that compiles it, and a name that tells builds of one file apart."""
 
     source: str
     command: list[str]
@@ -213,13 +213,13 @@ def compile_all(pattern: str, command: list[str], variant: str = "") -> list[Com
     return [Compile(file.relative_to(ROOT).as_posix(), command, variant) for file in files]
 
 
-# What the compiler says is kept beside the object file, and shown but for ptxas's report (`-Xptxas=-v`).
+# The compiler's messages are kept beside the object file, and shown but for ptxas's report (`-Xptxas=-v`).
 PTXAS_REPORT = r"^ptxas info +:|^ +[0-9]+ bytes stack frame"
 _KEEP_LOG = f"2> $out.log; code=$$?; grep -Ev '{PTXAS_REPORT}' $out.log >&2; exit $$code"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModuleBuild:
     """All compile steps of a module; the command that links it, and what that needs behind the object files."""
 
     steps: list[Compile]
@@ -253,16 +253,16 @@ def _command(words: list[str]) -> str:
 
 
 def build_folder() -> str:
-    """Where this Python's object files lie, from the repository's root."""
+    """The folder of this Python's object files, from the repository's root."""
     return f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
 class NativeExtension(Extension):
-    """An extension module whose plan is made only when it is built: neither an sdist nor metadata needs a compiler."""
+    """An extension module that is described only when it is built: neither an sdist nor metadata needs a compiler."""
 
-    def __init__(self, name: str, make_plan: Callable[[], Plan]) -> None:
+    def __init__(self, name: str, describe: Callable[[], ModuleBuild]) -> None:
         super().__init__(name, sources=[])
-        self.make_plan = make_plan
+        self.describe = describe
 
 
 class NinjaBuild(build_ext):
@@ -310,7 +310,7 @@ class NinjaBuild(build_ext):
         module = f"{folder}/{name}"
         file = ROOT / folder / "build.ninja"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(extension.make_plan().ninja_file(folder, module))
+        file.write_text(extension.describe().ninja_file(folder, module))
         done = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", file.relative_to(ROOT)], cwd=ROOT)
         if done.returncode != 0:
             raise SystemExit("auxfast: the native build failed; the compiler's messages are above")

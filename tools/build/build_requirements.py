@@ -1,6 +1,6 @@
-"""What the build needs of pip: pyproject.toml's `[build-system] requires`, for builds that are not isolated.
+"""A check of the packages that the build needs, those of pyproject.toml's `[build-system] requires`.
 
-An isolated build gets these packages by itself. Otherwise nobody looks, and the build would fail in the middle.
+An isolated build has them. Otherwise no front end looks for them, and the build would fail in the middle.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def build_requirements() -> dict[str, str]:
-    """The requirement of each package, such as `setuptools>=77`. tomllib is not read here: Python 3.10 has none."""
+    """The requirement of each package, such as `setuptools>=77`, read without tomllib, which Python 3.10 lacks."""
     (listed,) = re.findall(r"^requires = \[(.*)\]$", PYPROJECT.read_text(), re.MULTILINE)
     requirements: list[str] = re.findall('"(.*?)"', listed)
     return {requirement.partition(">=")[0]: requirement for requirement in requirements}

@@ -20,8 +20,8 @@ MORE_ARCHITECTURES = [86, 89]  # they run what is built for sm_80, so the build 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes on an architecture: registers a thread, the rest in bytes. The stack holds the spills too;
-    shared memory is what the kernel declares, without what a launch adds."""
+    """Resources that a kernel takes on an architecture: registers a thread, the rest in bytes. The stack holds the
+    spills too; shared memory is what the kernel declares, without what a launch adds."""
 
     kernel: str
     architecture: str
@@ -48,11 +48,11 @@ def usages(log: str) -> list[Usage]:
 
 
 def remarks(log: str) -> list[str]:
-    """What the compiler's output holds beside ptxas's report: warnings."""
+    """Lines of the compiler's output that are not ptxas's report: warnings."""
     return [line for line in log.splitlines() if line.strip() and not re.match(build.PTXAS_REPORT, line)]
 
 
-# What a line of the report is about, by its beginning, and the order in which a compiler that runs alone writes them.
+# A line's beginning tells its kind. A compiler that runs alone writes the kinds in this order.
 _LINES = {
     r"ptxas info +: \d+ bytes gmem": "g",
     r"ptxas info +: Compiling entry function": "c",
@@ -70,7 +70,7 @@ def is_garbled(log: str) -> bool:
 
 
 def _short_names(found: list[Usage]) -> dict[str, str]:
-    """What to call each kernel: demangled, without namespaces and arguments."""
+    """A readable name of each kernel: demangled, without namespaces and arguments."""
     symbols = list(dict.fromkeys(usage.kernel for usage in found))
     demangled = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     names = [re.sub(r"^void |\w+::|\(.*", "", name) for name in demangled.splitlines()]
@@ -124,7 +124,7 @@ class CheckCuda(build.NinjaBuild):
     def build_extension(self, extension: Extension) -> None:
         super().build_extension(extension)
         assert isinstance(extension, build.NativeExtension)
-        compiled = [] if build.build_choice() == "none" else extension.make_plan().steps
+        compiled = [] if build.build_choice() == "none" else extension.describe().steps
         steps = [step for step in compiled if step.source.endswith(".cu")]
         if not steps:
             print("auxfast: no check of the CUDA kernels, since they were not built; AUXFAST_BUILD=cuda builds them")
