@@ -1,3 +1,3 @@
-"""The version of auxfast, which no other file repeats."""
+"""The version, which the build and the package both read."""
 
 __version__ = "0.1.0"
