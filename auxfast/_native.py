@@ -26,7 +26,7 @@ def _hidden_by_this() -> str:
 
 
 try:
-    from auxfast import _C
+    import auxfast._C as _C  # `from auxfast import _C` would speak of a circular import where it is missing
 except ImportError as error:
     raise ImportError(
         f"auxfast's native module could not be loaded ({error}). From a source tree, build it with "
