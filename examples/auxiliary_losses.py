@@ -28,10 +28,12 @@ def train(method: str) -> tuple[float, list[list[float]]]:
     outer = auxfast.HyperOptimizer(torch.optim.Adam(combiner.parameters(), lr=0.03), project=[combiner])
 
     def losses() -> Tensor:  # (batch, num_losses)
-        return (net(x) - labels).square()
+        errors: Tensor = net(x) - labels
+        return errors.square()
 
     def squared_errors(samples: Tensor) -> Tensor:
-        return (net(samples) - samples[:, :1]).square()
+        errors: Tensor = net(samples) - samples[:, :1]
+        return errors.square()
 
     history = []
     for step in range(1, STEPS + 1):

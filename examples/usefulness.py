@@ -51,7 +51,8 @@ def main() -> dict[str, tuple[float, float]]:
     net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
     def outer_loss() -> Tensor:
-        return (net(held_out)[:, 0] - held_out[:, 0].sin()).square().mean()
+        errors: Tensor = net(held_out)[:, 0] - held_out[:, 0].sin()
+        return errors.square().mean()
 
     main_loss, *aux_losses = train(net, x, targets, torch.eye(5).double()[0])
     before = outer_loss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import runpy
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def test_each_example_has_a_test_here_and_is_about_sixty_lines():
 
 def test_an_example_runs_as_a_program():
     command = [sys.executable, str(EXAMPLES / "custom_solver.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "SteepestDescent" in done.stdout
 
 
