@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 from pathlib import Path
@@ -11,8 +12,6 @@ import pytest
 from pages import DOCS, README, ROOT, fenced, run
 
 from auxfast.cli import main
-from auxfast.solvers import MINRES
-from auxfast.train import Component, find_runs
 
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 # Tests of their own run these: test_theorem, compat/test_migration, and those of the kernels' pages.
@@ -113,10 +112,12 @@ def test_the_configuration_file_is_one(tmp_path, capsys):
         str(tmp_path),
     ]
     assert main([*command, *(part for change in changes for part in ("--set", change))]) == 0
-    (run_folder,) = find_runs([tmp_path])
-    assert run_folder.config.combiner.hidden == (10, 10, 10)
-    assert run_folder.config.train.inner_optimizer == Component("AdamW", {"lr": 1e-3})
-    assert run_folder.config.train.solver == MINRES(steps=20)
+    (written,) = tmp_path.rglob("config.json")
+    config = json.loads(written.read_text())["config"]
+    assert config["combiner"]["hidden"] == [10, 10, 10]
+    assert config["train"]["inner_optimizer"] == {"name": "AdamW", "lr": 1e-3}
+    assert config["train"]["inner_scheduler"] == {"name": "CosineAnnealingLR", "T_max": 1200}
+    assert config["train"]["solver"]["steps"] == 20
     assert "Nonlinear, learned" in capsys.readouterr().out
 
 
