@@ -1,76 +1,53 @@
-"""The README's programs run and do what the README says of them."""
+"""The README's first screen is the quickstart's program, and nothing that the README points to is missing."""
+
+from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
-import pytest
+from pages import DOCS, README, ROOT, fenced, run
 
-from auxfast.cli import main
-from auxfast.solvers import MINRES
-from auxfast.train import Component, find_runs
-
-README = Path(__file__).resolve().parent.parent / "README.md"
+QUICKSTART = DOCS / "quickstart.md"
+PROBLEM, LOOP, *_ = fenced(QUICKSTART, "python")
+(DIFF,) = fenced(README, "diff")
 
 
-def run(number: int) -> dict[str, Any]:
-    """The names that a program of the README leaves behind."""
-    program = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
-    names: dict[str, Any] = {}
-    exec(compile(program, str(README), "exec"), names)
-    return names
+def side(mark: str) -> str:
+    """One side of the diff: "-" is the normal training loop, "+" the one with auxfast."""
+    return "".join(line[2:] + "\n" for line in DIFF.splitlines() if line[:1] in (mark, " ", ""))
 
 
-def test_the_first_program_finds_the_harmful_auxiliary(capsys):
-    names = run(0)
-    _, helpful, harmful = names["combiner"].loss_weights(names["losses"]())[0].tolist()
+def code(text: str) -> list[str]:
+    """Lines without their comments, and without blank ones."""
+    lines = [re.sub(r"\s*#.*", "", line) for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_diff_is_the_loop_of_the_quickstart():
+    assert code(side("+")) == code(LOOP)
+
+
+def test_the_diff_adds_six_lines_to_a_normal_loop_that_runs():
+    assert sum(line.startswith("+") for line in DIFF.splitlines()) == 6
+    names = run(QUICKSTART, [PROBLEM, side("-")])
+    assert "auxfast" not in names
+    assert names["held_out_loss"]() > 0.1  # the harmful auxiliary has done its harm
+
+
+def test_the_program_with_the_six_lines_finds_the_harmful_auxiliary():
+    names = run(QUICKSTART, [PROBLEM, side("+")])
+    _, helpful, harmful = names["combiner"].phi.tolist()
     assert harmful < 0.1 < 1 < helpful
+    assert names["held_out_loss"]() < 0.01
     assert names["stats"].residual < 0.01
-    assert "tensor" in capsys.readouterr().out
 
 
-def test_the_second_program_tunes_decays_example_weights_and_a_mix(capsys):
-    names = run(1)
-    decay, weights = names["log_decay"].exp(), names["example_logits"].softmax(0)
-    assert decay[3:].median() > 10 * decay[:3].max()
-    assert weights[:20].sum() < 0.15
-    assert names["mix"].item() != 0
-    assert names["outer_loss"]() < 1e-3
-    assert names["stats"].converged
-    assert "tensor" in capsys.readouterr().out
+def test_first_screen_shows_what_to_type():
+    lines = README.read_text().splitlines()
+    assert lines.index("```diff") < 10
+    assert len(lines) <= 120
 
 
-def test_the_third_program_trains_a_task_of_ones_own(capsys):
-    names = run(2)
-    _, helpful, harmful = names["records"][-1].loss_weights
-    assert harmful < 0.1 < 1 < helpful
-    assert names["task"].score() > -0.1
-    assert "(" in capsys.readouterr().out
-
-
-def test_the_configuration_file_is_one(tmp_path, capsys):
-    """The README's TOML example, for a few steps."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("tqdm")
-    (text,) = re.findall(r"\n    (\[train\].*?\n)\n", README.read_text(), re.DOTALL)
-    file = tmp_path / "mine.toml"
-    file.write_text(re.sub(r"^    ", "", text, flags=re.MULTILINE))
-    changes = ("train.outer_steps=2", "train.inner_steps=2", 'train.solver={name="MINRES", steps=20}')
-    command = [
-        "train",
-        "digits",
-        "--method",
-        "nonlinear",
-        "--seeds",
-        "0",
-        "--config",
-        str(file),
-        "--out",
-        str(tmp_path),
-    ]
-    assert main([*command, *(part for change in changes for part in ("--set", change))]) == 0
-    (run_folder,) = find_runs([tmp_path])
-    assert run_folder.config.combiner.hidden == (10, 10, 10)
-    assert run_folder.config.train.inner_optimizer == Component("AdamW", {"lr": 1e-3})
-    assert run_folder.config.train.solver == MINRES(steps=20)
-    assert "Nonlinear, learned" in capsys.readouterr().out
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", README.read_text())
+    assert "docs/quickstart.md" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []

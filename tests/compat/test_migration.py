@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "auxfast" / "compat" / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 BEFORE, AFTER = 1, 2
 both = pytest.mark.parametrize("version", [BEFORE, AFTER])

@@ -3,7 +3,7 @@
     import auxfast.compat.auxilearn as auxilearn
     from auxfast.compat.auxilearn.optim import MetaOptimizer
 
-The README next door shows three programs, what is the same, and what is mended.
+docs/compat.md shows three programs, what is the same, and what is mended.
 """
 
 from auxfast.compat.auxilearn import hypernet, implicit_diff, optim

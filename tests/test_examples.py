@@ -1,0 +1,91 @@
+"""The programs in examples/ run, and what each shows is so; the picture of the README is drawn from the first."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pages import DOCS, ROOT
+
+import auxfast.solvers
+
+EXAMPLES = ROOT / "examples"
+
+
+def load(program: Path) -> SimpleNamespace:
+    """The names that a program defines."""
+    return SimpleNamespace(**runpy.run_path(str(program)))
+
+
+def example(name: str) -> SimpleNamespace:
+    return load(EXAMPLES / f"{name}.py")
+
+
+def test_learned_weights_of_auxiliary_losses_drop_the_harmful_one():
+    errors, history = example("auxiliary_losses").main()
+    learned = errors.pop("learned weights")
+    assert all(learned < 0.5 * error for error in errors.values())
+    _, helpful, harmful = history[-1]
+    assert harmful < 0.1 < 1 < helpful
+
+
+def test_a_weight_decay_for_each_group_is_better_than_the_best_common_one():
+    program = example("weight_decay")
+    result = program.main()
+    assert result["learned"] < 0.8 * result["common"]
+    effective, weak, useless = (result[name] for name in program.GROUPS)
+    assert effective < weak < useless
+
+
+def test_weights_of_training_examples_find_the_wrong_labels():
+    result = example("data_weights").main()
+    assert result["wrong"] < 0.6 < 1 < result["right"]
+    others = ("equal weights", "held-out samples alone", "both")
+    assert all(result["learned weights"] < 0.5 * result[name] for name in others)
+
+
+def test_scores_of_auxiliaries_predict_what_training_with_them_does():
+    changes = example("usefulness").main()
+    for predicted, measured in changes.values():
+        assert measured == pytest.approx(predicted, rel=0.1)
+    assert changes["the same target, without noise"][0] < 0 < changes["the opposite"][0]
+
+
+def test_a_solver_of_ones_own_serves_and_is_judged_by_its_true_residual():
+    found = example("custom_solver").main()
+    error, products = found["SteepestDescent"]
+    assert error < 1e-5
+    assert 1 < found["MINRES"][1] < products
+
+
+def test_a_solver_of_ones_own_has_the_signature_of_the_protocol():
+    own, protocol = example("custom_solver").SteepestDescent.solve, auxfast.solvers.Solver.solve
+    assert list(inspect.signature(own).parameters) == list(inspect.signature(protocol).parameters)
+
+
+def test_each_example_has_a_test_here_and_is_about_sixty_lines():
+    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
+
+
+def test_an_example_runs_as_a_program():
+    command = [sys.executable, str(EXAMPLES / "custom_solver.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "SteepestDescent" in done.stdout
+
+
+def test_the_picture_is_drawn_from_the_first_example(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "weights.svg"
+    load(ROOT / "tools" / "docs" / "draw_weights.py").main(path)
+    for picture in (path, DOCS / "pictures" / "weights.svg"):
+        assert "<svg" in picture.read_text()
+        assert picture.stat().st_size < 60_000
