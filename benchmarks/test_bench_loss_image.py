@@ -25,7 +25,7 @@ from timing import interleaved
 from torch import Tensor, nn
 
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
 CASES = [
     ((2, 3, 288, 384), (8, 16)),

@@ -48,7 +48,7 @@ class Chunk {
       activate(first, samples);
       total += write_value(first, samples);
       for (int unit = 0; unit < net.width[0]; ++unit) hd[unit] = net.scale * delta[unit];
-      to_losses(hd, samples, net.main_loss >= 0 ? net.scale : T(0), net.weights, first);
+      to_losses(hd, samples, net.main_loss >= 0 ? net.scale : T(0), net.grad_losses, first);
     });
     return total;
   }

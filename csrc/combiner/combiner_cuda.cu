@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
     }
     __syncthreads();
     if (net.saved) tile.template copy_saved<true>(3 * net.units);
-    T* weights = net.weights + tile.first * net.num_losses;
+    T* weights = net.grad_losses + tile.first * net.num_losses;
     tile.for_each_loss(tile.delta, [&](int sample, int k, T sum) {
       weights[sample * net.num_losses + k] = net.scale * (k == net.main_loss ? sum + T(1) : sum);
     });
@@ -202,49 +202,43 @@ const char* add_blocks(const Part* parts, int64_t rows, int blocks, int64_t coun
   return launch_error();
 }
 
-}  // namespace auxfast::cuda
-
-namespace auxfast {
-
 template <class T>
-int64_t combiner_cuda_workspace_bytes(const CombinerParams<T>& net) {
-  const cuda::Plan plan = cuda::make_plan(net);
+int64_t workspace_bytes(const CombinerParams<T>& net) {
+  const Plan plan = make_plan(net);
   const int64_t tile_bytes = int64_t(sizeof(T)) * plan.rows * (plan.samples + 1);
   return plan.partial_bytes + (plan.shared_bytes ? 0 : int64_t(plan.blocks) * plan.tangent_blocks * tile_bytes);
 }
 
 template <class T>
-const char* CombinerCudaKernels<T>::forward(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::forward_kernel<T, cuda::Softplus>, cuda::forward_kernel<T, cuda::Identity>,
-                                      net, plan, stream);
+const char* forward(const CombinerParams<T>& net, void* stream) {
+  const Plan plan = make_plan(net);
+  const char* error = launch<T>(forward_kernel<T, Softplus>, forward_kernel<T, Identity>, net, plan, stream);
   if (error || net.per_sample) return error;
-  return cuda::add_blocks(static_cast<const double*>(net.workspace), 1, plan.blocks, 1, net.scale, net.value, stream);
+  return add_blocks(static_cast<const double*>(net.workspace), 1, plan.blocks, 1, net.scale, net.value, stream);
 }
 
 template <class T>
-const char* CombinerCudaKernels<T>::backward_phi(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::backward_phi_kernel<T, cuda::Softplus>,
-                                      cuda::backward_phi_kernel<T, cuda::Identity>, net, plan, stream);
+const char* backward_phi(const CombinerParams<T>& net, void* stream) {
+  const Plan plan = make_plan(net);
+  const char* error = launch<T>(backward_phi_kernel<T, Softplus>, backward_phi_kernel<T, Identity>, net, plan, stream);
   if (error) return error;
-  return cuda::add_blocks(static_cast<const T*>(net.workspace), 1, plan.blocks, net.num_parameters, T(1), net.grad_phi,
-                          stream);
+  return add_blocks(static_cast<const T*>(net.workspace), 1, plan.blocks, net.num_parameters, T(1), net.grad_phi,
+                    stream);
 }
 
 template <class T>
-const char* CombinerCudaKernels<T>::second_order(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::second_order_kernel<T, cuda::Softplus>,
-                                      cuda::second_order_kernel<T, cuda::Identity>, net, plan, stream);
+const char* second_order(const CombinerParams<T>& net, void* stream) {
+  const Plan plan = make_plan(net);
+  const char* error = launch<T>(second_order_kernel<T, Softplus>, second_order_kernel<T, Identity>, net, plan, stream);
   if (error || !net.grad_phi) return error;
-  return cuda::add_blocks(static_cast<const T*>(net.workspace), net.num_tangents, plan.blocks, net.num_parameters, T(1),
-                          net.grad_phi, stream);
+  return add_blocks(static_cast<const T*>(net.workspace), net.num_tangents, plan.blocks, net.num_parameters, T(1),
+                    net.grad_phi, stream);
 }
 
-template int64_t combiner_cuda_workspace_bytes(const CombinerParams<float>&);
-template int64_t combiner_cuda_workspace_bytes(const CombinerParams<double>&);
-template struct CombinerCudaKernels<float>;
-template struct CombinerCudaKernels<double>;
+template <class T>
+constexpr CombinerCudaKernels<T> kKernels{
+    {workspace_bytes<T>, forward<T>}, {workspace_bytes<T>, backward_phi<T>}, {workspace_bytes<T>, second_order<T>}};
+extern const CombinerCudaKernels<float> combiner_f32 = kKernels<float>;
+extern const CombinerCudaKernels<double> combiner_f64 = kKernels<double>;
 
-}  // namespace auxfast
+}  // namespace auxfast::cuda

@@ -8,11 +8,9 @@
 // 1 it would leave nothing: there it does nothing.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/network.h"
-#include "common/parallel.h"
 
 namespace auxfast {
 
@@ -36,36 +34,16 @@ struct LossImageItems {
 // phi is flat: for every convolution W_i (channels_i, channels_{i-1}, 3, 3) and b_i (channels_i); then w (channels of
 // the last).
 template <class T>
-struct LossImageParams {
-  int64_t batch;
-  int32_t depth;                                                      // convolutions
+struct LossImageParams : NetworkParams<T> {
   int32_t channels[kMaxConvolutions + 1];                             // of h_i; channels[0]: num_losses
   int32_t height[kMaxConvolutions + 1], width[kMaxConvolutions + 1];  // of h_i
   int64_t weight[kMaxConvolutions + 1];                               // where in phi W_{i+1} begins; weight[depth]: w
   int64_t bias[kMaxConvolutions];                                     // where in phi b_{i+1} begins
-  int64_t num_parameters;                                             // of phi
-  Activation activation;
-  int32_t main_loss;  // channel that is added to g, or -1
-  bool per_image;     // the value is (batch) instead of one number
-  T scale;            // of every image in the value: 1 / batch for the mean, else 1
-  T position_scale;   // 1 / (positions of z_depth that the last pool keeps)
-  T main_scale;       // k, unless there are main_weights
+  T position_scale;  // 1 / (positions of z_depth that the last pool keeps)
+  T main_scale;      // k, unless there are main_weights
 
-  const T* losses;        // (batch, num_losses, H, W)
-  const T* phi;           // (num_parameters)
-  const T* main_weights;  // (batch): k of each image; or nullptr
-
-  T* value;  // forward: (1) or (batch)
-
-  const T* grad;  // later passes: gradient that reaches the value; grad_stride 0: one number, 1: (batch)
-  int64_t grad_stride;
-  const T* tangents;  // second order: (num_tangents, batch, num_losses, H, W)
-  int64_t num_tangents;
-  T* grad_losses;  // forward: d value / d losses, or nullptr; second order: (num_tangents, batch, num_losses, H, W)
-  T* grad_phi;     // phi gradient: (num_parameters), second order: (num_tangents, num_parameters); or nullptr
-
-  LossImageItems items;  // CPU only
-  void* workspace;       // of loss_image_workspace_bytes() or loss_image_cuda_workspace_bytes()
+  const T* main_weights;  // in: (batch), k of each image; or nullptr
+  LossImageItems items;   // CPU only
 };
 
 // Host code only calls these two, so that no copy of them for a particular instruction set exists.
@@ -91,29 +69,16 @@ LossImageItems loss_image_items(const LossImageParams<T>& net) {
 
 // The sums of every chunk for phi, the sums of every band for the value, and all weights twice in the kernels' order.
 template <class T>
-size_t loss_image_workspace_bytes(const LossImageParams<T>& net) {
+int64_t loss_image_workspace_bytes(const LossImageParams<T>& net) {
   const int64_t tangents = net.tangents ? net.num_tangents : 1;
   const int64_t phi_sums = net.grad_phi ? tangents * net.items.chunks * net.num_parameters : 0;
   const int64_t sums = phi_sums + net.items.bands * net.batch;
-  return size_t(sums) * sizeof(double) + size_t(2 * net.num_parameters) * sizeof(T);
+  return sums * int64_t(sizeof(double)) + 2 * net.num_parameters * int64_t(sizeof(T));
 }
 
-// Forward, gradient in phi, and second order: see auxfast/ops/loss_image.py for what each returns.
 template <class T>
-struct LossImageKernels {
-  void (*forward)(const LossImageParams<T>&, const Executor&);
-  void (*backward_phi)(const LossImageParams<T>&, const Executor&);
-  void (*second_order)(const LossImageParams<T>&, const Executor&);
-};
-
-// The same passes on a GPU: nullptr, or what CUDA said against a launch. `workspace` is device memory.
+using LossImageKernels = NetworkKernels<LossImageParams<T>>;
 template <class T>
-struct LossImageCudaKernels {
-  const char* forward(const LossImageParams<T>&, void* stream) const;
-  const char* backward_phi(const LossImageParams<T>&, void* stream) const;
-  const char* second_order(const LossImageParams<T>&, void* stream) const;
-};
-template <class T>
-int64_t loss_image_cuda_workspace_bytes(const LossImageParams<T>&);
+using LossImageCudaKernels = NetworkCudaKernels<LossImageParams<T>>;
 
 }  // namespace auxfast

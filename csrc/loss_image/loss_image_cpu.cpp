@@ -68,10 +68,10 @@ void forward(const LossImageParams<T>& net, const Executor& executor) {
   for (int64_t b = 0; b < net.batch; ++b) {
     double value = 0;
     for (int64_t band = 0; band < net.items.bands; ++band) value += workspace.value_sums[band * net.batch + b];
-    if (net.per_image) net.value[b] = T(value);
+    if (net.per_sample) net.value[b] = T(value);
     total += value;
   }
-  if (!net.per_image) *net.value = T(total * net.scale);
+  if (!net.per_sample) *net.value = T(total * net.scale);
 }
 
 template <class T, class Act>

@@ -186,7 +186,7 @@ struct Call {
       steps.go_back(false);
       steps.store_gradient(steps.net.grad_losses, steps.planes.e[1], net.main_loss);
     });
-    if (net.per_image)
+    if (net.per_sample)
       launcher.run_over(net.batch, store_kernel<T>, workspace.values, net.batch, net.value);
     else
       launcher.run(reduce_kernel<T>, dim3(1), workspace.values, net.batch, net.scale, net.value);
@@ -223,36 +223,33 @@ struct Call {
   }
 };
 
+template <class T>
+int64_t workspace_bytes(const LossImageParams<T>& net) {
+  return Workspace<T>(net, make_plan(net)).bytes;
+}
+
+template <class T>
+const char* forward(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).forward()
+                                                : Call<T, Identity>(net, stream).forward();
+}
+
+template <class T>
+const char* backward_phi(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).backward_phi()
+                                                : Call<T, Identity>(net, stream).backward_phi();
+}
+
+template <class T>
+const char* second_order(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).second_order()
+                                                : Call<T, Identity>(net, stream).second_order();
+}
+
+template <class T>
+constexpr LossImageCudaKernels<T> kKernels{
+    {workspace_bytes<T>, forward<T>}, {workspace_bytes<T>, backward_phi<T>}, {workspace_bytes<T>, second_order<T>}};
+extern const LossImageCudaKernels<float> loss_image_f32 = kKernels<float>;
+extern const LossImageCudaKernels<double> loss_image_f64 = kKernels<double>;
+
 }  // namespace auxfast::cuda
-
-namespace auxfast {
-
-template <class T>
-int64_t loss_image_cuda_workspace_bytes(const LossImageParams<T>& net) {
-  return cuda::Workspace<T>(net, cuda::make_plan(net)).bytes;
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::forward(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).forward()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).forward();
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::backward_phi(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).backward_phi()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).backward_phi();
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::second_order(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).second_order()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).second_order();
-}
-
-template int64_t loss_image_cuda_workspace_bytes(const LossImageParams<float>&);
-template int64_t loss_image_cuda_workspace_bytes(const LossImageParams<double>&);
-template struct LossImageCudaKernels<float>;
-template struct LossImageCudaKernels<double>;
-
-}  // namespace auxfast

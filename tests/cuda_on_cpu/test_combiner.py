@@ -11,9 +11,9 @@ import torch
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, normal, of_reference
 from torch import Tensor
 
-from auxfast.ops.combiner_network import TILE_SAMPLES, CombinerNetwork
+from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork
 
-from .kernels import MODE, call, in_any_order, unwritten
+from .kernels import MODE, call, in_any_order, network_numbers, unwritten
 
 DOUBLE = torch.float64
 UNTOUCHED = 12345.0  # what `saved` holds for samples beyond the batch
@@ -37,8 +37,8 @@ def of_kernels(case: Case, losses: Tensor, phi: Tensor, grad: Tensor, tangents: 
     network, batch, dtype = case.network, case.batch, case.dtype
     units = sum(network.hidden)
     saved = torch.full((network.saved_size(batch),), UNTOUCHED, dtype=dtype) if case.saves else None
-    packed = [int(number) for number in network.packed.split(",")]
-    given = dtype == torch.float64, batch, network.num_losses, len(network.hidden), packed, losses, phi, saved
+    sizes, numbers = [batch, network.num_losses, len(network.hidden)], network_numbers(network.packed)
+    given = dtype == torch.float64, sizes, numbers, losses, phi, saved
     value, weights = unwritten(grad.numel(), dtype=dtype), unwritten(*losses.shape, dtype=dtype)
     call("combiner_forward", *given, value, weights)
     if saved is not None and batch % TILE_SAMPLES:

@@ -13,9 +13,9 @@ from ops.loss_image_cases import TOLERANCES, inputs, name
 from torch import Tensor
 
 from auxfast.ops.loss_image import loss_image_reference
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
-from .kernels import MODE, call, in_any_order, unwritten
+from .kernels import MODE, call, in_any_order, network_numbers, unwritten
 
 DOUBLE = torch.float64
 
@@ -38,7 +38,7 @@ def of_kernels(
 ) -> dict[str, Tensor]:
     """The results of all passes. tangents: (num_tangents, batch, num_losses, H, W)"""
     dtype, depth = case.dtype, len(case.network.channels)
-    given = dtype == DOUBLE, [*losses.shape, depth], case.network.packed, losses, phi
+    given = dtype == DOUBLE, [*losses.shape, depth], network_numbers(case.network.packed), losses, phi
     value, value_alone = (unwritten(grad.numel(), dtype=dtype) for _ in range(2))
     weights = unwritten(*losses.shape, dtype=dtype)
     call("loss_image_forward", *given, main_weights, value_alone, None)

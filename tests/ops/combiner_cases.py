@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork, combiner, combiner_reference
+from auxfast.ops.combiner import combiner, combiner_reference
+from auxfast.ops.network import CombinerNetwork
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 HIDDENS = [(1,), (10,) * 5, (7, 3, 64), (64, 64), (5,) * 8]

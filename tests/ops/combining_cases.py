@@ -103,7 +103,7 @@ LOSS_IMAGE = CombiningOp(
     "loss_image",
     loss_image,
     loss_image_cases,
-    kernels=("_forward", "_backward_phi", "_second_order"),
+    kernels=("_forward", "_backward_phi", "_second_order", "_hessian"),
     networks={
         "mean": loss_image_cases.SMALL,
         "none": replace(loss_image_cases.SMALL, reduction="none"),
@@ -114,7 +114,7 @@ LOSS_IMAGE = CombiningOp(
     many=(3, 9, 20),
     raw_forward=lambda losses, phi, network: OPS.loss_image_forward(losses, phi, None, network.packed, True),
     raw_second_order=lambda tangents, grad, losses, phi, network: OPS.loss_image_second_order(
-        tangents, grad, losses, phi, network.packed, True
+        tangents, grad, losses, phi, network.packed
     ),
 )
 

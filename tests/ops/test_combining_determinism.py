@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import auxfast
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import normal
 from .combining_cases import COMBINER, LOSS_IMAGE, printed_json, readable, with_cuda
@@ -62,8 +61,7 @@ _ON_THIS_INSTRUCTION_SET = """
 import json
 import torch
 import auxfast
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from ops.combiner_cases import HIDDENS, assert_agree
 from ops.combining_cases import COMBINER, LOSS_IMAGE
 
