@@ -1,4 +1,4 @@
-// The combiner op: what one call is told. Host code, CPU kernels and CUDA kernels share it.
+// What the kernels of the combiner are told: pointers and sizes, nothing of torch.
 //
 // A sample's losses l (num_losses) go through hidden layers  z_i = W_i h_{i-1} + b_i,  h_i = act(z_i),  h_0 = l,
 // to  g = w . h_depth  (+ l[main_loss]).  The value is sum_b g_b, their mean, or g itself.
@@ -20,7 +20,7 @@ struct CombinerParams : NetworkParams<T> {
   int64_t num_losses;
   int32_t units;  // the widths of all hidden layers together
   int32_t width[kMaxDepth];
-  int32_t first_unit[kMaxDepth];  // of layer i among all units
+  int32_t first_unit[kMaxDepth];  // the number of layer i's first among all units
   int64_t weight[kMaxDepth + 1];  // where in phi W_i begins; weight[depth]: w
   int64_t bias[kMaxDepth];        // where in phi b_i begins; -1 without biases
 

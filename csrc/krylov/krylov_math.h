@@ -1,8 +1,12 @@
 // One operand's share of one element, or of a SIMD vector of elements, of a linear combination.
 //
-// With alpha = r.r / p.Hp and beta = r'.r' / r.r, conjugate gradients is x <- x + alpha p, r <- r - alpha H p and
-// p <- beta p + r: three linear combinations, of which the second also gives r'.r'. The Lanczos recurrence of MINRES is
-// v'' = H v' - a v' - b v, so three operands, and its directions w'' = (v - d w' - e w) / g likewise.
+// clang-format off
+// With alpha = r.r / p.Hp and beta = r'.r' / r.r, conjugate gradients are three linear combinations, of which the
+// second also gives r'.r':
+//   x <- x + alpha p,   r <- r - alpha H p,   p <- beta p + r
+// The Lanczos recurrence of MINRES, and that of its directions, have three operands:
+//   v'' = H v' - a v' - b v,   w'' = (v - d w' - e w) / g
+// clang-format on
 #pragma once
 
 #include "common/host_device.h"

@@ -55,7 +55,7 @@ struct LossImage {
     const int32_t kept_rows = pool_extent(net.height[net.depth - 1]) * net.height[net.depth];
     const int32_t kept_columns = pool_extent(net.width[net.depth - 1]) * net.width[net.depth];
     net.position_scale = T(1.0 / (double(kept_rows) * kept_columns));
-    net.items = loss_image_items(net);
+    net.tiles = loss_image_tiles(net);
   }
 
   template <class T>

@@ -47,7 +47,8 @@ double update_chunk(const NeumannList<T>& list, int64_t chunk) {
   return sum;
 }
 
-// Chunks depend on the sizes only and their sums are added in order: the same bits for any number of threads.
+// Chunks depend on the sizes only and their sums are added in order, which gives the same bits for any number of
+// threads.
 template <class T>
 void step(const NeumannList<T>& list, const Executor& executor) {
   const int64_t chunks = (list.tiles + kChunkTiles - 1) / kChunkTiles;
