@@ -78,7 +78,7 @@ class Network(ABC):
     @cached_property
     @abstractmethod
     def flag(self) -> bool:
-        """What the kernels are told beside the rest."""
+        """A choice of the op's own, of which the kernels are told."""
 
     @cached_property
     @abstractmethod
@@ -87,7 +87,7 @@ class Network(ABC):
 
     @cached_property
     def packed(self) -> str:
-        """What the kernels are told: activation, reduction, main or -1, flag, layers; as numbers with commas between.
+        """Text that tells the kernels: activation, reduction, main or -1, flag, layers; as numbers with commas between.
         An op takes a string in much less time than a list of numbers."""
         main = -1 if self.main is None else self.main
         numbers = ACTIVATIONS[self.activation], REDUCTIONS[self.reduction], main, int(self.flag), *self.layers

@@ -106,7 +106,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-# What the plan of the work (make_plan in combiner_cuda.cu) makes special. Many units, few parameters: (64, 1) * 4.
+# What the launch (make_launch in combiner_cuda.cu) makes special. (64, 1) * 4 has many units and few parameters.
 SPECIAL = {
     "several tiles a block, 32 samples a tile": Case(CombinerNetwork(2, (2,), main=0), 33000),
     "several tiles a block, not saved": Case(CombinerNetwork(2, (2,), bias=False, reduction="sum"), 33000, saves=False),
@@ -133,6 +133,6 @@ def test_passes_are_the_reference(case):
     assert_case(case)
 
 
-@pytest.mark.parametrize("plan", [plan for plan, case in SPECIAL.items() if is_affordable(case)])
-def test_passes_are_the_reference_for_any_plan(plan):
-    assert_case(SPECIAL[plan], orders=2)
+@pytest.mark.parametrize("launch", [launch for launch, case in SPECIAL.items() if is_affordable(case)])
+def test_passes_are_the_reference_for_any_launch(launch):
+    assert_case(SPECIAL[launch], orders=2)

@@ -68,7 +68,7 @@ def of_kernels(network: CombinerNetwork, *given: Tensor) -> dict[str, Tensor]:
 
 
 def relative_error(actual: Tensor, wanted: Tensor) -> float:
-    """Of the worst entry, relative to the largest one."""
+    """Error of the worst entry, relative to the largest one."""
     assert actual.shape == wanted.shape
     error, largest = (actual.double() - wanted).abs().max().item(), wanted.abs().max().item()
     return error / largest if error else 0.0

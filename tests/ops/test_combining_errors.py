@@ -98,7 +98,7 @@ def _raw(op: CombiningOp, network: Any, changes: dict[str, Callable[[Tensor], Te
     ]
 
 
-# Which calls raise, what is changed, and what they say: of both ops, then of each.
+# The calls that raise, what is changed, and what they say: for both ops, then for each.
 EVERY, FIRST, FIRST_TWO, LATER, LAST = slice(None), slice(0, 1), slice(0, 2), slice(1, None), slice(2, None)
 TANGENTS = "tangents must have the shape of losses {losses} or one more dimension in front"
 RawErrors = dict[str, tuple[slice, dict[str, Any], str]]

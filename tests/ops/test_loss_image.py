@@ -16,7 +16,7 @@ from auxfast.ops.network import LossImageNetwork
 from .combiner_cases import assert_agree, normal
 from .loss_image_cases import TOLERANCES, inputs, name, of_kernels, of_reference
 
-# Sizes around a pool, around a vector of 16 column pairs, around a strip of 288 columns and a band of 256 rows; primes.
+# Sizes around a pool, around a vector of 16 column pairs, around a tile of 288 columns and a band of 256 rows; primes.
 IMAGES = [(1, 1), (1, 2), (2, 1), (1, 37), (37, 1), (2, 2), (3, 3), (5, 7), (8, 8), (13, 17), (31, 33), (16, 64)]
 IMAGES += [(67, 5), (3, 131), (6, 288), (5, 577), (520, 6), (1031, 9)]
 CHANNELS = [(8, 16), (8, 16, 32), (1,), (3,), (64, 5), (2, 5, 3, 4)]
