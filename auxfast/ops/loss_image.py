@@ -39,8 +39,8 @@ def loss_image_reference(
 ) -> Tensor:
     """The loss image in PyTorch operations: on any device, differentiable to any order, under every transform.
 
-    Args and result as in `loss_image`; `main_weights` (batch,) stands for the mask: the factor of each image's sum of the
-    main loss, instead of the network's.
+    Args and result as in `loss_image`; `main_weights` (batch,) stands for the mask: the factor of each image's sum of
+    the main loss, instead of the network's.
     """
     parts = network.split(phi)
     h = losses
