@@ -7,7 +7,7 @@ Two baselines: eager as it comes, and the best eager: channels_last, and malloc 
 back, for default eager spends a fifth of its time in page faults. ATEN_CPU_CAPABILITY=avx2 restricts both sides.
 
 Images of 32 x 32 had 12.5% of empty columns between them, now masks at their edges: -5 to -10%, and with AVX2 3.9
-becomes 4.2 to 4.6. There, a selection for the masks is slower than an AND; one image a strip, or two, is slower.
+becomes 4.2 to 4.6. There, a selection for the masks is slower than an AND; one image a tile, or two, is slower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from timing import interleaved
 from torch import Tensor, nn
 
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
 CASES = [
     ((2, 3, 288, 384), (8, 16)),

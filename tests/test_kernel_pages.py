@@ -14,10 +14,10 @@ from ops.combiner_cases import assert_agree, derivatives, normal
 from pages import DOCS, run
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork, combiner
+from auxfast.ops.combiner import combiner
 from auxfast.ops.krylov import linear_combination_, row_dots
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 from auxfast.solvers import ConjugateGradient, Neumann
 

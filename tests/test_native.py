@@ -16,7 +16,8 @@ import torch
 import auxfast
 from auxfast import _native, reference_kernels
 from auxfast._native import use_native
-from auxfast.ops.combiner import CombinerNetwork, combiner
+from auxfast.ops.combiner import combiner
+from auxfast.ops.network import CombinerNetwork
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from auxfast.nn.combiner_base import Combiner
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.combiner import combiner
-from auxfast.ops.combiner_network import CombinerNetwork
 from auxfast.ops.inputs import full_precision, present_losses, reduce_values, without_autocast
-from auxfast.ops.network import Activation, Reduction
+from auxfast.ops.network import Activation, CombinerNetwork, Reduction
 
 
 class LinearCombiner(Combiner):

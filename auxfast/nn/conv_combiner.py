@@ -9,8 +9,7 @@ from torch import Tensor
 
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork, MainReduction
-from auxfast.ops.network import Activation, Reduction
+from auxfast.ops.network import Activation, LossImageNetwork, MainReduction, Reduction
 
 
 class ConvCombiner(NetworkCombiner):

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from auxfast.nn.combiner_base import Combiner
-from auxfast.ops.combiner_network import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
-from auxfast.ops.network import Network, Reduction
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork, Network, Reduction
 
 
 class NetworkCombiner(Combiner):

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auxfast.ops.combiner_network import TILE_SAMPLES, CombinerNetwork
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
-from auxfast.ops.network import REDUCTIONS
+from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork, unpacked
 from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
-# network: see CombinerNetwork.packed. saved: the kernels' own record of the activations, possibly empty.
-# combiner_hessian is combiner_second_order without phi's part.
+# network: see Network.packed. saved: the kernels' own record of the activations, possibly empty. weights: d value / d
+# losses. combiner_hessian is combiner_second_order without grad_phi.
 
 _LIBRARY = torch.library.Library("auxfast", "FRAGMENT")
 _LIBRARY.define("combiner_forward(Tensor losses, Tensor phi, str network, bool save) -> (Tensor value, Tensor weights, Tensor saved)")  # fmt: skip  # noqa: E501
@@ -58,8 +57,8 @@ def combiner_reference(losses: Tensor, phi: Tensor, network: CombinerNetwork) ->
 def _forward_fake(losses: Tensor, phi: Tensor, network: str, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch = losses.shape[0]
     tiles = (batch + TILE_SAMPLES - 1) // TILE_SAMPLES
-    _, _, _, reduction, *widths = map(int, network.split(","))
-    value = losses.new_empty((batch,) if reduction == REDUCTIONS["none"] else ())
+    per_sample, widths = unpacked(network)
+    value = losses.new_empty((batch,) if per_sample else ())
     saved = losses.new_empty((3 * sum(widths) * TILE_SAMPLES * tiles if save else 0,))
     return value, losses.new_empty(losses.shape), saved
 

@@ -1,4 +1,4 @@
-"""What the combiners' ops do with what they are given before the network sees it, and with what it gives back."""
+"""Inputs of the combiners' ops, checked and converted before the network sees them; reduction of its values."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def present_losses(losses: Tensor, mask: Tensor | None, num_losses: int, image: bool = False) -> Tensor:
-    """`losses` (batch, num_losses), or (batch, num_losses, H, W) of an `image`: checked, 0 where the mask is 0, and in
-    float32 if they came in less. The mask's zeros pass no gradient, and nothing of what they hide."""
+    """The losses (batch, num_losses), or those of an `image` (batch, num_losses, H, W): checked, 0 where the mask is 0,
+    and in float32 if they came in less. The mask's zeros pass no gradient, and nothing of what they hide."""
     shape, dtype = losses.shape, losses.dtype
     if len(shape) != (4 if image else 2) or shape[1] != num_losses:
         wanted = f"(batch, {num_losses}, H, W)" if image else f"(batch, {num_losses})"
@@ -38,7 +38,7 @@ def present_losses(losses: Tensor, mask: Tensor | None, num_losses: int, image: 
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32, others as they are."""
+    """The tensor, in float32 if it is float16 or bfloat16."""
     return tensor.float() if tensor.dtype in _LOW_PRECISION else tensor
 
 
@@ -77,12 +77,12 @@ def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:
 
 @torch.compiler.assume_constant_result
 def _has_autocast(device: str) -> bool:
-    """Which torch.compile of 2.11 cannot trace."""
+    """Whether autocast knows the device. torch.compile of 2.11 cannot trace the question."""
     return torch.amp.is_autocast_available(device)
 
 
 def reduce_values(values: Tensor, reduction: Reduction) -> Tensor:
-    """`values` (batch,) as they are ("none"), or their "mean" or "sum"."""
+    """The values (batch,) themselves for "none", or their "mean" or "sum"."""
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()

@@ -23,7 +23,7 @@ _LIBRARY.define(ROW_DOTS_SCHEMA)
 
 
 def linear_combination_(out: Tensor, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """In one pass over k rows, in place:
+    """Linear combination of k rows, in one pass and in place:
 
         out <- coefficients[0] * out + sum_i coefficients[1 + i] * terms[i]        returns each row's sum of out^2
 
@@ -57,8 +57,8 @@ def linear_combination_(out: Tensor, terms: Sequence[Tensor], coefficients: Tens
 
 
 def linear_combination_reference_(out: Tensor, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """`linear_combination_` in PyTorch operations: for any device with float64 and any floating dtype, and what the
-    kernels are tested against."""
+    """`linear_combination_` in PyTorch operations, for any device with float64 and any floating dtype; the kernels are
+    tested against it."""
     _check_combination(out, terms, coefficients)
     dtype = torch.promote_types(out.dtype, torch.float32)
     total = torch.zeros_like(out, dtype=dtype)
@@ -106,7 +106,7 @@ def _refuse_gradients(op: str, *tensors: Tensor) -> None:
 
 
 def _check_combination(out: Tensor, terms: Sequence[Tensor], coefficients: Tensor) -> None:
-    """What the kernel checks, for the reference: torch's operations would broadcast and promote."""
+    """Checks of the kernel, for the reference: torch's operations would broadcast and promote."""
     op = "linear_combination_"
     _check_rows(op, "out", out)
     if not 1 <= len(terms) <= _MOST_TERMS:
@@ -144,7 +144,7 @@ def _check_matches(op: str, name: str, rows: Tensor, like_name: str, like: Tenso
 
 
 def _overlaps_in_part(a: Tensor, b: Tensor) -> bool:
-    """Of two contiguous tensors of one shape and dtype."""
+    """Whether two contiguous tensors of one shape and dtype share memory, but not element by element."""
     one_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
     distance = a.storage_offset() - b.storage_offset()
     return one_storage and distance != 0 and -a.numel() < distance < a.numel()

@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
-from auxfast.ops.loss_image_network import LossImageNetwork
-from auxfast.ops.network import REDUCTIONS
+from auxfast.ops.network import LossImageNetwork, unpacked
 from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
-# network: see LossImageNetwork.packed. main_weights (batch,): what each image's sum of the main loss is multiplied
-# with, if that is not the network's constant. weights: d value / d losses, or empty.
+# network: see Network.packed. main_weights: (batch,), the factor of each image's sum of the main loss, if that is not
+# the network's constant. weights: d value / d losses, or empty. loss_image_hessian is loss_image_second_order without
+# grad_phi.
 
 _LIBRARY = torch.library.Library("auxfast", "FRAGMENT")
-_LIBRARY.define("loss_image_forward(Tensor losses, Tensor phi, Tensor? main_weights, int[] network, bool with_weights) -> (Tensor value, Tensor weights)")  # fmt: skip  # noqa: E501
-_LIBRARY.define("loss_image_backward_phi(Tensor grad, Tensor losses, Tensor phi, int[] network) -> Tensor")
-_LIBRARY.define("loss_image_second_order(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, int[] network, bool with_phi) -> (Tensor grad_losses, Tensor grad_phi)")  # fmt: skip  # noqa: E501
-for _op in ("loss_image_forward", "loss_image_backward_phi", "loss_image_second_order"):
+_LIBRARY.define("loss_image_forward(Tensor losses, Tensor phi, Tensor? main_weights, str network, bool with_weights) -> (Tensor value, Tensor weights)")  # fmt: skip  # noqa: E501
+_LIBRARY.define("loss_image_backward_phi(Tensor grad, Tensor losses, Tensor phi, str network) -> Tensor")
+_LIBRARY.define("loss_image_second_order(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, str network) -> (Tensor grad_losses, Tensor grad_phi)")  # fmt: skip  # noqa: E501
+_LIBRARY.define("loss_image_hessian(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, str network) -> Tensor")
+for _op in ("loss_image_forward", "loss_image_backward_phi", "loss_image_second_order", "loss_image_hessian"):
     # The Functions of second_order.py are their autograd.
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
@@ -38,8 +39,8 @@ def loss_image_reference(
 ) -> Tensor:
     """The loss image in PyTorch operations: on any device, differentiable to any order, under every transform.
 
-    Args and result as in `loss_image`; `main_weights` (batch,) stands for the mask: what the sum of each image's main
-    loss is multiplied with, instead of what the network says.
+    Args and result as in `loss_image`; `main_weights` (batch,) stands for the mask: the factor of each image's sum of
+    the main loss, instead of the network's.
     """
     parts = network.split(phi)
     h = losses
@@ -62,26 +63,28 @@ def loss_image_reference(
 
 @torch.library.register_fake("auxfast::loss_image_forward")
 def _forward_fake(
-    losses: Tensor, phi: Tensor, main_weights: Tensor | None, network: list[int], with_weights: bool
+    losses: Tensor, phi: Tensor, main_weights: Tensor | None, network: str, with_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    value = losses.new_empty((losses.shape[0],) if network[3] == REDUCTIONS["none"] else ())
+    per_sample, _ = unpacked(network)
+    value = losses.new_empty(losses.shape[:1] if per_sample else ())
     return value, losses.new_empty(losses.shape if with_weights else (0,))
 
 
 @torch.library.register_fake("auxfast::loss_image_backward_phi")
-def _backward_phi_fake(grad: Tensor, losses: Tensor, phi: Tensor, network: list[int]) -> Tensor:
+def _backward_phi_fake(grad: Tensor, losses: Tensor, phi: Tensor, network: str) -> Tensor:
     return phi.new_empty(phi.shape)
 
 
 @torch.library.register_fake("auxfast::loss_image_second_order")
 def _second_order_fake(
-    tangents: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, network: list[int], with_phi: bool
+    tangents: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, network: str
 ) -> tuple[Tensor, Tensor]:
-    grad_phi = phi.new_empty((*tangents.shape[:-4], phi.shape[0] if with_phi else 0))
-    return tangents.new_empty(tangents.shape), grad_phi
+    return tangents.new_empty(tangents.shape), phi.new_empty((*tangents.shape[:-4], *phi.shape))
 
 
-batch_over_tangents("loss_image", "second_order")
+torch.library.register_fake("auxfast::loss_image_hessian", lambda *args: _second_order_fake(*args)[0])
+
+batch_over_tangents("loss_image", "second_order", "hessian")
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
@@ -89,6 +92,7 @@ batch_over_tangents("loss_image", "second_order")
 _forward = torch.ops.auxfast.loss_image_forward.default
 _backward_phi = torch.ops.auxfast.loss_image_backward_phi.default
 _second_order = torch.ops.auxfast.loss_image_second_order.default
+_hessian = torch.ops.auxfast.loss_image_hessian.default
 
 
 class _LossImage(Record):
@@ -105,8 +109,8 @@ class _LossImage(Record):
     def second_order(
         self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
     ) -> tuple[Tensor, Tensor | None]:
-        to_losses, to_phi = _second_order(tangent, grad, losses, phi, self.network.packed, with_phi)
-        return to_losses, to_phi if with_phi else None
+        given = tangent, grad, losses, phi, self.network.packed
+        return _second_order(*given) if with_phi else (_hessian(*given), None)
 
     def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
         return loss_image_reference(losses, phi, self.network, self.main_weights)

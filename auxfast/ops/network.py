@@ -1,41 +1,97 @@
-"""What the descriptions of the combiners' networks have in common, and the codes by which the kernels know it."""
+"""The architectures of the ops with a network: where parameters lie in the flat `phi`, and what kernels are told."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
 Activation = Literal["softplus", "identity"]
-REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "mean": 2}  # as csrc/common/network.h has them
+MainReduction = Literal["mean", "sum", "valid_mean"]
+REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "mean": 2}  # the codes of csrc/common/network.h
 ACTIVATIONS: dict[str, int] = {"identity": 0, "softplus": 1}
+MAIN_REDUCTIONS: tuple[MainReduction, ...] = ("mean", "sum", "valid_mean")
+
+# Limits of the kernels (csrc/combiner/combiner.h, csrc/loss_image/loss_image.h); larger networks run on the reference.
+MAX_DEPTH, MAX_WIDTH = 8, 64
+MAX_CONVOLUTIONS, MAX_CHANNELS = 4, 64
+TILE_SAMPLES = 64  # the combiner's kernels save the activations of whole tiles of samples
 
 
 class Network(ABC):
-    """An architecture whose parameters lie in one flat `phi`."""
+    """An architecture whose parameters lie in one flat `phi`.
+
+    Attributes:
+        main_is: what `main` counts, in messages.
+        kernel_size: of each layer.
+    """
 
     num_losses: int
+    activation: Activation
+    bias: bool
+    main: int | None
+    reduction: Reduction
+    main_is: ClassVar[str]
+    kernel_size: ClassVar[tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        """Fills in what is cached: up to Python 3.11 that takes a lock, which torch.compile of 2.11 cannot trace."""
+        if self.num_losses < 1:
+            raise ValueError(f"num_losses must be at least 1, got {self.num_losses}")
+        self._check_choice("activation", ACTIVATIONS)
+        self._check_choice("reduction", REDUCTIONS)
+        if self.main is not None and not 0 <= self.main < self.num_losses:
+            raise ValueError(f"main must be None or a {self.main_is} 0 to {self.num_losses - 1}, got {self.main}")
+        # Caches are filled in now: up to Python 3.11 that takes a lock, which torch.compile of 2.11 cannot trace.
         for kind in type(self).__mro__:
             for name, value in vars(kind).items():
                 if isinstance(value, cached_property):
                     getattr(self, name)
 
+    def _check_choice(self, name: str, choices: Collection[str]) -> None:
+        if (given := getattr(self, name)) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+
     @cached_property
     @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Outputs of each layer but the last."""
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every part of phi, in its order."""
+        """Name and shape of every part of phi, in its order: `0.weight`, `0.bias`, ..., `out.weight`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        inputs = self.num_losses
+        for layer, outputs in enumerate(self.layers):
+            shapes[f"{layer}.weight"] = (outputs, inputs, *self.kernel_size)
+            if self.bias:
+                shapes[f"{layer}.bias"] = (outputs,)
+            inputs = outputs
+        shapes["out.weight"] = (inputs,)
+        return shapes
+
+    @cached_property
+    @abstractmethod
+    def flag(self) -> bool:
+        """A choice of the op's own, of which the kernels are told."""
 
     @cached_property
     @abstractmethod
     def fits_kernels(self) -> bool:
         """Whether the kernels have room for it; larger ones run on the reference."""
+
+    @cached_property
+    def packed(self) -> str:
+        """Text that tells the kernels: activation, reduction, main or -1, flag, layers; as numbers with commas between.
+        An op takes a string in much less time than a list of numbers."""
+        main = -1 if self.main is None else self.main
+        numbers = ACTIVATIONS[self.activation], REDUCTIONS[self.reduction], main, int(self.flag), *self.layers
+        return ",".join(map(str, numbers))
 
     @cached_property
     def num_parameters(self) -> int:
@@ -50,3 +106,112 @@ class Network(ABC):
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
         parts = phi.split(sizes)
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+
+def unpacked(packed: str) -> tuple[bool, list[int]]:
+    """Whether a packed network's value is one of each sample, and its layers."""
+    _, reduction, _, _, *layers = map(int, packed.split(","))
+    return reduction == REDUCTIONS["none"], layers
+
+
+@dataclass(frozen=True)
+class CombinerNetwork(Network):
+    """The architecture of a combiner.
+
+    Args:
+        num_losses: columns of the losses.
+        hidden: widths of the hidden layers, at least one.
+        activation: "softplus", or "identity" for a deep linear network.
+        bias: whether hidden layers have biases (the output has none).
+        main: column of the main loss, which is added to the network's output; None for no such skip.
+        reduction: "mean" or "sum" over the batch, or "none".
+
+    Raises:
+        ValueError: for anything outside of that.
+    """
+
+    num_losses: int
+    hidden: tuple[int, ...]
+    activation: Activation = "softplus"
+    bias: bool = True
+    main: int | None = None
+    reduction: Reduction = "mean"
+    main_is: ClassVar[str] = "column"
+    kernel_size: ClassVar[tuple[int, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must hold one positive width for each hidden layer, got {self.hidden!r}")
+        super().__post_init__()
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return self.hidden
+
+    @cached_property
+    def flag(self) -> bool:
+        return self.bias
+
+    @cached_property
+    def fits_kernels(self) -> bool:
+        return len(self.hidden) <= MAX_DEPTH and max(self.hidden) <= MAX_WIDTH
+
+    @cached_property
+    def _saved_per_tile(self) -> int:
+        return 3 * sum(self.hidden) * TILE_SAMPLES
+
+    def saved_size(self, batch: int) -> int:
+        """Elements that the kernels need to save the activations of `batch` samples (whole tiles)."""
+        return self._saved_per_tile * -(-batch // TILE_SAMPLES)
+
+
+@dataclass(frozen=True)
+class LossImageNetwork(Network):
+    """The architecture of a loss-image network.
+
+    Args:
+        num_losses: channels of the loss image.
+        channels: outputs of each 3x3 convolution, at least one; every convolution is followed by the activation and an
+            average pool of 2.
+        activation: "softplus", or "identity" for a deep linear network.
+        main: channel of the main loss, which is added to the network's output; None for no such skip.
+        main_reduction: over the main loss's pixels: "mean", "sum", or "valid_mean", the mean over those that the mask
+            keeps (0 for an image that has none).
+        reduction: "mean" or "sum" over the batch, or "none".
+
+    Raises:
+        ValueError: for anything outside of that.
+    """
+
+    num_losses: int
+    channels: tuple[int, ...] = (8, 16)
+    activation: Activation = "softplus"
+    main: int | None = None
+    main_reduction: MainReduction = "mean"
+    reduction: Reduction = "mean"
+    main_is: ClassVar[str] = "channel"
+    kernel_size: ClassVar[tuple[int, ...]] = (3, 3)
+    bias: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels must hold one positive number for each convolution, got {self.channels!r}")
+        self._check_choice("main_reduction", MAIN_REDUCTIONS)
+        super().__post_init__()
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return self.channels
+
+    @cached_property
+    def flag(self) -> bool:
+        """Whether the main loss is a mean over the image's pixels instead of their sum."""
+        return self.main_reduction != "sum"
+
+    @cached_property
+    def fits_kernels(self) -> bool:
+        return len(self.channels) <= MAX_CONVOLUTIONS and max(self.num_losses, *self.channels) <= MAX_CHANNELS
+
+    def main_weight(self, losses: Tensor) -> float:
+        """The factor of the sum over the main loss's pixels, without a mask."""
+        return 1.0 if self.main_reduction == "sum" else 1.0 / max(losses.shape[-1] * losses.shape[-2], 1)

@@ -52,8 +52,7 @@ def neumann_step_(v: Sequence[Tensor], hv: Sequence[Tensor], p: Sequence[Tensor]
 
 
 def neumann_step_reference_(v: Sequence[Tensor], hv: Sequence[Tensor], p: Sequence[Tensor], step_size: float) -> Tensor:
-    """`neumann_step_` in PyTorch operations: for any device and floating dtype, and what the kernels are
-    tested against."""
+    """`neumann_step_` in PyTorch operations, for any device and floating dtype; the kernels are tested against it."""
     _check(v, hv, p)
     v, hv, p = list(v), list(hv), list(p)
     torch._foreach_add_(v, hv, alpha=-step_size)
@@ -72,7 +71,7 @@ def _norm_dtype(device: torch.device) -> torch.dtype:
 
 
 def _check(v: Sequence[Tensor], hv: Sequence[Tensor], p: Sequence[Tensor]) -> None:
-    """What the kernel checks, for the reference: `_foreach_add_` would broadcast, promote, or fall silent."""
+    """Checks of the kernel, for the reference: `_foreach_add_` would broadcast, promote, or fall silent."""
     if not v or not len(v) == len(hv) == len(p):
         lengths = f"{len(v)}, {len(hv)} and {len(p)}"
         raise RuntimeError(f"auxfast::neumann_step_: v, hv and p must be lists of one length >= 1, not {lengths}")

@@ -1,5 +1,5 @@
 // The combiner on the CPU. Samples are worked on in tiles: a pack holds one number for each sample of a tile, and the
-// formulas of combiner_math.h run on packs. Sums over samples stay in the lanes until a group of tiles is done.
+// formulas of combiner_math.h run on packs. Sums over samples stay in the lanes until several tiles are done.
 #include <cstring>
 
 #include "combiner/combiner.h"
@@ -12,50 +12,50 @@
 namespace auxfast::AUXFAST_ISA {
 namespace {
 
-// Up to here transposing a tile's losses into packs beats running lanes along the losses (measured at widths 10, 64).
-constexpr int64_t kNarrow = 48;
+// Transposing a tile's losses into packs beats running lanes along the losses up to here (measured at widths 10, 64).
+constexpr int64_t kMostTransposedLosses = 48;
 
 // Sums for phi are made from several tiles at once, as many as these bounds allow.
 template <class T>
 constexpr int kMostTiles = 256 / kTile<T>;
-constexpr int64_t kGroupBytes = 512 << 10;  // of their packs, which should not leave the L2 cache
+constexpr int64_t kTilesBytes = 512 << 10;  // of their packs, which should not leave the L2 cache
 
-// One chunk of samples, worked on by one thread in memory of its own.
+// One chunk of samples: one thread works on it, in memory of its own.
 template <class T, class Act>
 class Chunk {
   using Math = CombinerMath<OnPacks<Act>, Pack<T>, T, Pack<T>*>;
 
  public:
   Chunk(const CombinerParams<T>& params, int64_t index, const Executor& executor, T* phi_sums)
-      : net(params), math{params}, wide(params.num_losses > kNarrow), phi_sums(phi_sums) {
+      : net(params), math{params}, wide(params.num_losses > kMostTransposedLosses), phi_sums(phi_sums) {
     const int64_t losses = wide ? 0 : net.num_losses, inputs = wide ? net.width[0] : losses;
     own_stride = 5 * net.units + 2 * inputs;
     saved_stride = net.saved ? 3 * net.units : own_stride;
-    const int64_t fitting = kGroupBytes / int64_t(own_stride * sizeof(Pack<T>));
-    group = phi_sums ? int(fitting < 1 ? 1 : fitting < kMostTiles<T> ? fitting : kMostTiles<T>) : 1;
-    own = static_cast<Pack<T>*>(executor.scratch((group * own_stride + losses) * sizeof(Pack<T>)));
-    results = own + group * own_stride;
+    const int64_t fitting = kTilesBytes / int64_t(own_stride * sizeof(Pack<T>));
+    tiles_at_once = phi_sums ? int(fitting < 1 ? 1 : fitting < kMostTiles<T> ? fitting : kMostTiles<T>) : 1;
+    own = static_cast<Pack<T>*>(executor.scratch((tiles_at_once * own_stride + losses) * sizeof(Pack<T>)));
+    results = own + tiles_at_once * own_stride;
     if (phi_sums) std::memset(phi_sums, 0, net.num_parameters * sizeof(T));
     const int64_t chunk = combiner_chunk(net.batch);
     begin = index * chunk;
     end = begin + chunk < net.batch ? begin + chunk : net.batch;
   }
 
-  // Values and their derivatives in the losses. Returns the chunk's sum of values, in double.
+  // Writes values and their derivatives in the losses. Returns the chunk's sum of values, in double.
   double forward() {
     double total = 0;
-    for_each_group([&](int64_t first, int samples) {
+    for_each_tile([&](int64_t first, int samples) {
       activate(first, samples);
       total += write_value(first, samples);
       for (int unit = 0; unit < net.width[0]; ++unit) hd[unit] = net.scale * delta[unit];
-      to_losses(hd, samples, net.main_loss >= 0 ? net.scale : T(0), net.weights, first);
+      to_losses(hd, samples, net.main_loss >= 0 ? net.scale : T(0), net.grad_losses, first);
     });
     return total;
   }
 
   // Adds up sum_b c_b d g_b / d phi.
   void backward_phi() {
-    for_each_group([&](int64_t first, int samples) {
+    for_each_tile([&](int64_t first, int samples) {
       if (!net.saved) activate(first, samples);
       const Pack<T> c = incoming(first, samples);
       for (int unit = 0; unit < net.units; ++unit) {
@@ -69,10 +69,11 @@ class Chunk {
     });
   }
 
-  // Derivatives of sum_b c_b <d g_b / d l_b, t_b> in the losses and, if asked for, in phi.
+  // Writes the derivatives of sum_b c_b <d g_b / d l_b, t_b> in the losses and, if asked for, adds up those in phi.
+  // tangent: in, grad_losses: out, both (batch, num_losses).
   void second_order(const T* tangent, T* grad_losses) {
     second = true;
-    for_each_group([&](int64_t first, int samples) {
+    for_each_tile([&](int64_t first, int samples) {
       if (!net.saved) activate(first, samples);
       const Pack<T> c = incoming(first, samples);
       math.second_order(
@@ -83,7 +84,7 @@ class Chunk {
           state, delta, hd, kappa);
       to_losses(kappa, samples, T(0), grad_losses, first);
       if (!phi_sums) return;
-      // c e_1 t^T: the one place where the tangent's own factor c is still missing
+      // c e_1 t^T is the one term where the tangent's own factor c is still missing.
       if (wide) {
         Pack<T> scaled[kMaxWidth];
         for (int unit = 0; unit < net.width[0]; ++unit) scaled[unit] = c * delta[unit];
@@ -97,24 +98,24 @@ class Chunk {
   }
 
  private:
-  // work(first sample, samples) for every tile, with the pointers at its packs. Those of a group of tiles stay until
-  // their sums for phi are made.
+  // Calls work(first sample, samples) for every tile, with the pointers at its packs. The packs of tiles_at_once tiles
+  // stay until their sums for phi are made.
   template <class Work>
-  void for_each_group(const Work& work) {
+  void for_each_tile(const Work& work) {
     int64_t first = begin;
     while (first < end) {
-      const int64_t begin_group = first;
+      const int64_t first_of_tiles = first;
       int tiles = 0;
-      for (; tiles < group && first < end; ++tiles, first += kTile<T>) {
+      for (; tiles < tiles_at_once && first < end; ++tiles, first += kTile<T>) {
         point_to_tile(first, tiles);
         work(first, int(end - first < kTile<T> ? end - first : kTile<T>));
       }
-      point_to_tile(begin_group, 0);
+      point_to_tile(first_of_tiles, 0);
       if (phi_sums) add_to_phi(tiles);
     }
   }
 
-  // To the saved tile that begins at sample `first`, or this chunk's own.
+  // Points to the saved tile that begins at sample `first`, or to this chunk's own.
   void point_to_tile(int64_t first, int tile) {
     Pack<T>* mine = own + tile * own_stride;
     state = net.saved ? reinterpret_cast<Pack<T>*>(net.saved + first * 3 * net.units) : mine;
@@ -126,8 +127,8 @@ class Chunk {
     tile_tangent = tile_losses + (wide ? net.width[0] : net.num_losses);
   }
 
-  // result(unit, <row `unit` of W_1, sample's losses> + bias) for the units of the first layer. `matrix` is
-  // (batch, num_losses); narrow: the tile's part of it stays in `tile` as packs.
+  // Calls result(unit, <row `unit` of W_1, sample's losses> + bias) for the units of the first layer. matrix: in,
+  // (batch, num_losses). tile: overwritten; unless wide, the tile's rows of the matrix stay there as packs.
   template <class Result>
   void from_losses(const T* matrix, int64_t first, int samples, const T* bias, Pack<T>* tile, const Result& result) {
     const int64_t losses = net.num_losses;
@@ -142,7 +143,8 @@ class Chunk {
     for (int unit = 0; unit < width; ++unit) result(unit, bias ? tile[unit] + bias[unit] : tile[unit]);
   }
 
-  // The tile's rows of `matrix` (batch, num_losses) become W_1^T units, and `main` more in the main loss's column.
+  // Writes W_1^T units, and `main` more in the main loss's column, to the tile's rows of matrix: out, (batch,
+  // num_losses).
   void to_losses(const Pack<T>* units, int samples, T main, T* matrix, int64_t first) {
     const int64_t losses = net.num_losses;
     T* rows = matrix + first * losses;
@@ -180,11 +182,11 @@ class Chunk {
     if (net.per_sample) std::memcpy(net.value + first, g.samples(), samples * sizeof(T));
     blank_behind(samples, g);
     double total = 0;
-    for (int v = 0; v < kPackVectors; ++v) total += double(sum_lanes<T>(g.part[v]));
+    for (int v = 0; v < kPackVectors; ++v) total += double(sum_lanes<T>(g.vector[v]));
     return total;
   }
 
-  // The gradient that reaches each sample, with the scale of the mean; 0 behind the last sample.
+  // The gradient c that reaches each sample, with the scale of the mean; 0 behind the last sample.
   Pack<T> incoming(int64_t first, int samples) const {
     Pack<T> c{};
     if (net.grad_stride == 0)
@@ -199,8 +201,8 @@ class Chunk {
     for (int s = samples; s < kTile<T>; ++s) pack.samples()[s] = T(0);
   }
 
-  // phi_sums += kappa h^T, + delta hd^T in second order, over a group of tiles; biases += kappa; output weights += hd
-  // of the last layer. The pointers are those of the first tile.
+  // Adds to phi_sums, over several tiles: kappa h^T, and delta hd^T in second order, for the weights; kappa for the
+  // biases; hd of the last layer for the output weights. The pointers are those of the first tile.
   void add_to_phi(int tiles) {
     const TilePacks<T> kappas{kappa, own_stride}, hds{hd, own_stride}, values{value, saved_stride};
     const TilePacks<T> deltas{second ? delta : nullptr, saved_stride};
@@ -220,7 +222,8 @@ class Chunk {
     add_packs<T>(hds + net.first_unit[last], tiles, net.width[last], phi_sums + net.weight[net.depth]);
   }
 
-  // The first layer's, of a tile of many losses: lanes run along the losses, so these sums need no lanes of their own.
+  // Adds the first layer's weights of a wide tile: lanes run along the losses, so these sums need no lanes of their
+  // own.
   void add_rows_to_phi(const Pack<T>* units, const T* matrix, int64_t first, int samples) {
     combine_rows<T, true>({units->samples(), kTile<T>, 1}, net.width[0], samples, matrix + first * net.num_losses,
                           net.num_losses, phi_sums);
@@ -231,12 +234,19 @@ class Chunk {
   const bool wide;
   bool second = false;
   int64_t begin, end;
-  Pack<T>*state, *delta, *value, *hd, *kappa;  // (units) of the tile: see combiner_math.h
-  Pack<T>*tile_losses, *tile_tangent;          // (num_losses) if narrow, (width of the first layer) if wide
-  Pack<T>*own, *results;                       // (group, own_stride); (num_losses) if narrow
+  // The packs of the tile that is worked on:
+  // clang-format off
+  //   pass          state, delta, value              hd                       kappa
+  //   forward       out; into `saved` if asked for   layer 0: scale * delta   unused
+  //   backward_phi  in, from `saved` or made again   c * value                c * delta
+  //   second_order  in, from `saved` or made again   hd                       kappa
+  // clang-format on
+  Pack<T>*state, *delta, *value, *hd, *kappa;  // (units): see combiner_math.h
+  Pack<T>*tile_losses, *tile_tangent;          // (num_losses), or if wide (width of the first layer)
+  Pack<T>*own, *results;                       // (tiles_at_once, own_stride); (num_losses), or if wide unused
   int64_t own_stride, saved_stride;            // packs from tile to tile
-  int group;                                   // tiles whose sums for phi are made at once
-  T* phi_sums;                                 // (num_parameters) of this chunk, or nullptr
+  int tiles_at_once;                           // tiles whose sums for phi are made at once
+  T* phi_sums;                                 // out: (num_parameters), this chunk's; or nullptr
 };
 
 template <class T, class Act>
@@ -250,42 +260,42 @@ void forward(const CombinerParams<T>& net, const Executor& executor) {
   *net.value = T(total * net.scale);
 }
 
-// Adds the chunks' sums for phi in order: (chunks, num_parameters) to (num_parameters).
+// Adds the chunks' sums for phi in order. chunk_sums: in, (chunks, count); out: (count).
 template <class T>
-void add_chunks(const T* parts, int64_t chunks, int64_t count, T* out) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t block = count - first < kBlock ? count - first : kBlock;
-    double sum[kBlock] = {};
+void add_chunks(const T* chunk_sums, int64_t chunks, int64_t count, T* out) {
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t first = 0; first < count; first += kAtOnce) {
+    const int64_t some = count - first < kAtOnce ? count - first : kAtOnce;
+    double sum[kAtOnce] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = 0; i < block; ++i) sum[i] += parts[chunk * count + first + i];
-    for (int64_t i = 0; i < block; ++i) out[first + i] = T(sum[i]);
+      for (int64_t i = 0; i < some; ++i) sum[i] += chunk_sums[chunk * count + first + i];
+    for (int64_t i = 0; i < some; ++i) out[first + i] = T(sum[i]);
   }
 }
 
 template <class T, class Act>
 void backward_phi(const CombinerParams<T>& net, const Executor& executor) {
   const int64_t chunks = combiner_num_chunks(net.batch);
-  T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
+  T* chunk_sums = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
   executor.run(chunks, [&](int64_t index) {
-    Chunk<T, Act>(net, index, executor, parts + index * net.num_parameters).backward_phi();
+    Chunk<T, Act>(net, index, executor, chunk_sums + index * net.num_parameters).backward_phi();
   });
-  if (chunks > 1) add_chunks(parts, chunks, net.num_parameters, net.grad_phi);
+  if (chunks > 1) add_chunks(chunk_sums, chunks, net.num_parameters, net.grad_phi);
 }
 
 template <class T, class Act>
 void second_order(const CombinerParams<T>& net, const Executor& executor) {
   const int64_t chunks = combiner_num_chunks(net.batch), size = net.batch * net.num_losses;
-  T* parts = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
+  T* chunk_sums = chunks > 1 ? static_cast<T*>(net.workspace) : net.grad_phi;
   executor.run(net.num_tangents * chunks, [&](int64_t index) {
     const int64_t tangent = index / chunks;
-    T* phi_sums = net.grad_phi ? parts + index * net.num_parameters : nullptr;
+    T* phi_sums = net.grad_phi ? chunk_sums + index * net.num_parameters : nullptr;
     Chunk<T, Act>(net, index % chunks, executor, phi_sums)
         .second_order(net.tangents + tangent * size, net.grad_losses + tangent * size);
   });
   if (!net.grad_phi || chunks == 1) return;
   for (int64_t tangent = 0; tangent < net.num_tangents; ++tangent)
-    add_chunks(parts + tangent * chunks * net.num_parameters, chunks, net.num_parameters,
+    add_chunks(chunk_sums + tangent * chunks * net.num_parameters, chunks, net.num_parameters,
                net.grad_phi + tangent * net.num_parameters);
 }
 

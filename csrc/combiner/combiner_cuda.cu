@@ -4,7 +4,7 @@
 //
 // workspace: first the blocks' sums, doubles (blocks) in the forward pass, T (num_tangents, blocks, num_parameters) for
 // phi, rounded up to 256 bytes; then, if they do not fit into shared memory, the tiles: T (tangent_blocks, blocks,
-// rows, samples + 1). Either part stays below kWorkspaceLimit, as far as one block does.
+// rows, samples + 1). Either stays below kWorkspaceLimit, as far as one block does.
 #include "combiner/combiner_cuda_tile.cuh"
 
 namespace auxfast::cuda {
@@ -19,41 +19,42 @@ constexpr int64_t kMaxLosses = int64_t(1) << 26;  // so that indices within a ti
 // Few samples are spread over many blocks, many samples fill warps. Summing for phi reads across samples, which only
 // shared memory is good at: tiles then shrink to fit.
 template <class T>
-Plan make_plan(const CombinerParams<T>& net) {
+Launch make_launch(const CombinerParams<T>& net) {
   const bool with_phi = net.grad_phi != nullptr, second_order = net.num_tangents > 0,
-             narrow = net.num_losses <= kNarrow;
-  Plan plan{};
-  plan.rows = 3 * net.units + (narrow ? int(net.num_losses) : 0);  // state, delta, value; staged losses
-  if (second_order) plan.rows += with_phi ? 2 * net.units + net.width[0] : net.units;  // kappa; hd, first_delta
-  const auto tile_bytes = [&](int samples) { return int64_t(sizeof(T)) * plan.rows * (samples + 1); };
+             narrow = net.num_losses <= kMostStagedLosses;
+  Launch launch{};
+  launch.rows = 3 * net.units + (narrow ? int(net.num_losses) : 0);  // state, delta, value; staged losses
+  if (second_order) launch.rows += with_phi ? 2 * net.units + net.width[0] : net.units;  // kappa; hd, first_delta
+  const auto tile_bytes = [&](int samples) { return int64_t(sizeof(T)) * launch.rows * (samples + 1); };
   const int samples = net.batch <= 2048 ? 8 : net.batch <= 4096 ? 16 : 32;
-  plan.samples = samples;
-  while (with_phi && plan.samples > 8 && tile_bytes(plan.samples) > kSharedLimit) plan.samples /= 2;
-  const bool shared = tile_bytes(plan.samples) <= kSharedLimit;
-  if (!shared) plan.samples = samples;
-  plan.shared_bytes = shared ? tile_bytes(plan.samples) : 0;
-  plan.threads = narrow ? kMaxThreads / 2 : kMaxThreads;
-  plan.tiles = (net.batch + plan.samples - 1) / plan.samples;
+  launch.samples = samples;
+  while (with_phi && launch.samples > 8 && tile_bytes(launch.samples) > kSharedLimit) launch.samples /= 2;
+  const bool shared = tile_bytes(launch.samples) <= kSharedLimit;
+  if (!shared) launch.samples = samples;
+  launch.shared_bytes = shared ? tile_bytes(launch.samples) : 0;
+  launch.threads = narrow ? kMaxThreads / 2 : kMaxThreads;
+  launch.tiles = (net.batch + launch.samples - 1) / launch.samples;
 
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const int64_t most = shared ? kMaxBlocks : least(kMaxBlocks, kWorkspaceLimit / tile_bytes(plan.samples));
+  const int64_t most = shared ? kMaxBlocks : least(kMaxBlocks, kWorkspaceLimit / tile_bytes(launch.samples));
   const int64_t tangents = second_order ? net.num_tangents : 1;
   const int64_t block_sums = with_phi ? tangents * net.num_parameters * int64_t(sizeof(T)) : int64_t(sizeof(double));
   const int64_t affordable = kWorkspaceLimit / block_sums;
-  plan.blocks = int(least(least(plan.tiles, most), affordable > 1 ? affordable : 1));
-  plan.tangent_blocks = int(least(tangents, most / plan.blocks));
-  if (with_phi || (!second_order && !net.per_sample)) plan.partial_bytes = (plan.blocks * block_sums + 255) / 256 * 256;
-  return plan;
+  launch.blocks = int(least(least(launch.tiles, most), affordable > 1 ? affordable : 1));
+  launch.tangent_blocks = int(least(tangents, most / launch.blocks));
+  if (with_phi || (!second_order && !net.per_sample))
+    launch.partial_bytes = (launch.blocks * block_sums + 255) / 256 * 256;
+  return launch;
 }
 
-// partials: (blocks), sums of values, unless every sample has its own.
+// Writes the blocks' sums of values to the workspace, (blocks), unless every sample has a value of its own.
 template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
-    forward_kernel(const CombinerParams<T> net, const Plan plan) {
+    forward_kernel(const CombinerParams<T> net, const Launch launch) {
   DYNAMIC_SHARED(T, shared);
-  Tile<T, Act> tile(net, plan, shared);
+  Tile<T, Act> tile(net, launch, shared);
   double total = 0;
-  for (int64_t index = blockIdx.x; index < plan.tiles; index += plan.blocks) {
+  for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
     tile.begin(index);
     tile.activate();
     if (tile.has_sample()) {
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
     }
     __syncthreads();
     if (net.saved) tile.template copy_saved<true>(3 * net.units);
-    T* weights = net.weights + tile.first * net.num_losses;
+    T* weights = net.grad_losses + tile.first * net.num_losses;
     tile.for_each_loss(tile.delta, [&](int sample, int k, T sum) {
       weights[sample * net.num_losses + k] = net.scale * (k == net.main_loss ? sum + T(1) : sum);
     });
@@ -74,22 +75,22 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
   if (threadIdx.x == 0) static_cast<double*>(net.workspace)[blockIdx.x] = total;
 }
 
-// Adds a tile's derivatives in phi to the block's sums `part`, or begins them:
+// Adds a tile's derivatives in phi to the block's sums, in and out: (num_parameters), or begins them:
 //   W_i: kappa h_{i-1}^T + delta hd_{i-1}^T, b_i: kappa, w: the last layer's hd, each summed over the tile's samples.
 // Without tangents, kappa is c delta and hd's last layer c value. For W_1, h_0 are the losses, hd_0 are the tangents,
 // and first_delta stands for delta.
 template <class T, class Act>
 __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* kappa, const T* hd, const T* tangents,
-                                           T* part, bool begin) {
+                                           T* sums, bool begin) {
   const CombinerParams<T>& net = tile.net;
   const int stride = tile.stride, samples = tile.samples;
   unsigned turn = 0;
-  const auto add = [&](int64_t at, T sum) { part[at] = begin ? sum : part[at] + sum; };
+  const auto add = [&](int64_t at, T sum) { sums[at] = begin ? sum : sums[at] + sum; };
   const auto add_units = [&](const T* units, int width, int64_t at) {
-    for_each_patch(1, width, turn, [&](const Patch& patch) {
+    for_each_panel(1, width, turn, [&](const Panel& panel) {
       T sum = 0;
-      for (int s = 0; s < samples; ++s) sum += units[patch.column * stride + s];
-      add(at + patch.column, sum);
+      for (int s = 0; s < samples; ++s) sum += units[panel.column * stride + s];
+      add(at + panel.column, sum);
     });
   };
   for (int layer = 0; layer < net.depth; ++layer) {
@@ -100,13 +101,13 @@ __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* ka
     const Matrix<T> right =
         layer ? Matrix<T>{tile.value + below, 1, stride} : Matrix<T>{tile.rows_of(net.losses), inputs, 1};
     const Matrix<T> right2 = layer ? Matrix<T>{hd + below, 1, stride} : Matrix<T>{tangents, inputs, 1};
-    for_each_patch(width, inputs, turn, [&](const Patch& patch) {
-      T sum[kPatch] = {};
-      patch.multiply(left, right, samples, sum);
-      if (tangents) patch.multiply(left2, right2, samples, sum);
+    for_each_panel(width, inputs, turn, [&](const Panel& panel) {
+      T sum[kPanel] = {};
+      panel.multiply(left, right, samples, sum);
+      if (tangents) panel.multiply(left2, right2, samples, sum);
 #pragma unroll
-      for (int r = 0; r < kPatch; ++r)
-        if (patch.has(r)) add(net.weight[layer] + int64_t(patch.at(r)) * inputs + patch.column, sum[r]);
+      for (int r = 0; r < kPanel; ++r)
+        if (panel.has(r)) add(net.weight[layer] + int64_t(panel.at(r)) * inputs + panel.column, sum[r]);
     });
     if (net.bias[layer] >= 0) add_units(kappa + at, width, net.bias[layer]);
   }
@@ -114,17 +115,17 @@ __device__ __forceinline__ void add_to_phi(const Tile<T, Act>& tile, const T* ka
   add_units(hd + net.first_unit[last] * stride, net.width[last], net.weight[net.depth]);
 }
 
-// partials: (blocks, num_parameters), sums of c d g / d phi.
+// Writes the blocks' sums of c d g / d phi to the workspace, (blocks, num_parameters).
 template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
-    backward_phi_kernel(const CombinerParams<T> net, const Plan plan) {
+    backward_phi_kernel(const CombinerParams<T> net, const Launch launch) {
   DYNAMIC_SHARED(T, shared);
-  Tile<T, Act> tile(net, plan, shared);
-  T* part = static_cast<T*>(net.workspace) + blockIdx.x * net.num_parameters;
-  for (int64_t index = blockIdx.x; index < plan.tiles; index += plan.blocks) {
+  Tile<T, Act> tile(net, launch, shared);
+  T* sums = static_cast<T*>(net.workspace) + blockIdx.x * net.num_parameters;
+  for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
     tile.begin(index);
     tile.restore(3);
-    T *kappa = tile.delta, *hd = tile.state;  // in their place; the states are no longer needed
+    T *kappa = tile.delta, *hd = tile.state;  // they take the place of what is no longer needed
     if (tile.has_sample()) {
       const T c = tile.incoming();
       for (int unit = 0; unit < net.units; ++unit) tile.own(kappa)[unit] = c * tile.own(tile.delta)[unit];
@@ -132,46 +133,48 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
         tile.own(hd)[unit] = c * tile.own(tile.value)[unit];
     }
     __syncthreads();
-    add_to_phi<T, Act>(tile, kappa, hd, nullptr, part, index == blockIdx.x);
+    add_to_phi<T, Act>(tile, kappa, hd, nullptr, sums, index == blockIdx.x);
   }
 }
 
-// partials: (num_tangents, blocks, num_parameters), sums of c d <d g / d l, t> / d phi, if asked for.
+// Writes the blocks' sums of c d <d g / d l, t> / d phi to the workspace, (num_tangents, blocks, num_parameters), if
+// asked for.
 template <class T, class Act>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
-    second_order_kernel(const CombinerParams<T> net, const Plan plan) {
+    second_order_kernel(const CombinerParams<T> net, const Launch launch) {
   DYNAMIC_SHARED(T, shared);
   const bool with_phi = net.grad_phi != nullptr;
-  Tile<T, Act> tile(net, plan, shared);
-  for (int64_t index = blockIdx.x; index < plan.tiles; index += plan.blocks) {
+  Tile<T, Act> tile(net, launch, shared);
+  for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
     tile.begin(index);
     tile.restore(with_phi ? 3 : 2);
     if (with_phi && tile.has_sample()) {  // c delta: the one place where the tangent's own c is still missing
       const T c = tile.incoming();
       for (int unit = 0; unit < net.width[0]; ++unit) tile.own(tile.first_delta)[unit] = c * tile.own(tile.delta)[unit];
     }
-    for (int64_t tangent = blockIdx.y; tangent < net.num_tangents; tangent += plan.tangent_blocks) {
+    for (int64_t tangent = blockIdx.y; tangent < net.num_tangents; tangent += launch.tangent_blocks) {
       const int64_t at = (tangent * net.batch + tile.first) * net.num_losses;
       tile.second_order(net.tangents + at);
       __syncthreads();
       T* grad_losses = net.grad_losses + at;
       tile.for_each_loss(tile.kappa, [&](int sample, int k, T sum) { grad_losses[sample * net.num_losses + k] = sum; });
       if (!with_phi) continue;
-      T* part = static_cast<T*>(net.workspace) + (tangent * plan.blocks + blockIdx.x) * net.num_parameters;
-      add_to_phi<T, Act>(tile, tile.kappa, tile.hd, net.tangents + at, part, index == blockIdx.x);
+      T* sums = static_cast<T*>(net.workspace) + (tangent * launch.blocks + blockIdx.x) * net.num_parameters;
+      add_to_phi<T, Act>(tile, tile.kappa, tile.hd, net.tangents + at, sums, index == blockIdx.x);
     }
   }
 }
 
-// out[e] = scale * the sum over the blocks of parts: (rows, blocks, count) to (rows, count). 32 threads share an entry.
-template <class Part, class T>
+// out[row, e] = scale * the sum over the blocks of block_sums[row, block, e]. block_sums: in, (rows, blocks, count);
+// out: (rows, count). 32 threads share an entry.
+template <class Sum, class T>
 __global__ void __launch_bounds__(1024)
-    sum_kernel(const Part* parts, int64_t rows, int blocks, int64_t count, T scale, T* out) {
+    sum_kernel(const Sum* block_sums, int64_t rows, int blocks, int64_t count, T scale, T* out) {
   STATIC_SHARED(double, sums, [32][33]);
   const int64_t entry = int64_t(blockIdx.x) * 32 + threadIdx.x;
   double sum = 0;
   if (entry < rows * count) {
-    const Part* from = parts + entry / count * blocks * count + entry % count;
+    const Sum* from = block_sums + entry / count * blocks * count + entry % count;
     for (int block = threadIdx.y; block < blocks; block += 32) sum += double(from[block * count]);
   }
   sums[threadIdx.y][threadIdx.x] = sum;
@@ -182,69 +185,65 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <class T>
-using Kernel = void (*)(CombinerParams<T>, Plan);
+using Kernel = void (*)(CombinerParams<T>, Launch);
 
 template <class T>
-const char* launch(Kernel<T> softplus, Kernel<T> identity, const CombinerParams<T>& net, const Plan& plan,
-                   void* stream) {
+const char* launch_pass(Kernel<T> softplus, Kernel<T> identity, const CombinerParams<T>& net, const Launch& launch,
+                        void* stream) {
   if (net.num_losses > kMaxLosses) return "more than 2^26 losses";
   const Kernel<T> kernel = net.activation == Activation::softplus ? softplus : identity;
-  LAUNCH(kernel, dim3(unsigned(plan.blocks), unsigned(plan.tangent_blocks)), dim3(unsigned(plan.threads)),
-         size_t(plan.shared_bytes), stream, net, plan);
+  LAUNCH(kernel, dim3(unsigned(launch.blocks), unsigned(launch.tangent_blocks)), dim3(unsigned(launch.threads)),
+         size_t(launch.shared_bytes), stream, net, launch);
   return launch_error();
 }
 
-// (rows, blocks, count) to (rows, count)
-template <class Part, class T>
-const char* add_blocks(const Part* parts, int64_t rows, int blocks, int64_t count, T scale, T* out, void* stream) {
+// Launches sum_kernel.
+template <class Sum, class T>
+const char* add_blocks(const Sum* block_sums, int64_t rows, int blocks, int64_t count, T scale, T* out, void* stream) {
   const dim3 grid(unsigned((rows * count + 31) / 32));
-  LAUNCH((sum_kernel<Part, T>), grid, dim3(32, 32), 0, stream, parts, rows, blocks, count, scale, out);
+  LAUNCH((sum_kernel<Sum, T>), grid, dim3(32, 32), 0, stream, block_sums, rows, blocks, count, scale, out);
   return launch_error();
 }
+
+template <class T>
+int64_t workspace_bytes(const CombinerParams<T>& net) {
+  const Launch launch = make_launch(net);
+  const int64_t tile_bytes = int64_t(sizeof(T)) * launch.rows * (launch.samples + 1);
+  return launch.partial_bytes + (launch.shared_bytes ? 0 : int64_t(launch.blocks) * launch.tangent_blocks * tile_bytes);
+}
+
+template <class T>
+const char* forward(const CombinerParams<T>& net, void* stream) {
+  const Launch launch = make_launch(net);
+  const char* error = launch_pass<T>(forward_kernel<T, Softplus>, forward_kernel<T, Identity>, net, launch, stream);
+  if (error || net.per_sample) return error;
+  return add_blocks(static_cast<const double*>(net.workspace), 1, launch.blocks, 1, net.scale, net.value, stream);
+}
+
+template <class T>
+const char* backward_phi(const CombinerParams<T>& net, void* stream) {
+  const Launch launch = make_launch(net);
+  const char* error =
+      launch_pass<T>(backward_phi_kernel<T, Softplus>, backward_phi_kernel<T, Identity>, net, launch, stream);
+  if (error) return error;
+  return add_blocks(static_cast<const T*>(net.workspace), 1, launch.blocks, net.num_parameters, T(1), net.grad_phi,
+                    stream);
+}
+
+template <class T>
+const char* second_order(const CombinerParams<T>& net, void* stream) {
+  const Launch launch = make_launch(net);
+  const char* error =
+      launch_pass<T>(second_order_kernel<T, Softplus>, second_order_kernel<T, Identity>, net, launch, stream);
+  if (error || !net.grad_phi) return error;
+  return add_blocks(static_cast<const T*>(net.workspace), net.num_tangents, launch.blocks, net.num_parameters, T(1),
+                    net.grad_phi, stream);
+}
+
+template <class T>
+constexpr CombinerCudaKernels<T> kKernels{
+    {workspace_bytes<T>, forward<T>}, {workspace_bytes<T>, backward_phi<T>}, {workspace_bytes<T>, second_order<T>}};
+extern const CombinerCudaKernels<float> combiner_f32 = kKernels<float>;
+extern const CombinerCudaKernels<double> combiner_f64 = kKernels<double>;
 
 }  // namespace auxfast::cuda
-
-namespace auxfast {
-
-template <class T>
-int64_t combiner_cuda_workspace_bytes(const CombinerParams<T>& net) {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const int64_t tile_bytes = int64_t(sizeof(T)) * plan.rows * (plan.samples + 1);
-  return plan.partial_bytes + (plan.shared_bytes ? 0 : int64_t(plan.blocks) * plan.tangent_blocks * tile_bytes);
-}
-
-template <class T>
-const char* CombinerCudaKernels<T>::forward(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::forward_kernel<T, cuda::Softplus>, cuda::forward_kernel<T, cuda::Identity>,
-                                      net, plan, stream);
-  if (error || net.per_sample) return error;
-  return cuda::add_blocks(static_cast<const double*>(net.workspace), 1, plan.blocks, 1, net.scale, net.value, stream);
-}
-
-template <class T>
-const char* CombinerCudaKernels<T>::backward_phi(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::backward_phi_kernel<T, cuda::Softplus>,
-                                      cuda::backward_phi_kernel<T, cuda::Identity>, net, plan, stream);
-  if (error) return error;
-  return cuda::add_blocks(static_cast<const T*>(net.workspace), 1, plan.blocks, net.num_parameters, T(1), net.grad_phi,
-                          stream);
-}
-
-template <class T>
-const char* CombinerCudaKernels<T>::second_order(const CombinerParams<T>& net, void* stream) const {
-  const cuda::Plan plan = cuda::make_plan(net);
-  const char* error = cuda::launch<T>(cuda::second_order_kernel<T, cuda::Softplus>,
-                                      cuda::second_order_kernel<T, cuda::Identity>, net, plan, stream);
-  if (error || !net.grad_phi) return error;
-  return cuda::add_blocks(static_cast<const T*>(net.workspace), net.num_tangents, plan.blocks, net.num_parameters, T(1),
-                          net.grad_phi, stream);
-}
-
-template int64_t combiner_cuda_workspace_bytes(const CombinerParams<float>&);
-template int64_t combiner_cuda_workspace_bytes(const CombinerParams<double>&);
-template struct CombinerCudaKernels<float>;
-template struct CombinerCudaKernels<double>;
-
-}  // namespace auxfast

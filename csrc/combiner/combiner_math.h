@@ -1,17 +1,25 @@
 // The combiner's formulas for one sample, or for a pack of samples: V is a CUDA thread's number or a pack of SIMD
 // vectors. Arrays over hidden units are anything with operator[]: packs side by side on the CPU, strided on the GPU.
 //
-// First order. Backwards from g = w . h_L, with e_i = d g / d z_i (called delta):
-//   e_L = w s'(z_L),   e_{i-1} = s'(z_{i-1}) W_i^T e_i,   d g / d l = W_1^T e_1.
+// clang-format off
+// First order. Go backwards from g = w . h_L, with e_i = d g / d z_i, which the code calls delta:
+//   e_L     = s'(z_L) w
+//   e_{i-1} = s'(z_{i-1}) W_i^T e_i
+//   d g / d l = W_1^T e_1
 //
 // Second order, for a tangent t of the losses. F = <d g / d l, t> is the derivative of g along t, so carry the tangent
-// beside the value,  zd_i = W_i hd_{i-1},  hd_i = s'(z_i) zd_i,  hd_0 = t,  F = w . hd_L,  and reverse through both:
-//   adj(zd_i) = s' adj(hd_i), adj(hd_{i-1}) = W_i^T adj(zd_i), adj(hd_L) = w: the first-order recursion, adj(zd_i) =
-//   e_i; adj(z_i) = s' adj(h_i) + s'' zd_i adj(hd_i) = s' adj(h_i) + (s''/s') zd_i e_i  (called kappa), adj(h_L) = 0;
-//   adj(h_{i-1}) = W_i^T adj(z_i), and for i = 1 that is d F / d l;
-//   d F / d W_i = kappa_i h_{i-1}^T + e_i hd_{i-1}^T,   d F / d b_i = kappa_i,   d F / d w = hd_L.
-// The gradient c that reaches the sample multiplies zd_1; everything after it is linear in that but e, which only meets
-// quantities that carry c already, except for e_1 t^T in d F / d W_1.
+// beside the value,
+//   hd_0 = t,   zd_i = W_i hd_{i-1},   hd_i = s'(z_i) zd_i,   F = w . hd_L,
+// and reverse through both. The tangent's part is the first-order recursion, adj(zd_i) = e_i:
+//   adj(hd_L) = w,   adj(zd_i) = s' adj(hd_i),   adj(hd_{i-1}) = W_i^T adj(zd_i)
+// The value's part begins with adj(h_L) = 0; the code calls adj(z_i) kappa:
+//   kappa_i      = s' adj(h_i) + s'' zd_i adj(hd_i) = s' adj(h_i) + (s''/s') zd_i e_i
+//   adj(h_{i-1}) = W_i^T kappa_i,   which for i = 1 is d F / d l
+// The derivatives in phi follow:
+//   d F / d W_i = kappa_i h_{i-1}^T + e_i hd_{i-1}^T,   d F / d b_i = kappa_i,   d F / d w = hd_L
+// The gradient c that reaches the sample multiplies zd_1. Everything after it is linear in zd_1 but e, and e only meets
+// quantities that carry c already, except in e_1 t^T of d F / d W_1.
+// clang-format on
 #pragma once
 
 #include "combiner/combiner.h"
@@ -37,7 +45,7 @@ AUXFAST_HD void matvec_panel(int first_row, int count, const T* matrix, int64_t 
   for (int r = 0; r < kRows; ++r) result(first_row + r, sum[r]);
 }
 
-// The same for all rows. With the strides exchanged it multiplies by the transpose.
+// matvec_panel for all rows. With the strides exchanged it multiplies by the transpose.
 template <class V, class T, class In, class Result>
 AUXFAST_HD void matvec(int rows, int count, const T* matrix, int64_t row_stride, int64_t column_stride, const T* bias,
                        const In& in, const Result& result) {
@@ -76,8 +84,8 @@ struct CombinerMath {
               result);
   }
 
-  // Fills the activation's state (activations.h) and the value h of every unit. first_layer(result) calls
-  // result(unit, z) for the units of layer 0.
+  // Fills the activation's state (activations.h) and the value h of every unit; both out, (units). first_layer(result)
+  // calls result(unit, z) for the units of layer 0.
   template <class FirstLayer>
   AUXFAST_HD void forward(const FirstLayer& first_layer, Units state, Units value) const {
     for (int layer = 0; layer < net.depth; ++layer) {
@@ -104,7 +112,7 @@ struct CombinerMath {
     return sum;
   }
 
-  // Fills delta = d g / d z of every unit.
+  // Fills delta = d g / d z of every unit, from state; (units).
   AUXFAST_HD void backward(Units state, Units delta) const {
     const int last = net.depth - 1;
     for (int unit = 0; unit < net.width[last]; ++unit) {
@@ -118,7 +126,8 @@ struct CombinerMath {
     }
   }
 
-  // Fills hd and kappa of every unit. first_layer(result) calls result(unit, c zd) for the units of layer 0.
+  // Fills hd and kappa of every unit, from state and delta; all (units). first_layer(result) calls result(unit, c zd)
+  // for the units of layer 0.
   template <class FirstLayer>
   AUXFAST_HD void second_order(const FirstLayer& first_layer, Units state, Units delta, Units hd, Units kappa) const {
     for (int layer = 0; layer < net.depth; ++layer) {

@@ -1,5 +1,5 @@
-// The first layer's products when there are many losses: lanes run along the losses, so that rows of losses are read
-// and written as they lie, instead of being transposed into packs of samples. Rows are longer than one vector.
+// For the first layer's products when there are many losses: lanes run along the losses, so that rows of losses are
+// read and written as they lie, instead of being transposed into packs of samples. Rows are longer than one vector.
 //
 // A row's rest that fills no vector is read as the row's last full vector with the part seen before blanked out.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// Blanks out the first `seen` lanes, those that vectors before this one covered.
+// The value with zeros in the first `seen` lanes, which vectors before this one covered.
 template <class T>
 AUXFAST_HD Vec<T> keep_rest(Vec<T> value, int seen) {
   typename VectorTypes<T>::Bits lane;
@@ -19,14 +19,14 @@ AUXFAST_HD Vec<T> keep_rest(Vec<T> value, int seen) {
   return lane >= seen ? value : Vec<T>{};
 }
 
-// How far ahead rows are prefetched, in elements: several rows at once are more than the machine foresees by itself.
+// Rows are prefetched so many elements ahead: several rows at once are more than the machine foresees by itself.
 template <class T>
 constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
 
-// out[a * out_stride + b] = <left row a, right row b> for kA x kB rows; right rows from `right_rows` on repeat the
-// last. kFirst: the right rows have not been read before.
+// out[a * out_stride + b] = <left row a, right row b> for a panel of kA x kB rows; right rows from `right_rows` on
+// repeat the last. kFirst: the right rows have not been read before.
 template <class T, int kA, int kB, bool kFirst>
-AUXFAST_HD void dot_block(const T* left, const T* right, int64_t right_rows, int64_t length, T* out,
+AUXFAST_HD void dot_panel(const T* left, const T* right, int64_t right_rows, int64_t length, T* out,
                           int64_t out_stride) {
   constexpr int kSums = (kA * kB + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   Vec<T> sum[kSums] = {};
@@ -66,23 +66,23 @@ void row_products(const T* left, int left_rows, const T* right, int right_rows, 
   for (int b = 0; b < right_rows; b += 4) {
     in_panels<4>(left_rows, [&](auto height, int a) {
       constexpr int kHeight = decltype(height)::value;
-      (a == 0 ? dot_block<T, kHeight, 4, true> : dot_block<T, kHeight, 4, false>)(left + a * length, right + b * length,
+      (a == 0 ? dot_panel<T, kHeight, 4, true> : dot_panel<T, kHeight, 4, false>)(left + a * length, right + b * length,
                                                                                   right_rows - b, length,
                                                                                   out + a * out_stride + b, out_stride);
     });
   }
 }
 
-// Coefficients of a combination of rows: entry (r, j) is at[r * row_stride + j * column_stride].
+// The coefficients of a combination of rows: entry (r, j) is at[r * row_stride + j * column_stride].
 template <class T>
 struct Coefficients {
   const T* at;
   int64_t row_stride, column_stride;
 };
 
-// out row r (+)= sum_j coefficient(r, j) * mask(in row j, its vector), for kRows rows and kVectors vectors of them.
+// out row r (+)= sum_j coefficient(r, j) * mask(in row j, its vector), for a panel of kRows rows and kVectors vectors.
 template <class T, int kRows, int kVectors, bool kAdd, class Mask>
-AUXFAST_HD void combine_block(Coefficients<T> c, int count, const T* in, int64_t length, T* out, const Mask& mask) {
+AUXFAST_HD void combine_panel(Coefficients<T> c, int count, const T* in, int64_t length, T* out, const Mask& mask) {
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -112,24 +112,24 @@ AUXFAST_HD void combine_columns(Coefficients<T> c, int rows, int count, const T*
                                 const Mask& mask) {
   in_panels<5>(rows, [&](auto height, int r) AUXFAST_INLINE {
     const Coefficients<T> panel{c.at + r * c.row_stride, c.row_stride, c.column_stride};
-    combine_block<T, decltype(height)::value, kVectors, kAdd>(panel, count, in, length, out + r * length, mask);
+    combine_panel<T, decltype(height)::value, kVectors, kAdd>(panel, count, in, length, out + r * length, mask);
   });
 }
 
-// out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. All rows have `length` elements. A few
-// columns at a time, so that those of `in` stay in the cache for all rows of `out`. Rows: int, or a constant known to
-// the compiler.
+// out row r (+)= sum_j coefficient(r, j) * in row j, r < rows, j < count. in: (count, length); out: (rows, length), in
+// and out if kAdd. It goes over a few columns at a time, so that those of `in` stay in the cache for all rows of `out`.
+// Rows: int, or a constant known to the compiler.
 template <class T, bool kAdd, class Rows>
 void combine_rows(Coefficients<T> c, Rows rows, int count, const T* in, int64_t length, T* out) {
   constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;
-  constexpr int64_t kBlock = kVectors * kLanes<T>;
+  constexpr int64_t kPanelColumns = kVectors * kLanes<T>;
   int64_t at = 0;
   const auto combine = [&](auto vectors, const auto& mask) AUXFAST_INLINE {
     combine_columns<T, decltype(vectors)::value, kAdd>(c, rows, count, in + at, length, out + at, mask);
     at += decltype(vectors)::value * kLanes<T>;
   };
   const auto all = [](Vec<T> value, int) { return value; };
-  // The last columns, together with so many before them that their number is a block's.
+  // The last columns go together with so many before them that they fill a panel.
   const auto combine_rest = [&](auto vectors) AUXFAST_INLINE {
     const int seen = int(at + decltype(vectors)::value * kLanes<T> - length);
     at -= seen;
@@ -138,9 +138,9 @@ void combine_rows(Coefficients<T> c, Rows rows, int count, const T* in, int64_t 
     else  // what was stored before is stored again
       combine(vectors, all);
   };
-  while (at + kBlock <= length) combine(std::integral_constant<int, kVectors>{}, all);
-  // A vector by itself waits for its own sums, and takes half as long as a block.
-  if (at > 0 && length - at > kBlock / 2) return combine_rest(std::integral_constant<int, kVectors>{});
+  while (at + kPanelColumns <= length) combine(std::integral_constant<int, kVectors>{}, all);
+  // A vector by itself waits for its own sums, and takes half as long as a panel.
+  if (at > 0 && length - at > kPanelColumns / 2) return combine_rest(std::integral_constant<int, kVectors>{});
   while (at + kLanes<T> <= length) combine(std::integral_constant<int, 1>{}, all);
   if (at < length) combine_rest(std::integral_constant<int, 1>{});
 }

@@ -7,7 +7,7 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// What an element of V is, and V's bits as integers. pack.h adds the vectors.
+// The type of an element of V, and V's bits as integers. vector_element.h and combiner/pack.h add theirs.
 template <class V>
 struct ElementOf;
 
@@ -55,7 +55,7 @@ AUXFAST_HD V with_opposite_sign(V x, V other) {
   return ElementOf<V>::from_bits(ElementOf<V>::bits(x) | (~ElementOf<V>::bits(other) & ElementOf<V>::kSign));
 }
 
-// exp(x) for x <= 0 and q = log1p(exp(x)) / exp(x), by element type.
+// exp(x) for x <= 0, and log1p(e) / e for e = exp(x), by element type.
 //
 // x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts keeps r exact. Below the smallest normal number's logarithm x is
 // clamped: softplus is 0 there to every digit that matters.
@@ -111,10 +111,12 @@ struct ExpAndLog<double> {
   }
 };
 
+// clang-format off
 // softplus(z) = log(1 + exp(z)) = max(z, 0) + log1p(e) with e = exp(-|z|): no overflow at either end.
-// Its slope is s = sigmoid(z), and s'' / s' = 1 - s. Near 1, s as such would leave no digits in 1 - s (at z = 10 a
-// float keeps three), so what is kept is `state`: s for negative z and s - 1 otherwise, which is e / (1 + e) with
-// either sign.
+// Its slope is s = sigmoid(z), and its second derivative / slope is 1 - s, the relative curvature. Near 1, s as such
+// would leave no digits in 1 - s (at z = 10 a float keeps three), so what is kept is
+//   state = s for z < 0, else s - 1     which is e / (1 + e) with either sign.
+// clang-format on
 struct Softplus {
   template <class V>
   static AUXFAST_HD void apply(V z, V& value, V& state) {
@@ -129,7 +131,7 @@ struct Softplus {
     using T = typename ElementOf<V>::Scalar;
     return state + (state < T(0) ? V{} + T(1) : V{});
   }
-  // second derivative / slope
+  // The second derivative divided by the slope.
   template <class V>
   static AUXFAST_HD V relative_curvature(V state) {
     using T = typename ElementOf<V>::Scalar;

@@ -7,9 +7,10 @@
 
 namespace auxfast::cuda {
 
-constexpr int kSumThreads = 256;  // of every block that uses this
+constexpr int kSumThreads = 256;  // every block that uses this has as many
 
-// The sum over the block, in all of its threads. Once a kernel: its shared memory is not guarded against a second use.
+// The sum over the block, in all of its threads. A kernel may call it once: its shared memory is not guarded against a
+// second use.
 __device__ __forceinline__ double block_sum(double value) {
   constexpr int kWarps = kSumThreads / 32;
   STATIC_SHARED(double, warps, [kWarps]);
@@ -21,7 +22,7 @@ __device__ __forceinline__ double block_sum(double value) {
   return sum;
 }
 
-// partial: (rows, count), sums: (rows,). One block a row, each thread adding its share in order.
+// Sums rows, a block each; every thread adds its share in order. partial: in, (rows, count); sums: out, (rows,).
 static __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const double* partial, int64_t count, double* sums) {
   const double* row = partial + blockIdx.x * count;

@@ -1,4 +1,4 @@
-// What lets one header of mathematics serve a CUDA thread and a SIMD vector of samples.
+// The words that let one header of formulas serve a CUDA thread and a SIMD vector of samples.
 #pragma once
 
 #ifdef __CUDACC__

@@ -14,7 +14,7 @@
 
 namespace auxfast {
 
-// nullptr, or what CUDA says of the launch just made (not of what the kernel does later).
+// nullptr, or CUDA's error message for the launch just made (not for what the kernel does later).
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

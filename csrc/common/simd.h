@@ -10,16 +10,16 @@ namespace auxfast::AUXFAST_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kPackVectors = 4;  // of 32 registers: panels of 6 rows x 4 vectors, and the inputs
+constexpr int kPackVectors = 4;  // 32 registers have room for panels of 6 rows x 4 vectors, and the inputs
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kPackVectors = 2;  // of 16 registers: panels of 6 rows x 2 vectors, and the inputs
+constexpr int kPackVectors = 2;  // 16 registers have room for panels of 6 rows x 2 vectors, and the inputs
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kPackVectors = 2;
 #endif
 
-constexpr int kPieceBytes = 16;  // the smallest part of a vector that moves to and from memory by itself
+constexpr int kWordBytes = 16;  // of a word, the least of a vector that moves to and from memory by itself
 
 template <class T>
 struct VectorTypes;
@@ -28,16 +28,16 @@ struct VectorTypes<float> {
   typedef float Aligned __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  typedef float Piece __attribute__((vector_size(kPieceBytes)));
-  typedef float UnalignedPiece __attribute__((vector_size(kPieceBytes), aligned(4), may_alias));
+  typedef float Word __attribute__((vector_size(kWordBytes)));
+  typedef float UnalignedWord __attribute__((vector_size(kWordBytes), aligned(4), may_alias));
 };
 template <>
 struct VectorTypes<double> {
   typedef double Aligned __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
-  typedef double Piece __attribute__((vector_size(kPieceBytes)));
-  typedef double UnalignedPiece __attribute__((vector_size(kPieceBytes), aligned(8), may_alias));
+  typedef double Word __attribute__((vector_size(kWordBytes)));
+  typedef double UnalignedWord __attribute__((vector_size(kWordBytes), aligned(8), may_alias));
 };
 template <class T>
 using Vec = typename VectorTypes<T>::Aligned;
@@ -59,7 +59,7 @@ AUXFAST_HD void store(T* to, Vec<T> value) {
   *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(to) = value;
 }
 
-// The same value, but kept in its register: GCC otherwise reads an operand from memory again for every use of it.
+// The same value, kept in its register: GCC otherwise reads an operand from memory again for every use of it.
 template <class V>
 AUXFAST_HD V in_register(V value) {
 #if defined(__x86_64__) && !defined(__clang__)
@@ -78,7 +78,7 @@ AUXFAST_HD const T* opaque(const T* pointer) {
   return pointer;
 }
 
-// Pairwise, in a fixed order.
+// The sum of the lanes, added pairwise in a fixed order.
 template <class T>
 AUXFAST_HD T sum_lanes(Vec<T> value) {
   T lanes[kLanes<T>];
@@ -98,7 +98,7 @@ AUXFAST_HD Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex.
 #endif
 }
 
-// Every second lane of a and b together, from lane kFirst on.
+// Every second lane of a and b, one behind the other, from lane kFirst on.
 template <class T, int kFirst, int... I>
 AUXFAST_HD Vec<T> every_second(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return shuffle<T>(a, b, std::integer_sequence<int, (2 * I + kFirst)...>{});
@@ -111,7 +111,8 @@ AUXFAST_HD Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...
   return shuffle<T>(a, b, std::integer_sequence<int, ((kUpper ? kN / 2 : 0) + I / 2 + (I % 2 ? kN : 0))...>{});
 }
 
-// Lanes kDistance apart added up: those of a in the lanes i without that bit (i & kDistance), those of b in the others.
+// The sums of lanes kDistance apart: those of a in the lanes i without that bit (i & kDistance), those of b in the
+// others.
 template <class T, int kDistance, int... I>
 AUXFAST_HD Vec<T> add_pairs(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   constexpr int kN = kLanes<T>;
@@ -119,8 +120,8 @@ AUXFAST_HD Vec<T> add_pairs(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>
          shuffle<T>(a, b, std::integer_sequence<int, (I & kDistance ? kN + (I ^ kDistance) : I ^ kDistance)...>{});
 }
 
-// Lane j of the result is the sum over the lanes of vectors[j], for as many vectors as there are lanes.
-// Always the same order of additions.
+// Lane j of the result is the sum over the lanes of vectors[j], for as many vectors as there are lanes. The order of
+// additions is always the same.
 template <class T, int kDistance = 1>
 AUXFAST_HD Vec<T> sum_each(const Vec<T>* vectors) {
   constexpr std::make_integer_sequence<int, kLanes<T>> lanes;

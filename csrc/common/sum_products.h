@@ -5,8 +5,8 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// A vector or one element, by the type of V. Hardware prefetchers stop at the end of a page and restart late; asking
-// 2 KB ahead made passes 10% faster.
+// A vector or one element from memory, by the type of V. Hardware prefetchers stop at the end of a page and restart
+// late; asking 2 KB ahead made passes 10% faster.
 template <class V, class T>
 AUXFAST_HD V load_as(const T* from) {
   constexpr int64_t kAheadBytes = 2048;

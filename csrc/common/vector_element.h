@@ -1,4 +1,4 @@
-// Activations (activations.h) of SIMD vectors.
+// What activations.h must know of SIMD vectors.
 #pragma once
 
 #include "common/activations.h"

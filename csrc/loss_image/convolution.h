@@ -13,8 +13,8 @@ namespace auxfast::AUXFAST_ISA {
 // Output channels whose sums (2 rows x 2 phases of them) stay in registers: of 32 or 16, with two inputs and a weight.
 constexpr int kConvolutionPanel = kVectorBytes == 64 ? 4 : kVectorBytes == 32 ? 3 : 2;
 
-// Weights in the order in which convolve() reads them: by panel of output channels; in it by input channel, tap,
-// output.
+// Weights in the order in which convolve() reads them: by panel of output channels, and in a panel by input channel,
+// tap and output.
 template <class T>
 struct PackedWeights {
   int inputs, outputs;
@@ -35,7 +35,7 @@ void for_each_weight(int inputs, int outputs, const Visit& visit) {
   });
 }
 
-// `matrix` is W (outputs, inputs, 3, 3).
+// matrix: in, W (outputs, inputs, 3, 3); packed: out, as many numbers.
 template <class T>
 PackedWeights<T> pack_weights(const T* matrix, int inputs, int outputs, T* packed) {
   for_each_weight(inputs, outputs, [&](int64_t at, int output, int input, int tap) {
@@ -44,7 +44,7 @@ PackedWeights<T> pack_weights(const T* matrix, int inputs, int outputs, T* packe
   return {inputs, outputs, packed};
 }
 
-// For the transposed convolution, from W's outputs back to its inputs: kernels transposed and flipped, times `scale`.
+// Packs the transposed convolution, from W's outputs back to its inputs: kernels transposed and flipped, times `scale`.
 template <class T>
 PackedWeights<T> pack_transposed(const T* matrix, int inputs, int outputs, T scale, T* packed) {
   for_each_weight(outputs, inputs, [&](int64_t at, int input, int output, int tap) {
@@ -53,15 +53,15 @@ PackedWeights<T> pack_transposed(const T* matrix, int inputs, int outputs, T sca
   return {outputs, inputs, packed};
 }
 
-// Where images lie side by side with no zeros between them, (vectors) each: the lanes whose column pair has a left, or
-// right, neighbour in the same image. nullptr elsewhere.
+// The lanes whose column pair has a left, or right, neighbour in the same image, (vectors) each, for images that lie
+// side by side with no zeros between them; else nullptr.
 template <class T>
 struct Neighbours {
   Mask<T>*left, *right;
 };
 
-// Two rows of outputs at both columns of vector v of column pairs: sums[o][row][phase] for kOut output channels, from
-// four rows of inputs.
+// Convolves two rows of outputs at both columns of vector v of column pairs, from four rows of inputs:
+// sums[o][row][phase], out, for a panel of kOut output channels.
 template <class T, int kOut, bool kMasked>
 AUXFAST_HD void convolve_panel(const T* const* rows, int64_t v, int64_t length, const Neighbours<T>& neighbours,
                                int inputs, const T* weights, const T* bias, Vec<T> (*sums)[2][2]) {
@@ -106,7 +106,7 @@ AUXFAST_HD void convolve_panel(const T* const* rows, int64_t v, int64_t length, 
     for (int j = 0; j < 4; ++j) sums[o][j / 2][j % 2] = sum[j / 2][j % 2][o];
 }
 
-// All output channels; bias: (outputs) or nullptr; sums: (outputs, 2 rows, 2 phases).
+// convolve_panel for all output channels. bias: (outputs) or nullptr; sums: out, (outputs, 2 rows, 2 phases).
 template <class T>
 AUXFAST_HD void convolve(const T* const* rows, int64_t v, int64_t length, const Neighbours<T>& neighbours,
                          const PackedWeights<T>& packed, const T* bias, Vec<T> (*sums)[2][2]) {

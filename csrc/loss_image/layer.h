@@ -1,4 +1,4 @@
-// What a convolution, its activation and its pool work on: how wide the rows of a strip are, and which rows are kept.
+// What a convolution, its activation and its pool work on: how wide the rows of a tile are, and which rows are kept.
 #pragma once
 
 #include "loss_image/convolution.h"
@@ -6,51 +6,52 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// Hands out memory piece by piece; from null on it measures how much that will be.
+// Hands out memory, one array after the other; from null on it measures how much that will be.
 struct Arena {
   uintptr_t next;
 
   template <class E>
   E* take(int64_t count) {
-    const uintptr_t piece = next;
+    const uintptr_t begin = next;
     next += (uintptr_t(count) * sizeof(E) + 63) / 64 * 64;
-    return reinterpret_cast<E*>(piece);
+    return reinterpret_cast<E*>(begin);
   }
 };
 
-// Layer i makes z_{i+1} and h_{i+1} from h_i. A unit of its work is a row of h_{i+1}, which takes rows 2 u and 2 u + 1
-// of z, and these take rows 2 u - 1 to 2 u + 2 of h_i.
+// Layer i makes z_{i+1} and h_{i+1} from h_i. It works row by row of h_{i+1}: its row u takes rows 2 u and 2 u + 1 of
+// z, and these take rows 2 u - 1 to 2 u + 2 of h_i. A window is the 2 x 2 pixels of z that become one of h_{i+1}.
 template <class T>
 struct Layer {
   Layer *below, *above;
-  int units;         // rows of h_{i+1}
-  int vectors;       // of a phase of a row
-  int segment;       // columns of h_{i+1} from one image of the strip to the next
-  int width;         // columns of h_{i+1} that an image has
-  RowRing<T> in, z;  // h_i and hd_i; z's ring: state and zd, then in place e, or kappa and e
-  T* pooled;         // (streams, outputs, pooled_length): a row of h_{i+1} and hd_{i+1}, in plain order
+  int rows;       // of h_{i+1}
+  int vectors;    // that a phase of a row has
+  int pitch;      // columns of h_{i+1} from one image of the tile to the next
+  int width;      // columns of h_{i+1} that an image has
+  RowRing<T> in;  // h_i and, as second stream, hd_i
+  RowRing<T> z;   // state and zd; later, in their place, e alone or kappa and e
+  T* pooled;      // (streams, outputs, pooled_length): a row of h_{i+1} and hd_{i+1}, in plain order
   int64_t pooled_length;
   Mask<T>* columns;          // (vectors): columns of h_{i+1} that are an image's
-  Neighbours<T> neighbours;  // where the strip has no columns of zeros between images
-  Mask<T> kept[2][2];        // by row and phase: whether the pool takes that part of a block
-  T pool_scale;              // 1 / (pixels of a block)
+  Neighbours<T> neighbours;  // for a tile without columns of zeros between images
+  Mask<T> kept[2][2];        // (row, phase): all bits where the pool takes that pixel of a window
+  T pool_scale;              // 1 / (pixels of a window)
   PackedWeights<T> weights, transposed;
   const T* bias;
   int64_t weight_sums, bias_sums;  // where their sums for phi are
-  int owned_begin, owned_end;      // units of the band; those beyond are computed for their neighbours
-  int forward_done, adjoint_done;  // units before these are
+  int owned_begin, owned_end;      // rows that belong to the band; those beyond are computed for their neighbours
+  int forward_done, adjoint_done;  // rows before these are made
 
   bool owns(int u) const { return u >= owned_begin && u < owned_end; }
 };
 
-// How many units the forward pass must be ahead of the oldest unit whose adjoint is being made. Rows 2 m - 1 and 2 m of
-// a layer's adjoint need the next layer's up to unit m; that layer is ahead by its own lead, and unit n of it needs
+// The forward pass must be so many rows ahead of the oldest row whose adjoint is being made. Rows 2 m - 1 and 2 m of
+// a layer's adjoint need the next layer's up to row m; that layer is ahead by its own lead, and row n of it needs
 // rows up to 2 n + 2 from here.
 constexpr int lead_of_layer(int layers_above) {
   return layers_above == 0 ? 0 : 2 * lead_of_layer(layers_above - 1) + 3;
 }
 
-// Pads before and behind every phase are zero.
+// The rows of a ring, with pads before and behind every phase, which are zero.
 template <class T>
 RowRing<T> make_ring(Arena& arena, int height, int slots, int streams, int channels, int vectors) {
   const int64_t length = (vectors + 1) * kLanes<T>, stream_stride = 2 * channels * length;
@@ -58,23 +59,23 @@ RowRing<T> make_ring(Arena& arena, int height, int slots, int streams, int chann
   return {height, slots, length, stream_stride, streams * stream_stride, memory + kLanes<T>, nullptr};
 }
 
-// Sizes and memory of layer i in strips of `images` images of `segment` columns each.
+// Sizes and memory of layer i in tiles of `images` images of `pitch` columns each.
 template <class T>
-Layer<T> make_layer(Arena& arena, const LossImageParams<T>& net, int i, int images, int segment, int streams,
+Layer<T> make_layer(Arena& arena, const LossImageParams<T>& net, int i, int images, int pitch, int streams,
                     bool backward) {
   Layer<T> layer{};
-  layer.units = net.height[i + 1];
+  layer.rows = net.height[i + 1];
   layer.width = net.width[i + 1];
-  layer.segment = segment >> (i + 1);
-  layer.vectors = (images * layer.segment + kLanes<T> - 1) / kLanes<T>;
+  layer.pitch = pitch >> (i + 1);
+  layer.vectors = (images * layer.pitch + kLanes<T> - 1) / kLanes<T>;
   const int lead = backward ? lead_of_layer(net.depth - 1 - i) : 0;
   layer.in = make_ring<T>(arena, net.height[i], 2 * lead + 4, streams, net.channels[i], layer.vectors);
   if (backward)
-    layer.z = make_ring<T>(arena, 2 * layer.units, 2 * (lead + 2), streams, net.channels[i + 1], layer.vectors);
+    layer.z = make_ring<T>(arena, 2 * layer.rows, 2 * (lead + 2), streams, net.channels[i + 1], layer.vectors);
   layer.pooled_length = (layer.vectors + 1) / 2 * 2 * kLanes<T>;
   layer.pooled = arena.take<T>(streams * net.channels[i + 1] * layer.pooled_length);
   layer.columns = arena.take<Mask<T>>(layer.vectors);
-  if (images > 1 && segment == net.width[0])  // else all layers have such columns
+  if (images > 1 && pitch == net.width[0])  // else all layers have columns of zeros there
     layer.neighbours = {arena.take<Mask<T>>(layer.vectors), arena.take<Mask<T>>(layer.vectors)};
   const int tall = pool_extent(net.height[i]), wide = pool_extent(net.width[i]);
   for (int row = 0; row < 2; ++row)
@@ -86,17 +87,17 @@ Layer<T> make_layer(Arena& arena, const LossImageParams<T>& net, int i, int imag
   return layer;
 }
 
-// Sums for phi in the kernels' order: lane by lane for some rows, then in double.
+// Sums for phi in the kernels' order: they are made lane by lane for some rows, then in double.
 template <class T>
 struct PhiSums {
-  Vec<T>* lanes;   // (count, and some to fill the last group)
+  Vec<T>* lanes;   // (vectors(count))
   double* totals;  // (count), or nullptr
   int64_t count;
   int pending;
 
   static int64_t vectors(int64_t count) { return count + kLanes<T>; }
 
-  // After so many rows the lanes are emptied, so that they lose no digits to large sums.
+  // The lanes are emptied after so many rows that they lose no digits to large sums.
   void row_done() {
     constexpr int kMostPending = 32;
     if (++pending == kMostPending) flush();
@@ -112,7 +113,7 @@ struct PhiSums {
     std::memset(static_cast<void*>(lanes), 0, size_t(vectors(count)) * sizeof(Vec<T>));
   }
 
-  // The weights' part of unit u of a layer: the outer products of what is in its two rings, summed over pixels.
+  // Adds what row u of a layer leaves for its weights: the outer products of what is in its two rings, over pixels.
   void add_weights(const Layer<T>& layer, int u, int streams) {
     in_panels<kConvolutionPanel>(layer.weights.outputs, [&](auto height, int first) {
       constexpr int kOut = decltype(height)::value;

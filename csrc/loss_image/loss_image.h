@@ -1,4 +1,4 @@
-// The loss-image op: what one call is told. Host code, CPU kernels and CUDA kernels share it.
+// What the kernels of the loss image are told: pointers and sizes, nothing of torch.
 //
 // An image of losses h_0 (num_losses, H, W) goes through convolutions  z_i = W_i * h_{i-1} + b_i  (3x3, padding 1),
 // each followed by  h_i = avgpool2(act(z_i)),  to  g = mean over positions of w . h_depth,  and the main loss is added:
@@ -8,11 +8,9 @@
 // 1 it would leave nothing: there it does nothing.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/network.h"
-#include "common/parallel.h"
 
 namespace auxfast {
 
@@ -23,97 +21,65 @@ constexpr int kTaps = 9;          // of a 3x3 kernel
 constexpr int32_t pool_extent(int32_t size) { return size > 1 ? 2 : 1; }
 constexpr int32_t pooled_size(int32_t size) { return size / pool_extent(size); }
 
-// How the CPU divides the work; by sizes alone, so that the result does not depend on the number of threads. Narrow
-// images lie side by side in a strip, tall ones are cut into bands of rows. An item is one band of one strip; a chunk
-// is a run of items that one thread adds up in phi, one after the other.
-struct LossImageItems {
-  int64_t images;            // of a strip; the last one may have fewer
-  int64_t segment;           // columns of a strip from one image to the next
-  int64_t bands, band_rows;  // of an image; of a band (the last one takes what is left)
-  int64_t count, chunks;     // of items; of chunks
+// How the CPU divides the work: by sizes alone, so that the result does not depend on the number of threads. Tall
+// images are cut into bands of rows, and narrow ones lie side by side: a tile is one band of some images. A chunk is a
+// run of tiles; one thread works on it and adds up its sums for phi.
+struct LossImageTiles {
+  int64_t images;            // of a tile; the last ones may have fewer
+  int64_t pitch;             // columns from one image of a tile to the next
+  int64_t bands, band_rows;  // bands of an image, rows of a band (the last one takes what is left)
+  int64_t count, chunks;     // how many tiles and chunks there are
 };
 
 // phi is flat: for every convolution W_i (channels_i, channels_{i-1}, 3, 3) and b_i (channels_i); then w (channels of
 // the last).
 template <class T>
-struct LossImageParams {
-  int64_t batch;
-  int32_t depth;                                                      // convolutions
+struct LossImageParams : NetworkParams<T> {
   int32_t channels[kMaxConvolutions + 1];                             // of h_i; channels[0]: num_losses
   int32_t height[kMaxConvolutions + 1], width[kMaxConvolutions + 1];  // of h_i
   int64_t weight[kMaxConvolutions + 1];                               // where in phi W_{i+1} begins; weight[depth]: w
   int64_t bias[kMaxConvolutions];                                     // where in phi b_{i+1} begins
-  int64_t num_parameters;                                             // of phi
-  Activation activation;
-  int32_t main_loss;  // channel that is added to g, or -1
-  bool per_image;     // the value is (batch) instead of one number
-  T scale;            // of every image in the value: 1 / batch for the mean, else 1
-  T position_scale;   // 1 / (positions of z_depth that the last pool keeps)
-  T main_scale;       // k, unless there are main_weights
+  T position_scale;  // 1 / (positions of z_depth that the last pool keeps)
+  T main_scale;      // k, unless there are main_weights
 
-  const T* losses;        // (batch, num_losses, H, W)
-  const T* phi;           // (num_parameters)
-  const T* main_weights;  // (batch): k of each image; or nullptr
-
-  T* value;  // forward: (1) or (batch)
-
-  const T* grad;  // later passes: gradient that reaches the value; grad_stride 0: one number, 1: (batch)
-  int64_t grad_stride;
-  const T* tangents;  // second order: (num_tangents, batch, num_losses, H, W)
-  int64_t num_tangents;
-  T* grad_losses;  // forward: d value / d losses, or nullptr; second order: (num_tangents, batch, num_losses, H, W)
-  T* grad_phi;     // phi gradient: (num_parameters), second order: (num_tangents, num_parameters); or nullptr
-
-  LossImageItems items;  // CPU only
-  void* workspace;       // of loss_image_workspace_bytes() or loss_image_cuda_workspace_bytes()
+  const T* main_weights;  // in: (batch), k of each image; or nullptr
+  LossImageTiles tiles;   // CPU only
 };
 
 // Host code only calls these two, so that no copy of them for a particular instruction set exists.
 template <class T>
-LossImageItems loss_image_items(const LossImageParams<T>& net) {
-  constexpr int64_t kStripColumns = 288, kBandRows = 256, kEnoughItems = 32, kMostChunks = 64;
-  LossImageItems items{};
-  const int64_t unit = int64_t(1) << net.depth;  // bands and images begin where rows and column pairs of all layers do
-  items.segment = (net.width[0] + unit - 1) / unit * unit;
-  int64_t most_images = kStripColumns / items.segment;
+LossImageTiles loss_image_tiles(const LossImageParams<T>& net) {
+  constexpr int64_t kTileColumns = 288, kBandRows = 256, kEnoughTiles = 32, kMostChunks = 64;
+  LossImageTiles tiles{};
+  const int64_t step = int64_t(1) << net.depth;  // bands and images begin where rows and column pairs of all layers do
+  tiles.pitch = (net.width[0] + step - 1) / step * step;
+  int64_t most_images = kTileColumns / tiles.pitch;
   if (most_images < 1) most_images = 1;
-  const int64_t strips = (net.batch + most_images - 1) / most_images;
-  items.images = (net.batch + strips - 1) / strips;
-  items.bands = net.height[0] / kBandRows;
-  const int64_t wanted = (kEnoughItems + strips - 1) / strips;
-  if (items.bands > wanted) items.bands = wanted;
-  if (items.bands < 1) items.bands = 1;
-  items.band_rows = net.height[0] / items.bands / unit * unit;
-  items.count = strips * items.bands;
-  items.chunks = items.count < kMostChunks ? items.count : kMostChunks;
-  return items;
+  const int64_t tiles_per_band = (net.batch + most_images - 1) / most_images;
+  tiles.images = (net.batch + tiles_per_band - 1) / tiles_per_band;
+  tiles.bands = net.height[0] / kBandRows;
+  const int64_t wanted = (kEnoughTiles + tiles_per_band - 1) / tiles_per_band;
+  if (tiles.bands > wanted) tiles.bands = wanted;
+  if (tiles.bands < 1) tiles.bands = 1;
+  tiles.band_rows = net.height[0] / tiles.bands / step * step;
+  tiles.count = tiles_per_band * tiles.bands;
+  tiles.chunks = tiles.count < kMostChunks ? tiles.count : kMostChunks;
+  return tiles;
 }
 
-// The sums of every chunk for phi, the sums of every band for the value, and all weights twice in the kernels' order.
+// The workspace on the CPU: the sums of every chunk for phi, the sums of every band for the value, and all weights
+// twice in the kernels' order.
 template <class T>
-size_t loss_image_workspace_bytes(const LossImageParams<T>& net) {
+int64_t loss_image_workspace_bytes(const LossImageParams<T>& net) {
   const int64_t tangents = net.tangents ? net.num_tangents : 1;
-  const int64_t phi_sums = net.grad_phi ? tangents * net.items.chunks * net.num_parameters : 0;
-  const int64_t sums = phi_sums + net.items.bands * net.batch;
-  return size_t(sums) * sizeof(double) + size_t(2 * net.num_parameters) * sizeof(T);
+  const int64_t phi_sums = net.grad_phi ? tangents * net.tiles.chunks * net.num_parameters : 0;
+  const int64_t sums = phi_sums + net.tiles.bands * net.batch;
+  return sums * int64_t(sizeof(double)) + 2 * net.num_parameters * int64_t(sizeof(T));
 }
 
-// Forward, gradient in phi, and second order: see auxfast/ops/loss_image.py for what each returns.
 template <class T>
-struct LossImageKernels {
-  void (*forward)(const LossImageParams<T>&, const Executor&);
-  void (*backward_phi)(const LossImageParams<T>&, const Executor&);
-  void (*second_order)(const LossImageParams<T>&, const Executor&);
-};
-
-// The same passes on a GPU: nullptr, or what CUDA said against a launch. `workspace` is device memory.
+using LossImageKernels = NetworkKernels<LossImageParams<T>>;
 template <class T>
-struct LossImageCudaKernels {
-  const char* forward(const LossImageParams<T>&, void* stream) const;
-  const char* backward_phi(const LossImageParams<T>&, void* stream) const;
-  const char* second_order(const LossImageParams<T>&, void* stream) const;
-};
-template <class T>
-int64_t loss_image_cuda_workspace_bytes(const LossImageParams<T>&);
+using LossImageCudaKernels = NetworkCudaKernels<LossImageParams<T>>;
 
 }  // namespace auxfast

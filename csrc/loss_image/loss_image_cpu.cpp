@@ -1,11 +1,11 @@
-// The loss image on the CPU: chunks of items go through row pipelines, and their sums are added in order.
+// The loss image on the CPU: chunks of tiles go through row pipelines, and their sums are added in order.
 #include "loss_image/loss_image.h"
 #include "loss_image/pipeline.h"
 
 namespace auxfast::AUXFAST_ISA {
 namespace {
 
-// Where everything is in the workspace, and the weights in the kernels' order.
+// The workspace: where everything is in it, and the weights in the kernels' order.
 template <class T>
 struct Workspace {
   double* value_sums;  // (bands, batch)
@@ -14,10 +14,10 @@ struct Workspace {
 
   explicit Workspace(const LossImageParams<T>& net) {
     value_sums = static_cast<double*>(net.workspace);
-    phi_sums = value_sums + net.items.bands * net.batch;
+    phi_sums = value_sums + net.tiles.bands * net.batch;
     const int64_t tangents = net.tangents ? net.num_tangents : 1;
-    T* to = reinterpret_cast<T*>(phi_sums + (net.grad_phi ? tangents * net.items.chunks * net.num_parameters : 0));
-    T pool_scale = T(1);  // of the pool below
+    T* to = reinterpret_cast<T*>(phi_sums + (net.grad_phi ? tangents * net.tiles.chunks * net.num_parameters : 0));
+    T pool_scale = T(1);  // the scale of the pool below
     for (int i = 0; i < net.depth; ++i) {
       const int inputs = net.channels[i], outputs = net.channels[i + 1];
       const T* matrix = net.phi + net.weight[i];
@@ -34,18 +34,19 @@ void run_chunk(const LossImageParams<T>& net, const Workspace<T>& workspace, con
                const Executor& executor) {
   if (wanted.phi_sums) std::memset(wanted.phi_sums, 0, size_t(net.num_parameters) * sizeof(double));
   Pipeline<T, Act, kStreams> pipeline(net, workspace.packed, wanted, executor);
-  const LossImageItems& items = net.items;
-  for (int64_t item = chunk * items.count / items.chunks; item < (chunk + 1) * items.count / items.chunks; ++item)
-    pipeline.run(item);
+  const LossImageTiles& tiles = net.tiles;
+  for (int64_t tile = chunk * tiles.count / tiles.chunks; tile < (chunk + 1) * tiles.count / tiles.chunks; ++tile)
+    pipeline.run(tile);
   pipeline.finish();
 }
 
-// phi's part of every chunk (chunks, num_parameters), added in order and put into phi's order.
+// Adds the chunks' sums for phi in order, and puts them into phi's order. chunk_sums: in, (chunks, num_parameters), in
+// the kernels' order; out: (num_parameters).
 template <class T>
-void add_chunks(const LossImageParams<T>& net, const double* parts, T* out) {
+void add_chunks(const LossImageParams<T>& net, const double* chunk_sums, T* out) {
   const auto sum = [&](int64_t at) {
     double total = 0;
-    for (int64_t chunk = 0; chunk < net.items.chunks; ++chunk) total += parts[chunk * net.num_parameters + at];
+    for (int64_t chunk = 0; chunk < net.tiles.chunks; ++chunk) total += chunk_sums[chunk * net.num_parameters + at];
     return T(total);
   };
   for (int i = 0; i < net.depth; ++i) {
@@ -61,23 +62,23 @@ void add_chunks(const LossImageParams<T>& net, const double* parts, T* out) {
 template <class T, class Act>
 void forward(const LossImageParams<T>& net, const Executor& executor) {
   const Workspace<T> workspace(net);
-  executor.run(net.items.chunks, [&](int64_t chunk) {
+  executor.run(net.tiles.chunks, [&](int64_t chunk) {
     run_chunk<T, Act, 1>(net, workspace, {nullptr, workspace.value_sums, net.grad_losses, nullptr}, chunk, executor);
   });
   double total = 0;
   for (int64_t b = 0; b < net.batch; ++b) {
     double value = 0;
-    for (int64_t band = 0; band < net.items.bands; ++band) value += workspace.value_sums[band * net.batch + b];
-    if (net.per_image) net.value[b] = T(value);
+    for (int64_t band = 0; band < net.tiles.bands; ++band) value += workspace.value_sums[band * net.batch + b];
+    if (net.per_sample) net.value[b] = T(value);
     total += value;
   }
-  if (!net.per_image) *net.value = T(total * net.scale);
+  if (!net.per_sample) *net.value = T(total * net.scale);
 }
 
 template <class T, class Act>
 void backward_phi(const LossImageParams<T>& net, const Executor& executor) {
   const Workspace<T> workspace(net);
-  executor.run(net.items.chunks, [&](int64_t chunk) {
+  executor.run(net.tiles.chunks, [&](int64_t chunk) {
     double* sums = workspace.phi_sums + chunk * net.num_parameters;
     run_chunk<T, Act, 1>(net, workspace, {nullptr, nullptr, nullptr, sums}, chunk, executor);
   });
@@ -87,7 +88,7 @@ void backward_phi(const LossImageParams<T>& net, const Executor& executor) {
 template <class T, class Act>
 void second_order(const LossImageParams<T>& net, const Executor& executor) {
   const Workspace<T> workspace(net);
-  const int64_t chunks = net.items.chunks;
+  const int64_t chunks = net.tiles.chunks;
   const int64_t size = net.batch * net.channels[0] * net.height[0] * net.width[0];
   executor.run(net.num_tangents * chunks, [&](int64_t index) {
     const int64_t at = index / chunks * size;

@@ -1,7 +1,7 @@
-// The loss image on a GPU: slice by slice and layer by layer, every layer a few launches. All sums have an order that
+// The loss image on a GPU: chunk by chunk and layer by layer, every layer a few launches. All sums have an order that
 // the sizes alone determine, so that a call gives the same bits each time; nothing waits for the device.
+#include "loss_image/loss_image_cuda_chunks.cuh"
 #include "loss_image/loss_image_cuda_convolution.cuh"
-#include "loss_image/loss_image_cuda_plan.cuh"
 #include "loss_image/loss_image_cuda_sums.cuh"
 
 namespace auxfast::cuda {
@@ -17,14 +17,14 @@ struct Launcher {
     LAUNCH(kernel, grid, dim3(kSumThreads), 0, stream, arguments...);
     error = launch_error();
   }
-  // A thread for each of `count`.
+  // Runs a thread for each of `count`.
   template <class... Parameters, class... Arguments>
   void run_over(int64_t count, void (*kernel)(Parameters...), const Arguments&... arguments) {
     run(kernel, dim3(unsigned((count + kSumThreads - 1) / kSumThreads)), arguments...);
   }
 };
 
-// The network with a slice's images alone.
+// The network with a chunk's images alone.
 template <class T>
 LossImageParams<T> images_from(LossImageParams<T> net, int64_t first) {
   const int64_t at = first * net.channels[0] * net.height[0] * net.width[0];
@@ -36,33 +36,33 @@ LossImageParams<T> images_from(LossImageParams<T> net, int64_t first) {
   return net;
 }
 
-// What the passes do with a slice.
+// The steps of the passes, for one chunk.
 template <class T, class Act>
-struct SliceSteps {
-  const LossImageParams<T> net;  // with the slice's images
-  const Slice& slice;
+struct ChunkSteps {
+  const LossImageParams<T> net;  // with the chunk's images
+  const Chunk& chunk;
   const Workspace<T>& workspace;
   Launcher& launcher;
-  SlicePlanes<T> planes;
+  ChunkPlanes<T> planes;
 
-  SliceSteps(const LossImageParams<T>& all, const Slice& slice, const Workspace<T>& workspace, Launcher& launcher)
-      : net(images_from(all, slice.first_image)),
-        slice(slice),
+  ChunkSteps(const LossImageParams<T>& all, const Chunk& chunk, const Workspace<T>& workspace, Launcher& launcher)
+      : net(images_from(all, chunk.first_image)),
+        chunk(chunk),
         workspace(workspace),
         launcher(launcher),
-        planes(net, slice, workspace.planes) {}
+        planes(net, chunk, workspace.planes) {}
 
   T pool_scale(int i) const { return T(1) / T(pool_extent(net.height[i]) * pool_extent(net.width[i])); }
-  // Of a number of h_depth in g.
+  // Factor of one entry of h_depth in g, without w.
   T pixel_scale() const { return net.position_scale / pool_scale(net.depth - 1); }
 
   template <class Finish>
   void run_convolution(const Convolution<T>& work, const Finish& finish) {
-    const dim3 grid(unsigned(slice.images * work.tiling.tiles()), unsigned(panels_of(work.outputs)));
+    const dim3 grid(unsigned(chunk.images * work.tiling.tiles()), unsigned(panels_of(work.outputs)));
     launcher.run(convolution_kernel<T, Finish>, grid, work, finish);
   }
 
-  // From h_{i-1} to z_i.
+  // Convolves `in`, which is h_{i-1} or hd_{i-1}, and finishes z_i or zd_i.
   template <class Finish>
   void convolve(int i, const Planes<const T>& in, const Finish& finish) {
     const int inputs = net.channels[i - 1];
@@ -72,7 +72,7 @@ struct SliceSteps {
     run_convolution({in, weights, inputs, net.channels[i], {rows, width}}, finish);
   }
 
-  // From e_i or kappa_i to `rows` of h_{i-1}.
+  // Convolves `in`, which is e_i or kappa_i, with the transposed kernels, and finishes what reaches `rows` of h_{i-1}.
   template <class Finish>
   void convolve_back(int i, const Planes<T>& in, Rows rows, const Finish& finish) {
     const int outputs = net.channels[i - 1];
@@ -81,7 +81,7 @@ struct SliceSteps {
     run_convolution({known, weights, net.channels[i], outputs, {rows, net.width[i - 1]}}, finish);
   }
 
-  // h and, for a way back, the state and the last layer's e.
+  // Makes h and, for a way back, the state and the last layer's e.
   void activate() {
     const bool goes_back = net.grad_losses || net.grad_phi;
     for (int i = 1; i <= net.depth; ++i) {
@@ -92,7 +92,7 @@ struct SliceSteps {
     }
   }
 
-  // hd, zd, and the last layer's kappa.
+  // Makes hd, zd, and the last layer's kappa.
   void activate_tangent() {
     for (int i = 1; i <= net.depth; ++i)
       convolve(i, planes.hd[i - 1],
@@ -100,7 +100,7 @@ struct SliceSteps {
                                        planes.state[i].to_read(), planes.e[i].to_read()});
   }
 
-  // The other layers' e, or their kappa.
+  // Makes the other layers' e, or their kappa.
   void go_back(bool with_tangent) {
     for (int i = net.depth; i > 1; --i) {
       const Planes<T> zd = with_tangent ? planes.zd[i - 1] : Planes<T>{};
@@ -112,27 +112,27 @@ struct SliceSteps {
 
   void store_gradient(T* grad_losses, const Planes<T>& first, int main_loss) {
     const Planes<T> gradient = planes_of(grad_losses, net.channels[0], {0, net.height[0]}, net.width[0]);
-    convolve_back(1, first, slice.owned[0], StoreGradient<T>{net, gradient, main_loss});
+    convolve_back(1, first, chunk.owned[0], StoreGradient<T>{net, gradient, main_loss});
   }
 
   void sum_planes(const Planes<const T>& from, Rows rows, int channels, double* sums) {
-    launcher.run(plane_sums_kernel<T>, dim3(unsigned(slice.images * channels)), from.only(rows), channels, sums);
+    launcher.run(plane_sums_kernel<T>, dim3(unsigned(chunk.images * channels)), from.only(rows), channels, sums);
   }
 
   void add_values() {
-    sum_planes(planes.h[net.depth], slice.owned[net.depth], net.channels[net.depth], workspace.plane_sums);
+    sum_planes(planes.h[net.depth], chunk.owned[net.depth], net.channels[net.depth], workspace.plane_sums);
     if (net.main_loss >= 0) {
       Planes<const T> main = planes.h[0];
       main.data += net.main_loss * main.channel_stride;
-      sum_planes(main, slice.owned[0], 1, workspace.main_sums);
+      sum_planes(main, chunk.owned[0], 1, workspace.main_sums);
     }
-    launcher.run_over(slice.images, image_values_kernel<T>, net, slice.images, workspace.plane_sums,
-                      workspace.main_sums, pixel_scale(), slice.band == 0, workspace.values + slice.first_image);
+    launcher.run_over(chunk.images, image_values_kernel<T>, net, chunk.images, workspace.plane_sums,
+                      workspace.main_sums, pixel_scale(), chunk.band == 0, workspace.values + chunk.first_image);
   }
 
   void add_to_phi(bool with_tangent, double* sums) {
     for (int i = 1; i <= net.depth; ++i) {
-      const Rows rows = slice.owned[i].times(pool_extent(net.height[i - 1]));
+      const Rows rows = chunk.owned[i].times(pool_extent(net.height[i - 1]));
       WeightGradient<T> work{planes.e[i].to_read(), planes.h[i - 1], {}, {},
                              net.channels[i - 1],   net.channels[i], {}, 0};
       if (with_tangent) {
@@ -141,52 +141,52 @@ struct SliceSteps {
         work.inner2 = planes.hd[i - 1];
       }
       work.tiling = {rows, work.outer.width};
-      work.tiles = slice.images * work.tiling.tiles();
-      const int most = weight_parts(net, i - 1), parts = work.tiles < most ? int(work.tiles) : most;
-      const dim3 grid{unsigned(parts), unsigned(panels_of(work.outputs)), unsigned(work.inputs)};
+      work.tiles = chunk.images * work.tiling.tiles();
+      const int most = weight_blocks(net, i - 1), blocks = work.tiles < most ? int(work.tiles) : most;
+      const dim3 grid{unsigned(blocks), unsigned(panels_of(work.outputs)), unsigned(work.inputs)};
       launcher.run(weight_gradient_kernel<T>, grid, work, workspace.weight_sums);
       const int64_t count = net.weight[i] - net.weight[i - 1];
-      launcher.run_over(count, add_parts_kernel, workspace.weight_sums, parts, count, slice.is_first(),
+      launcher.run_over(count, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
                         sums + net.weight[i - 1]);
     }
     const int channels = net.channels[net.depth];
-    sum_planes((with_tangent ? planes.hd : planes.h)[net.depth], slice.owned[net.depth], channels,
+    sum_planes((with_tangent ? planes.hd : planes.h)[net.depth], chunk.owned[net.depth], channels,
                workspace.plane_sums);
-    launcher.run(output_gradient_kernel<T>, dim3(unsigned(channels)), net, slice.images, workspace.plane_sums,
-                 pixel_scale(), slice.is_first(), sums + net.weight[net.depth]);
+    launcher.run(output_gradient_kernel<T>, dim3(unsigned(channels)), net, chunk.images, workspace.plane_sums,
+                 pixel_scale(), chunk.is_first(), sums + net.weight[net.depth]);
   }
 };
 
-// One call: step(steps of a slice) for every slice.
+// One call of a pass. for_each_chunk calls step(steps of a chunk) for every chunk.
 template <class T, class Act>
 struct Call {
   const LossImageParams<T>& net;
-  const Plan plan;
+  const Chunking chunking;
   const Workspace<T> workspace;
   Launcher launcher;
 
   Call(const LossImageParams<T>& net, void* stream)
-      : net(net), plan(make_plan(net)), workspace(net, plan), launcher{stream} {}
+      : net(net), chunking(make_chunking(net)), workspace(net, chunking), launcher{stream} {}
 
   template <class Step>
-  void for_each_slice(const Step& step) {
-    for (int64_t image = 0; image < net.batch; image += plan.images)
-      for (int band = 0; band < plan.bands; ++band) {
-        const Slice slice = plan.slice(net, image, band);
-        SliceSteps<T, Act> steps(net, slice, workspace, launcher);
+  void for_each_chunk(const Step& step) {
+    for (int64_t image = 0; image < net.batch; image += chunking.images)
+      for (int band = 0; band < chunking.bands; ++band) {
+        const Chunk chunk = chunking.chunk(net, image, band);
+        ChunkSteps<T, Act> steps(net, chunk, workspace, launcher);
         step(steps);
       }
   }
 
   const char* forward() {
-    for_each_slice([&](auto& steps) {
+    for_each_chunk([&](auto& steps) {
       steps.activate();
       steps.add_values();
       if (!net.grad_losses) return;
       steps.go_back(false);
       steps.store_gradient(steps.net.grad_losses, steps.planes.e[1], net.main_loss);
     });
-    if (net.per_image)
+    if (net.per_sample)
       launcher.run_over(net.batch, store_kernel<T>, workspace.values, net.batch, net.value);
     else
       launcher.run(reduce_kernel<T>, dim3(1), workspace.values, net.batch, net.scale, net.value);
@@ -194,7 +194,7 @@ struct Call {
   }
 
   const char* backward_phi() {
-    for_each_slice([&](auto& steps) {
+    for_each_chunk([&](auto& steps) {
       steps.activate();
       steps.go_back(false);
       steps.add_to_phi(false, workspace.phi_sums);
@@ -205,7 +205,7 @@ struct Call {
 
   const char* second_order() {
     const int64_t size = net.batch * net.channels[0] * net.height[0] * net.width[0];
-    for_each_slice([&](auto& steps) {
+    for_each_chunk([&](auto& steps) {
       steps.activate();
       steps.go_back(false);
       for (int64_t tangent = 0; tangent < net.num_tangents; ++tangent) {
@@ -223,36 +223,33 @@ struct Call {
   }
 };
 
+template <class T>
+int64_t workspace_bytes(const LossImageParams<T>& net) {
+  return Workspace<T>(net, make_chunking(net)).bytes;
+}
+
+template <class T>
+const char* forward(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).forward()
+                                                : Call<T, Identity>(net, stream).forward();
+}
+
+template <class T>
+const char* backward_phi(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).backward_phi()
+                                                : Call<T, Identity>(net, stream).backward_phi();
+}
+
+template <class T>
+const char* second_order(const LossImageParams<T>& net, void* stream) {
+  return net.activation == Activation::softplus ? Call<T, Softplus>(net, stream).second_order()
+                                                : Call<T, Identity>(net, stream).second_order();
+}
+
+template <class T>
+constexpr LossImageCudaKernels<T> kKernels{
+    {workspace_bytes<T>, forward<T>}, {workspace_bytes<T>, backward_phi<T>}, {workspace_bytes<T>, second_order<T>}};
+extern const LossImageCudaKernels<float> loss_image_f32 = kKernels<float>;
+extern const LossImageCudaKernels<double> loss_image_f64 = kKernels<double>;
+
 }  // namespace auxfast::cuda
-
-namespace auxfast {
-
-template <class T>
-int64_t loss_image_cuda_workspace_bytes(const LossImageParams<T>& net) {
-  return cuda::Workspace<T>(net, cuda::make_plan(net)).bytes;
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::forward(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).forward()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).forward();
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::backward_phi(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).backward_phi()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).backward_phi();
-}
-
-template <class T>
-const char* LossImageCudaKernels<T>::second_order(const LossImageParams<T>& net, void* stream) const {
-  return net.activation == Activation::softplus ? cuda::Call<T, cuda::Softplus>(net, stream).second_order()
-                                                : cuda::Call<T, cuda::Identity>(net, stream).second_order();
-}
-
-template int64_t loss_image_cuda_workspace_bytes(const LossImageParams<float>&);
-template int64_t loss_image_cuda_workspace_bytes(const LossImageParams<double>&);
-template struct LossImageCudaKernels<float>;
-template struct LossImageCudaKernels<double>;
-
-}  // namespace auxfast

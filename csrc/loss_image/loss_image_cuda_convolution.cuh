@@ -1,25 +1,25 @@
 // The 3x3 convolution on a GPU, and what is done at once with its results: five kernels of one making.
 //
-// A block has a tile of 32 x 32 pixels and kOutputs channels; each of its threads 2 x 2 pixels, which is what a pool
-// takes. Inputs with their halo, and weights, go through shared memory a few channels at a time.
+// A block has a tile of 32 x 32 pixels and a panel of kOutputs channels; each of its threads 2 x 2 pixels, which is
+// what a pool takes. Inputs with their halo, and weights, go through shared memory a few channels at a time.
 #pragma once
 
-#include "loss_image/loss_image_cuda_plan.cuh"
+#include "loss_image/loss_image_cuda_chunks.cuh"
 
 namespace auxfast::cuda {
 
-constexpr int kTile = 32;         // pixels of a tile's side
+constexpr int kTileSide = 32;     // in pixels
 constexpr int kBlocksAtOnce = 2;  // leaves 128 registers; ptxas by itself aims at fewer, and spills
-constexpr int kTileThreads = kTile / 2;
+constexpr int kTileThreads = kTileSide / 2;
 static_assert(kTileThreads * kTileThreads == kSumThreads, "a thread has 2 x 2 pixels");
 
-// Which pixels of the images are worked on, tile by tile: all columns of some rows.
+// The pixels of the images that are worked on, tile by tile: all columns of some rows.
 struct Tiling {
   Rows rows;
   int32_t width;
 
-  AUXFAST_HD int32_t across() const { return (width + kTile - 1) / kTile; }
-  AUXFAST_HD int64_t tiles() const { return int64_t((rows.end - rows.begin + kTile - 1) / kTile) * across(); }
+  AUXFAST_HD int32_t across() const { return (width + kTileSide - 1) / kTileSide; }
+  AUXFAST_HD int64_t tiles() const { return int64_t((rows.end - rows.begin + kTileSide - 1) / kTileSide) * across(); }
 };
 
 // The pixels of a thread: (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), as far as they are the tiling's.
@@ -30,15 +30,15 @@ struct Pixels {
   __device__ __forceinline__ Pixels(const Tiling& tiling, int64_t tile) {
     const int64_t in_image = tile % tiling.tiles();
     image = tile / tiling.tiles();
-    y = tiling.rows.begin + int32_t(in_image / tiling.across()) * kTile + int32_t(threadIdx.x) / kTileThreads * 2;
-    x = int32_t(in_image % tiling.across()) * kTile + int32_t(threadIdx.x) % kTileThreads * 2;
+    y = tiling.rows.begin + int32_t(in_image / tiling.across()) * kTileSide + int32_t(threadIdx.x) / kTileThreads * 2;
+    x = int32_t(in_image % tiling.across()) * kTileSide + int32_t(threadIdx.x) % kTileThreads * 2;
     end_y = tiling.rows.end;
     end_x = tiling.width;
   }
   __device__ __forceinline__ bool has(int row, int column) const { return y + row < end_y && x + column < end_x; }
 };
 
-// Weight (output, input, tap), of a convolution or of its transposed one.
+// The weights (output, input, tap) of a convolution, or of its transposed one.
 template <class T>
 struct Weights {
   const T* first;
@@ -58,12 +58,13 @@ struct Convolution {
   Tiling tiling;
 };
 
-// finish(pixels, channel, sums) for every thread's pixels and each of its channels. Blocks: (images * tiles, panels).
+// Calls finish(pixels, channel, sums) for every thread's pixels and each of its channels. Blocks: (images * tiles,
+// panels).
 template <class T, class Finish>
 __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
     convolution_kernel(const Convolution<T> work, const Finish finish) {
-  constexpr int kInputs = 16 / sizeof(T), kSide = kTile + 2;
-  STATIC_SHARED(T, patch, [kInputs][kSide][kSide]);
+  constexpr int kInputs = 16 / sizeof(T), kSide = kTileSide + 2;
+  STATIC_SHARED(T, tile_inputs, [kInputs][kSide][kSide]);
   STATIC_SHARED(T, weights, [kInputs][kTaps][kOutputs]);
   const Pixels pixels(work.tiling, blockIdx.x);
   const int first_output = blockIdx.y * kOutputs;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
     __syncthreads();
     for (int i = threadIdx.x; i < inputs * kSide * kSide; i += kSumThreads) {
       const int input = i / (kSide * kSide), y = i / kSide % kSide, x = i % kSide;
-      patch[input][y][x] =
+      tile_inputs[input][y][x] =
           work.in.at_or_zero(pixels.image, first + input, pixels.y - local_y + y - 1, pixels.x - local_x + x - 1);
     }
     for (int i = threadIdx.x; i < inputs * kTaps * kOutputs; i += kSumThreads) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
     for (int input = 0; input < inputs; ++input) {
       T in[4][4];
       AUXFAST_UNROLL
-      for (int i = 0; i < 16; ++i) in[i / 4][i % 4] = patch[input][local_y + i / 4][local_x + i % 4];
+      for (int i = 0; i < 16; ++i) in[i / 4][i % 4] = tile_inputs[input][local_y + i / 4][local_x + i % 4];
       AUXFAST_UNROLL
       for (int tap = 0; tap < kTaps; ++tap) AUXFAST_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
     if (first_output + o < work.outputs) finish(pixels, first_output + o, sums[o]);
 }
 
-// What reaches an image's value, and what its sum of the main loss is multiplied with. `net` has the slice's images.
+// The gradient that reaches an image's value, and the factor of its sum of the main loss. `net` has the chunk's images.
 template <class T>
 __device__ __forceinline__ T incoming(const LossImageParams<T>& net, int64_t image) {
   return net.grad ? net.scale * net.grad[image * net.grad_stride] : net.scale;
@@ -111,8 +112,8 @@ __device__ __forceinline__ T main_weight(const LossImageParams<T>& net, int64_t 
   return net.main_weights ? net.main_weights[image] : net.main_scale;
 }
 
-// From z without its bias: h, and the state and e if there are planes for them; e may take the state's place. Only the
-// last layer knows its e by now.
+// Finishes z, which is without its bias. out: h, and the state and e if they have data; e may be the state's planes,
+// and then overwrites it. Only the last layer knows its e by now.
 template <class T, class Act>
 struct Activate {
   LossImageParams<T> net;
@@ -138,7 +139,7 @@ struct Activate {
   }
 };
 
-// From zd: hd, and zd or, in the last layer, kappa.
+// Finishes zd. in: state, and in the last layer e; out: hd, and zd, which in the last layer gets kappa instead.
 template <class T, class Act>
 struct ActivateTangent {
   T pool_scale;
@@ -162,7 +163,8 @@ struct ActivateTangent {
   }
 };
 
-// From what reaches h: e, in its place or the state's; with a tangent kappa, in zd's.
+// Finishes what reaches h. Without a tangent, in: state; out: e, which may be the state's planes and then overwrites
+// it. With a tangent (zd has data), in: state, e and zd; out: zd, which gets kappa.
 template <class T, class Act>
 struct Unpool {
   T pool_scale;
@@ -190,7 +192,7 @@ struct Unpool {
   }
 };
 
-// From what reaches the losses: their gradient.
+// Finishes what reaches the losses. out: their gradient.
 template <class T>
 struct StoreGradient {
   LossImageParams<T> net;

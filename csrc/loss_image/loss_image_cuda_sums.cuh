@@ -1,12 +1,13 @@
-// The loss image's sums on a GPU: over pixels and images, for the value and for phi. Always in the same order, in
-// float64 beyond a thread's own pixels.
+// The loss image's sums on a GPU, over pixels and images, for the value and for phi. Their order is always the same,
+// and they are float64 beyond a thread's own pixels.
 #pragma once
 
 #include "loss_image/loss_image_cuda_convolution.cuh"
 
 namespace auxfast::cuda {
 
-// Adds sum over pixels p of outer[o, p] inner[p + tap] for some o, and of outer[o, p].
+// Adds the sum over pixels p of outer[o, p] inner[p + tap] for some o, and that of outer[o, p], to products and
+// outer_sums: in and out.
 template <class T>
 __device__ __forceinline__ void add_products(const Pixels& pixels, int first_output, int outputs, int input,
                                              const Planes<const T>& outer, const Planes<const T>& inner,
@@ -30,21 +31,23 @@ __device__ __forceinline__ void add_products(const Pixels& pixels, int first_out
   }
 }
 
-// The gradient of a layer's weights and biases: products of kappa and h, and of e and hd; without a tangent of e and h.
+// What the gradient of a layer's weights and biases is made of: products of kappa and h, and of e and hd; without a
+// tangent, of e and h.
 template <class T>
 struct WeightGradient {
   Planes<const T> outer, inner, outer2, inner2;  // outer2.data: nullptr if there is but one product
   int inputs, outputs;
   Tiling tiling;
-  int64_t tiles;  // of all images
+  int64_t tiles;  // of all images together
 
   __device__ __forceinline__ int64_t weights() const { return int64_t(outputs) * inputs * kTaps; }
 };
 
-// parts: (gridDim.x, weights and biases). Blocks: (parts, panels of outputs, inputs).
+// block_sums: out, (gridDim.x, weights and biases). Blocks: (weight_blocks(), panels of outputs, inputs).
 template <class T>
-__global__ void __launch_bounds__(kSumThreads) weight_gradient_kernel(const WeightGradient<T> work, double* parts) {
-  constexpr int kSums = kTaps + 1, kShares = 16;  // of an output; threads that add up one of them
+__global__ void __launch_bounds__(kSumThreads)
+    weight_gradient_kernel(const WeightGradient<T> work, double* block_sums) {
+  constexpr int kSums = kTaps + 1, kShares = 16;  // sums of an output, threads that add up one of them
   static_assert(kSums * kShares % 32 == 0 && kSums * kShares <= kSumThreads, "whole warps");
   STATIC_SHARED(T, sums, [kSums][kSumThreads]);
   const int first_output = blockIdx.y * kOutputs, input = blockIdx.z;
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kSumThreads) weight_gradient_kernel(const Weig
     if (work.outer2.data)
       add_products<T>(pixels, first_output, work.outputs, input, work.outer2, work.inner2, products, nullptr);
   }
-  double* part = parts + blockIdx.x * (work.weights() + work.outputs);
+  double* sums_of_block = block_sums + blockIdx.x * (work.weights() + work.outputs);
   const int tap = threadIdx.x / kShares, share = threadIdx.x % kShares;
   AUXFAST_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
@@ -71,23 +74,23 @@ __global__ void __launch_bounds__(kSumThreads) weight_gradient_kernel(const Weig
     for (int distance = kShares / 2; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
     if (share > 0 || output >= work.outputs) continue;
     if (tap < kTaps)
-      part[(int64_t(output) * work.inputs + input) * kTaps + tap] = sum;
+      sums_of_block[(int64_t(output) * work.inputs + input) * kTaps + tap] = sum;
     else if (input == 0)
-      part[work.weights() + output] = sum;
+      sums_of_block[work.weights() + output] = sum;
   }
 }
 
-// sums (count,), or sums so far, plus those of parts (number, count).
+// Adds block_sums, in: (blocks, count), to sums, in and out: (count,), or begins them.
 static __global__ void __launch_bounds__(kSumThreads)
-    add_parts_kernel(const double* parts, int number, int64_t count, bool begin, double* sums) {
+    add_blocks_kernel(const double* block_sums, int blocks, int64_t count, bool begin, double* sums) {
   const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
   if (at >= count) return;
   double sum = begin ? 0 : sums[at];
-  for (int part = 0; part < number; ++part) sum += parts[part * count + at];
+  for (int block = 0; block < blocks; ++block) sum += block_sums[block * count + at];
   sums[at] = sum;
 }
 
-// sums: (images, channels), of the planes' rows; a block each.
+// Sums the planes' rows, a block each. sums: out, (images, channels).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     plane_sums_kernel(const Planes<const T> planes, int channels, double* sums) {
@@ -99,8 +102,8 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// values (images), or values so far, plus a band's: from its sums of h (images, channels) and of the main loss.
-// pixel_scale: of a number of h in the value.
+// Adds a band to values, in and out: (images), or begins them. plane_sums: in, the band's sums of h (images, channels);
+// main_sums: in, those of the main loss (images); pixel_scale: the factor of an entry of h in the value, without w.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     image_values_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, const double* main_sums,
@@ -115,7 +118,8 @@ __global__ void __launch_bounds__(kSumThreads)
   values[image] = begin ? value : values[image] + value;
 }
 
-// The gradient (channels) of the output weights, or what there is of it, plus a slice's; a block for each.
+// Adds a chunk to the gradient of the output weights, or begins it, a block for each. plane_sums: in, (images,
+// channels); sums: in and out, (channels).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     output_gradient_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, T pixel_scale,
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = begin ? sum : sums[blockIdx.x] + sum;
 }
 
-// One number, scale times the sum of all.
+// Writes scale times the sum of the numbers, in: (count), to out: (1).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) reduce_kernel(const double* numbers, int64_t count, T scale, T* out) {
   double sum = 0;
@@ -136,6 +140,7 @@ __global__ void __launch_bounds__(kSumThreads) reduce_kernel(const double* numbe
   if (threadIdx.x == 0) *out = T(double(scale) * sum);
 }
 
+// Converts numbers, in: (count), to out: (count).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) store_kernel(const double* numbers, int64_t count, T* out) {
   const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;

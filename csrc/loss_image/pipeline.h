@@ -1,9 +1,9 @@
 // The row pipeline: rows of losses go in, rows of their gradient come out, and of what lies between only the few rows
-// that are still needed exist, in rings. Every layer does its next unit of work when the layer behind it asks for the
-// result, so nothing is computed twice.
+// that are still needed exist, in rings. Every layer makes its next row when the layer behind it asks for it, so
+// nothing is computed twice.
 #pragma once
 
-#include "loss_image/unit_steps.h"
+#include "loss_image/row_steps.h"
 
 namespace auxfast::AUXFAST_ISA {
 
@@ -16,8 +16,8 @@ class Pipeline {
   // `packed`: weights and transposed weights of every layer.
   Pipeline(const LossImageParams<T>& params, const PackedWeights<T> (*packed)[2], const Wanted<T>& what,
            const Executor& executor)
-      : net(params), wanted(what), images(int(params.items.images)), steps{params, what, {}, {}, {}, {}, {}, {}} {
-    segment = int(net.items.segment);
+      : net(params), wanted(what), images(int(params.tiles.images)), steps{params, what, {}, {}, {}, {}, {}, {}} {
+    pitch = int(net.tiles.pitch);
     Arena measure{0};
     lay_out(measure);
     void* memory = executor.scratch(measure.next);
@@ -31,19 +31,19 @@ class Pipeline {
     }
   }
 
-  void run(int64_t item) {
-    begin_item(item);
+  void run(int64_t tile) {
+    begin_tile(tile);
     Layer<T>& first = layers[0];
     if (!wanted.backward()) return need_forward(last(), last().owned_end);
     if (!wanted.grad_losses) return need_adjoint(first, first.owned_end);
     for (int m = row_begin / 2; m <= row_end / 2; ++m) {
-      need_adjoint(first, m < first.units ? m + 1 : first.units);
+      need_adjoint(first, m < first.rows ? m + 1 : first.rows);
       steps.transposed_convolution(first, m, 1);
       write_gradient(m);
     }
   }
 
-  // After the last item.
+  // Must be called after the last tile.
   void finish() {
     if (wanted.phi_sums) steps.sums.flush();
   }
@@ -55,7 +55,7 @@ class Pipeline {
     int64_t longest = 0;  // row of all channels
     int32_t most_channels = 0;
     for (int i = 0; i < net.depth; ++i) {
-      layers[i] = make_layer(arena, net, i, images, segment, kStreams, wanted.backward());
+      layers[i] = make_layer(arena, net, i, images, pitch, kStreams, wanted.backward());
       const int32_t channels = net.channels[i] > net.channels[i + 1] ? net.channels[i] : net.channels[i + 1];
       const int64_t row = 2 * channels * layers[i].in.length;
       if (channels > most_channels) most_channels = channels;
@@ -70,24 +70,24 @@ class Pipeline {
     steps.lay_out(arena, longest, most_channels, last().vectors);
   }
 
-  void begin_item(int64_t item) {
-    const int64_t band = item % net.items.bands;
-    const bool last_band = band == net.items.bands - 1;
-    image_begin = item / net.items.bands * images;
+  void begin_tile(int64_t tile) {
+    const int64_t band = tile % net.tiles.bands;
+    const bool last_band = band == net.tiles.bands - 1;
+    image_begin = tile / net.tiles.bands * images;
     image_end = image_begin + images < net.batch ? image_begin + images : net.batch;
-    row_begin = int(band * net.items.band_rows);
-    row_end = last_band ? net.height[0] : row_begin + int(net.items.band_rows);
-    int needed = row_begin / 2 - 1;  // the first unit whose adjoint is needed, then that of the layer above
+    row_begin = int(band * net.tiles.band_rows);
+    row_end = last_band ? net.height[0] : row_begin + int(net.tiles.band_rows);
+    int needed = row_begin / 2 - 1;  // the first row whose adjoint is needed, of layer 0, then of the layers above
     for (int i = 0; i < net.depth; ++i, needed = (needed + 1) / 2 - 1) {
       Layer<T>& layer = layers[i];
       layer.owned_begin = row_begin >> (i + 1);
-      layer.owned_end = last_band ? layer.units : row_end >> (i + 1);
+      layer.owned_end = last_band ? layer.rows : row_end >> (i + 1);
       if (needed < 0) needed = 0;
       layer.adjoint_done = needed;
       layer.forward_done = wanted.backward() ? needed : layer.owned_begin;
       mark_columns(layer);
     }
-    for (Layer<T>* layer = &last(); layer->below; layer = layer->below) {  // and the rows that each starts with
+    for (Layer<T>* layer = &last(); layer->below; layer = layer->below) {
       const int start = 2 * layer->forward_done - 1;
       if (start < layer->below->forward_done) layer->below->forward_done = start > 0 ? start : 0;
     }
@@ -98,13 +98,13 @@ class Pipeline {
     for (int64_t b = image_begin; b < image_end; ++b) value_sums[b] = 0;
   }
 
-  // Masks of a row of `layer` by test(image, column of h_{i+1} in it).
+  // Fills masks, out: (vectors), of a row of `layer` by test(image, column of h_{i+1} in it).
   template <class Test>
   static void mark(Mask<T>* masks, const Layer<T>& layer, const Test& test) {
     using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     auto* lanes = reinterpret_cast<T*>(masks);
     for (int x = 0; x < layer.vectors * kN; ++x) {
-      const Lane mark = test(x / layer.segment, x % layer.segment) ? -1 : 0;
+      const Lane mark = test(x / layer.pitch, x % layer.pitch) ? -1 : 0;
       std::memcpy(lanes + x, &mark, sizeof mark);
     }
   }
@@ -112,7 +112,7 @@ class Pipeline {
   static void mark_neighbours(const Layer<T>& layer) {
     if (!layer.neighbours.left) return;
     mark(layer.neighbours.left, layer, [&](int, int x) { return x > 0; });
-    mark(layer.neighbours.right, layer, [&](int, int x) { return x < layer.segment - 1; });
+    mark(layer.neighbours.right, layer, [&](int, int x) { return x < layer.pitch - 1; });
   }
 
   void mark_columns(Layer<T>& layer) const {
@@ -124,17 +124,17 @@ class Pipeline {
   T incoming(int64_t b) const { return net.grad ? net.scale * net.grad[b * net.grad_stride] : net.scale; }
   T main_weight(int64_t b) const { return net.main_weights ? net.main_weights[b] : net.main_scale; }
 
-  // What reaches act(z) of the last layer, but for w.
+  // Fills what reaches act(z) of the last layer, but for w.
   void set_top() {
     auto* lanes = reinterpret_cast<T*>(steps.top);
     for (int x = 0; x < last().vectors * kN; ++x) {
-      const int64_t b = image_begin + x / last().segment;
+      const int64_t b = image_begin + x / last().pitch;
       lanes[x] = b < image_end ? net.position_scale * incoming(b) : T(0);
     }
   }
 
   // ------------------------------------------------------------------------------------------------- who needs what
-  // Each makes all units (rows) before `end`.
+  // Each of these makes all rows before `end`.
 
   void need_rows(int end) {
     for (; rows_loaded < end; ++rows_loaded) load_row(rows_loaded);
@@ -149,7 +149,7 @@ class Pipeline {
       else
         need_rows(rows);
       steps.forward(layer, u);
-      if (!layer.above) add_unit(layer, u);
+      if (!layer.above) add_row(layer, u);
       layer.forward_done = u + 1;
       if (!layer.above && wanted.backward()) adjoint_made(layer, u);
     }
@@ -159,11 +159,11 @@ class Pipeline {
     if (!layer.above) return need_forward(layer, end);
     Layer<T>& above = *layer.above;
     while (layer.adjoint_done < end) {
-      const int m = (layer.adjoint_done + 1) / 2;  // units 2 m - 1 and 2 m come together
-      need_adjoint(above, m < above.units ? m + 1 : above.units);
-      need_forward(layer, 2 * m < layer.units ? 2 * m + 1 : layer.units);
+      const int m = (layer.adjoint_done + 1) / 2;  // rows 2 m - 1 and 2 m come together
+      need_adjoint(above, m < above.rows ? m + 1 : above.rows);
+      need_forward(layer, 2 * m < layer.rows ? 2 * m + 1 : layer.rows);
       steps.transposed_convolution(above, m, kStreams);
-      for (int u = layer.adjoint_done; u <= 2 * m && u < layer.units; ++u) {
+      for (int u = layer.adjoint_done; u <= 2 * m && u < layer.rows; ++u) {
         steps.unpool(layer, u, u - (2 * m - 1));
         adjoint_made(layer, u);
         layer.adjoint_done = u + 1;
@@ -189,7 +189,7 @@ class Pipeline {
     for (int64_t b = image_begin; b < image_end; ++b) {
       for (int s = 0; s < kStreams; ++s)
         for (int c = 0; c < net.channels[0]; ++c) {
-          T* even = in.row(y, s) + 2 * c * in.length + (b - image_begin) * (segment / 2);
+          T* even = in.row(y, s) + 2 * c * in.length + (b - image_begin) * (pitch / 2);
           split_row((s ? wanted.tangent : net.losses) + pixel(b, c, y), width, even, even + in.length);
         }
       if (wanted.value_sums && net.main_loss >= 0 && y >= row_begin && y < row_end)
@@ -197,28 +197,28 @@ class Pipeline {
     }
   }
 
-  // What unit u of the last layer leaves for the value, and for phi's biases and output weights.
-  void add_unit(const Layer<T>& layer, int u) {
+  // Adds what row u of the last layer leaves for the value, and for phi's biases and output weights.
+  void add_row(const Layer<T>& layer, int u) {
     if (!layer.owns(u)) return;
     if (wanted.phi_sums)
       for (int c = 0; c < layer.weights.outputs; ++c) {
-        steps.sums.lanes[layer.bias_sums + c] += steps.unit_sums[0][c];
-        steps.sums.lanes[net.weight[net.depth] + c] += steps.unit_sums[1][c];
+        steps.sums.lanes[layer.bias_sums + c] += steps.row_sums[0][c];
+        steps.sums.lanes[net.weight[net.depth] + c] += steps.row_sums[1][c];
       }
     if (!wanted.value_sums) return;
     const auto* lanes = reinterpret_cast<const T*>(steps.value_lanes);
-    for (int64_t b = image_begin; b < image_end; ++b, lanes += layer.segment)
+    for (int64_t b = image_begin; b < image_end; ++b, lanes += layer.pitch)
       value_sums[b] += double(net.position_scale) * double(sum_row(lanes, layer.width));
   }
 
-  // Rows 2 m - 1 and 2 m, as far as they are the band's.
+  // Writes rows 2 m - 1 and 2 m, as far as they are the band's.
   void write_gradient(int m) {
     for (int q = 0; q < 2; ++q) {
       const int y = 2 * m - 1 + q;
       if (y < row_begin || y >= row_end) continue;
       for (int64_t b = image_begin; b < image_end; ++b)
         for (int c = 0; c < net.channels[0]; ++c) {
-          const T* from = steps.spread_row(layers[0], q, 0, c) + (b - image_begin) * segment;
+          const T* from = steps.spread_row(layers[0], q, 0, c) + (b - image_begin) * pitch;
           T* to = wanted.grad_losses + pixel(b, c, y);
           const T main = kStreams == 1 && c == net.main_loss ? main_weight(b) * incoming(b) : T(0);
           for (int x = 0; x < net.width[0]; ++x) to[x] = from[x] + main;
@@ -229,14 +229,14 @@ class Pipeline {
   const LossImageParams<T>& net;
   const Wanted<T> wanted;
   const int images;
-  int segment;  // columns from one image of the strip to the next
+  int pitch;  // columns from one image of the tile to the next
   Layer<T> layers[kMaxConvolutions];
-  UnitSteps<T, Act, kStreams> steps;
-  // Of the item:
+  RowSteps<T, Act, kStreams> steps;
+  // The tile that is worked on:
   int64_t image_begin, image_end;
   int row_begin, row_end;
   int rows_loaded;     // rows before this are in the first ring
-  double* value_sums;  // (batch): of the band
+  double* value_sums;  // out: (batch), the band's
 };
 
 }  // namespace auxfast::AUXFAST_ISA

@@ -1,4 +1,5 @@
-// Rows of pixels: their two phases (see convolution.h) from plain order and back, their rings, and masks of columns.
+// Rows of pixels: conversions between plain order and their two phases (see convolution.h), rings, and masks of
+// columns.
 #pragma once
 
 #include <cstring>
@@ -8,14 +9,14 @@
 namespace auxfast::AUXFAST_ISA {
 
 template <class T>
-using Mask = typename VectorTypes<T>::Bits;  // of each lane all bits, or none
+using Mask = typename VectorTypes<T>::Bits;  // has all bits of a lane, or none
 
 template <class T>
 AUXFAST_HD Vec<T> masked(Vec<T> value, Mask<T> mask) {
   return ElementOf<Vec<T>>::from_bits(ElementOf<Vec<T>>::bits(value) & mask);
 }
 
-// The same of what is in memory. From a selection GCC makes a load that leaves lanes out: free with AVX-512, but with
+// masked(load(from), mask). From a selection GCC makes a load that leaves lanes out: free with AVX-512, but with
 // AVX2 slower than two instructions.
 template <class T>
 AUXFAST_HD Vec<T> load_masked(const T* from, Mask<T> mask) {
@@ -26,19 +27,19 @@ AUXFAST_HD Vec<T> load_masked(const T* from, Mask<T> mask) {
 }
 
 template <class T>
-constexpr std::make_integer_sequence<int, kLanes<T>> kAllLanes{};
+constexpr std::make_integer_sequence<int, kLanes<T>> kLaneIndices{};
 
-// Whole vectors of both phases from plain columns (2 * count of them).
+// Splits plain columns, in: (2 * count), into phases, out: (count) each; whole vectors of them.
 template <class T>
 AUXFAST_HD void split_columns(const T* columns, int64_t count, T* even, T* odd) {
   for (int64_t x = 0; x < count; x += kLanes<T>) {
     const Vec<T> first = load(columns + 2 * x), second = load(columns + 2 * x + kLanes<T>);
-    store<T>(even + x, every_second<T, 0>(first, second, kAllLanes<T>));
-    store<T>(odd + x, every_second<T, 1>(first, second, kAllLanes<T>));
+    store<T>(even + x, every_second<T, 0>(first, second, kLaneIndices<T>));
+    store<T>(odd + x, every_second<T, 1>(first, second, kLaneIndices<T>));
   }
 }
 
-// The same from a row of any width; zeros behind the last column, up to the end of a vector.
+// split_columns for a row of any width, with zeros behind the last column, up to the end of a vector.
 template <class T>
 AUXFAST_HD void split_row(const T* columns, int64_t width, T* even, T* odd) {
   const int64_t whole = width / (2 * kLanes<T>)*(2 * kLanes<T>);
@@ -51,8 +52,8 @@ AUXFAST_HD void split_row(const T* columns, int64_t width, T* even, T* odd) {
 
 template <class T>
 AUXFAST_HD void store_interleaved(T* columns, Vec<T> even, Vec<T> odd) {
-  store<T>(columns, interleave<T, false>(even, odd, kAllLanes<T>));
-  store<T>(columns + kLanes<T>, interleave<T, true>(even, odd, kAllLanes<T>));
+  store<T>(columns, interleave<T, false>(even, odd, kLaneIndices<T>));
+  store<T>(columns + kLanes<T>, interleave<T, true>(even, odd, kLaneIndices<T>));
 }
 
 template <class T>

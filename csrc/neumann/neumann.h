@@ -1,45 +1,45 @@
-// What the kernels of the Neumann step are given, and what they offer: pointers and sizes, nothing of torch.
+// What the kernels of the Neumann step are told: pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstdint>
 
-#include "common/parallel.h"
+#include "common/kernels.h"
 
 namespace auxfast {
 
 // The elements of a whole list of tensors are numbered as if the tensors lay behind one another, each starting at a
-// multiple of kGroup. So work is cut by size alone, many small tensors share a chunk, a group never spans two tensors,
-// and a group is as well aligned as its tensor is.
-constexpr int64_t kGroup = 128;
+// multiple of kTileElements. So chunks are cut by size alone, many small tensors share a chunk, a tile never spans two
+// tensors, and it is as well aligned as its tensor is.
+constexpr int64_t kTileElements = 128;
+constexpr int64_t tiles_of(int64_t numel) { return (numel + kTileElements - 1) / kTileElements; }
 
+template <class T>
 struct NeumannTensor {
-  void* v;              // (numel,) updated in place
-  const void* hv;       // (numel,) may be v itself: every element is read before it is written
-  void* p;              // (numel,) updated in place
-  int64_t numel;        // >= 1
-  int64_t first_group;  // groups of all tensors before this one
+  T* v;                // in and out: (numel,)
+  const T* hv;         // in: (numel,); may be v itself, since every element is read before it is written
+  T* p;                // in and out: (numel,)
+  int64_t numel;       // >= 1
+  int64_t first_tile;  // tiles of all tensors before this one
 };
 
+template <class T>
 struct NeumannList {
-  const NeumannTensor* tensors;
-  int64_t count;   // of tensors
-  int64_t groups;  // of all tensors together
-  double step_size;
+  const NeumannTensor<T>* tensors;  // on the host
+  int64_t count;                    // of tensors
+  int64_t tiles;                    // of all tensors together
+  T step_size;
+  double* squared_norm;  // out: one number, the sum of squares of the new v
+  void* workspace;       // overwritten; CUDA only
 };
 
-// Updates v and p and returns the sum of squares of the new v.
-struct NeumannCpuKernels {
-  double (*step_float)(const Executor&, const NeumannList&);
-  double (*step_double)(const Executor&, const NeumannList&);
+// Updates v and p, and fills squared_norm.
+template <class T>
+struct NeumannKernels {
+  CpuKernel<NeumannList<T>> step;
 };
-
-namespace cuda {
-// How many float64 the kernel needs as workspace on the device.
-int64_t neumann_workspace(const NeumannList& list);
-// Enqueues the update on `stream` and writes the sum of squares of the new v to `squared_norm`, one float64 on the
-// device. Returns nullptr, or CUDA's word on a launch that failed.
-const char* neumann_step_float(const NeumannList& list, double* workspace, double* squared_norm, void* stream);
-const char* neumann_step_double(const NeumannList& list, double* workspace, double* squared_norm, void* stream);
-}  // namespace cuda
+template <class T>
+struct NeumannCudaKernels {
+  CudaKernel<NeumannList<T>> step;
+};
 
 }  // namespace auxfast

@@ -104,6 +104,11 @@ def _to_c(argument: object) -> object:
     return None if argument is None else ctypes.c_int64(argument)  # type: ignore[arg-type]
 
 
+def network_numbers(packed: str) -> list[int]:
+    """What a wrapper is told of a network, of which `packed` is the text that the op is told."""
+    return [int(number) for number in packed.split(",")]
+
+
 def in_any_order(run: Callable[[], dict[str, Tensor]], orders: int = 3) -> dict[str, Tensor]:
     """What run() returns, having checked that it has the same bits for `orders` orders of threads.
 

@@ -1,29 +1,29 @@
 // The Krylov solvers' vector work for ctypes.
 #include "krylov/krylov.h"
 
-#include <algorithm>
-#include <limits>
-#include <vector>
+#include "wrapper.hpp"
+
+AUXFAST_CUDA_KERNELS(KrylovCudaKernels, krylov)
 
 using namespace auxfast;
-
-static std::vector<double> workspace_for(int64_t rows, int64_t n) {
-  return std::vector<double>(size_t(cuda::krylov_workspace(rows, n)), std::numeric_limits<double>::quiet_NaN());
-}
 
 // out and the terms: (rows, n); coefficients: (1 + num_terms, rows); squares: (rows,).
 extern "C" const char* linear_combination(int64_t is_double, int64_t rows, int64_t n, void* out, int64_t num_terms,
                                           void* const* terms, const double* coefficients, double* squares) {
-  LinearCombination work{out, {}, int(num_terms), coefficients, rows, n};
-  std::copy_n(terms, num_terms, work.terms);
-  std::vector<double> workspace = workspace_for(rows, n);
-  return (is_double ? cuda::linear_combination_double : cuda::linear_combination_float)(work, workspace.data(), squares,
-                                                                                        nullptr);
+  return by_dtype(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    LinearCombination<T> work{static_cast<T*>(out), {}, int(num_terms), coefficients, rows, n, squares, nullptr};
+    for (int64_t i = 0; i < num_terms; ++i) set_pointer(work.terms[i], terms[i]);
+    return run(krylov_cuda<T>().linear_combination, work);
+  });
 }
 
 // a, b: (rows, n); dots: (rows,).
 extern "C" const char* row_dots(int64_t is_double, int64_t rows, int64_t n, const void* a, const void* b,
                                 double* dots) {
-  std::vector<double> workspace = workspace_for(rows, n);
-  return (is_double ? cuda::row_dots_double : cuda::row_dots_float)({a, b, rows, n}, workspace.data(), dots, nullptr);
+  return by_dtype(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    RowDots<T> work{static_cast<const T*>(a), static_cast<const T*>(b), rows, n, dots, nullptr};
+    return run(krylov_cuda<T>().row_dots, work);
+  });
 }

@@ -1,22 +1,24 @@
 // The Neumann step for ctypes.
 #include "neumann/neumann.h"
 
-#include <limits>
-#include <vector>
+#include "wrapper.hpp"
+
+AUXFAST_CUDA_KERNELS(NeumannCudaKernels, neumann)
 
 using namespace auxfast;
 
 // v, hv, p: `count` pointers each, to numel[i] elements; squared_norm: (1,).
 extern "C" const char* neumann_step(int64_t is_double, int64_t count, void* const* v, void* const* hv, void* const* p,
                                     const int64_t* numel, double step_size, double* squared_norm) {
-  std::vector<NeumannTensor> tensors;
-  int64_t groups = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    tensors.push_back({v[i], hv[i], p[i], numel[i], groups});
-    groups += (numel[i] + kGroup - 1) / kGroup;
-  }
-  const NeumannList list{tensors.data(), count, groups, step_size};
-  std::vector<double> workspace(size_t(cuda::neumann_workspace(list)), std::numeric_limits<double>::quiet_NaN());
-  return (is_double ? cuda::neumann_step_double : cuda::neumann_step_float)(list, workspace.data(), squared_norm,
-                                                                            nullptr);
+  return by_dtype(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<NeumannTensor<T>> tensors;
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      tensors.push_back({static_cast<T*>(v[i]), static_cast<T*>(hv[i]), static_cast<T*>(p[i]), numel[i], tiles});
+      tiles += tiles_of(numel[i]);
+    }
+    NeumannList<T> list{tensors.data(), count, tiles, T(step_size), squared_norm, nullptr};
+    return run(neumann_cuda<T>().step, list);
+  });
 }

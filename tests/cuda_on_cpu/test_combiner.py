@@ -11,9 +11,9 @@ import torch
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, normal, of_reference
 from torch import Tensor
 
-from auxfast.ops.combiner_network import TILE_SAMPLES, CombinerNetwork
+from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork
 
-from .kernels import MODE, call, in_any_order, unwritten
+from .kernels import MODE, call, in_any_order, network_numbers, unwritten
 
 DOUBLE = torch.float64
 UNTOUCHED = 12345.0  # what `saved` holds for samples beyond the batch
@@ -37,8 +37,8 @@ def of_kernels(case: Case, losses: Tensor, phi: Tensor, grad: Tensor, tangents: 
     network, batch, dtype = case.network, case.batch, case.dtype
     units = sum(network.hidden)
     saved = torch.full((network.saved_size(batch),), UNTOUCHED, dtype=dtype) if case.saves else None
-    packed = [int(number) for number in network.packed.split(",")]
-    given = dtype == torch.float64, batch, network.num_losses, len(network.hidden), packed, losses, phi, saved
+    sizes, numbers = [batch, network.num_losses, len(network.hidden)], network_numbers(network.packed)
+    given = dtype == torch.float64, sizes, numbers, losses, phi, saved
     value, weights = unwritten(grad.numel(), dtype=dtype), unwritten(*losses.shape, dtype=dtype)
     call("combiner_forward", *given, value, weights)
     if saved is not None and batch % TILE_SAMPLES:
@@ -106,7 +106,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-# What the plan of the work (make_plan in combiner_cuda.cu) makes special. Many units, few parameters: (64, 1) * 4.
+# What the launch (make_launch in combiner_cuda.cu) makes special. (64, 1) * 4 has many units and few parameters.
 SPECIAL = {
     "several tiles a block, 32 samples a tile": Case(CombinerNetwork(2, (2,), main=0), 33000),
     "several tiles a block, not saved": Case(CombinerNetwork(2, (2,), bias=False, reduction="sum"), 33000, saves=False),
@@ -133,6 +133,6 @@ def test_passes_are_the_reference(case):
     assert_case(case)
 
 
-@pytest.mark.parametrize("plan", [plan for plan, case in SPECIAL.items() if is_affordable(case)])
-def test_passes_are_the_reference_for_any_plan(plan):
-    assert_case(SPECIAL[plan], orders=2)
+@pytest.mark.parametrize("launch", [launch for launch, case in SPECIAL.items() if is_affordable(case)])
+def test_passes_are_the_reference_for_any_launch(launch):
+    assert_case(SPECIAL[launch], orders=2)

@@ -13,9 +13,9 @@ from ops.loss_image_cases import TOLERANCES, inputs, name
 from torch import Tensor
 
 from auxfast.ops.loss_image import loss_image_reference
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
-from .kernels import MODE, call, in_any_order, unwritten
+from .kernels import MODE, call, in_any_order, network_numbers, unwritten
 
 DOUBLE = torch.float64
 
@@ -38,7 +38,7 @@ def of_kernels(
 ) -> dict[str, Tensor]:
     """The results of all passes. tangents: (num_tangents, batch, num_losses, H, W)"""
     dtype, depth = case.dtype, len(case.network.channels)
-    given = dtype == DOUBLE, [*losses.shape, depth], case.network.packed, losses, phi
+    given = dtype == DOUBLE, [*losses.shape, depth], network_numbers(case.network.packed), losses, phi
     value, value_alone = (unwritten(grad.numel(), dtype=dtype) for _ in range(2))
     weights = unwritten(*losses.shape, dtype=dtype)
     call("loss_image_forward", *given, main_weights, value_alone, None)
@@ -114,15 +114,15 @@ def _cases() -> list[Case]:
     return cases
 
 
-# What loss_image_cuda_plan.cuh makes special: an image that needs more than kSliceBytes is cut into bands, a batch that
-# needs more into groups of images; few blocks share the gradient in the weights of many channels.
+# What loss_image_cuda_chunks.cuh makes special: an image that needs more than kChunkBytes is cut into bands, a batch
+# that needs more into chunks of images; few blocks share the gradient in the weights of many channels.
 SPECIAL = {
     "bands": Case(LossImageNetwork(1, (64,), main=0), 1, (1700, 66), DOUBLE),
     "bands of second order, depth 3": Case(
         LossImageNetwork(1, (64, 1, 2), main=0, main_reduction="sum"), 1, (655, 66), DOUBLE, 2
     ),
     "the same, depth 4": Case(LossImageNetwork(1, (64, 1, 2, 1), main=0, reduction="sum"), 1, (645, 66), DOUBLE),
-    "groups of images": Case(LossImageNetwork(1, (64, 1), main=0, reduction="none"), 40, (33, 34), DOUBLE),
+    "chunks of images": Case(LossImageNetwork(1, (64, 1), main=0, reduction="none"), 40, (33, 34), DOUBLE),
     "most channels": Case(LossImageNetwork(64, (64, 64), main=63), 1, (5, 6), DOUBLE),
     "several tiles a block": Case(LossImageNetwork(2, (3,), main=0), 300, (1, 2)),
 }

@@ -13,7 +13,7 @@ from .kernels import call, in_any_order, unwritten
 STEP = 0.3
 SIZES = {
     "one": [1],
-    "around a group": [127, 128, 129],
+    "around a tile": [127, 128, 129],
     "around a block": [8191, 1, 8193],
     "prime": [100003, 7, 1009],
     "more tensors than a launch takes": [1 + i % 13 for i in range(200)],

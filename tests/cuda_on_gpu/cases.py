@@ -12,9 +12,9 @@ from ops.krylov_cases import coefficients_for, rows
 from ops.test_neumann import LAYOUTS, STEP, clones, lists
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork, combiner
+from auxfast.ops.combiner import combiner
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
 # More than one launch takes, and one whose hv is copied before.

@@ -9,9 +9,8 @@ from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, of_kernel
 from ops.krylov_cases import coefficients_for, rows
 from ops.test_neumann import STEP, lists
 
-from auxfast.ops.combiner import CombinerNetwork
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
 from .cases import SHAPES

@@ -62,7 +62,7 @@ def test_training(dtype, rtol):
 
 
 def test_hypergradient_with_a_tolerance():
-    """On a GPU the residual is looked at after every 8th step only."""
+    """The residual is looked at after every 8th step only, on a GPU."""
     results = []
     for device in ("cpu", "cuda"):
         problem = Bilevel(device, torch.float64)

@@ -8,8 +8,7 @@ from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, normal, of_kernels, relative_error
 from ops.test_neumann import assert_step, lists
 
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 pytestmark = pytest.mark.cuda
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork, combiner, combiner_reference
+from auxfast.ops.combiner import combiner, combiner_reference
+from auxfast.ops.network import CombinerNetwork
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 HIDDENS = [(1,), (10,) * 5, (7, 3, 64), (64, 64), (5,) * 8]
@@ -67,7 +68,7 @@ def of_kernels(network: CombinerNetwork, *given: Tensor) -> dict[str, Tensor]:
 
 
 def relative_error(actual: Tensor, wanted: Tensor) -> float:
-    """Of the worst entry, relative to the largest one."""
+    """Error of the worst entry, relative to the largest one."""
     assert actual.shape == wanted.shape
     error, largest = (actual.double() - wanted).abs().max().item(), wanted.abs().max().item()
     return error / largest if error else 0.0

@@ -35,7 +35,7 @@ class CombiningOp:
         cases: the op's own `inputs`, `of_reference`, `TOLERANCES` ...
         networks: a small one for each reduction.
         few, some, many: shapes of losses without num_losses: for derivatives of every entry; for most tests; for
-            several tiles or items of work.
+            several tiles or chunks.
         raw_forward: of losses, phi and network: what torch.ops.auxfast returns.
         raw_second_order: likewise, of tangents, grad, losses, phi and network.
         device: where `inputs` puts its tensors.
@@ -103,7 +103,7 @@ LOSS_IMAGE = CombiningOp(
     "loss_image",
     loss_image,
     loss_image_cases,
-    kernels=("_forward", "_backward_phi", "_second_order"),
+    kernels=("_forward", "_backward_phi", "_second_order", "_hessian"),
     networks={
         "mean": loss_image_cases.SMALL,
         "none": replace(loss_image_cases.SMALL, reduction="none"),
@@ -114,7 +114,7 @@ LOSS_IMAGE = CombiningOp(
     many=(3, 9, 20),
     raw_forward=lambda losses, phi, network: OPS.loss_image_forward(losses, phi, None, network.packed, True),
     raw_second_order=lambda tangents, grad, losses, phi, network: OPS.loss_image_second_order(
-        tangents, grad, losses, phi, network.packed, True
+        tangents, grad, losses, phi, network.packed
     ),
 )
 
@@ -126,7 +126,7 @@ def with_cuda(rows: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def readable(value: object) -> str | None:
-    """Of a parameter, in a test's id; None where pytest knows better."""
+    """Name of a parameter in a test's id; None where pytest knows better."""
     if isinstance(value, Network):
         cases = combiner_cases if isinstance(value, combiner.CombinerNetwork) else loss_image_cases
         return cases.name(value)
@@ -140,7 +140,7 @@ BOTH_ON_DEVICES = pytest.mark.parametrize("op", with_cuda([(COMBINER,), (LOSS_IM
 
 
 def printed_json(script: str, **settings: str) -> Any:
-    """What a script prints, in a process of its own that runs in one thread."""
+    """Output of a script, in a process of its own that runs in one thread."""
     places = [Path(auxfast.__file__).parents[1], Path(__file__).parents[1], os.environ.get("PYTHONPATH", ".")]
     settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
     command = [sys.executable, "-W", "error", "-c", script]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.loss_image import loss_image, loss_image_reference
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
 from .combiner_cases import derivatives, normal
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import MOST_SAVED_BYTES, CombinerNetwork, combiner, combiner_reference
+from auxfast.ops.combiner import MOST_SAVED_BYTES, combiner, combiner_reference
+from auxfast.ops.network import CombinerNetwork
 
 from .combiner_cases import (
     DEVICES,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork
+from auxfast.ops.network import CombinerNetwork
 
 from .combiner_cases import DEVICES, inputs, of_kernels, relative_error
 

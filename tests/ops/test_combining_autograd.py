@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from auxfast import reference_kernels
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import normal
 from .combining_cases import BOTH, BOTH_ON_DEVICES, COMBINER, LOSS_IMAGE, readable, with_cuda

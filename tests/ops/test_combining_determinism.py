@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import auxfast
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import normal
 from .combining_cases import COMBINER, LOSS_IMAGE, printed_json, readable, with_cuda
@@ -24,7 +23,7 @@ LOSS_IMAGES = [
     LossImageNetwork(2, (5,), "identity", main=1, main_reduction="sum", reduction="none"),
     LossImageNetwork(4, (4, 6, 8), reduction="sum"),
 ]
-# Up to 122 chunks of samples; one item, many images, bands.
+# There are up to 122 chunks of samples; one tile, many images, several bands.
 BATCHES, SHAPES = [64, 513, 3000, 70001], [(1, 40, 50), (70, 9, 33), (2, 781, 20)]
 WORK = [
     *((COMBINER, net, (min(batch, 1_000_000 // net.num_losses),)) for net, batch in product(COMBINERS, BATCHES)),
@@ -62,8 +61,7 @@ _ON_THIS_INSTRUCTION_SET = """
 import json
 import torch
 import auxfast
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from ops.combiner_cases import HIDDENS, assert_agree
 from ops.combining_cases import COMBINER, LOSS_IMAGE
 

@@ -93,42 +93,44 @@ def _raw(op: CombiningOp, network: Any, changes: dict[str, Callable[[Tensor], Te
     return [
         lambda: OPS.loss_image_forward(losses, phi, own, network, True),
         lambda: OPS.loss_image_backward_phi(grad, losses, phi, network),
-        lambda: OPS.loss_image_second_order(tangents, grad, losses, phi, network, True),
+        lambda: OPS.loss_image_second_order(tangents, grad, losses, phi, network),
+        lambda: OPS.loss_image_hessian(tangents, grad, losses, phi, network),
     ]
 
 
-# Which calls raise, what is changed, and what they say: of both ops, then of each.
+# The calls that raise, what is changed, and what they say: for both ops, then for each.
 EVERY, FIRST, FIRST_TWO, LATER, LAST = slice(None), slice(0, 1), slice(0, 2), slice(1, None), slice(2, None)
+TANGENTS = "tangents must have the shape of losses {losses} or one more dimension in front"
 RawErrors = dict[str, tuple[slice, dict[str, Any], str]]
 RAW_ERRORS: RawErrors = {
     "integers": (EVERY, {"losses": Tensor.long}, "losses must be float32 or float64"),
     "half": (EVERY, {"losses": Tensor.half, "phi": Tensor.half}, "losses must be float32 or float64"),
     "no samples": (FIRST, {"losses": lambda t: t[:0]}, "losses must not be empty"),
-    "size of phi": (EVERY, {"phi": lambda t: t[1:]}, "phi must have {parameters} elements, got {fewer_parameters}"),
-    "rank of phi": (EVERY, {"phi": lambda t: t[None]}, "phi must have {parameters} elements"),
+    "size of phi": (EVERY, {"phi": lambda t: t[1:]}, "phi has shape ({fewer_parameters},), not ({parameters},)"),
+    "rank of phi": (EVERY, {"phi": lambda t: t[None]}, "phi has shape (1, {parameters}), not ({parameters},)"),
     "dtype of phi": (EVERY, {"phi": Tensor.float}, "phi and losses must have one dtype"),
-    "size of grad": (LATER, {"grad": lambda t: t.expand(7)}, "grad must have 1 elements, got 7"),
+    "size of grad": (LATER, {"grad": lambda t: t.expand(7)}, "grad has shape (7,), not ()"),
     "dtype of grad": (LATER, {"grad": Tensor.float}, "grad and losses must have one dtype"),
     "dtype of tangents": (LAST, {"tangents": Tensor.float}, "tangents and losses must have one dtype"),
-    "rank of tangents": (LAST, {"tangents": lambda t: t[0]}, "{tangents}"),
-    "two ranks more": (LAST, {"tangents": lambda t: t[None, None]}, "{tangents}"),
-    "batch of tangents": (LAST, {"tangents": lambda t: t[1:]}, "{tangents}"),
-    "width of tangents": (LAST, {"tangents": lambda t: t[..., 1:]}, "{tangents}"),
+    "rank of tangents": (LAST, {"tangents": lambda t: t[0]}, TANGENTS),
+    "two ranks more": (LAST, {"tangents": lambda t: t[None, None]}, TANGENTS),
+    "batch of tangents": (LAST, {"tangents": lambda t: t[1:]}, TANGENTS),
+    "width of tangents": (LAST, {"tangents": lambda t: t[..., 1:]}, TANGENTS),
+    "no network": (EVERY, {"network": ""}, "network must be numbers with commas between, got ''"),
+    "words": (EVERY, {"network": "1,2,0,1,ten"}, "network must be numbers with commas between, got '1,2,0,1,ten'"),
+    "a number too little": (EVERY, {"network": "1,2,0,1,4,"}, "network must be numbers with commas between"),
 }
 COMBINER_RAW_ERRORS: RawErrors = {
     "rank of losses": (EVERY, {"losses": lambda t: t[0]}, "losses must be (batch, num_losses), got 1 dim"),
     "no losses": (FIRST_TWO, {"losses": lambda t: t[:, :0]}, "losses must not be empty"),
     "size of saved": (LATER, {"saved": lambda t: t[1:]}, "saved is not what combiner_forward returned"),
     "dtype of saved": (LATER, {"saved": Tensor.float}, "saved and losses must have one dtype"),
-    "no layers": (EVERY, {"network": "1,1,0,2"}, "hidden layer"),
-    "no network": (EVERY, {"network": ""}, "network must be numbers with commas between, got ''"),
-    "words": (EVERY, {"network": "1,1,0,2,ten"}, "network must be numbers with commas between, got '1,1,0,2,ten'"),
-    "a number too little": (EVERY, {"network": "1,1,0,2,4,"}, "network must be numbers with commas between"),
-    "9 layers": (FIRST, {"network": "1,1,0,2" + ",2" * 9}, "1 to 8 hidden layers, got 9"),
-    "width 65": (FIRST, {"network": "1,1,0,2,65"}, "widths of 1 to 64, got 65"),
-    "width 0": (FIRST, {"network": "1,1,0,2,0"}, "widths of 1 to 64, got 0"),
-    "main": (EVERY, {"network": "1,1,3,2,4,2"}, "main loss 3 of 3 losses"),
-    "negative main": (EVERY, {"network": "1,1,-2,2,4,2"}, "main loss -2 of 3 losses"),
+    "no layers": (EVERY, {"network": "1,2,0,1"}, "1 to 8 hidden layers, got 0"),
+    "9 layers": (FIRST, {"network": "1,2,0,1" + ",2" * 9}, "1 to 8 hidden layers, got 9"),
+    "width 65": (FIRST, {"network": "1,2,0,1,65"}, "widths of 1 to 64, got 65"),
+    "width 0": (FIRST, {"network": "1,2,0,1,0"}, "widths of 1 to 64, got 0"),
+    "main": (EVERY, {"network": "1,2,3,1,4,2"}, "main loss 3 of 3 losses"),
+    "negative main": (EVERY, {"network": "1,2,-2,1,4,2"}, "main loss -2 of 3 losses"),
 }
 LOSS_IMAGE_RAW_ERRORS: RawErrors = {
     "rank of losses": (EVERY, {"losses": lambda t: t[0]}, "losses must be (batch, num_losses, H, W), got 3 dim"),
@@ -136,14 +138,13 @@ LOSS_IMAGE_RAW_ERRORS: RawErrors = {
     "no columns": (EVERY, {"losses": lambda t: t[..., :0]}, "losses must not be empty"),
     "65 losses": (FIRST, {"losses": lambda t: t[:, :1].expand(3, 65, 5, 6)}, "1 to 64 channels, got 65"),
     "dtype of main_weights": (FIRST, {"main_weights": Tensor.float}, "main_weights and losses must have one dtype"),
-    "size of main_weights": (FIRST, {"main_weights": lambda t: t[1:]}, "main_weights must have 3 elements, got 2"),
-    "no convolutions": (EVERY, {"network": LOSS_IMAGE.small.packed[:4]}, "1 to 4 convolutions, got 0"),
-    "no network": (EVERY, {"network": []}, "1 to 4 convolutions"),
-    "5 convolutions": (EVERY, {"network": [1, 0, 1, 2] + [2] * 5}, "1 to 4 convolutions, got 5"),
-    "65 channels": (FIRST, {"network": [1, 0, 1, 2, 65]}, "1 to 64 channels, got 65"),
-    "no channels": (FIRST, {"network": [1, 0, 1, 2, 0]}, "1 to 64 channels, got 0"),
-    "main": (EVERY, {"network": [1, 2, 1, 2, 3, 2]}, "main loss 2 of 2 losses"),
-    "negative main": (EVERY, {"network": [1, -2, 1, 2, 3, 2]}, "main loss -2 of 2 losses"),
+    "size of main_weights": (FIRST, {"main_weights": lambda t: t[1:]}, "main_weights has shape (2,), not (3,)"),
+    "no convolutions": (EVERY, {"network": "1,2,0,1"}, "1 to 4 convolutions, got 0"),
+    "5 convolutions": (EVERY, {"network": "1,2,0,1" + ",2" * 5}, "1 to 4 convolutions, got 5"),
+    "65 channels": (FIRST, {"network": "1,2,0,1,65"}, "1 to 64 channels, got 65"),
+    "no channels": (FIRST, {"network": "1,2,0,1,0"}, "1 to 64 channels, got 0"),
+    "main": (EVERY, {"network": "1,2,2,1,3,2"}, "main loss 2 of 2 losses"),
+    "negative main": (EVERY, {"network": "1,2,-2,1,3,2"}, "main loss -2 of 2 losses"),
 }
 ALL_RAW_ERRORS = [
     pytest.param(op, *row, id=f"{op}-{key}")
@@ -157,7 +158,7 @@ def test_raw_ops_check_what_they_are_given(op, calls, changes, message):
     message = message.format(
         parameters=op.small.num_parameters,
         fewer_parameters=op.small.num_parameters - 1,
-        tangents="tangents must be (batch, num_losses) or" if op is COMBINER else "tangents must have the shape of",
+        losses=tuple(op.inputs(op.small, op.some)[0].shape),
     )
     changes = dict(changes)
     for call in _raw(op, changes.pop("network", op.small.packed), changes)[calls]:

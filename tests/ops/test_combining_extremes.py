@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import assert_agree, derivatives, normal, relative_error
 from .combining_cases import BOTH, BOTH_ON_DEVICES, COMBINER, LOSS_IMAGE, CombiningOp, readable, with_cuda

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from auxfast.ops.combiner import CombinerNetwork
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from . import combiner_cases, loss_image_cases
 from .combiner_cases import assert_agree, normal
@@ -43,9 +42,8 @@ def _loss_image_calls(network: LossImageNetwork, dtype: torch.dtype) -> Calls:
         (OPS.loss_image_forward.default, (losses, phi, None, network.packed, True)),
         (OPS.loss_image_forward.default, (losses, phi, losses[:, 0, 0, 0], network.packed, False)),
         (OPS.loss_image_backward_phi.default, later),
-        (OPS.loss_image_second_order.default, (tangent, *later, True)),
-        (OPS.loss_image_second_order.default, (several, *later, True)),
-        (OPS.loss_image_second_order.default, (several, *later, False)),
+        *((OPS.loss_image_second_order.default, (some, *later)) for some in (tangent, several)),
+        *((OPS.loss_image_hessian.default, (some, *later)) for some in (tangent, several)),
     ]
 
 

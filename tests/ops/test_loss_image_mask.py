@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auxfast.ops.loss_image import loss_image, loss_image_reference
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
 from .combiner_cases import assert_agree, derivatives, normal
 from .loss_image_cases import SMALL, TOLERANCES, inputs

@@ -10,7 +10,7 @@ import json
 import resource
 import torch
 from auxfast.ops.loss_image import loss_image, loss_image_reference
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.network import LossImageNetwork
 
 network = LossImageNetwork(3, (8, 16), main=0)
 phi = torch.rand(network.num_parameters).requires_grad_()

@@ -20,7 +20,7 @@ SIZES = {
     "one": [(1,)],
     "empty": [(0,), (2, 0, 3)],
     "empty among others": [(3,), (0,), (5, 2)],
-    "around a group": [(127,), (128,), (129,)],
+    "around a tile": [(127,), (128,), (129,)],
     "around a chunk": [(32767,), (1,), (32769,)],
     "prime": [(100003,), (7, 11, 13)],
     "many tiny": [(i % 13,) for i in range(400)],

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from auxfast.compat.auxilearn.layers import Layer, clamp, flat_parameters, has_hooks, weight_normalized
 from auxfast.ops.combiner import combiner
-from auxfast.ops.combiner_network import CombinerNetwork
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork
-from auxfast.ops.network import Activation
+from auxfast.ops.network import Activation, CombinerNetwork, LossImageNetwork
 
 _combiner_network = lru_cache(CombinerNetwork)
 _loss_image_network = lru_cache(LossImageNetwork)

@@ -1,6 +1,6 @@
 // How the GPU divides the loss image's work, and where it keeps what it needs of it.
 //
-// A pass works on one slice after another: as many whole images as the workspace takes, or, if it does not take one, a
+// A pass works on one chunk after another: as many whole images as the workspace takes, or, if it does not take one, a
 // band of rows of an image. So the workspace does not grow with the batch, and with an image's width only. Of layer i
 // a band owns rows of h_i; its halo, which the neighbouring band computes again, holds what these rows depend on:
 // one row of h_i on either side on the way back, 2^(depth - i + 1) - 1 rows forward.
@@ -13,15 +13,15 @@
 namespace auxfast::cuda {
 
 constexpr int kOutputs = 4;                // channels that a thread computes at a time
-constexpr int64_t kSliceBytes = 64 << 20;  // that a slice's images may take, unless the narrowest band is larger
-constexpr int64_t kWeightBlocks = 512;     // wanted for a layer's gradient in its weights
+constexpr int64_t kChunkBytes = 64 << 20;  // that a chunk's images may take, unless the narrowest band is larger
+constexpr int64_t kWeightBlocks = 512;     // that should share a layer's gradient in its weights
 
 constexpr int panels_of(int channels) { return (channels + kOutputs - 1) / kOutputs; }
 
 struct Rows {
   int32_t begin, end;
 
-  // With `margin` more on either side, if the image has them.
+  // These rows with `margin` more on either side, if the image has them.
   Rows grown(int32_t margin, int32_t height) const {
     return {begin > margin ? begin - margin : 0, end < height - margin ? end + margin : height};
   }
@@ -56,7 +56,7 @@ Planes<T> planes_of(T* data, int32_t channels, Rows rows, int32_t width) {
   return {data, channels * size, size, rows, width};
 }
 
-struct Slice {
+struct Chunk {
   int64_t first_image, images;
   int band;
   Rows owned[kMaxConvolutions + 1];  // rows of h_i
@@ -64,33 +64,40 @@ struct Slice {
   bool is_first() const { return first_image == 0 && band == 0; }
 };
 
-// The planes of a slice's layers, the same for all first-order passes, so that their values have the same bits; index
-// i: of h_i and of z_i. Those of z_i have the pixels that the pool keeps.
+// The planes of a chunk's layers, index i: of h_i and of z_i. Those of z_i have the pixels that the pool keeps. They
+// are the same for all first-order passes, so that their values have the same bits. The steps write them in this order:
+// clang-format off
+//   step              in                            out
+//   activate          h[i-1]                        new_h[i], state[i]; e[depth]
+//   go_back           e[i], state[i-1]              e[i-1]
+//   activate_tangent  hd[i-1], state[i]; e[depth]   new_hd[i], zd[i], but zd[depth] gets kappa
+//   go_back           zd[i], state[i-1], e[i-1]     zd[i-1] gets kappa
+// clang-format on
 template <class T>
-struct SlicePlanes {
-  Planes<const T> h[kMaxConvolutions + 1], hd[kMaxConvolutions + 1];  // to read; 0: the losses, their tangent
+struct ChunkPlanes {
+  Planes<const T> h[kMaxConvolutions + 1], hd[kMaxConvolutions + 1];  // [0]: the losses, their tangent
   Planes<T> new_h[kMaxConvolutions + 1], new_hd[kMaxConvolutions + 1];
   Planes<T> state[kMaxConvolutions + 1], e[kMaxConvolutions + 1];  // the same memory if no tangent needs the state
   Planes<T> zd[kMaxConvolutions + 1];                              // kappa takes zd's place
-  Rows back[kMaxConvolutions + 1];                                 // rows of h_i behind which e_i and kappa_i are known
-  int64_t elements = 0;                                            // of memory
+  Rows back[kMaxConvolutions + 1];                                 // rows of h_i for which e_i and kappa_i are made
+  int64_t elements = 0;                                            // that the planes take together
 
-  // `net` has the slice's images. From nullptr on it measures the memory.
-  SlicePlanes(const LossImageParams<T>& net, const Slice& slice, T* memory) {
+  // `net` has the chunk's images. From nullptr on it measures the memory.
+  ChunkPlanes(const LossImageParams<T>& net, const Chunk& chunk, T* memory) {
     const bool with_tangent = net.tangents != nullptr;
     const auto take = [&](bool wanted, int32_t channels, Rows rows, int32_t width) {
       Planes<T> planes = planes_of(memory, channels, rows, width);
       if (!wanted || !memory) planes.data = nullptr;
-      if (wanted) elements += slice.images * planes.image_stride;
-      if (wanted && memory) memory += slice.images * planes.image_stride;
+      if (wanted) elements += chunk.images * planes.image_stride;
+      if (wanted && memory) memory += chunk.images * planes.image_stride;
       return planes;
     };
     h[0] = planes_of(net.losses, net.channels[0], {0, net.height[0]}, net.width[0]);
     for (int i = 1; i <= net.depth; ++i) {
-      const Rows rows = slice.owned[i].grown((2 << (net.depth - i)) - 1, net.height[i]);
+      const Rows rows = chunk.owned[i].grown((2 << (net.depth - i)) - 1, net.height[i]);
       const Rows pixels = rows.times(pool_extent(net.height[i - 1]));
       const int32_t width = pool_extent(net.width[i - 1]) * net.width[i];
-      back[i] = slice.owned[i].grown(1, net.height[i]);
+      back[i] = chunk.owned[i].grown(1, net.height[i]);
       new_h[i] = take(true, net.channels[i], rows, net.width[i]);
       new_hd[i] = take(with_tangent, net.channels[i], rows, net.width[i]);
       h[i] = new_h[i].to_read();
@@ -102,25 +109,26 @@ struct SlicePlanes {
   }
 };
 
-struct Plan {
-  int64_t images;  // of a slice; the last one may have fewer
-  int bands;       // of an image
+// How images are divided into chunks.
+struct Chunking {
+  int64_t images;  // in a chunk; the last one may have fewer
+  int bands;       // that an image has
 
   template <class T>
-  Slice slice(const LossImageParams<T>& net, int64_t first_image, int band) const {
-    Slice slice{first_image, images < net.batch - first_image ? images : net.batch - first_image, band, {}};
+  Chunk chunk(const LossImageParams<T>& net, int64_t first_image, int band) const {
+    Chunk chunk{first_image, images < net.batch - first_image ? images : net.batch - first_image, band, {}};
     const auto begin = [&](int b) { return int32_t(b * int64_t(net.height[0]) / bands) >> net.depth << net.depth; };
     for (int i = 0; i <= net.depth; ++i)
-      slice.owned[i] = {begin(band) >> i, band + 1 < bands ? begin(band + 1) >> i : net.height[i]};
-    return slice;
+      chunk.owned[i] = {begin(band) >> i, band + 1 < bands ? begin(band + 1) >> i : net.height[i]};
+    return chunk;
   }
 
-  // Of the largest slice.
+  // Elements of the planes of the largest chunk.
   template <class T>
   int64_t elements(const LossImageParams<T>& net) const {
     int64_t most = 0;
     for (int band = 0; band < bands; ++band) {
-      const int64_t elements = SlicePlanes<T>(net, slice(net, 0, band), nullptr).elements;
+      const int64_t elements = ChunkPlanes<T>(net, chunk(net, 0, band), nullptr).elements;
       if (elements > most) most = elements;
     }
     return most;
@@ -128,35 +136,35 @@ struct Plan {
 };
 
 template <class T>
-Plan make_plan(const LossImageParams<T>& net) {
-  constexpr int64_t kLimit = kSliceBytes / int64_t(sizeof(T));
-  Plan plan{1, 1};
-  const int64_t affordable = kLimit / plan.elements(net);
-  if (affordable > 1) plan.images = affordable < net.batch ? affordable : net.batch;
-  while (plan.elements(net) > kLimit && net.height[0] / (2 * plan.bands) >= 4 << net.depth) plan.bands *= 2;
-  return plan;
+Chunking make_chunking(const LossImageParams<T>& net) {
+  constexpr int64_t kLimit = kChunkBytes / int64_t(sizeof(T));
+  Chunking chunking{1, 1};
+  const int64_t affordable = kLimit / chunking.elements(net);
+  if (affordable > 1) chunking.images = affordable < net.batch ? affordable : net.batch;
+  while (chunking.elements(net) > kLimit && net.height[0] / (2 * chunking.bands) >= 4 << net.depth) chunking.bands *= 2;
+  return chunking;
 }
 
-// Blocks that share a layer's gradient in its weights, for each panel of outputs and each input.
+// The number of blocks that share a layer's gradient in its weights, for each panel of outputs and each input.
 template <class T>
-int weight_parts(const LossImageParams<T>& net, int layer) {
-  const int64_t parts = kWeightBlocks / (panels_of(net.channels[layer + 1]) * net.channels[layer]);
-  return parts > 1 ? int(parts) : 1;
+int weight_blocks(const LossImageParams<T>& net, int layer) {
+  const int64_t blocks = kWeightBlocks / (panels_of(net.channels[layer + 1]) * net.channels[layer]);
+  return blocks > 1 ? int(blocks) : 1;
 }
 
-// The workspace; `bytes` of it, which is known without there being any. The sums of all slices, then what each slice
-// leaves for them, then its planes.
+// The workspace: the sums of all chunks, then what each chunk leaves for them, then its planes. `bytes`, its size, is
+// known without there being any.
 template <class T>
 struct Workspace {
   double* values;       // (batch), in the forward pass
   double* phi_sums;     // (num_tangents or 1, num_parameters)
   double* plane_sums;   // (images, channels of the last layer)
   double* main_sums;    // (images)
-  double* weight_sums;  // (weight_parts, weights and biases of a layer)
+  double* weight_sums;  // (weight_blocks, weights and biases of a layer)
   T* planes;
   int64_t bytes;
 
-  Workspace(const LossImageParams<T>& net, const Plan& plan) {
+  Workspace(const LossImageParams<T>& net, const Chunking& chunking) {
     int64_t count = 0;
     const auto take = [&](int64_t numbers) {
       const uintptr_t at = uintptr_t(net.workspace) + uintptr_t(count) * sizeof(double);
@@ -165,16 +173,16 @@ struct Workspace {
     };
     values = take(net.value ? net.batch : 0);
     phi_sums = take(net.grad_phi ? (net.tangents ? net.num_tangents : 1) * net.num_parameters : 0);
-    plane_sums = take(plan.images * net.channels[net.depth]);
-    main_sums = take(plan.images);
+    plane_sums = take(chunking.images * net.channels[net.depth]);
+    main_sums = take(chunking.images);
     int64_t most = 0;
     for (int i = 0; net.grad_phi && i < net.depth; ++i) {
-      const int64_t numbers = weight_parts(net, i) * (net.weight[i + 1] - net.weight[i]);
+      const int64_t numbers = weight_blocks(net, i) * (net.weight[i + 1] - net.weight[i]);
       if (numbers > most) most = numbers;
     }
     weight_sums = take(most);
     planes = reinterpret_cast<T*>(take(0));
-    bytes = count * int64_t(sizeof(double)) + plan.elements(net) * int64_t(sizeof(T));
+    bytes = count * int64_t(sizeof(double)) + chunking.elements(net) * int64_t(sizeof(T));
   }
 };
 
