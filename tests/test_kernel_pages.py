@@ -16,8 +16,7 @@ from torch import Tensor
 
 from auxfast.ops.combiner import CombinerNetwork, combiner
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.ops.loss_image import loss_image
-from auxfast.ops.loss_image_network import LossImageNetwork
+from auxfast.ops.loss_image import LossImageNetwork, loss_image
 from auxfast.ops.neumann import neumann_step_
 from auxfast.solvers import ConjugateGradient, Neumann
 
