@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auxfast.solvers import base
-from auxfast.solvers.base import Block
+from auxfast.solvers.linear_system import LinearSystem
 
 from .systems import SHAPES, Operator, cut, flat, gaussian, symmetric, with_eigenvalues
 
@@ -19,7 +19,7 @@ def loop_only(operator: Operator):
 
 def test_flat_rows_and_back():
     system = symmetric()
-    block = Block(system.matvec, system.rhs, 0.0, batched=False)
+    block = LinearSystem(system.matvec, system.rhs, 0.0, batched=False)
     assert torch.equal(block.rhs, flat(system.rhs)[None])
     assert block.shapes == [torch.Size(shape) for shape in SHAPES]
     for there, back in zip(system.rhs, block.unflatten(block.rhs), strict=True):
@@ -29,7 +29,7 @@ def test_flat_rows_and_back():
 
 def test_batched_rows_and_back():
     rhs = [gaussian(3, *shape, seed=i) for i, shape in enumerate(SHAPES)]
-    block = Block(symmetric().matvec, rhs, 0.0, batched=True)
+    block = LinearSystem(symmetric().matvec, rhs, 0.0, batched=True)
     assert block.rhs.shape == (3, 19)
     assert block.shapes == [torch.Size(shape) for shape in SHAPES]
     for row in range(3):
@@ -40,7 +40,7 @@ def test_batched_rows_and_back():
 
 def test_right_hand_sides_are_copied_without_a_graph():
     rhs = [torch.ones(3, requires_grad=True)]
-    block = Block(lambda v: v, rhs, 0.0, batched=False)
+    block = LinearSystem(lambda v: v, rhs, 0.0, batched=False)
     block.rhs.zero_()
     assert torch.equal(rhs[0].detach(), torch.ones(3))
     assert not block.rhs.requires_grad
@@ -48,7 +48,7 @@ def test_right_hand_sides_are_copied_without_a_graph():
 
 def test_norms_are_those_of_the_rows_in_float64():
     rhs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e25, 0.0]])
-    block = Block(lambda v: v, [rhs], 0.0, batched=True)
+    block = LinearSystem(lambda v: v, [rhs], 0.0, batched=True)
     torch.testing.assert_close(block.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
 
 
@@ -58,7 +58,7 @@ def test_norms_are_those_of_the_rows_in_float64():
 def test_product_is_with_the_damped_operator(damping, rows, together):
     operator = Operator(gaussian(6, 6))
     operator.matrix = operator.matrix + operator.matrix.T
-    block = Block(operator if together else loop_only(operator), [gaussian(6)], damping, batched=False)
+    block = LinearSystem(operator if together else loop_only(operator), [gaussian(6)], damping, batched=False)
     vectors = gaussian(rows, 6, seed=1)
     before = vectors.clone()
     product = block.product(vectors)
@@ -77,7 +77,7 @@ def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
         seen.append([v.shape for v in vectors])
         return system.matvec(vectors)
 
-    block = Block(matvec, rhs, 0.0, batched)
+    block = LinearSystem(matvec, rhs, 0.0, batched)
     rows = gaussian(2, 19)
     torch.testing.assert_close(block.product(rows), rows @ system.matrix)
     assert seen == [[torch.Size(shape) for shape in SHAPES]] * 2
@@ -87,7 +87,7 @@ def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
 @pytest.mark.parametrize("damping", [0.0, 1.0])
 def test_product_of_no_rows(damping, together):
     operator = Operator(torch.eye(4))
-    block = Block(operator if together else loop_only(operator), [torch.ones(4)], damping, batched=False)
+    block = LinearSystem(operator if together else loop_only(operator), [torch.ones(4)], damping, batched=False)
     assert block.product(torch.ones(0, 4)).shape == (0, 4)
     assert operator.products == 0
 
@@ -100,7 +100,7 @@ def test_batched_products_are_of_so_many_rows_that_memory_is_bounded():
             seen.append(len(vectors[0]))
             return super().batched(vectors)
 
-    block = Block(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
+    block = LinearSystem(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
     rows = gaussian(97, 100)
     torch.testing.assert_close(block.product(rows), rows @ block.product(torch.eye(100, dtype=torch.float64)))
     assert max(seen) <= 32
@@ -108,7 +108,7 @@ def test_batched_products_are_of_so_many_rows_that_memory_is_bounded():
 
 
 def test_product_may_return_what_it_was_given():
-    block = Block(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
+    block = LinearSystem(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
     rows = gaussian(1, 5, dtype=torch.float32)
     before = rows.clone()
     assert torch.equal(block.product(rows), 2 * before)
@@ -117,7 +117,7 @@ def test_product_may_return_what_it_was_given():
 
 def test_product_has_no_graph():
     weight = torch.full((3,), 0.5, requires_grad=True)
-    block = Block(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
+    block = LinearSystem(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
     assert not block.product(torch.ones(1, 3)).requires_grad
 
 
@@ -138,13 +138,13 @@ class Wrong(Operator):
     ],
 )
 def test_product_of_another_kind_is_named(matvec, message):
-    block = Block(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
+    block = LinearSystem(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
     with pytest.raises(RuntimeError, match=message):
         block.product(torch.ones(1, 8))
 
 
 def test_batched_product_without_its_axis_is_named():
-    block = Block(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
+    block = LinearSystem(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
     with pytest.raises(RuntimeError, match=r"\(4,\) for tensor 0, not torch.float32 \(4, 4\)"):
         block.product(torch.ones(4, 4))
 
@@ -152,7 +152,7 @@ def test_batched_product_without_its_axis_is_named():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_right_hand_side_must_be_finite(value):
     with pytest.raises(ValueError, match="rhs is not finite"):
-        Block(lambda v: v, [torch.ones(3), torch.tensor(value)], 0.0, batched=False)
+        LinearSystem(lambda v: v, [torch.ones(3), torch.tensor(value)], 0.0, batched=False)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_right_hand_side_must_be_finite(value):
 )
 def test_right_hand_side_is_checked(rhs, batched, message):
     with pytest.raises(ValueError, match=message):
-        Block(lambda v: v, rhs, 0.0, batched)
+        LinearSystem(lambda v: v, rhs, 0.0, batched)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None])

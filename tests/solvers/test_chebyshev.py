@@ -36,7 +36,7 @@ def test_is_the_chebyshev_polynomial(steps):
 @pytest.mark.parametrize("bounds", ["auto", (0.1, 1.0), (0.01, 2.0)])
 @pytest.mark.parametrize("looks", [1, 8])
 def test_converges_on_lists_of_tensors(bounds, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_check", lambda device: looks)
     system = symmetric()
     x, stats = Chebyshev(1000, bounds, tol=1e-10).solve(system.matvec, system.rhs)
     torch.testing.assert_close(flat(x), system.solution(), rtol=1e-8, atol=1e-8)
@@ -74,7 +74,7 @@ def test_growth_above_wrong_bounds_returns_the_best_that_was_seen():
 
 @pytest.mark.parametrize("looks", [1, 8])
 def test_underestimated_bounds_are_estimated_anew(looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_check", lambda device: looks)
     operator, b = Operator(with_eigenvalues(torch.linspace(0.1, 1, 40, dtype=torch.float64))), gaussian(40)
     state = SolverState(smallest_eigenvalue=0.05, largest_eigenvalue=0.3)
     (x,), stats = Chebyshev(500, tol=1e-6).solve(operator, [b], state=state)
@@ -88,7 +88,7 @@ def test_underestimated_bounds_are_estimated_anew(looks, monkeypatch):
 @pytest.mark.parametrize("looks", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_indefinite_systems_end_at_the_best(smallest, looks, dtype, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_check", lambda device: looks)
     operator = Operator(with_eigenvalues(torch.linspace(smallest, 1, 60, dtype=torch.float64), dtype))
     b = gaussian(60, dtype=dtype)
     (x,), stats = Chebyshev(2000, tol=1e-5).solve(operator, [b])
@@ -123,7 +123,7 @@ def test_damping(damping):
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("looks", [1, 8])
 def test_several_right_hand_sides_stop_on_their_own(bounds, together, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_check", lambda device: looks)
     operator = Operator(with_eigenvalues(torch.linspace(0.1, 1, 30, dtype=torch.float64)))
     easy = torch.linalg.eigh(operator.matrix)[1][:, 15]
     b = torch.stack([gaussian(30), torch.zeros(30, dtype=torch.float64), 1e3 * gaussian(30, seed=5), easy])
@@ -209,7 +209,7 @@ def test_zero_right_hand_side():
 
 
 def test_waits_for_a_gpu_every_8_steps_only(monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_look", lambda device: 8)
+    monkeypatch.setattr("auxfast.solvers.chebyshev.steps_per_check", lambda device: 8)
     reads = []
     for name in ("item", "tolist", "__float__", "__bool__", "numpy", "cpu"):
         method = getattr(torch.Tensor, name)

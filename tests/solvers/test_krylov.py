@@ -76,7 +76,7 @@ def test_nothing_to_solve(solver):
 
 def test_ill_conditioned(solver):
     operator, b = system(torch.logspace(-6, 0, 25, dtype=torch.float64))
-    x, stats = solver(steps=400, tol=1e-11).solve(operator, [b])
+    x, stats = solver(steps=400, tol=1e-10).solve(operator, [b])
     exact = torch.linalg.solve(operator.matrix, b)
     assert stats.converged
     assert (x[0] - exact).norm() < 1e-6 * exact.norm()
@@ -93,7 +93,7 @@ def test_damping_is_a_shift(solver):
 
 @pytest.mark.parametrize("free", [True, False])
 def test_several_right_hand_sides_stop_on_their_own(solver, free, monkeypatch):
-    monkeypatch.setattr(krylov, "_reading_is_free", lambda device: free)
+    monkeypatch.setattr(krylov, "steps_per_check", lambda device: 1 if free else 8)
     operator, b = system([0.1, 1.0, 2.0, 7.0] * 5)
     vectors = torch.linalg.eigh(operator.matrix)[1]
     rhs = torch.stack([b, torch.zeros_like(b), vectors[:, 0] + vectors[:, -1], vectors[:, 3], b + 1])
@@ -112,7 +112,7 @@ def test_several_right_hand_sides_stop_on_their_own(solver, free, monkeypatch):
 def test_the_same_with_scalars_on_the_device(solver, monkeypatch):
     operator, b = system(SPREAD)
     x, stats = solver(steps=32, tol=1e-5).solve(operator, [b])
-    monkeypatch.setattr(krylov, "_reading_is_free", lambda device: False)
+    monkeypatch.setattr(krylov, "steps_per_check", lambda device: 8)
     y, others = solver(steps=32, tol=1e-5).solve(operator, [b])
     torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
     assert stats.converged
@@ -121,7 +121,7 @@ def test_the_same_with_scalars_on_the_device(solver, monkeypatch):
 
 
 def test_looks_at_the_device_every_eighth_step(solver, monkeypatch):
-    monkeypatch.setattr(krylov, "_reading_is_free", lambda device: False)
+    monkeypatch.setattr(krylov, "steps_per_check", lambda device: 8)
     reads = []
     for name in ("item", "tolist", "cpu", "nonzero", "__float__", "__bool__"):
         method = getattr(torch.Tensor, name)
@@ -207,7 +207,7 @@ def test_a_preconditioner_must_be_positive_definite(solver):
 @pytest.mark.parametrize("at", [1, 3, 5])
 @pytest.mark.parametrize("free", [True, False])
 def test_products_that_are_not_finite(solver, bad, at, free, monkeypatch):
-    monkeypatch.setattr(krylov, "_reading_is_free", lambda device: free)
+    monkeypatch.setattr(krylov, "steps_per_check", lambda device: 1 if free else 8)
     operator, b = system(SPREAD)
 
     def matvec(v):

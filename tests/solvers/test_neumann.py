@@ -95,7 +95,7 @@ def test_zero_right_hand_side_is_solved_whatever_the_operator():
 @pytest.mark.parametrize("tol", [None, 1e-3])
 @pytest.mark.parametrize("step_size", [2.05, 2.5, 30.0, 1e6])
 def test_growth_returns_the_best_sum(tol, step_size, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_check", lambda device: looks)
     system = symmetric()
     wanted = min(
         (series(system.matrix, flat(system.rhs), step_size, terms) for terms in range(60)),
@@ -133,7 +133,7 @@ def test_negative_curvature_ends_it_at_the_best_sum(smallest, step_size):
 @pytest.mark.parametrize("tol", [None, 1e-3])
 @pytest.mark.parametrize("looks", [1, 8])
 def test_overflow_returns_zeros(dtype, tol, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_check", lambda device: looks)
     x, stats = Neumann(400, 1e35, tol).solve(lambda v: [t * 3 for t in v], [torch.ones(9, dtype=dtype)])
     assert not x[0].any()
     assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
@@ -207,7 +207,7 @@ def test_keeps_dense_layouts_and_accepts_others():
 
 @pytest.mark.parametrize(("step_size", "tol"), [(1.0, None), (1.0, 1e-12), ("auto", 1e-12)])
 def test_waits_for_a_gpu_every_8_steps_only(step_size, tol, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: 8)
+    monkeypatch.setattr("auxfast.solvers.series.steps_per_check", lambda device: 8)
     reads = []
     for name in ("item", "tolist", "__float__", "__bool__", "numpy", "cpu"):
         method = getattr(Tensor, name)

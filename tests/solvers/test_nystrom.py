@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from auxfast.solvers import ConjugateGradient, Nystrom, SolverState
-from auxfast.solvers.base import Block
+from auxfast.solvers.linear_system import LinearSystem
 
 from .systems import Operator, flat, gaussian, symmetric, with_eigenvalues
 
@@ -31,8 +31,8 @@ def operator_of(case: str, dtype: torch.dtype = torch.float64) -> Operator:
     return Operator(with_eigenvalues(CASES[case].double(), dtype))
 
 
-def block_of(operator: Operator, damping: float = 0.0) -> Block:
-    return Block(operator, [gaussian(len(operator.matrix), dtype=operator.matrix.dtype)], damping, batched=False)
+def block_of(operator: Operator, damping: float = 0.0) -> LinearSystem:
+    return LinearSystem(operator, [gaussian(len(operator.matrix), dtype=operator.matrix.dtype)], damping, batched=False)
 
 
 def relative_residuals(operator: Operator, damping: float, x: torch.Tensor, b: torch.Tensor) -> list[float]:
@@ -169,7 +169,7 @@ def test_the_noise_of_finite_differences_is_not_taken_for_curvature():
     _, stats = Nystrom(40).solve(noisy, [gaussian(N)])
     assert not stats.negative_curvature
     assert stats.matvecs == 41
-    sketch = Nystrom(40).build(Block(noisy, [gaussian(N)], 0.0, batched=False))
+    sketch = Nystrom(40).build(LinearSystem(noisy, [gaussian(N)], 0.0, batched=False))
     assert float(sketch.values[-1]) > 1e-3
 
 
