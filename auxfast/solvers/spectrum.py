@@ -129,9 +129,13 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
     coefficients = torch.zeros(2, steps + 1, rows, dtype=torch.float64, device=residual.device)
     diagonal, beside = coefficients
 
-    def append(j: int, vector: Tensor, negligible: Tensor) -> None:
+    def norm_and_image(vector: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
         image = vector if precondition is None else precondition(vector)
-        norm = torch.linalg.vecdot(vector.double(), image.double()).clamp(min=0).sqrt()
+        return torch.linalg.vecdot(vector.double(), image.double()).clamp(min=0).sqrt(), image
+
+    def append(j: int, vector: Tensor, negligible: Tensor) -> None:
+        norm, image = norm_and_image(vector)
         kept = (norm > negligible) & norm.isfinite()
         beside[j] = torch.where(kept, norm, 0)
         for store, row in ((basis, vector), (images, image))[: 1 if images is basis else 2]:
@@ -141,7 +145,7 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
     rounding = 10 * torch.finfo(residual.dtype).eps
     for j in range(steps):
         vector = system.product(images[:, j].contiguous())
-        negligible = rounding * torch.linalg.vector_norm(vector, dim=1, dtype=torch.float64)
+        negligible = rounding * norm_and_image(vector)[0]
         for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
             overlap = images[:, : j + 1] @ vector[..., None]  # (k, j + 1, 1)
             vector = vector - (basis[:, : j + 1].mT @ overlap)[..., 0]
