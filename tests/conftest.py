@@ -8,17 +8,12 @@ skipped where there is no GPU or auxfast has no kernels for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from device import DEVICE, on_device
 
 import auxfast
-
-# Most of their work is small: on a busy machine, more threads spend their time waiting for each other. Tests of what
-# threads change set their number themselves.
-ONE_THREAD = ("compat", "ops", "train")
 
 
 def pytest_configure() -> None:
@@ -35,11 +30,11 @@ def _missing_for_cuda() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread in those folders; a test leaves as many threads as it found."""
+def _one_thread() -> Iterator[None]:
+    """Most of a test's work is small: on a busy machine, more threads would spend their time waiting for each other.
+    Tests of what threads change set their number themselves."""
     threads = torch.get_num_threads()
-    if request.path.relative_to(Path(__file__).parent).parts[0] in ONE_THREAD:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -1,4 +1,4 @@
-"""The block that solvers work on, and the checks of what they are given."""
+"""The linear system that solvers work on: rows and back, products, and the checks of what they are given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from auxfast.solvers import base
 from auxfast.solvers.linear_system import LinearSystem
 
 from .systems import SHAPES, Operator, cut, flat, gaussian, symmetric, with_eigenvalues
@@ -54,11 +53,11 @@ def test_norms_are_those_of_the_rows_in_float64():
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("together", [True, False], ids=["batched", "loop"])
-def test_product_is_with_the_damped_operator(damping, rows, together):
+@pytest.mark.parametrize("batched_products", [True, False], ids=["batched", "loop"])
+def test_product_is_with_the_damped_operator(damping, rows, batched_products):
     operator = Operator(gaussian(6, 6))
     operator.matrix = operator.matrix + operator.matrix.T
-    block = LinearSystem(operator if together else loop_only(operator), [gaussian(6)], damping, batched=False)
+    block = LinearSystem(operator if batched_products else loop_only(operator), [gaussian(6)], damping, batched=False)
     vectors = gaussian(rows, 6, seed=1)
     before = vectors.clone()
     product = block.product(vectors)
@@ -83,11 +82,11 @@ def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
     assert seen == [[torch.Size(shape) for shape in SHAPES]] * 2
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["batched", "loop"])
+@pytest.mark.parametrize("batched_products", [True, False], ids=["batched", "loop"])
 @pytest.mark.parametrize("damping", [0.0, 1.0])
-def test_product_of_no_rows(damping, together):
+def test_product_of_no_rows(damping, batched_products):
     operator = Operator(torch.eye(4))
-    block = LinearSystem(operator if together else loop_only(operator), [torch.ones(4)], damping, batched=False)
+    block = LinearSystem(operator if batched_products else loop_only(operator), [torch.ones(4)], damping, batched=False)
     assert block.product(torch.ones(0, 4)).shape == (0, 4)
     assert operator.products == 0
 
@@ -169,32 +168,6 @@ def test_right_hand_side_must_be_finite(value):
 def test_right_hand_side_is_checked(rhs, batched, message):
     with pytest.raises(ValueError, match=message):
         LinearSystem(lambda v: v, rhs, 0.0, batched)
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
-def test_steps_are_checked(value):
-    with pytest.raises(ValueError, match="probes must be an integer of at least 1"):
-        base.check_steps("probes", value)
-
-
-@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, False, "0"])
-def test_damping_is_checked(value):
-    with pytest.raises(ValueError, match="damping must be a finite number of at least 0"):
-        base.check_damping(value)
-
-
-@pytest.mark.parametrize("value", [0, 1, 1.5, -1e-3, math.nan, math.inf, True, "1e-3"])
-def test_tolerance_is_checked(value):
-    with pytest.raises(ValueError, match="tol must be"):
-        base.check_tol(value)
-
-
-def test_what_the_checks_let_pass():
-    base.check_steps("steps", 1)
-    base.check_damping(0)
-    base.check_tol(None)
-    base.check_tol(1e-12)
-    base.check_positive("step_size", 1e-300)
 
 
 def test_cut_and_flat_of_the_test_systems_are_inverse():
