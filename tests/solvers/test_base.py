@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from auxfast.solvers import MINRES, LinearOperator, SolverState, SolveStats, StopReason
+from auxfast.solvers.iterative import steps_per_check
 
 from .systems import Operator, gaussian, symmetric, with_eigenvalues
 
@@ -74,3 +75,8 @@ def test_batched_products_are_used_where_there_are_several_rows():
     calls.clear()
     MINRES(steps=2, tol=1e-12).solve(operator, [gaussian(9)])
     assert calls == [1, 1, 1]
+
+
+def test_the_device_is_read_every_8_steps_where_that_waits():
+    assert steps_per_check(torch.device("cpu")) == 1
+    assert steps_per_check(torch.device("cuda")) == steps_per_check(torch.device("meta")) == 8
