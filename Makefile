@@ -61,7 +61,7 @@ test-cuda-compile: $(installed)-build  ## check registers, spills and warnings o
 
 test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each kernel under compute-sanitizer
 	@$(PYTHON) $(has_gpu)
-	$(PYTHON) -m pytest -m cuda
+	AUXFAST_TEST_DEVICE=cuda $(PYTHON) -m pytest -m cuda
 	@test -n '$(sanitizer)' || { echo 'make test-gpu: no compute-sanitizer, so only the tests were run; it is part of' \
 	    'the CUDA toolkit: put it on the PATH or set CUDA_HOME' >&2; false; }
 	for tool in memcheck racecheck initcheck synccheck; do \

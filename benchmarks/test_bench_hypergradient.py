@@ -19,7 +19,7 @@ from eager import EagerCombiner
 from timing import interleaved
 from torch import Tensor, nn
 
-from auxfast._native import reference_kernels
+from auxfast import reference_kernels
 from auxfast.implicit import hypergradient
 from auxfast.nn import NonlinearCombiner
 from auxfast.solvers import Neumann

@@ -1,8 +1,9 @@
-"""What all combiners share: the flat `phi` and its named parts, projection, adaptive weights, checkpoints."""
+"""The base of all combiners: the flat `phi` and its named parts, projection, adaptive weights, checkpoints."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -12,7 +13,7 @@ from auxfast.ops.network import Reduction
 
 
 class Combiner(nn.Module, ABC):
-    """What all combiners share; subclasses say how `phi` is laid out and what the combined value of a sample is.
+    """Base of all combiners; subclasses say how `phi` is laid out and what the combined value of a sample is.
 
     Args:
         num_losses: columns of the losses, or channels of the loss image.
@@ -27,6 +28,7 @@ class Combiner(nn.Module, ABC):
     """
 
     phi: nn.Parameter  # (number of parameters,)
+    __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ class Combiner(nn.Module, ABC):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Back into the monotone set, by clipping weights to >= 0 (paper, section 3.2); biases are free. Call it after
-        every outer step. Does nothing if not `monotone`."""
+        """Projects `phi` onto the monotone set, by clipping weights to >= 0 (paper, section 3.2); biases are free. Call
+        it after every outer step. Does nothing if not `monotone`."""
         if self.monotone:
             for name, part in self.layers().items():
                 if not name.endswith("bias"):

@@ -72,7 +72,7 @@ class PolynomialCombiner(Combiner):
         all_monomials = [monomial for monomials in by_degree for monomial in monomials]
         super().__init__(num_losses, main, monotone, reduction, {"weight": (len(all_monomials),)})
         self.degree, self.monomials = degree, all_monomials
-        # A monomial of degree d is one of degree d - 1 times a loss: their places, for each degree from 2 on.
+        # A monomial of degree d is one of degree d - 1 times a loss. These are the places of both, for d from 2 on.
         for d in range(1, degree):
             place = {monomial: i for i, monomial in enumerate(by_degree[d - 1])}
             self.register_buffer(f"_lower_{d}", torch.tensor([place[m[:-1]] for m in by_degree[d]]), persistent=False)

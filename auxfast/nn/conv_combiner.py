@@ -25,8 +25,8 @@ class ConvCombiner(NetworkCombiner):
         num_losses, main, monotone, reduction: see `Combiner`.
         channels: outputs of each convolution, at least one. The paper's code has (8, 16) and (8, 16, 32).
         activation: "softplus", or "identity" for a deep linear network.
-        main_reduction: of the main loss's pixels: "mean", "sum", or "valid_mean", the mean over those that the mask
-            keeps. The network's own mean is always over all positions.
+        main_reduction: how the main loss's pixels are reduced: "mean", "sum", or "valid_mean", the mean over those
+            that the mask keeps. The network's own mean is always over all positions.
         init_range: weights start uniform in it, as in the paper's code; biases at 0.
         weight_norm: train what leads to each channel as direction and length (see `NetworkCombiner`).
 

@@ -1,4 +1,4 @@
-"""What the combiners that are networks share: the fused op behind them, and weight normalisation."""
+"""The base of the combiners that are networks: the fused op behind them, and weight normalisation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from auxfast.ops.network import CombinerNetwork, LossImageNetwork, Network, Redu
 
 
 class NetworkCombiner(Combiner):
-    """A combiner that is a network; subclasses say which op runs it and how its weights start, and have them drawn
-    (`reset_parameters`) when they are made.
+    """A combiner that is a network. Subclasses say which op runs it and how its weights start, and call
+    `reset_parameters` when they are made.
 
     Args:
         network: the architecture.
@@ -50,17 +50,20 @@ class NetworkCombiner(Combiner):
     def _draw(self, weight: Tensor) -> None:
         """Initial values for the weight of one layer, in place."""
 
-    # Combiner.forward without the ways over _combine and Module.__getattr__: 1.5 us each in a training step.
+    # This is Combiner.forward without the ways over _combine and Module.__getattr__, which take 1.5 us each.
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        phi = self._normalized() if self.weight_norm else self._parameters.get("phi")
-        return self.op(losses, self.phi if phi is None else phi, self.network, mask)  # None: parametrized, for one
+        phi = self.network_phi() if self.weight_norm else self._parameters.get("phi")
+        return self.op(losses, self.phi if phi is None else phi, self.network, mask)  # None if phi is parametrized
 
     def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
         network = self.network if reduction == self.reduction else self._summed
-        return self.op(losses, self._normalized() if self.weight_norm else self.phi, network, mask)
+        return self.op(losses, self.network_phi(), network, mask)
 
-    def _normalized(self) -> Tensor:
-        """The network's phi: weight_g * weight_v / |weight_v|, row by row."""
+    def network_phi(self) -> Tensor:
+        """The flat weights and biases that the network runs on; `network.split` names them. This is `phi` itself or,
+        with weight normalisation, `weight_g * weight_v / |weight_v|` row by row."""
+        if not self.weight_norm:
+            return self.phi
         parts = []
         for (name, shape), part in zip(self._shapes.items(), self.phi.split(self._sizes), strict=True):
             if name.endswith("bias"):
@@ -76,7 +79,7 @@ class NetworkCombiner(Combiner):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """As `Combiner.project_`. A row that clipping leaves without any direction gets all of them at length 0, so
+        """See `Combiner.project_`. A row that clipping leaves without any direction gets all of them at length 0, so
         that it can grow again."""
         super().project_()
         if self.monotone and self.weight_norm:
@@ -90,12 +93,12 @@ class NetworkCombiner(Combiner):
 
 
 def _rows(weight: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """A view of a weight with one row for each of its lengths: (rows, ...) or, of one row without that dimension."""
+    """A view of a weight, flat but for one row for each of its lengths. `lengths`: (rows,), or () for a single row."""
     return weight.view(*lengths, -1)
 
 
 def _raw_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """The parts of phi under weight normalisation: each weight's rows as direction, then their lengths."""
+    """The parts of `phi` under weight normalisation: each weight's rows as directions, then their lengths."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in network.shapes.items():
         if name.endswith("weight"):

@@ -3,17 +3,19 @@ SolveStats)`."""
 
 from torch.serialization import add_safe_globals
 
-from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers.base import LinearOperator, Matvec, Solver, SolverState, SolveStats, StopReason
 from auxfast.solvers.chebyshev import Chebyshev
 from auxfast.solvers.conjugate_gradient import ConjugateGradient
 from auxfast.solvers.dense import Dense
 from auxfast.solvers.identity import Identity
+from auxfast.solvers.iterative import IterativeSolver
+from auxfast.solvers.krylov import KrylovSolver
 from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.nystrom import LowRank, Nystrom
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
 
-# What a SolverState may hold besides tensors and numbers: plain data, which checkpoints may be loaded with.
+# A SolverState may hold these besides tensors and numbers. They are plain data, which checkpoints may be loaded with.
 add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
 
 __all__ = [
@@ -22,7 +24,10 @@ __all__ = [
     "ConjugateGradient",
     "Dense",
     "Identity",
+    "IterativeSolver",
     "Jacobi",
+    "KrylovSolver",
+    "LinearOperator",
     "Matvec",
     "Neumann",
     "Nystrom",
@@ -30,4 +35,5 @@ __all__ = [
     "SolveStats",
     "Solver",
     "SolverState",
+    "StopReason",
 ]

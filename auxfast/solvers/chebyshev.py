@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,20 +12,22 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
+from auxfast.solvers.base import SolverState, StopReason
+from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
+from auxfast.solvers.iterative import IterativeSolver, steps_per_check
 from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
-from auxfast.solvers.series import steps_per_look
-from auxfast.solvers.spectrum import Estimate
+from auxfast.solvers.spectrum import SpectrumBounds
 
-_WINDOW = math.log(2)  # by how much the residual should have fallen before its fall is judged
-_SLOW = 0.6  # of the fall that the bounds promise, in logarithms
-_GROWTH = 2.0  # of a residual over less than a window
-_ALLOWANCE = math.log(2)  # for rounding
+# Residuals are compared in logarithms, with the fall that the bounds promise.
+_WINDOW = math.log(2)  # promised fall after which the actual one is judged: over less, it says little about the rate
+_SLOW = 0.6  # share of the promised fall below which the residual counts as slow: eigenvalues lie below the bounds
+_GROWTH = 2.0  # factor by which a residual may rise within a window, which it also does without growing for good
+_ALLOWANCE = math.log(2)  # excess over the promised residual that rounding may cause
+_LOWEST = 1e-3  # lower bound relative to the upper one at the start; eigenvalues below it are found on the way
 
 
 @dataclass(frozen=True)
-class Chebyshev:
+class Chebyshev(IterativeSolver):
     """The polynomial of `A = H + damping I` that is smallest on `bounds`, the interval of its eigenvalues, by its
     three-term recurrence (Golub & Varga 1961).
 
@@ -44,12 +45,10 @@ class Chebyshev:
     What is returned is the best iterate that was looked at, and its residual is the true one, for one product.
 
     Args:
-        steps: products of the recurrence at most, at least 1.
+        steps, damping, warm_start: see `IterativeSolver`.
         bounds: `"auto"`, or two numbers `0 < lower < upper`. An eigenvalue below `lower` slows it down; one above
             `upper` or below 0 makes the residual grow.
         tol: stop once the relative residual is at most this, between 0 and 1; `None`: `steps` steps.
-        damping: at least 0.
-        warm_start: start from the solution in `state`, at one product, if that has a smaller residual than 0 has.
         preconditioner: `bounds` are then those of its product with `A`.
 
     Raises:
@@ -64,61 +63,45 @@ class Chebyshev:
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_steps("steps", self.steps)
+        super().__post_init__()
         _check_bounds(self.bounds)
-        check_tol(self.tol)
-        check_damping(self.damping)
 
-    def solve(
-        self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
-    ) -> tuple[list[Tensor], SolveStats]:
-        """Solves `(H + damping I) x = rhs`; see `Solver.solve`.
-
-        Raises:
-            ValueError: see `Block`.
-            RuntimeError: `matvec` returns other shapes than it was given.
-        """
-        block = Block(matvec, rhs, self.damping, batched)
-        best = Certified(block, self.tol)
-        if self.warm_start:
-            best.warm_start(state)
+    def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
         rows = best.unsolved()
-        precondition = prepare(self.preconditioner, block, state) if len(rows) else None
-        estimate = Estimate(best, state, precondition) if self.bounds == "auto" else None
+        precondition = prepare(self.preconditioner, best.system, state) if len(rows) else None
+        spectrum = SpectrumBounds(best, state, precondition) if self.bounds == "auto" else None
         iterations = 0
         while len(rows) and iterations < self.steps:
-            if estimate is not None:
-                rows = estimate.explore(rows)
+            if spectrum is not None:
+                rows = spectrum.estimate(rows)
                 if not len(rows):
                     break
-                if estimate.largest <= 0:
-                    best.blame("negative curvature" if estimate.indefinite else "stagnated")
+                if spectrum.largest <= 0:
+                    best.set_stop_reason(StopReason.NEGATIVE_CURVATURE if spectrum.indefinite else StopReason.STAGNATED)
                     break
             cycle = _Cycle(best, rows, precondition)
-            iterations += cycle.run(self._bounds(estimate), self.steps - iterations, adaptive=estimate is not None)
-            if estimate is not None:
-                estimate.smallest = min(estimate.smallest, cycle.lower)
+            iterations += cycle.run(self._bounds(spectrum), self.steps - iterations, adaptive=spectrum is not None)
+            if spectrum is not None:
+                spectrum.smallest = min(spectrum.smallest, cycle.lower)
             rows = np.array(cycle.again, dtype=np.intp)
-            if cycle.grew and estimate is not None and estimate.renew():
+            if cycle.grew and spectrum is not None and spectrum.should_retry():
                 rows = np.concatenate([rows, cycle.rows])
             elif cycle.grew:
                 for row in cycle.rows:
-                    best.reasons[row] = "diverged"
-        if estimate is not None:
-            estimate.leave(good=self.tol is None or not len(best.unsolved()))
-        if self.warm_start and state is not None:
-            state.solution = block.unflatten(best.solution.clone())
-        return best.result(
-            iterations,
-            largest_eigenvalue=None if estimate is None else estimate.largest_of_h,
-            negative_curvature=estimate is not None and estimate.indefinite,
-        )
+                    best.stop_reasons[row] = StopReason.DIVERGED
+        if spectrum is not None:
+            spectrum.save(good=self.tol is None or not len(best.unsolved()))
+        return {
+            "iterations": iterations,
+            "largest_eigenvalue": None if spectrum is None else spectrum.largest_of_h,
+            "negative_curvature": spectrum is not None and spectrum.indefinite,
+        }
 
-    def _bounds(self, estimate: Estimate | None) -> tuple[float, float]:
-        if estimate is None:
+    def _bounds(self, spectrum: SpectrumBounds | None) -> tuple[float, float]:
+        if spectrum is None:
             assert self.bounds != "auto"
             return self.bounds
-        return max(estimate.smallest, 1e-3 * estimate.upper), estimate.upper
+        return max(spectrum.smallest, _LOWEST * spectrum.upper), spectrum.upper
 
 
 class _Cycle:
@@ -127,39 +110,45 @@ class _Cycle:
     With the bounds' center c and half width h, and `t = c / h`, the residual after j steps is the first times
     `T_j((c - A) / h) / T_j(t)`, with the Chebyshev polynomial T_j: of what belongs to an eigenvalue in the bounds, at
     most `1 / T_j(t) = 1 / cosh(j acosh t)` is left.
+
+    Attributes:
+        rows: those that are still iterated.
+        again: rows that are done but for the drift of the residual that is carried.
+        grew: whether the residual of one of `rows` grew.
+        lower: the lower bound, as far as it is known by now.
     """
 
-    def __init__(self, best: Certified, rows: Rows, precondition: Apply | None) -> None:
+    def __init__(self, best: BestIterate, rows: Rows, precondition: Apply | None) -> None:
         self.best, self.rows, self.precondition = best, rows, precondition
-        self.x, self.residual = best.at(rows)  # (k, n)
+        self.x, self.residual = best.current(rows)  # (k, n)
         self.direction, self.saved = torch.zeros_like(self.x), self.x.clone()  # (k, n)
         self.norms: Floats = best.norms[rows]  # (k,)
         self.first = self.saved_norms = self.norms
-        self.goals = np.maximum(best.goals[rows], torch.finfo(self.x.dtype).eps * self.norms)
+        self.tolerances = np.maximum(best.tolerances[rows], torch.finfo(self.x.dtype).eps * self.norms)
         self.grew = False
-        self.again: list[int] = []  # rows that are done but for the drift of the residual that is carried
+        self.again: list[int] = []
 
     def run(self, bounds: tuple[float, float], steps: int, adaptive: bool) -> int:
-        """At most `steps` steps, less if all rows reach their goals or one grows; returns how many. Offers the rows'
-        best iterates."""
-        every = steps_per_look(self.x.device)
+        """Takes at most `steps` steps, fewer if all rows reach their tolerances or one grows, and updates `best`.
+        Returns how many it took."""
+        every = steps_per_check(self.x.device)
         self._begin(*bounds)
         taken = 0
         while taken < steps and len(self.rows) and not self.grew:
             count = min(every, steps - taken)
             self._advance(count)
             taken += count
-            self._retire(self.norms <= self.goals)
+            self._retire(self.norms <= self.tolerances)
             if len(self.rows):
                 with np.errstate(all="ignore"):  # comparisons with what is not finite say so
                     self._judge(adaptive)
         if len(self.rows):
             self._save()
-            self.best.offer(self.rows, self.saved)
+            self.best.update(self.rows, self.saved)
         return taken
 
     def _begin(self, lower: float, upper: float) -> None:
-        """The recurrence anew, from the present residual."""
+        """Starts the recurrence, or starts it anew, from the present residual."""
         self.lower, self.upper = lower, upper
         self.center, self.half = (upper + lower) / 2, (upper - lower) / 2
         self.rate = math.acosh(self.center / self.half)
@@ -178,7 +167,7 @@ class _Cycle:
             self.ratio = following
         add, subtract, *turns = self._coefficients([(1.0, 1.0), (1.0, -1.0), *coefficients])
         for turn in turns:
-            product = self.best.block.product(self.direction)
+            product = self.best.system.product(self.direction)
             linear_combination_(self.x, [self.direction], add)
             squares = linear_combination_(self.residual, [product], subtract)
             image = self._preconditioned()
@@ -191,37 +180,39 @@ class _Cycle:
         return self.residual if self.precondition is None else self.precondition(self.residual)
 
     def _sizes(self, image: Tensor) -> Floats:
-        """(k,), of the residuals, in the norm in which the bounds promise something: the preconditioner's."""
+        """The residuals (k,) in the norm in which the bounds promise something: the preconditioner's."""
         if self.precondition is None:
             return self.norms
         squares: Floats = row_dots(self.residual, image).clamp(min=0).cpu().numpy()
         return np.sqrt(squares)
 
     def _coefficients(self, pairs: list[tuple[float, float]]) -> Tensor:
-        """(number of pairs, 2, k), for all rows alike; in one transfer to the device."""
+        """(number of pairs, 2, k): each pair for all rows alike, in one transfer to the device."""
         return torch.tensor(pairs, dtype=torch.float64)[..., None].repeat(1, 1, len(self.rows)).to(self.x.device)
 
     def _retire(self, reached: npt.NDArray[np.bool_]) -> None:
-        """Offers the rows that reached their goals, and goes on without them."""
+        """Updates `best` with the rows that reached their tolerances, and goes on without them."""
         if not reached.any():
             return
         done, going = (torch.from_numpy(np.flatnonzero(mask)).to(self.x.device) for mask in (reached, ~reached))
-        self.best.offer(self.rows[reached], self.x[done])
+        self.best.update(self.rows[reached], self.x[done])
         for row, first in zip(self.rows[reached], self.first[reached], strict=True):
-            if self.best.reasons[row] == "steps" and self.best.norms[row] <= PROGRESS * first:
+            if self.best.stop_reasons[row] != StopReason.STEPS:
+                continue
+            if self.best.norms[row] <= RESTART_GAIN * first:
                 self.again.append(row)
-            elif self.best.reasons[row] == "steps":
-                self.best.reasons[row] = "stagnated"
+            else:
+                self.best.stop_reasons[row] = StopReason.STAGNATED
         for name in ("x", "residual", "direction", "saved"):
             setattr(self, name, getattr(self, name)[going])
-        for name in ("rows", "first", "norms", "saved_norms", "sizes", "begun", "window_sizes", "goals"):
+        for name in ("rows", "first", "norms", "saved_norms", "sizes", "begun", "window_sizes", "tolerances"):
             setattr(self, name, getattr(self, name)[~reached])
 
     def _judge(self, adaptive: bool) -> None:
-        """Looks for eigenvalues outside the bounds: only they leave more of the residual than `1 / T_j(t)`. If it grows
+        """Detects eigenvalues outside the bounds: only they leave more of the residual than `1 / T_j(t)`. If it grows
         they are above or negative, and if it falls too slowly, below."""
         promised = _log_cosh(self.taken * self.rate)
-        outside = ~(np.log(self.sizes) < np.log(self.begun) - promised + _ALLOWANCE)  # so is NaN
+        outside = ~(np.log(self.sizes) < np.log(self.begun) - promised + _ALLOWANCE)  # a NaN is outside too
         self.grew = bool((outside & ~(self.sizes <= _GROWTH * self.window_sizes)).any())
         promised -= _log_cosh(self.window_start * self.rate)
         if self.grew or promised < _WINDOW:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.solvers.certificate import Floats
+from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.krylov import BROKEN, CURVED, REACHED, SINGULAR, KrylovSolver, Recurrence, Scalars
 from auxfast.solvers.preconditioners import Apply
 
@@ -28,26 +28,19 @@ class ConjugateGradient(KrylovSolver):
     and enough damping makes the system definite.
 
     Args:
-        steps: at most, each of one product; a further product tells the true residual in the end.
-        tol: stop once the relative residual is at most this, between 0 and 1. `None`: go on to working precision.
-        damping: at least 0; added to every eigenvalue of H.
-        warm_start: start from `state.solution` if that has a smaller residual than x = 0; costs a product.
-        preconditioner: such as `Jacobi()`.
-
-    Raises:
-        ValueError: a setting outside its range.
+        steps, tol, damping, warm_start, preconditioner: see `KrylovSolver`.
     """
 
     @staticmethod
-    def _recurrence(x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> Recurrence:
-        return _ConjugateGradient(x, residual, goals, precondition)
+    def _recurrence(x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> Recurrence:
+        return _ConjugateGradient(x, residual, tolerances, precondition)
 
 
 class _ConjugateGradient(Recurrence):
-    """In the notation of Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1."""
+    """The recurrence in the notation of Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1."""
 
-    def __init__(self, x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> None:
-        super().__init__(x, goals, precondition)
+    def __init__(self, x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
+        super().__init__(x, tolerances, precondition)
         self.r = residual
         self.direction = self.p = precondition(self.r).clone() if precondition else self.r.clone()
         self.rz = self.scalars(row_dots(self.r, self.p))
@@ -75,7 +68,7 @@ class _ConjugateGradient(Recurrence):
         self.record(1 / alpha + self.last, xp.sqrt(beta) / alpha)
         self.rz, self.last = rz, beta / alpha
 
-        self.stop(rr <= self.goals**2, REACHED)
+        self.stop(rr <= self.tolerances**2, REACHED)
         self.stop(~(rz > 0), BROKEN)  # a preconditioner that is not positive definite
         self.pp = self.scalars(linear_combination_(p, [z], self.coefficients(beta, self.one)))
 

@@ -1,4 +1,4 @@
-"""The whole matrix, solved exactly: for small problems, and to check the other solvers against."""
+"""The solver that forms the whole matrix, exact: for small problems, and to check the other solvers against."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import Certified
-
-_CHUNK = 32  # unit vectors in one batched product
+from auxfast.solvers.base import (
+    Matvec,
+    SolverState,
+    SolveStats,
+    StopReason,
+    check_damping,
+    check_steps,
+    check_tol,
+)
+from auxfast.solvers.best_iterate import BestIterate
+from auxfast.solvers.linear_system import MAX_BATCH, LinearSystem
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Dense:
 
     Args:
         damping: at least 0; added to every eigenvalue of H.
-        tol: what relative residual `SolveStats` calls converged, between 0 and 1; nothing else depends on it.
+        tol: the relative residual that counts as converged, between 0 and 1; nothing else depends on it.
         max_size: the most parameters that it accepts.
 
     Raises:
@@ -50,30 +57,30 @@ class Dense:
         """Solves `(H + damping I) x = rhs`; see `Solver.solve`. Neither uses nor updates `state`.
 
         Raises:
-            ValueError: more than `max_size` parameters; or see `Block`.
+            ValueError: more than `max_size` parameters; or see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
-        block = Block(matvec, rhs, self.damping, batched)
-        size = block.rhs.shape[1]
+        system = LinearSystem(matvec, rhs, self.damping, batched)
+        size = system.rhs.shape[1]
         if size > self.max_size:
             raise ValueError(
                 f"Dense would form {size} x {size} numbers ({8 * size**2 / 1e9:.1f} GB), and its max_size is "
                 f"{self.max_size}: use MINRES(), which forms no matrix, or Dense(max_size={size})"
             )
-        best = Certified(block, self.tol)
+        best = BestIterate(system, self.tol)
         rows = best.unsolved()
         if len(rows) == 0:
             return best.result(iterations=0)
-        matrix = _form(block)
+        matrix = _form(system)
         if not bool(matrix.isfinite().all()):
-            best.blame("diverged")
+            best.set_stop_reason(StopReason.DIVERGED)
             return best.result(iterations=0)
         values, vectors = torch.linalg.eigh((matrix + matrix.T).mul_(0.5))
         rounding = size**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
         inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)
-        x = ((best.at(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)
-        best.offer(rows, x.to(block.rhs.dtype))
-        best.blame("stagnated")
+        x = ((best.current(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)
+        best.update(rows, x.to(system.rhs.dtype))
+        best.set_stop_reason(StopReason.STAGNATED)
         return best.result(
             iterations=0,
             largest_eigenvalue=float(values[-1]) - self.damping,
@@ -81,13 +88,13 @@ class Dense:
         )
 
 
-def _form(block: Block) -> Tensor:
+def _form(system: LinearSystem) -> Tensor:
     """(n, n) float64: row i is the product with the i-th unit vector."""
-    size = block.rhs.shape[1]
-    matrix = block.rhs.new_empty(size, size, dtype=torch.float64)
-    for start in range(0, size, _CHUNK):
-        stop = min(start + _CHUNK, size)
-        units = block.rhs.new_zeros(stop - start, size)
+    size = system.rhs.shape[1]
+    matrix = system.rhs.new_empty(size, size, dtype=torch.float64)
+    for start in range(0, size, MAX_BATCH):
+        stop = min(start + MAX_BATCH, size)
+        units = system.rhs.new_zeros(stop - start, size)
         units[:, start:stop].fill_diagonal_(1)
-        matrix[start:stop] = block.product(units)
+        matrix[start:stop] = system.product(units)
     return matrix

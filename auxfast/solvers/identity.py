@@ -1,4 +1,4 @@
-"""The Hessian taken for a multiple of the identity."""
+"""The solver that takes the Hessian for a multiple of the identity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_positive
+from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_positive
+from auxfast.solvers.linear_system import LinearSystem
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,30 @@ class Identity:
         `diverged`.
 
         Raises:
-            ValueError: see `Block`.
+            ValueError: see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
-        block = Block(matvec, rhs, 0.0, batched)
-        x = block.rhs * self.scale
-        left = torch.linalg.vector_norm(block.rhs - block.product(x), dim=1, dtype=torch.float64)
-        residuals = torch.where(block.rhs_norms == 0, 0, left / block.rhs_norms)
+        system = LinearSystem(matvec, rhs, 0.0, batched)
+        x = system.rhs * self.scale
+        left = torch.linalg.vector_norm(system.rhs - system.product(x), dim=1, dtype=torch.float64)
+        residuals = torch.where(system.rhs_norms == 0, 0, left / system.rhs_norms)
         usable = residuals.isfinite() & x.isfinite().all(dim=1)
         x, residuals = torch.where(usable[:, None], x, 0), torch.where(usable, residuals, 1)
         worst = int(residuals.argmax())
         residual = float(residuals[worst])
         if not usable[worst]:
-            reason = "diverged"
+            reason = StopReason.DIVERGED
         elif residual == 0:
-            reason = "converged" if bool(block.rhs_norms[worst]) else "trivial"
+            reason = StopReason.CONVERGED if bool(system.rhs_norms[worst]) else StopReason.TRIVIAL
         else:
-            reason = "steps"
+            reason = StopReason.STEPS
         stats = SolveStats(
             iterations=0,
-            matvecs=block.matvecs,
+            matvecs=system.matvecs,
             residual=residual,
             converged=residual == 0,
             stop_reason=reason,
             step_size=self.scale,
             residuals=tuple(residuals.tolist()),
         )
-        return block.unflatten(x), stats
+        return system.unflatten(x), stats

@@ -1,9 +1,8 @@
-"""What conjugate gradients and MINRES share: rows that stop on their own, and restarts from the true residual."""
+"""The frame of conjugate gradients and MINRES: rows that stop on their own, and restarts from the true residual."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
+from auxfast.solvers.base import SolverState, StopReason
+from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
+from auxfast.solvers.iterative import IterativeSolver, steps_per_check
+from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
 
 Scalars = Any
-"""(k,), one number for each row. NumPy on a CPU, where that takes a third of torch's time for so few; a tensor on other
-devices, where reading it would wait. The functions that the recurrences need have one name in both."""
+"""(k,), one number for each row: a NumPy array on a CPU, where that takes a third of torch's time for so few; a tensor
+on other devices, where reading it would wait. The functions that the recurrences need have one name in both."""
 
-RUNNING, REACHED, SINGULAR, CURVED, BROKEN = range(5)  # the status of a row
-_REASONS = ("steps", "stagnated", "stagnated", "negative curvature", "diverged")
-
-_STEPS_PER_LOOK = 8  # on a GPU, where looking at who has stopped waits for all that was launched
-_RITZ_STEPS = 32  # enough for the largest eigenvalue to a few per cent
+RUNNING, REACHED, SINGULAR, CURVED, BROKEN = range(5)  # status of a row
+_STOP_REASONS = (
+    StopReason.STEPS,
+    StopReason.STAGNATED,
+    StopReason.STAGNATED,
+    StopReason.NEGATIVE_CURVATURE,
+    StopReason.DIVERGED,
+)
+_RITZ_STEPS = 32  # steps whose Lanczos matrix is kept: enough for the largest eigenvalue to a few per cent
 
 
 class Recurrence(ABC):
@@ -31,25 +36,31 @@ class Recurrence(ABC):
 
     Args:
         x: (k, n), where to start from; updated in place.
-        goals: (k,) residual norms to stop at.
+        tolerances: (k,), residual norms to stop at.
         precondition: see `Apply`.
+
+    Attributes:
+        direction: (k, n), the vectors that `step` wants the products with.
+        status: (k,), RUNNING or why a row has stopped.
+        active: (k,), whether a row is RUNNING.
+        negative_curvature: (k,), whether any was met.
     """
 
     direction: Tensor
-    """(k, n): what the next product is wanted of."""
 
-    def __init__(self, x: Tensor, goals: Floats, precondition: Apply | None) -> None:
+    def __init__(self, x: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
         self.x = x
         self.precondition = precondition
-        self.tiny = torch.finfo(x.dtype).eps  # what is rounding, relative to the largest curvature
-        self.xp: Any = np if _reading_is_free(x.device) else torch
-        self.goals = self.scalars(torch.from_numpy(goals).to(x.device))
-        self.one, self.zero = self.xp.ones_like(self.goals), self.xp.zeros_like(self.goals)
+        self.tiny = torch.finfo(x.dtype).eps  # rounding, relative to the largest curvature
+        self._check_every = steps_per_check(x.device)
+        self.xp: Any = np if self._check_every == 1 else torch  # 1: reading is free
+        self.tolerances = self.scalars(torch.from_numpy(tolerances).to(x.device))
+        self.one, self.zero = self.xp.ones_like(self.tolerances), self.xp.zeros_like(self.tolerances)
         self._stack: Any = np.array if self.xp is np else torch.stack
         self._frozen = self._stack([self.one, self.zero, self.zero, self.zero])
-        self.status = self.zero  # (k,), RUNNING or why a row has stopped
+        self.status = self.zero
         self.active = self.status == RUNNING
-        self._some_stopped = self.xp is not np  # as far as the host knows without waiting
+        self._some_stopped = self.xp is not np  # known to the host without waiting; on a GPU some may have
         self.negative_curvature = ~self.active
         self.lanczos: list[tuple[Scalars, Scalars]] = []
 
@@ -65,7 +76,7 @@ class Recurrence(ABC):
         return values.numpy() if self.xp is np else values
 
     def coefficients(self, out: Scalars, *terms: Scalars) -> Tensor:
-        """Those of `linear_combination_`, (1 + number of terms, k), for the active rows."""
+        """Coefficients of `linear_combination_`, (1 + number of terms, k), that leave stopped rows as they are."""
         values = self._stack([out, *terms])
         if self._some_stopped:
             values = self.xp.where(self.active, values, self._frozen[: 1 + len(terms)])
@@ -79,23 +90,22 @@ class Recurrence(ABC):
         self.active = self.status == RUNNING
 
     def record(self, diagonal: Scalars, off_diagonal: Scalars) -> None:
-        """The next entries of the Lanczos matrix, while it is small and that of H itself."""
+        """Keeps the next entries of the Lanczos matrix, while it is small and that of H itself."""
         if self.precondition is None and len(self.lanczos) < _RITZ_STEPS:
             self.lanczos.append((self.xp.where(self.active, diagonal, np.nan), off_diagonal))
 
-    def run(self, block: Block, steps: int) -> int:
-        """At most `steps` steps; returns how many."""
-        every = 1 if self.xp is np else _STEPS_PER_LOOK
+    def run(self, system: LinearSystem, steps: int) -> int:
+        """Takes at most `steps` steps; returns how many."""
         active = torch.arange(len(self.x), device=self.x.device)
         for step in range(1, steps + 1):
             if len(active) == len(self.x):
-                product = block.product(self.direction)
-            else:  # what has stopped needs no products
+                product = system.product(self.direction)
+            else:  # rows that have stopped need no products
                 product = torch.zeros_like(self.direction)
-                product[active] = block.product(self.direction[active])
+                product[active] = system.product(self.direction[active])
             with torch.no_grad(), np.errstate(all="ignore"):  # a division by 0 ends a row, and says so
                 self.step(product)
-            if step % every == 0 and self._some_stopped:
+            if step % self._check_every == 0 and self._some_stopped:
                 active = torch.as_tensor(self.active).nonzero()[:, 0]  # waits for the device
                 if not len(active):
                     break
@@ -116,11 +126,21 @@ class Recurrence(ABC):
 
 
 @dataclass(frozen=True)
-class KrylovSolver(ABC):
-    """Settings and outer loop; see its subclasses.
+class KrylovSolver(IterativeSolver):
+    """Settings and outer loop of `ConjugateGradient` and `MINRES`.
 
     The recurrence's own residual drifts from the true one by rounding. Every cycle ends with the product that tells the
     true one, and if that is above the tolerance while the recurrence says below, another one starts from there.
+
+    Args:
+        steps: at most, each of one product; a further product tells the true residual in the end.
+        tol: stop once the relative residual is at most this, between 0 and 1. `None`: go on to working precision.
+        damping: at least 0; added to every eigenvalue of H.
+        warm_start: start from `state.solution` if that has a smaller residual than x = 0; costs a product.
+        preconditioner: such as `Jacobi()`.
+
+    Raises:
+        ValueError: a setting outside its range.
     """
 
     steps: int = 100
@@ -129,60 +149,41 @@ class KrylovSolver(ABC):
     warm_start: bool = False
     preconditioner: Preconditioner | None = None
 
-    def __post_init__(self) -> None:
-        check_steps("steps", self.steps)
-        check_tol(self.tol)
-        check_damping(self.damping)
-
     @staticmethod
     @abstractmethod
-    def _recurrence(x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> Recurrence:
-        """Starts from `x`, whose residual is `residual`, both (k, n) and free to be overwritten."""
+    def _recurrence(x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> Recurrence:
+        """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten."""
 
-    def solve(
-        self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
-    ) -> tuple[list[Tensor], SolveStats]:
-        """Solves `(H + damping I) x = rhs`; see `Solver.solve`.
-
-        Raises:
-            ValueError: see `Block`.
-            RuntimeError: `matvec` returns other shapes than it was given.
-        """
-        block = Block(matvec, rhs, self.damping, batched)
-        best = Certified(block, self.tol)
-        if self.warm_start:
-            best.warm_start(state)
+    def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
         rows = best.unsolved()
-        precondition = prepare(self.preconditioner, block, state) if len(rows) else None
+        precondition = prepare(self.preconditioner, best.system, state) if len(rows) else None
         iterations, negative_curvature, largest = 0, False, None
         while len(rows) and iterations < self.steps:
             before = best.norms[rows]
-            goals = np.maximum(best.goals[rows], torch.finfo(block.rhs.dtype).eps * before)
+            tolerances = np.maximum(best.tolerances[rows], torch.finfo(best.residual.dtype).eps * before)
             with np.errstate(all="ignore"):
-                cycle = self._recurrence(*best.at(rows), goals, precondition)
-            iterations += cycle.run(block, self.steps - iterations)
-            best.offer(rows, cycle.best())
+                cycle = self._recurrence(*best.current(rows), tolerances, precondition)
+            iterations += cycle.run(best.system, self.steps - iterations)
+            best.update(rows, cycle.best())
             if largest is None and (ritz := cycle.largest_ritz_value()) is not None:
                 largest = ritz - self.damping
             negative_curvature |= bool(cycle.negative_curvature.any())
-            rows = _go_on(best, rows, before, cycle)
-        if self.warm_start and state is not None:
-            state.solution = block.unflatten(best.solution.clone())
-        return best.result(iterations, largest_eigenvalue=largest, negative_curvature=negative_curvature)
+            rows = _rows_to_restart(best, rows, before, cycle)
+        return {
+            "iterations": iterations,
+            "largest_eigenvalue": largest,
+            "negative_curvature": negative_curvature,
+        }
 
 
-def _go_on(best: Certified, rows: Rows, before: Floats, cycle: Recurrence) -> Rows:
-    """Says why rows have stopped; returns those that were done but for the drift of the recurrence's residual."""
+def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Recurrence) -> Rows:
+    """The rows that are done but for the drift of the recurrence's residual; sets why the others have stopped."""
     again = []
     for row, norm, status in zip(rows, before, cycle.status.tolist(), strict=True):
-        if best.reasons[row] != "steps":
+        if best.stop_reasons[row] != StopReason.STEPS:
             continue
-        if status == REACHED and best.norms[row] <= PROGRESS * norm:
+        if status == REACHED and best.norms[row] <= RESTART_GAIN * norm:
             again.append(row)
         else:
-            best.reasons[row] = _REASONS[int(status)]
+            best.stop_reasons[row] = _STOP_REASONS[int(status)]
     return np.array(again, dtype=np.intp)
-
-
-def _reading_is_free(device: torch.device) -> bool:
-    return device.type == "cpu"

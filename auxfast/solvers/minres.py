@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import linear_combination_, row_dots
-from auxfast.solvers.certificate import Floats
+from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.krylov import BROKEN, REACHED, SINGULAR, KrylovSolver, Recurrence, Scalars
 from auxfast.solvers.preconditioners import Apply
 
-_NULL = 0.1  # of the machine epsilon: with less curvature, relative to the largest, a residual is a null vector of H
+_NULL = 0.1  # curvature, in machine epsilons of the largest one, up to which a residual counts as a null vector of H
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,12 @@ class MINRES(KrylovSolver):
     to stop, may rise on the way.
 
     Args:
-        steps: at most, each of one product; a further product tells the true residual in the end.
-        tol: stop once the relative residual is at most this, between 0 and 1. `None`: go on to working precision.
-        damping: at least 0; added to every eigenvalue of H.
-        warm_start: start from `state.solution` if that has a smaller residual than x = 0; costs a product.
-        preconditioner: such as `Jacobi()`.
-
-    Raises:
-        ValueError: a setting outside its range.
+        steps, tol, damping, warm_start, preconditioner: see `KrylovSolver`.
     """
 
     @staticmethod
-    def _recurrence(x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> Recurrence:
-        return _MINRES(x, residual, goals, precondition)
+    def _recurrence(x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> Recurrence:
+        return _MINRES(x, residual, tolerances, precondition)
 
 
 class _MINRES(Recurrence):
@@ -55,10 +48,10 @@ class _MINRES(Recurrence):
     signs. A Lanczos vector is v = z / beta with z = M u, M the preconditioner and u . z = beta^2.
     """
 
-    def __init__(self, x: Tensor, residual: Tensor, goals: Floats, precondition: Apply | None) -> None:
-        super().__init__(x, goals, precondition)
-        self.u, self.u_old = residual, residual  # the latter with a coefficient of 0
-        self.r = residual.clone() if precondition else residual  # updated with a preconditioner only
+    def __init__(self, x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
+        super().__init__(x, tolerances, precondition)
+        self.u, self.u_old = residual, residual  # the first coefficient of u_old is 0
+        self.r = residual.clone() if precondition else residual  # it is updated with a preconditioner only
         z = precondition(residual) if precondition else residual
         self.beta = self.xp.sqrt(self.scalars(row_dots(residual, z)))
         self.direction = self.v = torch.zeros_like(x)
@@ -69,9 +62,9 @@ class _MINRES(Recurrence):
         self.w, self.w_old = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.phibar = self.beta
         self.c, self.s = -self.one, self.zero
-        self.dbar, self.epsilon = self.zero, self.zero  # `epsilon_old` is that of this step's column
-        self.beta_ratio = self.zero  # beta / the one before
-        self.largest = self.zero  # the longest column of the tridiagonal matrix: at most |H|
+        self.dbar, self.epsilon = self.zero, self.zero  # this step's column has `epsilon_old`, the one before
+        self.beta_ratio = self.zero  # beta / the beta before
+        self.largest = self.zero  # longest column of the tridiagonal matrix, at most |H|
 
     def step(self, product: Tensor) -> None:
         alfa, z = self._lanczos(product)
@@ -85,7 +78,7 @@ class _MINRES(Recurrence):
         coefficients = self.coefficients(-self.epsilon_old / gamma, -delta / gamma, 1 / gamma)
         ww = self.scalars(linear_combination_(self.w_old, [self.w, self.v_double.copy_(self.v)], coefficients))
         self.w, self.w_old = self.w_old, self.w
-        if not self.precondition:  # whose norm phibar would have, but not w
+        if not self.precondition:  # phibar would be in the preconditioner's norm, and w is not
             self._check_gain(phibar_old, abs(phi) * self.xp.sqrt(ww))
         linear_combination_(self.x, [self.w], self.coefficients(self.one, phi))
 
@@ -93,7 +86,7 @@ class _MINRES(Recurrence):
         if self.precondition:  # r = s^2 r - (c phibar / beta) u, whose second coefficient may be 0 / 0 as it stands
             coefficients = self.coefficients(self.s**2, -self.c * phibar_old / gamma)
             norm = self.xp.sqrt(self.scalars(linear_combination_(self.r, [self.u], coefficients)))
-        self.stop(norm <= self.goals, REACHED)
+        self.stop(norm <= self.tolerances, REACHED)
         linear_combination_(self.v, [z], self.coefficients(self.zero, 1 / self.beta))
 
     def _lanczos(self, product: Tensor) -> tuple[Scalars, Tensor]:
@@ -109,7 +102,7 @@ class _MINRES(Recurrence):
         return alfa, z
 
     def _apply_rotation(self, alfa: Scalars) -> tuple[Scalars, Scalars]:
-        """The last rotation on the new column of the tridiagonal matrix; returns delta and gbar."""
+        """Applies the last rotation to the new column of the tridiagonal matrix; returns delta and gbar."""
         delta = self.c * self.dbar + self.s * alfa
         gbar = self.s * self.dbar - self.c * alfa
         self.epsilon_old, self.epsilon = self.epsilon, self.s * self.beta
@@ -117,10 +110,12 @@ class _MINRES(Recurrence):
         return delta, gbar
 
     def _check_curvature(self, alfa: Scalars, gbar: Scalars) -> None:
-        """For the residual r before this step, `r . A r / r . r = -c gbar` (Liu & Roosta 2022, "MINRES: from negative
-        curvature detection to monotonicity properties") and `|A r| / |r| = hypot(gbar, dbar)` (in Paige & Saunders)."""
+        """Stops rows whose residual r before this step is a null vector, and notes negative curvature along it.
+
+        `r . A r / r . r = -c gbar` (Liu & Roosta 2022, "MINRES: from negative curvature detection to monotonicity
+        properties"), and `|A r| / |r| = hypot(gbar, dbar)` (in Paige & Saunders)."""
         curvature, slope = -self.c * gbar, self.xp.hypot(gbar, self.dbar)
-        self.stop(~self.xp.isfinite(slope), BROKEN)  # a preconditioner that is not positive definite, too
+        self.stop(~self.xp.isfinite(slope), BROKEN)  # a preconditioner that is not positive definite ends here too
         self.largest = self.xp.maximum(self.largest, self.xp.hypot(alfa, self.beta))
         flat = self.tiny * self.largest
         self.negative_curvature |= self.active & (curvature < -flat)

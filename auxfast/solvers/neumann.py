@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import (
-    Block,
-    Matvec,
-    SolverState,
-    SolveStats,
-    check_damping,
-    check_positive,
-    check_rhs,
-    check_steps,
-    check_tol,
-)
-from auxfast.solvers.certificate import PROGRESS, Certified, Floats, Rows
+from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_positive
+from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
+from auxfast.solvers.iterative import IterativeSolver
+from auxfast.solvers.linear_system import LinearSystem, check_rhs
 from auxfast.solvers.series import ListProducts, Products, RowProducts, Series, run, without_graph
-from auxfast.solvers.spectrum import Estimate
+from auxfast.solvers.spectrum import SpectrumBounds
 
 
 @dataclass(frozen=True)
-class Neumann:
+class Neumann(IterativeSolver):
     """`x = a (I + M + ... + M^steps) b`, `M = I - a A`, `A = H + damping I`: `steps + 1` terms, `steps` products.
 
     It converges to `A^-1 b` if all eigenvalues of `A` lie between 0 and `2 / a`, at the rate of the largest
@@ -53,11 +45,10 @@ class Neumann:
     Args:
         steps: Hessian-vector products of the series at most (the paper's J), at least 1.
         step_size: the paper's alpha; above 0, and below `2 / (largest eigenvalue of A)` to converge.
-        tol: stop once the relative residual is at most this, between 0 and 1; it is looked at after every
-            step on a CPU and after every 8th on a GPU, where each look waits for the device. `None`: always
-            `steps` steps, unless the residual grows or is 0.
-        damping: at least 0.
-        warm_start: start from the solution in `state`, at one product, if that has a smaller residual than 0 has.
+        tol: stop once the relative residual is at most this, between 0 and 1; it is read after every step on a CPU
+            and after every 8th on a GPU, where each reading waits for the device. `None`: always `steps` steps, unless
+            the residual grows or is 0.
+        damping, warm_start: see `IterativeSolver`.
 
     Raises:
         ValueError: a setting outside its range.
@@ -70,11 +61,9 @@ class Neumann:
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        check_steps("steps", self.steps)
+        super().__post_init__()
         if self.step_size != "auto":
             check_positive('step_size, if it is not "auto",', self.step_size)
-        check_tol(self.tol)
-        check_damping(self.damping)
 
     def solve(
         self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
@@ -86,19 +75,19 @@ class Neumann:
             RuntimeError: `matvec` returns other shapes, dtypes or devices than it was given.
         """
         if self.step_size == "auto" or self.tol is not None or self.warm_start:
-            return self._certified(Block(matvec, rhs, self.damping, batched), state)
+            return super().solve(matvec, rhs, batched=batched, state=state)
         if batched or self.damping:
-            block = Block(matvec, rhs, self.damping, batched)
-            series = [Series([b], self.step_size) for b in block.rhs]
-            stats = self._plain(series, RowProducts(block), self.step_size)
-            return block.unflatten(torch.stack([s.p[0] for s in series])), stats
+            system = LinearSystem(matvec, rhs, self.damping, batched)
+            series = [Series([b], self.step_size) for b in system.rhs]
+            stats = self._plain(series, RowProducts(system), self.step_size)
+            return system.unflatten(torch.stack([s.p[0] for s in series])), stats
         check_rhs(rhs)
         one = Series(without_graph(rhs), self.step_size)
         stats = self._plain([one], ListProducts(matvec), self.step_size)
         return one.p, stats
 
     def _plain(self, series: Sequence[Series], products: Products, step_size: float) -> SolveStats:
-        """Algorithm 2 as it stands: leaves the solutions in `p`, and says what is known without a further product."""
+        """Runs Algorithm 2 as it stands, which leaves the solutions in `p`; the stats cost no further product."""
         iterations = run(series, products, self.steps)
         residuals, reasons = [], []
         for s in series:
@@ -107,10 +96,14 @@ class Neumann:
                 s.rewind(products)
             s.finish()
             residuals.append(0.0 if trivial else s.residual)
-            reason = "converged" if s.reached else "diverged" if s.grew else "steps"
-            reasons.append("trivial" if trivial else reason)
+            if trivial:
+                reasons.append(StopReason.TRIVIAL)
+            elif s.reached:
+                reasons.append(StopReason.CONVERGED)
+            else:
+                reasons.append(StopReason.DIVERGED if s.grew else StopReason.STEPS)
         worst = residuals.index(max(residuals))
-        largest, negative = _seen([s.curvature for s in series], self.damping)
+        largest, negative = _curvature_of_growth([s.curvature for s in series], self.damping)
         return SolveStats(
             iterations=iterations,
             matvecs=products.matvecs,
@@ -123,69 +116,71 @@ class Neumann:
             residuals=tuple(residuals),
         )
 
-    def _certified(self, block: Block, state: SolverState | None) -> tuple[list[Tensor], SolveStats]:
-        """Cycles, each from the true residual that the one before left: one, if all goes well."""
-        best = Certified(block, self.tol)
-        if self.warm_start:
-            best.warm_start(state)
-        estimate = Estimate(best, state) if self.step_size == "auto" else None
+    def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
+        """See `IterativeSolver._iterate`; there is one cycle if all goes well."""
+        products = RowProducts(best.system)
+        spectrum = SpectrumBounds(best, state) if self.step_size == "auto" else None
         step_size = None if self.step_size == "auto" else self.step_size
         iterations, curvatures = 0, []
         rows = best.unsolved()
         while len(rows) and iterations < self.steps:
-            if estimate is not None:
-                rows = estimate.explore(rows)
+            if spectrum is not None:
+                rows = spectrum.estimate(rows)
                 if not len(rows):
                     break
-                step_size = _best_step(estimate)
+                step_size = _best_step(spectrum)
             assert step_size is not None
             before = best.norms[rows]
-            x, residual = best.at(rows)
-            goals = np.maximum(best.goals[rows], torch.finfo(residual.dtype).eps * before if self.tol else 0)
-            cycle = [Series([r], step_size, goal) for r, goal in zip(residual, goals.tolist(), strict=True)]
-            iterations += run(cycle, RowProducts(block), self.steps - iterations)
-            again = estimate is not None and any(s.grew for s in cycle) and estimate.renew()
+            x, residual = best.current(rows)
+            rounding = torch.finfo(residual.dtype).eps * before if self.tol else 0
+            tolerances = np.maximum(best.tolerances[rows], rounding).tolist()
+            cycle = [Series([r], step_size, tolerance) for r, tolerance in zip(residual, tolerances, strict=True)]
+            iterations += run(cycle, products, self.steps - iterations)
+            again = spectrum is not None and any(s.grew for s in cycle) and spectrum.should_retry()
             for s in cycle:
                 if s.grew and not again:
-                    s.rewind(RowProducts(block))
+                    s.rewind(products)
                 elif s.grew:
-                    s.p[0] -= s.v[0]  # whose residual was seen to be a little above the best, and not that of p
+                    s.p[0] -= s.v[0]  # the residual of `p - v` is known to be little above the best, and not that of p
                 s.finish()
-            best.offer(rows, x + torch.stack([s.p[0] for s in cycle]))
-            rows = _go_on(best, rows, before, cycle, again)
+            best.update(rows, x + torch.stack([s.p[0] for s in cycle]))
+            rows = _rows_to_restart(best, rows, before, cycle, again)
             curvatures += [s.curvature for s in cycle]
-        if estimate is not None:
-            estimate.leave(good=self.tol is None or not len(best.unsolved()))
-        if self.warm_start and state is not None:
-            state.solution = block.unflatten(best.solution.clone())
-        largest, negative = _seen(curvatures, self.damping)
-        if estimate is not None:
-            largest, negative = estimate.largest_of_h, negative or estimate.indefinite
-        return best.result(iterations, step_size=step_size, largest_eigenvalue=largest, negative_curvature=negative)
+        if spectrum is not None:
+            spectrum.save(good=self.tol is None or not len(best.unsolved()))
+        largest, negative = _curvature_of_growth(curvatures, self.damping)
+        if spectrum is not None:
+            largest, negative = spectrum.largest_of_h, negative or spectrum.indefinite
+        return {
+            "iterations": iterations,
+            "step_size": step_size,
+            "largest_eigenvalue": largest,
+            "negative_curvature": negative,
+        }
 
 
-def _best_step(estimate: Estimate) -> float:
+def _best_step(spectrum: SpectrumBounds) -> float:
     """`2 / (largest + smallest)`, at which the extreme eigenvalues converge alike."""
-    if estimate.largest > 0:
-        return 2 / (estimate.upper + max(estimate.smallest, 0.0))
-    return -1 / estimate.smallest if estimate.smallest < 0 else 1.0  # no step converges: one that does little harm
+    if spectrum.largest > 0:
+        return 2 / (spectrum.upper + max(spectrum.smallest, 0.0))
+    return -1 / spectrum.smallest if spectrum.smallest < 0 else 1.0  # no step converges: this one does little harm
 
 
-def _go_on(best: Certified, rows: Rows, before: Floats, cycle: Sequence[Series], again: bool) -> Rows:
-    """The rows for which another cycle makes sense; says why the others have stopped."""
+def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Sequence[Series], again: bool) -> Rows:
+    """The rows for which another cycle makes sense; sets why the others have stopped."""
     going = []
     for row, norm, s in zip(rows, before, cycle, strict=True):
-        if best.norms[row] <= best.goals[row]:
+        if best.norms[row] <= best.tolerances[row]:
             continue
-        if (s.grew and again) or (s.reached and best.norms[row] <= PROGRESS * norm):
+        if (s.grew and again) or (s.reached and best.norms[row] <= RESTART_GAIN * norm):
             going.append(row)
         elif s.grew or s.reached:
-            best.reasons[row] = "diverged" if s.grew else "stagnated"
+            best.stop_reasons[row] = StopReason.DIVERGED if s.grew else StopReason.STAGNATED
     return np.array(going, dtype=np.intp)
 
 
-def _seen(curvatures: Sequence[float | None], damping: float) -> tuple[float | None, bool]:
-    """An estimate of the largest eigenvalue of H, and whether there is negative curvature, from what grew."""
+def _curvature_of_growth(curvatures: Sequence[float | None], damping: float) -> tuple[float | None, bool]:
+    """An estimate of the largest eigenvalue of H and whether there is negative curvature, from the series that grew."""
     known = [curvature for curvature in curvatures if curvature is not None]
     positive = [curvature - damping for curvature in known if curvature > 0]
     return max(positive, default=None), any(curvature < 0 for curvature in known)

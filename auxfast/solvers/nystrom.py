@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import Block, Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
-from auxfast.solvers.certificate import Certified
+from auxfast.solvers.base import (
+    Matvec,
+    SolverState,
+    SolveStats,
+    StopReason,
+    check_damping,
+    check_steps,
+    check_tol,
+)
+from auxfast.solvers.best_iterate import BestIterate
+from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import check_seed, prepare, private_generator
 
 
@@ -21,15 +30,23 @@ class LowRank:
     """`A = H + damping I` taken for `image diag(values) basis^T` on the span of `basis`, and for `rest I` across it.
 
     Calling it applies `basis diag(values)^-1 basis^T + rest^-1 (I - basis basis^T)`: symmetric positive definite.
+
+    Attributes:
+        basis: (n, r), orthonormal columns.
+        image: (n, r), orthonormal columns; `basis` itself where A is positive definite as far as is known.
+        values: (r,), above 0, descending.
+        rest: above 0.
+        inverts_rest: whether a solution has `rest^-1` across the span; else it has 0 there, as a pseudo-inverse.
+        largest_eigenvalue: an estimate from below of the largest eigenvalue of H.
+        negative_curvature: whether the sketch shows a negative eigenvalue of A.
     """
 
-    basis: Tensor  # (n, r), orthonormal columns
-    image: Tensor  # (n, r), orthonormal columns; `basis` itself where A is positive definite as far as is known
-    values: Tensor  # (r,), above 0, descending
-    rest: float  # above 0
+    basis: Tensor
+    image: Tensor
+    values: Tensor
+    rest: float
     inverts_rest: bool
-    """Whether a solution has `rest^-1` across the span; else it has 0 there, as a pseudo-inverse."""
-    largest_eigenvalue: float  # of H, from below
+    largest_eigenvalue: float
     negative_curvature: bool
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -93,56 +110,59 @@ class Nystrom:
         """Solves `(H + damping I) x = rhs` in that approximation; see `Solver.solve`.
 
         Raises:
-            ValueError: `rhs` is not what `Block` takes.
+            ValueError: see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
-        block = Block(matvec, rhs, self.damping, batched)
-        best = Certified(block, self.tol)
+        system = LinearSystem(matvec, rhs, self.damping, batched)
+        best = BestIterate(system, self.tol)
         rows = best.unsolved()
-        inverse = prepare(self, block, state) if len(rows) else None
+        inverse = prepare(self, system, state) if len(rows) else None
         if not isinstance(inverse, LowRank):
             for row in rows:
-                best.reasons[row] = "diverged"
+                best.stop_reasons[row] = StopReason.DIVERGED
             return best.result(0)
-        _, b = best.at(rows)
+        _, b = best.current(rows)
         x = inverse.solve(b)
-        product = block.product(x)
-        scale = row_dots(product, b) / row_dots(product, product)  # of the least residual
+        product = system.product(x)
+        scale = row_dots(product, b) / row_dots(product, product)  # this factor makes the residual smallest
         # Below 0.5, x = 0 would be better than x; below 0, a better solution would point the other way.
         scale = torch.where(scale < 0.5, scale.clamp(min=0), 1).to(x.dtype)[:, None]
-        best.offer(rows, scale * x, scale * product)
+        best.update(rows, scale * x, scale * product)
         return best.result(
             0, largest_eigenvalue=inverse.largest_eigenvalue, negative_curvature=inverse.negative_curvature
         )
 
-    def build(self, block: Block) -> LowRank | None:
+    def build(self, system: LinearSystem) -> LowRank | None:
         """See `Preconditioner.build`; `rank` products, twice that if H is indefinite and `rank < n`.
 
         Raises:
             ValueError: this has a damping of its own, other than the solver's.
         """
-        if self.damping not in (0, block.damping):
-            raise ValueError(f"damping must be left to the solver ({block.damping:g}), not given to its preconditioner")
-        size, dtype = block.rhs.shape[1], torch.promote_types(block.rhs.dtype, torch.float32)
-        tests = self._tests(size, block.rhs)  # (m, n), m <= rank, orthonormal rows
-        image = block.product(tests).to(dtype)
+        if self.damping not in (0, system.damping):
+            raise ValueError(
+                f"damping must be left to the solver ({system.damping:g}), not given to its preconditioner"
+            )
+        size, dtype = system.rhs.shape[1], torch.promote_types(system.rhs.dtype, torch.float32)
+        tests = self._tests(size, system.rhs)  # (m, n), m <= rank, orthonormal rows
+        image = system.product(tests).to(dtype)
         tests = tests.to(dtype)
         core = (tests @ image.T).double()  # (m, m)
         if not bool(core.isfinite().all()):
             return None
-        # What an eigenvalue of 0 may seem to be: for rounding; or for finite differences, which are not symmetric.
+        # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
+        # symmetric.
         rounding = (
-            torch.finfo(block.rhs.dtype).eps * math.sqrt(size) * torch.linalg.vector_norm(image, dtype=core.dtype)
+            torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * torch.linalg.vector_norm(image, dtype=core.dtype)
         )
         noise = max(float(rounding), float(torch.linalg.vector_norm(core - core.T)), sys.float_info.min)
         lowest = float(torch.linalg.eigvalsh((core + core.T) / 2)[0])  # a Rayleigh quotient of H + damping I
         if len(tests) == size:
-            return _indefinite(tests, image, block.damping, lowest, noise)
-        image.sub_(tests, alpha=block.damping)  # H alone is nearer to low rank
-        if lowest < block.damping - noise:
-            basis = torch.linalg.qr(image.T)[0].T.to(block.rhs.dtype)
-            return _indefinite(basis.to(dtype), block.product(basis).to(dtype), block.damping, lowest, noise)
-        return _semidefinite(tests, image, block.damping, noise)
+            return _indefinite(tests, image, system.damping, lowest, noise)
+        image.sub_(tests, alpha=system.damping)  # H alone is nearer to low rank
+        if lowest < system.damping - noise:
+            basis = torch.linalg.qr(image.T)[0].T.to(system.rhs.dtype)
+            return _indefinite(basis.to(dtype), system.product(basis).to(dtype), system.damping, lowest, noise)
+        return _semidefinite(tests, image, system.damping, noise)
 
     def _tests(self, size: int, like: Tensor) -> Tensor:
         """(min(rank, n), n), orthonormal rows of the dtype and on the device of `like`."""

@@ -1,4 +1,4 @@
-"""Preconditioners of the Krylov solvers: what one is, how solves of a slowly changing system share one, and Jacobi."""
+"""Preconditioners: what one is, how solves of a slowly changing system share one, and Jacobi's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Block, SolverState, check_steps
+from auxfast.solvers.base import SolverState, check_steps
+from auxfast.solvers.linear_system import LinearSystem
 
 Apply = Callable[[Tensor], Tensor]
-"""Rows (k, n) -> new rows (k, n): each times one fixed symmetric positive definite matrix near `(H + damping I)^-1`."""
+"""Rows (k, n) -> new rows (k, n): multiplies each by one fixed symmetric positive definite matrix near
+`(H + damping I)^-1`."""
 
 
 class Preconditioner(Protocol):
@@ -24,28 +26,28 @@ class Preconditioner(Protocol):
         """How many solves one `build` serves."""
         ...
 
-    def build(self, block: Block) -> Apply | None:
-        """Approximates the inverse of `block`'s operator; None where its products are not finite."""
+    def build(self, system: LinearSystem) -> Apply | None:
+        """Approximates the inverse of the system's operator; None where its products are not finite."""
         ...
 
 
-def prepare(preconditioner: Preconditioner | None, block: Block, state: SolverState | None) -> Apply | None:
-    """What `preconditioner` builds for `block`, or what `state` holds of an earlier solve as long as that fits.
+def prepare(preconditioner: Preconditioner | None, system: LinearSystem, state: SolverState | None) -> Apply | None:
+    """The result of `preconditioner.build(system)`, or that of an earlier solve in `state` as long as it fits.
 
     It fits if it was built with equal settings and damping, for rows of the same size, dtype and device, fewer than
-    `preconditioner.refresh` solves ago. The products of a build count in `block.matvecs`. None: solve without.
+    `preconditioner.refresh` solves ago. The products of a build count in `system.matvecs`. None: solve without.
     """
     if preconditioner is None:
         return None
     if state is None:
-        return preconditioner.build(block)
-    key = (preconditioner, block.damping, block.rhs.shape[1], block.rhs.dtype, block.rhs.device)
+        return preconditioner.build(system)
+    key = (preconditioner, system.damping, system.rhs.shape[1], system.rhs.dtype, system.rhs.device)
     if state.preconditioner is not None and state.preconditioner[0] == key:
         state.preconditioner_age += 1
         if state.preconditioner_age < preconditioner.refresh:
             held: Apply = state.preconditioner[1]
             return held
-    built = preconditioner.build(block)
+    built = preconditioner.build(system)
     state.preconditioner = None if built is None else (key, built)
     state.preconditioner_age = 0
     return built
@@ -93,47 +95,47 @@ class Jacobi:
         if self.diagonal is not None:
             object.__setattr__(self, "refresh", 1)  # costs no products, and the user may have changed it
 
-    def build(self, block: Block) -> Apply | None:
+    def build(self, system: LinearSystem) -> Apply | None:
         """See `Preconditioner.build`; `min(n, probes)` products, none if the diagonal is given.
 
         Raises:
             ValueError: `diagonal` does not have the shapes of the parameters, or is not finite.
         """
         if self.diagonal is not None:
-            diagonal = self._given(block)
+            diagonal = self._given(system)
             error = torch.zeros_like(diagonal)
         else:
-            diagonal, error = self._estimate(block)
+            diagonal, error = self._estimate(system)
         if not bool(diagonal.isfinite().all()):
             return None
         modulus = torch.maximum(diagonal.abs(), error)
-        certain = modulus > torch.finfo(block.rhs.dtype).eps * modulus.max()
+        certain = modulus > torch.finfo(system.rhs.dtype).eps * modulus.max()
         least = torch.where(certain, modulus, math.inf).min()
-        least = torch.where(least.isfinite(), least, 1)  # of H = 0
+        least = torch.where(least.isfinite(), least, 1)  # H is 0 if it is not
         inverse = torch.where(certain, modulus, least).reciprocal()
-        return Diagonal(inverse.to(block.rhs.dtype))
+        return Diagonal(inverse.to(system.rhs.dtype))
 
-    def _given(self, block: Block) -> Tensor:
-        """(n,), of `H + damping I`"""
+    def _given(self, system: LinearSystem) -> Tensor:
+        """The diagonal (n,) of `H + damping I`, from the one that was given."""
         assert self.diagonal is not None
-        given, wanted = [tuple(t.shape) for t in self.diagonal], [tuple(shape) for shape in block.shapes]
+        given, wanted = [tuple(t.shape) for t in self.diagonal], [tuple(shape) for shape in system.shapes]
         if given != wanted:
             raise ValueError(f"diagonal must have the shapes of the parameters, {wanted}, got {given}")
-        diagonal = torch.cat([tensor.detach().reshape(-1) for tensor in self.diagonal]).to(block.rhs)
+        diagonal = torch.cat([tensor.detach().reshape(-1) for tensor in self.diagonal]).to(system.rhs)
         if not bool(diagonal.isfinite().all()):
             raise ValueError("diagonal is not finite")
-        return diagonal + block.damping
+        return diagonal + system.damping
 
-    def _estimate(self, block: Block) -> tuple[Tensor, Tensor]:
-        """(n,), of `H + damping I`; and (n,), its standard error."""
-        size, device = block.rhs.shape[1], block.rhs.device
-        dtype = torch.promote_types(block.rhs.dtype, torch.float32)
+    def _estimate(self, system: LinearSystem) -> tuple[Tensor, Tensor]:
+        """The diagonal (n,) of `H + damping I`, and its standard error (n,)."""
+        size, device = system.rhs.shape[1], system.rhs.device
+        dtype = torch.promote_types(system.rhs.dtype, torch.float32)
         if size <= self.probes:
-            diagonal = block.product(torch.eye(size, dtype=block.rhs.dtype, device=device)).diagonal().to(dtype)
+            diagonal = system.product(torch.eye(size, dtype=system.rhs.dtype, device=device)).diagonal().to(dtype)
             return diagonal, torch.zeros_like(diagonal)
         coins = torch.randint(2, (self.probes, size), generator=private_generator(device, self.seed), device=device)
-        signs = (2 * coins - 1).to(block.rhs.dtype)  # (probes, n)
-        samples = (signs * block.product(signs)).to(dtype)
+        signs = (2 * coins - 1).to(system.rhs.dtype)  # (probes, n)
+        samples = (signs * system.product(signs)).to(dtype)
         mean = samples.mean(dim=0)
         return mean, (samples - mean).square().sum(dim=0).sqrt() / math.sqrt(self.probes * max(self.probes - 1, 1))
 
@@ -144,5 +146,5 @@ def check_seed(value: int) -> None:
 
 
 def private_generator(device: torch.device, seed: int) -> torch.Generator:
-    """Leaves the global random state as it is."""
+    """A generator of its own, which leaves the global random state as it is."""
     return torch.Generator(device).manual_seed(seed)

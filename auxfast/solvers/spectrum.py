@@ -9,32 +9,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Block, SolverState
-from auxfast.solvers.certificate import Certified, Rows
+from auxfast.solvers.base import SolverState
+from auxfast.solvers.best_iterate import BestIterate, Rows
+from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply
 
-_STEPS = 8  # of Lanczos: the largest eigenvalue to a few per cent
-_MARGIN = 1.1  # for what is missing of it
+_LANCZOS_STEPS = 8  # enough for the largest eigenvalue to a few per cent
+_MARGIN = 1.1  # upper bound relative to the largest Ritz value, which misses a few per cent of the largest eigenvalue
+_MAX_ESTIMATES = 2  # estimates in one solve: the second, from a residual that grew, sees what the first missed
 
 
-class Estimate:
-    """Where the eigenvalues of `A` are believed to be: `H + damping I`, or `M (H + damping I)` with a preconditioner.
+class SpectrumBounds:
+    """Bounds of the eigenvalues of `A`, which is `H + damping I`, or its product `M (H + damping I)` with a
+    preconditioner.
 
-    From `state` at first, which keeps them, without the damping, for systems that change slowly; else, and once more
-    where the residual grows, from a few Lanczos steps.
+    They come from `state` at first, which keeps them, without the damping, for systems that change slowly; else, and
+    once more where the residual grows, from a few Lanczos steps.
 
     Args:
-        best: where the solutions that Lanczos finds on the way are offered: 9 products a row.
+        best: takes the solutions that Lanczos finds on the way, at 9 products a row.
+        state: read here, and written by `save`.
+        precondition: M.
+
+    Attributes:
+        smallest: a Ritz value, at least the smallest eigenvalue, or what the solver found to be nearer; nan if unknown.
+        largest: a Ritz value, at most the largest eigenvalue; nan if unknown.
+        indefinite: whether negative eigenvalues were found in this solve.
     """
 
-    smallest = math.nan  # at least the smallest eigenvalue, more or less
-    largest = math.nan  # at most the largest eigenvalue
-
-    def __init__(self, best: Certified, state: SolverState | None, precondition: Apply | None = None) -> None:
-        self.indefinite = False  # whether negative eigenvalues were found, in this solve
+    def __init__(self, best: BestIterate, state: SolverState | None, precondition: Apply | None = None) -> None:
+        self.smallest = self.largest = math.nan
+        self.indefinite = False
         self._best, self._state, self._precondition = best, state, precondition
-        self._damping = best.block.damping if precondition is None else 0.0
-        self._explored = 0
+        self._damping = best.system.damping if precondition is None else 0.0
+        self._estimates = 0
         self._known = False
         if state is None or state.smallest_eigenvalue is None or state.largest_eigenvalue is None:
             return
@@ -44,24 +52,24 @@ class Estimate:
 
     @property
     def upper(self) -> float:
-        """What no eigenvalue should be above; not above 0 if there are no positive ones."""
+        """A bound that no eigenvalue should exceed; at most 0 if there are no positive ones."""
         return _MARGIN * self.largest
 
     @property
     def largest_of_h(self) -> float | None:
-        """That of H itself, if it was estimated."""
+        """The largest eigenvalue of H itself, if it was estimated."""
         unknown = math.isnan(self.largest) or self._precondition is not None
         return None if unknown else self.largest - self._damping
 
-    def explore(self, rows: Rows) -> Rows:
+    def estimate(self, rows: Rows) -> Rows:
         """Estimates the eigenvalues if they are unknown. Returns which of `rows` are still to be solved: none if the
         products are not finite."""
         if self._known:
             return rows
-        self._explored += 1
-        x, residual = self._best.at(rows)
-        space = lanczos(self._best.block, residual, _STEPS, self._precondition)
-        self._best.offer(rows, x + space.correction)
+        self._estimates += 1
+        x, residual = self._best.current(rows)
+        space = lanczos(self._best.system, residual, _LANCZOS_STEPS, self._precondition)
+        self._best.update(rows, x + space.correction)
         if math.isnan(space.smallest):
             return rows[:0]
         self.smallest, self.largest, self._known = space.smallest, space.largest, True
@@ -69,14 +77,14 @@ class Estimate:
         self.indefinite |= space.smallest < -rounding
         return np.intersect1d(rows, self._best.unsolved())
 
-    def renew(self) -> bool:
-        """To be called where a residual grew: whether there is a point in another `explore`. Not if there is negative
-        curvature, which no estimate helps against, nor a third time."""
-        self._known = self.indefinite or self._explored == 2
+    def should_retry(self) -> bool:
+        """Whether another `estimate` may help a residual that grew; if so, the bounds count as unknown from now on.
+        Nothing helps against negative curvature, and there is no third estimate."""
+        self._known = self.indefinite or self._estimates == _MAX_ESTIMATES
         return not self._known
 
-    def leave(self, good: bool) -> None:
-        """Leaves the eigenvalues in the state, or nothing, which makes the next solve estimate them anew."""
+    def save(self, good: bool) -> None:
+        """Writes the eigenvalues to the state if they were `good`, else none: the next solve then estimates them."""
         if self._state is not None:
             keep = good and self._known
             self._state.smallest_eigenvalue = self.smallest - self._damping if keep else None
@@ -85,19 +93,23 @@ class Estimate:
 
 @dataclass(frozen=True)
 class KrylovSpace:
-    """What Lanczos found from the residuals of k right-hand sides."""
+    """What Lanczos found from the residuals of k right-hand sides.
+
+    Attributes:
+        smallest: the smallest Ritz value over all rows, at least the smallest eigenvalue; nan if nothing finite was
+            seen.
+        largest: the largest Ritz value, at most the largest eigenvalue.
+        correction: (k, n), what to add to each solution, the best in its Krylov space; zeros where that would not help.
+        residual: (k, n), the residuals after that.
+    """
 
     smallest: float
-    """The smallest Ritz value over all rows, at least the smallest eigenvalue; nan if nothing finite was seen."""
     largest: float
-    """The largest Ritz value, at most the largest eigenvalue."""
     correction: Tensor
-    """(k, n): what to add to each solution, the best in its Krylov space; zeros where that would not help."""
     residual: Tensor
-    """(k, n): the residuals after that."""
 
 
-def lanczos(block: Block, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
+def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
     """`steps` Lanczos steps on every row of `residual` at once, fully reorthogonalised (Paige 1972; the solution is
     that of MINRES, Paige & Saunders 1975).
 
@@ -106,10 +118,10 @@ def lanczos(block: Block, residual: Tensor, steps: int, precondition: Apply | No
     the solution is exact.
 
     Args:
-        block: the operator.
+        system: it has the operator.
         residual: (k, n); rows of zeros are left alone.
         steps: at least 1.
-        precondition: with it the norm of the residual that the solution makes smallest is the one that it induces.
+        precondition: with it the solution makes the residual smallest in the norm that it induces.
     """
     rows, size = residual.shape
     basis = residual.new_zeros(rows, steps + 1, size)  # orthonormal (in the preconditioner's inner product)
@@ -117,19 +129,23 @@ def lanczos(block: Block, residual: Tensor, steps: int, precondition: Apply | No
     coefficients = torch.zeros(2, steps + 1, rows, dtype=torch.float64, device=residual.device)
     diagonal, beside = coefficients
 
-    def append(j: int, vector: Tensor, negligible: Tensor) -> None:
+    def norm_and_image(vector: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
         image = vector if precondition is None else precondition(vector)
-        norm = torch.linalg.vecdot(vector.double(), image.double()).clamp(min=0).sqrt()
+        return torch.linalg.vecdot(vector.double(), image.double()).clamp(min=0).sqrt(), image
+
+    def append(j: int, vector: Tensor, negligible: Tensor) -> None:
+        norm, image = norm_and_image(vector)
         kept = (norm > negligible) & norm.isfinite()
         beside[j] = torch.where(kept, norm, 0)
         for store, row in ((basis, vector), (images, image))[: 1 if images is basis else 2]:
             store[:, j] = torch.where(kept[:, None], row / norm[:, None], 0)
 
-    append(0, residual, negligible=diagonal[0])  # nothing is: zeros
+    append(0, residual, negligible=diagonal[0])  # diagonal[0] is still 0: no residual is negligible
     rounding = 10 * torch.finfo(residual.dtype).eps
     for j in range(steps):
-        vector = block.product(images[:, j].contiguous())
-        negligible = rounding * torch.linalg.vector_norm(vector, dim=1, dtype=torch.float64)
+        vector = system.product(images[:, j].contiguous())
+        negligible = rounding * norm_and_image(vector)[0]
         for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
             overlap = images[:, : j + 1] @ vector[..., None]  # (k, j + 1, 1)
             vector = vector - (basis[:, : j + 1].mT @ overlap)[..., 0]
@@ -143,7 +159,13 @@ def lanczos(block: Block, residual: Tensor, steps: int, precondition: Apply | No
 def _solve(
     residual: Tensor, basis: Tensor, images: Tensor, diagonal: list[list[float]], beside: list[list[float]]
 ) -> KrylovSpace:
-    """The small problems: eigenvalues of each row's tridiagonal matrix, and its least-squares solution."""
+    """The eigenvalues of each row's tridiagonal matrix, and the solution of its least-squares problem.
+
+    Args:
+        residual: (k, n).
+        basis, images: (k, steps + 1, n), see `lanczos`.
+        diagonal, beside: [steps + 1][k], the tridiagonal matrices; `beside[0]` holds the norms of the residuals.
+    """
     rows, vectors, _ = basis.shape
     small = torch.zeros(2, rows, vectors, dtype=torch.float64)
     ritz = []

@@ -128,7 +128,8 @@ def _named(base: Any, kinds: Sequence[Any], path: Sequence[str], value: Any, key
         return Component(name, {option: _tupled(given) for option, given in entries.items()})
     if name not in known:
         raise ValueError(f"{key}.name: got {name!r}, must be one of {', '.join(known)}")
-    hints = {option: hint for option, hint in get_type_hints(known[name]).items() if option != _NOT_IN_TABLES}
+    types = get_type_hints(known[name])
+    hints = {field.name: types[field.name] for field in fields(known[name]) if field.name != _NOT_IN_TABLES}
     for option in entries:
         if option not in hints:
             raise ValueError(f"{key}.{option}: not an option of {name}, which has {', '.join(hints)}")

@@ -19,9 +19,9 @@ class Adam(nn.Module):
     is buffers, which move and are saved with the module that owns it.
     """
 
-    mean: Tensor  # (size,) running averages of the gradient and of its square, and how many gradients are in them
-    square: Tensor
-    steps: Tensor
+    mean: Tensor  # (size,), running average of the gradient
+    square: Tensor  # (size,), running average of its square
+    steps: Tensor  # (size,), number of gradients in the averages
 
     def __init__(self, size: int, lr: float) -> None:
         check_positive("lr", lr)
@@ -31,7 +31,8 @@ class Adam(nn.Module):
             self.register_buffer(name, torch.zeros(size))
 
     def update(self, gradient: Tensor, present: Tensor) -> Tensor:
-        """What to add to the vector, (size,): 0 where `present` (size,), of bool, is false, whatever is there."""
+        """The step to add to the vector, (size,). It is 0 where `present`, (size,) of bool, is false, whatever
+        `gradient` (size,) holds there."""
         gradient = torch.where(present, gradient, 0)
         self.steps += present
         self.mean.lerp_(gradient.to(self.mean), (1 - _BETA1) * present.to(self.mean))

@@ -1,10 +1,10 @@
-"""What all weightings share: the call, and the checks of its arguments."""
+"""The base of all weightings: the call, and the checks of its arguments."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Weighting(nn.Module, ABC):
     Raises:
         ValueError: for anything outside of that.
     """
+
+    __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
     def __init__(self, num_losses: int, main: int = 0) -> None:
         if num_losses < 1:
@@ -61,7 +63,7 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        """As `forward`; its result shares no memory with the state."""
+        """The weights that `forward` returns. They share no memory with the state."""
 
     def extra_repr(self) -> str:
         return f"num_losses={self.num_losses}, main={self.main}"

@@ -20,9 +20,9 @@ class DynamicWeightAverage(Weighting):
         period: calls that one average covers; the paper's is an epoch. At least 1.
     """
 
-    averages: Tensor  # (2, num_losses): of the last period but one and of the last; 0 where not known
-    sums: Tensor  # (num_losses,): of this period so far
-    counts: Tensor  # (num_losses,): calls of this period that had the loss
+    averages: Tensor  # (2, num_losses), averages over the last period but one, and over the last; 0 where unknown
+    sums: Tensor  # (num_losses,), sums of the losses in this period so far
+    counts: Tensor  # (num_losses,), calls of this period that had the loss
 
     def __init__(self, num_losses: int, main: int = 0, temperature: float = 2.0, period: int = 100) -> None:
         check_positive("temperature", temperature)
@@ -30,7 +30,7 @@ class DynamicWeightAverage(Weighting):
             raise ValueError(f"period must be at least 1, got {period}")
         super().__init__(num_losses, main)
         self.temperature, self.period = temperature, period
-        self.calls = 0  # of this period; a Python number, which costs no wait for a GPU
+        self.calls = 0  # calls in this period; a Python number, which costs no wait for a GPU
         self.register_buffer("averages", torch.zeros(2, num_losses))
         self.register_buffer("sums", torch.zeros(num_losses))
         self.register_buffer("counts", torch.zeros(num_losses))

@@ -1,4 +1,4 @@
-"""One common weight for all auxiliary losses."""
+"""One weight for all auxiliary losses."""
 
 from __future__ import annotations
 

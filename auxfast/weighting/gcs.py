@@ -34,6 +34,6 @@ class GradientCosineSimilarity(Weighting):
 
 
 def _unit(gradient: Tensor) -> Tensor:
-    """Of length 1; 0 stays 0."""
+    """The gradient scaled to length 1; 0 stays 0."""
     norm: Tensor = gradient.norm()
     return gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def loss_gradient(losses: Tensor, index: int, parameters: tuple[Tensor, ...]) -> Tensor:
-    """The gradient of `losses[index]` in all `parameters`, flat: (number of values in them,), in float32 at least.
+    """The flat gradient of `losses[index]` in all `parameters`: (number of values in them,), in float32 at least.
 
     It is 0 where the loss does not reach a parameter. Frozen parameters are left out. The graph stays.
 
@@ -23,7 +23,7 @@ def loss_gradient(losses: Tensor, index: int, parameters: tuple[Tensor, ...]) ->
         one_hot = torch.zeros_like(losses)
         one_hot[index] = 1
         found = torch.autograd.grad(losses, trained, one_hot, retain_graph=True, allow_unused=True)
-    elif (losses != 0).any():  # else every loss is absent
+    elif (losses != 0).any():  # if all are 0, every loss is absent
         raise ValueError("losses has no graph, so no gradients: pass it before detach()")
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
     # Squares of float16 gradients would overflow.
@@ -33,4 +33,4 @@ def loss_gradient(losses: Tensor, index: int, parameters: tuple[Tensor, ...]) ->
 def gram_matrix(losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     """(num_losses, num_losses): the inner product of the gradients of every two losses, as in `loss_gradient`."""
     gradients = torch.stack([loss_gradient(losses, i, parameters) for i in range(len(losses))])
-    return torch.stack([gradients @ gradient for gradient in gradients])  # not one matmul: TF32 would round to 1e-3
+    return torch.stack([gradients @ gradient for gradient in gradients])  # one matmul could round to 1e-3 (TF32)

@@ -9,7 +9,7 @@ from auxfast.weighting.adam import Adam
 from auxfast.weighting.base import Weighting, check_non_negative
 from auxfast.weighting.gradients import loss_gradient
 
-_FLOOR = 1e-6  # Adam's steps are about lr: they can pass 0
+_MIN_WEIGHT = 1e-6  # weights must stay positive, and a step of Adam, about lr, can pass 0
 
 
 class GradNorm(Weighting):
@@ -29,7 +29,7 @@ class GradNorm(Weighting):
     """
 
     weights: Tensor  # (num_losses,)
-    initial_losses: Tensor  # (num_losses,); 0 where not known
+    initial_losses: Tensor  # (num_losses,); 0 where unknown
 
     def __init__(self, num_losses: int, main: int = 0, alpha: float = 1.5, lr: float = 0.025) -> None:
         check_non_negative("alpha", alpha)
@@ -50,11 +50,11 @@ class GradNorm(Weighting):
         weighted = weights * norms
         target = _mean(weighted, present) * rates**self.alpha
         self.weights += self.adam.update(torch.sign(weighted - target) * norms, present)
-        self.weights.clamp_(min=_FLOOR)
+        self.weights.clamp_(min=_MIN_WEIGHT)
         self.weights *= self.num_losses / self.weights.sum()
         return weights
 
 
 def _mean(values: Tensor, present: Tensor) -> Tensor:
-    """Over the losses that are present; values, present: (num_losses,)."""
+    """The mean over the losses that are present; values, present: (num_losses,)."""
     return torch.where(present, values, 0).sum() / present.sum()

@@ -47,11 +47,11 @@ class MGDA(Weighting):
         gram = gram_matrix(losses, parameters).cpu().double()
         values = losses.cpu().double()
         squares = gram.diagonal()
-        if not gram.isfinite().all():  # not said whose: 0 times NaN spreads to the gradients of all
+        if not gram.isfinite().all():  # the error cannot say whose: 0 times NaN spreads to the gradients of all
             raise FloatingPointError(f"a gradient holds an inf or NaN, or is too large; the losses: {values.tolist()}")
         present = (values != 0) | (squares != 0)
         weights = torch.zeros_like(values)
-        if present.any():  # an absent loss would have the shortest gradient of all
+        if present.any():  # absent losses are left out: their gradients would be the shortest of all
             scale = self._normalizers(values, squares)[present]
             scaled = gram[present][:, present] / torch.outer(scale, scale)
             weights[present] = min_norm_weights(scaled, self.tolerance) / scale
@@ -59,7 +59,7 @@ class MGDA(Weighting):
         return weights
 
     def _normalizers(self, values: Tensor, squares: Tensor) -> Tensor:
-        """`n_i`; values, squares of the norms, and result: (num_losses,)."""
+        """The divisors `n_i`. The losses, the squares of the gradients' norms, and the result: (num_losses,)."""
         scale = torch.ones_like(values)
         if self.normalization in ("l2", "loss+"):
             scale *= torch.where(squares == 0, 1, squares.sqrt())  # a gradient of 0 stays 0

@@ -53,7 +53,7 @@ def _correct(gram: Tensor, weights: Tensor, entering: int) -> Tensor:
         if not leaving.any():
             weights[indices] = best
             return weights
-        # As far towards the best weights as none falls below 0. There, one is 0 and its vector leaves.
+        # The step towards the best weights ends where the first weight falls to 0, and its vector leaves.
         reach = torch.where(leaving, now / (now - best), torch.inf)
         reach = torch.where(leaving & (now == 0), 0, reach)
         step, first = reach.min(dim=0)
@@ -73,7 +73,7 @@ def _affine_minimum(gram: Tensor) -> Tensor:
     normal = gram[1:, 1:] - gram[1:, :1] - gram[:1, 1:] + gram[0, 0]  # (g_i - g_0) . (g_j - g_0)
     squares = normal.diagonal()
     rounding = len(gram) * torch.finfo(gram.dtype).eps * (gram.diagonal()[1:] + gram[0, 0])
-    scale = torch.where(squares > rounding, squares.rsqrt(), 0)  # sizes can be far apart; one that equals g_0 gets 0
+    scale = torch.where(squares > rounding, squares.rsqrt(), 0)  # lengths differ widely; g_i = g_0 gets 0
     system = scale[:, None] * normal * scale
     solution = torch.linalg.lstsq(system, -(scale * moments)[:, None], driver="gelsd").solution
     others: Tensor = scale * solution[:, 0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import comb, prod
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from auxfast._native import reference_kernels
-from auxfast.nn import Combiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
+from auxfast import reference_kernels
+from auxfast.nn import Combiner, ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
 
 REDUCTIONS = ["mean", "sum", "none"]
 MAKERS: dict[str, Callable[..., Combiner]] = {
@@ -82,7 +82,7 @@ def test_linear_is_a_weighted_sum(main, reduction):
 @pytest.mark.parametrize("main", [None, 2])
 def test_deep_linear_is_linear_with_the_collapsed_weights(main, weight_norm):
     deep = disturbed(DeepLinearCombiner(3, (4, 5, 2), main, weight_norm=weight_norm))
-    network = deep.network.split(deep._normalized() if weight_norm else deep.phi)
+    network = deep.network.split(deep.network_phi())
     assert list(network) == ["0.weight", "1.weight", "2.weight", "out.weight"]
     linear = LinearCombiner(3, main).double()
     with torch.no_grad():
@@ -129,13 +129,19 @@ def test_initial_values():
             assert part.min() >= 0
             assert 1.5 / part.shape[-1] < part.max() <= 2 / part.shape[-1]
     with_norm = NonlinearCombiner(50, (40, 30), weight_norm=True)
-    before = with_norm._normalized().detach()
-    assert torch.equal(before, with_norm._normalized())
+    before = with_norm.network_phi().detach()
+    assert torch.equal(before, with_norm.network_phi())
     torch.manual_seed(0)
     combiner.reset_parameters()
     torch.manual_seed(0)
     with_norm.reset_parameters()
-    torch.testing.assert_close(with_norm._normalized(), combiner.phi)  # length times direction is what was drawn
+    torch.testing.assert_close(with_norm.network_phi(), combiner.phi)  # length times direction is what was drawn
+
+
+@pytest.mark.parametrize("cls", [Combiner, LinearCombiner, NonlinearCombiner, ConvCombiner])
+def test_a_call_is_typed_as_a_tensor(cls):
+    """nn.Module's is typed Any, so a type checker would not see `combiner(losses).backwards()`."""
+    assert get_type_hints(cls)["__call__"] == Callable[..., Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------- loss weights

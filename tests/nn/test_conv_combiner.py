@@ -191,7 +191,7 @@ def test_zero_rows_are_zero_with_finite_derivatives():
     combiner = disturbed(ConvCombiner(3, CHANNELS, weight_norm=True))
     with torch.no_grad():
         combiner.layers()["0.weight_v"][1] = 0
-    rows = combiner.network.split(combiner._normalized())["0.weight"]
+    rows = combiner.network.split(combiner.network_phi())["0.weight"]
     assert not rows[1].any()
     assert rows[0].any()
     losses = images().requires_grad_()
@@ -235,7 +235,7 @@ def test_initial_values():
             assert 0.08 < part.max() <= 0.1
     torch.manual_seed(0)
     with_norm = ConvCombiner(5, (16, 32), weight_norm=True)
-    torch.testing.assert_close(with_norm._normalized(), combiner.phi)  # length times direction is what was drawn
+    torch.testing.assert_close(with_norm.network_phi(), combiner.phi)  # length times direction is what was drawn
     wide = ConvCombiner(5, monotone=False, init_range=(-1.0, 2.0)).layers()["1.weight"]
     assert -1 <= wide.min() < -0.9
     assert 1.9 < wide.max() <= 2

@@ -92,7 +92,7 @@ def _with_zero_row() -> NonlinearCombiner:
 
 def test_zero_rows_are_zero_with_finite_derivatives():
     combiner = _with_zero_row()
-    rows = combiner.network.split(combiner._normalized())["0.weight"]
+    rows = combiner.network.split(combiner.network_phi())["0.weight"]
     assert not rows[1].any()
     assert rows[0].any()
     losses = positive_losses(5).requires_grad_()
@@ -113,7 +113,7 @@ def test_rows_that_projection_clips_to_nothing_can_grow_again(emptied):
         row.copy_(-row.abs() - 0.1)
         parts[length_name].abs_().add_(0.1)
     combiner.project_()
-    effective = combiner.network.split(combiner._normalized())[emptied.removesuffix("_v")]
+    effective = combiner.network.split(combiner.network_phi())[emptied.removesuffix("_v")]
     assert not (effective if emptied.startswith("out") else effective[1]).any()
     torch.testing.assert_close(row.norm().item(), 1.0)
     losses = positive_losses(5)

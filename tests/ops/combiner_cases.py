@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
 from auxfast.ops.combiner import combiner, combiner_reference
 from auxfast.ops.network import CombinerNetwork
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 HIDDENS = [(1,), (10,) * 5, (7, 3, 64), (64, 64), (5,) * 8]
 SMALL = CombinerNetwork(3, (4, 2), main=0)
 

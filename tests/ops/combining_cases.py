@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, on_device
 from torch import Tensor
 
 import auxfast
@@ -119,10 +120,10 @@ LOSS_IMAGE = CombiningOp(
 )
 
 
-def with_cuda(rows: list[tuple[Any, ...]]) -> list[Any]:
-    """Rows of parameters of which the first is the op, and those of the combiner on CUDA too."""
-    cuda = [(replace(COMBINER, device="cuda"), *others) for op, *others in rows if op is COMBINER]
-    return [*(pytest.param(*row) for row in rows), *(pytest.param(*row, marks=pytest.mark.cuda) for row in cuda)]
+def on_device_rows(rows: list[tuple[Any, ...]]) -> list[Any]:
+    """Rows of parameters of which the first is the op: those of the combiner on the device that is tested."""
+    moved = replace(COMBINER, device=DEVICE)
+    return [on_device(moved, *others) if op is COMBINER else pytest.param(op, *others) for op, *others in rows]
 
 
 def readable(value: object) -> str | None:
@@ -136,7 +137,7 @@ def readable(value: object) -> str | None:
 
 
 BOTH = pytest.mark.parametrize("op", [COMBINER, LOSS_IMAGE], ids=str)
-BOTH_ON_DEVICES = pytest.mark.parametrize("op", with_cuda([(COMBINER,), (LOSS_IMAGE,)]), ids=str)
+BOTH_ON_DEVICE = pytest.mark.parametrize("op", on_device_rows([(COMBINER,), (LOSS_IMAGE,)]), ids=str)
 
 
 def printed_json(script: str, **settings: str) -> Any:

@@ -15,7 +15,6 @@ from auxfast.ops.combiner import MOST_SAVED_BYTES, combiner, combiner_reference
 from auxfast.ops.network import CombinerNetwork
 
 from .combiner_cases import (
-    DEVICES,
     HIDDENS,
     TOLERANCES,
     assert_agree,
@@ -49,7 +48,6 @@ def _assert_agrees_in_both_dtypes(network: CombinerNetwork, batch: int, device: 
         assert_agree(of_kernels(network, *(t.to(dtype) for t in given)), wanted, tolerances)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("batch", "network"), SIZES, ids=[f"{batch}-{name(network)}" for batch, network in SIZES])
 def test_agrees_with_the_reference_at_any_size(batch, network, device):
     _assert_agrees_in_both_dtypes(network, batch, device)
@@ -63,14 +61,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("network", OPTIONS, ids=map(name, OPTIONS))
 def test_agrees_with_the_reference_for_any_options(network, device):
     given = inputs(network, 65, torch.float64, device)
     assert_agree(of_kernels(network, *given), of_reference(network, *given), TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_losses", [4, 60])
 def test_agrees_where_activations_are_recomputed(num_losses, device):
     network, batch = CombinerNetwork(num_losses, (10,) * 5, main=1), 4096
@@ -78,7 +74,6 @@ def test_agrees_where_activations_are_recomputed(num_losses, device):
     _assert_agrees_in_both_dtypes(network, batch, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_losses", [4, 60])
 def test_gradients_and_tangents_of_both_signs(num_losses, device):
     network = CombinerNetwork(num_losses, (10, 10), main=2, reduction="none")
@@ -107,7 +102,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("which", range(4), ids=["losses", "phi", "grad", "tangent"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -124,7 +118,6 @@ def _forward(losses: Tensor, phi: Tensor, network: CombinerNetwork, save: bool) 
     return torch.ops.auxfast.combiner_forward(losses, phi, network.packed, save)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_losses", [5, 48, 49])
 @pytest.mark.parametrize("batch", [1, 64, 1300])
@@ -146,7 +139,6 @@ def test_saved_activations_or_none_are_the_same_to_the_kernels(batch, num_losses
         assert relative_error(one, other.double()) <= tolerance
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_losses", [5, 49])
 @pytest.mark.parametrize("batch", [1, 65, 1300])
 @pytest.mark.parametrize("num_tangents", [0, 1, 3])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from auxfast.ops.network import CombinerNetwork
 
-from .combiner_cases import DEVICES, inputs, of_kernels, relative_error
+from .combiner_cases import inputs, of_kernels, relative_error
 
 
 def _softplus(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +27,6 @@ def _chain(z: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     return value, first, second
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("num_losses", [32, 64])
@@ -46,7 +45,6 @@ def test_every_entry_keeps_its_digits_where_softplus_saturates(num_losses, depth
     torch.testing.assert_close(output, first.sum(0), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [15.0, -15.0])
 def test_float32_keeps_its_digits_around_plus_and_minus_15(bias, device):
     """One saturated layer; the exact derivatives by hand in float64."""

@@ -15,7 +15,7 @@ from auxfast import reference_kernels
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import normal
-from .combining_cases import BOTH, BOTH_ON_DEVICES, COMBINER, LOSS_IMAGE, readable, with_cuda
+from .combining_cases import BOTH, BOTH_ON_DEVICE, COMBINER, LOSS_IMAGE, on_device_rows, readable
 
 # Each of the options that both have comes with one of these, in turn.
 ARCHITECTURES = {
@@ -32,7 +32,7 @@ OPTIONS = list(enumerate(product(["softplus", "identity"], ["mean", "sum", "none
 WRT = {"losses": (True, False), "phi": (False, True), "both": (True, True)}
 
 
-@BOTH_ON_DEVICES
+@BOTH_ON_DEVICE
 @pytest.mark.parametrize("wrt", WRT.values(), ids=WRT.keys())
 @pytest.mark.parametrize(("i", "options"), OPTIONS, ids=["{}-{}-main {}".format(*options) for _, options in OPTIONS])
 def test_gradcheck_and_gradgradcheck(i, options, wrt, op):
@@ -54,7 +54,7 @@ AWKWARD = [(1, 1, 1), (3, 1, 6), (2, 7, 1), (20, 9, 34), (1, 516, 3)]
 MASKED = [(COMBINER, ONE_LOSS, (67,)), *((LOSS_IMAGE, VALID_MEAN, shape) for shape in AWKWARD)]
 
 
-@pytest.mark.parametrize(("op", "network", "shape"), with_cuda(MASKED), ids=readable)
+@pytest.mark.parametrize(("op", "network", "shape"), on_device_rows(MASKED), ids=readable)
 def test_gradgradcheck_with_a_mask_and_awkward_sizes(op, network, shape):
     losses, phi, *_ = op.inputs(network, shape)
     mask = normal(*losses.shape, seed=4, device=op.device) > -0.5

@@ -11,7 +11,7 @@ import auxfast
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import normal
-from .combining_cases import COMBINER, LOSS_IMAGE, printed_json, readable, with_cuda
+from .combining_cases import COMBINER, LOSS_IMAGE, on_device_rows, printed_json, readable
 
 COMBINERS = [
     CombinerNetwork(4, (10, 10), main=0),
@@ -48,7 +48,7 @@ def test_same_bits_for_any_number_of_threads(op, network, shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("op", "network", "shape"), with_cuda(RUNS), ids=readable)
+@pytest.mark.parametrize(("op", "network", "shape"), on_device_rows(RUNS), ids=readable)
 def test_same_bits_for_every_run(op, network, shape):
     torch.set_num_threads(4)
     given = op.inputs(network, shape, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .combiner_cases import assert_agree, derivatives, normal, relative_error
-from .combining_cases import BOTH, BOTH_ON_DEVICES, COMBINER, LOSS_IMAGE, CombiningOp, readable, with_cuda
+from .combining_cases import BOTH, BOTH_ON_DEVICE, COMBINER, LOSS_IMAGE, CombiningOp, on_device_rows, readable
 
 INF, NAN = float("inf"), float("nan")
 
@@ -26,7 +26,7 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.float64: {"rtol": 1e
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("extreme", [INF, -INF, 1e30, -1e30])
-@pytest.mark.parametrize(("op", "network", "shape"), with_cuda(EXTREMES), ids=readable)
+@pytest.mark.parametrize(("op", "network", "shape"), on_device_rows(EXTREMES), ids=readable)
 def test_extreme_losses_do_as_in_the_reference(op, network, shape, extreme, dtype):
     losses, phi, grad, tangent = op.inputs(network, shape, dtype)
     phi = phi.abs()
@@ -50,7 +50,7 @@ SPOILT = [
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF])
-@pytest.mark.parametrize(("op", "network", "shape"), with_cuda(SPOILT), ids=readable)
+@pytest.mark.parametrize(("op", "network", "shape"), on_device_rows(SPOILT), ids=readable)
 def test_nan_spoils_its_own_sample(op, network, shape, wrong):
     losses, phi, grad, tangent = op.inputs(network, shape, torch.float32)
     clean = op.derivatives(network, losses, phi, grad, tangent)
@@ -76,7 +76,7 @@ def _mask(op: CombiningOp, losses: Tensor) -> Tensor:
     return mask
 
 
-@BOTH_ON_DEVICES
+@BOTH_ON_DEVICE
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int64])
 @pytest.mark.parametrize("masked", [NAN, INF, -INF, 7.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -120,7 +120,7 @@ def test_everything_masked(op):
 # ----------------------------------------------------------------------------------------------------- low precision
 
 
-@BOTH_ON_DEVICES
+@BOTH_ON_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("phi_dtype", [torch.float32, None], ids=["phi float32", "phi as the losses"])
 @pytest.mark.parametrize("with_mask", [True, False])

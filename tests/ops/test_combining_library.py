@@ -55,7 +55,6 @@ def _opcheck(calls: Calls) -> None:
 
 
 # 64 samples fill their tile. Behind the last sample `saved` holds whatever was there, and opcheck would compare it.
-@pytest.mark.parametrize("device", combiner_cases.DEVICES)
 @pytest.mark.parametrize(
     ("reduction", "batch", "save", "dtype"), [("mean", 64, True, torch.float32), ("none", 5, False, torch.float64)]
 )

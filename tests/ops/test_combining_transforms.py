@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from auxfast import reference_kernels
 
 from .combiner_cases import normal
-from .combining_cases import BOTH, BOTH_ON_DEVICES
+from .combining_cases import BOTH, BOTH_ON_DEVICE
 
 # Forward-mode AD and Dynamo, on their first use, touch what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -34,7 +34,7 @@ def no_kernels(op, monkeypatch):
 # -------------------------------------------------------------------------------------------------- several at a time
 
 
-@BOTH_ON_DEVICES
+@BOTH_ON_DEVICE
 @pytest.mark.parametrize("with_phi", [True, False])
 @REDUCTIONS
 def test_batched_hessian_products_are_each_alone(reduction, with_phi, op):
@@ -171,9 +171,9 @@ def step(op):
 
 @pytest.fixture
 def compiled(step, request):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield torch.compile(step, backend=request.param, fullgraph=True)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast._native import reference_kernels
+from auxfast import reference_kernels
 from auxfast.ops.krylov import (
     linear_combination_,
     linear_combination_reference_,
@@ -14,7 +14,6 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 
-from .combiner_cases import DEVICES
 from .krylov_cases import DTYPES, SHAPES, coefficients_for, rows
 
 NAN = float("nan")
@@ -35,7 +34,6 @@ def assert_combination(out: Tensor, terms: list[Tensor], coefficients: Tensor) -
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_combination_is_its_definition(shape, dtype, device):
@@ -44,7 +42,6 @@ def test_combination_is_its_definition(shape, dtype, device):
         assert_combination(out, others, coefficients_for(out, terms))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_dots_are_their_definition(shape, dtype, device):
@@ -56,7 +53,6 @@ def test_dots_are_their_definition(shape, dtype, device):
     torch.testing.assert_close(row_dots(a, a), a.double().square().sum(1), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.float16])
 def test_reference_and_kernel_agree(dtype, device):
     out, *terms = rows((7, 1009), 4, dtype, device)
@@ -71,7 +67,6 @@ def test_reference_and_kernel_agree(dtype, device):
     torch.testing.assert_close(row_dots(*terms[:2]), row_dots_reference(*terms[:2]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_reference_kernels_context_runs_the_reference(device):
     out, *terms = rows((3, 1009), 3, torch.float32, device)
     coefficients, other = coefficients_for(out, 2), out.clone()
@@ -98,7 +93,6 @@ def test_same_bits_for_any_number_of_threads(shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_wherever_the_rows_lie(dtype, device):
     """A row has the same sums alone as among others, and off the alignment of an allocation."""
@@ -107,7 +101,6 @@ def test_same_bits_wherever_the_rows_lie(dtype, device):
     assert torch.equal(row_dots(a, b), torch.cat(alone))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_sums_neither_underflow_nor_overflow_in_float32(magnitude, device):
     out, term = (magnitude * t for t in rows((2, 1003), 2, torch.float32, device))
@@ -115,7 +108,6 @@ def test_sums_neither_underflow_nor_overflow_in_float32(magnitude, device):
     torch.testing.assert_close(row_dots(out, out), out.double().square().sum(1), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_coefficients_of_any_strides(device):
     out, *terms = rows((4, 100), 3, torch.float32, device)
     assert_combination(out, terms, coefficients_for(out, 2).mT.contiguous().mT)
@@ -128,7 +120,6 @@ def test_coefficients_of_any_strides(device):
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [5, 1009, 40_009])
 def test_a_coefficient_of_zero_leaves_its_operand_out(n, dtype, device, native):
@@ -157,7 +148,6 @@ def test_a_coefficient_of_zero_leaves_its_operand_out(n, dtype, device, native):
     torch.testing.assert_close(squares, out.double().square().sum(1), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 @pytest.mark.parametrize("where", ["out", "term", "coefficient"])
 def test_what_is_not_finite_shows_in_its_own_row_only(where, value, device):
@@ -174,7 +164,6 @@ def test_what_is_not_finite_shows_in_its_own_row_only(where, value, device):
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_term_may_be_out_itself(device, native):
     combine = linear_combination_ if native else linear_combination_reference_
     out, other = rows((3, 40_009), 2, torch.float64, device)
@@ -198,7 +187,6 @@ def test_autograd_sees_that_out_changed():
 # ------------------------------------------------------------------------------------------------------------ library
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 0), (0, 3), (4, 129)], ids=str)
 def test_opcheck(shape, dtype, device):

@@ -16,7 +16,6 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 
-from .combiner_cases import DEVICES
 from .krylov_cases import coefficients_for, rows
 
 
@@ -88,7 +87,6 @@ def test_dot_errors_name_the_argument(which, make, message, native):
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_refuses_a_term_that_overlaps_out_in_part(shift, device, native):
     combine = linear_combination_ if native else linear_combination_reference_

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast._native import reference_kernels
+from auxfast import reference_kernels
 from auxfast.ops.neumann import neumann_step_, neumann_step_reference_
-
-from .combiner_cases import DEVICES
 
 STEP = 0.3
 
@@ -55,7 +53,6 @@ def assert_step(v: list[Tensor], hv: list[Tensor], p: list[Tensor], rtol: float)
     torch.testing.assert_close(squares, exact, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1.2e-7), (torch.float64, 4e-16)])
 @pytest.mark.parametrize("shapes", SIZES.values(), ids=SIZES.keys())
 def test_step_is_its_definition(shapes, dtype, rtol, device):
@@ -63,7 +60,6 @@ def test_step_is_its_definition(shapes, dtype, rtol, device):
     assert_step(v, hv, p, rtol)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_reference_and_kernel_agree(dtype, device):
     v, hv, p = lists(SIZES["empty among others"] + SIZES["prime"], dtype, device)
@@ -76,7 +72,6 @@ def test_reference_and_kernel_agree(dtype, device):
     torch.testing.assert_close(squares, squares2, rtol=4 * tolerance, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_reference_kernels_context_runs_the_reference(device):
     v, hv, p = lists([(1000,), (30, 7)], torch.float32, device)
     v2, hv2, p2 = clones(v, hv, p)
@@ -112,7 +107,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_product_of_any_layout(layout, device):
     v, hv, p = lists([(5, 4, 3, 7), (2, 3, 4, 5)], torch.float32, device)
@@ -120,7 +114,6 @@ def test_product_of_any_layout(layout, device):
     assert_step(v, hv, p, 1.2e-7)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["transposed", "channels last", "reversed dimensions", "off by one element"])
 @pytest.mark.parametrize("product", ["as given", "like v"])
 def test_dense_updates_of_any_layout(layout, product, device):
@@ -133,7 +126,6 @@ def test_dense_updates_of_any_layout(layout, product, device):
     assert [t.stride() for t in v] == strides
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["sliced", "expanded"])
 @pytest.mark.parametrize("which", [0, 2], ids=["v", "p"])
 def test_refuses_to_update_what_is_not_dense(layout, which, device):
@@ -143,13 +135,11 @@ def test_refuses_to_update_what_is_not_dense(layout, which, device):
         neumann_step_(*given, STEP)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_product_may_be_v_itself(device):
     v, _, p = lists([(1000,), (5, 3)], torch.float32, device)
     assert_step(v, v, p, 1.2e-7)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_norm_neither_underflows_nor_overflows_in_float32(magnitude, device):
     v, hv, p = lists([(1003,)], torch.float32, device)
@@ -158,7 +148,6 @@ def test_norm_neither_underflows_nor_overflows_in_float32(magnitude, device):
     torch.testing.assert_close(squares, v[0].double().square().sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows_in_the_norm(value, device):
     v, hv, p = lists([(1003,), (5,)], torch.float32, device)
@@ -223,7 +212,6 @@ def test_autograd_sees_that_v_and_p_changed():
             product.backward()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype, device):
     given = lists([(), (3, 5), (0,), (129,)], dtype, device)

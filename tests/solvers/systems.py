@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SHAPES = [(4, 3), (), (1,), (0,), (5,)]
+SIZE = sum(torch.Size(shape).numel() for shape in SHAPES)
 
 
 @dataclass
@@ -41,15 +42,14 @@ def cut(vector: Tensor) -> list[Tensor]:
     return [part.reshape(shape) for part, shape in zip(vector.split(sizes), SHAPES, strict=True)]
 
 
-def symmetric(dtype: torch.dtype = torch.float64) -> System:
+def symmetric(dtype: torch.dtype = torch.float64, device: str = "cpu") -> System:
     """A symmetric system with eigenvalues from 0.1 to 1 in a random basis."""
     generator = torch.Generator().manual_seed(3)
-    n = sum(torch.Size(shape).numel() for shape in SHAPES)
-    values = torch.linspace(0.1, 1, n, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    values = torch.linspace(0.1, 1, SIZE, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64))[0]
     matrix = basis @ torch.diag(values) @ basis.T
-    b = torch.randn(n, generator=generator, dtype=torch.float64)
-    return System(matrix.to(dtype), cut(b.to(dtype)))
+    b = torch.randn(SIZE, generator=generator, dtype=torch.float64)
+    return System(matrix.to(device, dtype), cut(b.to(device, dtype)))
 
 
 @dataclass

@@ -1,202 +1,82 @@
-"""The block that solvers work on, and the checks of what they are given."""
+"""What solvers return, and the operators that they take."""
 
 from __future__ import annotations
 
-import math
+import copy
+import dataclasses
+import json
+import pickle
+import pydoc
 
 import pytest
 import torch
 
-from auxfast.solvers import base
-from auxfast.solvers.base import Block
+from auxfast.solvers import MINRES, LinearOperator, SolverState, SolveStats, StopReason
+from auxfast.solvers.iterative import steps_per_check
 
-from .systems import SHAPES, Operator, cut, flat, gaussian, symmetric, with_eigenvalues
+from .systems import Operator, gaussian, symmetric, with_eigenvalues
 
-
-def loop_only(operator: Operator):
-    return lambda vectors: operator(vectors)
+STATS = MINRES().solve(symmetric().matvec, symmetric().rhs)[1]
 
 
-def test_flat_rows_and_back():
-    system = symmetric()
-    block = Block(system.matvec, system.rhs, 0.0, batched=False)
-    assert torch.equal(block.rhs, flat(system.rhs)[None])
-    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
-    for there, back in zip(system.rhs, block.unflatten(block.rhs), strict=True):
-        assert torch.equal(there, back)
-        assert there.shape == back.shape
+@pytest.mark.parametrize("cls", [SolveStats, SolverState])
+def test_help_describes_every_field(cls):
+    described = pydoc.render_doc(cls, renderer=pydoc.plaintext).split("Methods defined here")[0]
+    for field in dataclasses.fields(cls):
+        assert f" {field.name}: " in described.replace("|", " ").partition("Attributes:")[2]
 
 
-def test_batched_rows_and_back():
-    rhs = [gaussian(3, *shape, seed=i) for i, shape in enumerate(SHAPES)]
-    block = Block(symmetric().matvec, rhs, 0.0, batched=True)
-    assert block.rhs.shape == (3, 19)
-    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
-    for row in range(3):
-        assert torch.equal(block.rhs[row], flat([t[row] for t in rhs]))
-    for there, back in zip(rhs, block.unflatten(block.rhs), strict=True):
-        assert torch.equal(there, back)
+def test_a_stop_reason_is_its_text():
+    assert STATS.stop_reason == "converged"
+    assert STATS.stop_reason is StopReason.CONVERGED
+    assert (str(STATS.stop_reason), f"{STATS.stop_reason}", json.dumps(STATS.stop_reason)) == (
+        *("converged", "converged"),
+        '"converged"',
+    )
+    assert "stop_reason='converged'" in repr(STATS)
+    assert {reason.value for reason in StopReason} == {
+        *("converged", "steps", "negative curvature", "diverged", "stagnated", "trivial")
+    }
 
 
-def test_right_hand_sides_are_copied_without_a_graph():
-    rhs = [torch.ones(3, requires_grad=True)]
-    block = Block(lambda v: v, rhs, 0.0, batched=False)
-    block.rhs.zero_()
-    assert torch.equal(rhs[0].detach(), torch.ones(3))
-    assert not block.rhs.requires_grad
+def test_stop_reasons_say_what_to_do():
+    assert {str(reason) for reason in StopReason if not reason.advice} == {"converged", "trivial"}
+    assert "damping" in StopReason.STAGNATED.advice
+    for reason in StopReason:
+        assert reason.advice == "" or reason.advice.endswith(".")
 
 
-def test_norms_are_those_of_the_rows_in_float64():
-    rhs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e25, 0.0]])
-    block = Block(lambda v: v, [rhs], 0.0, batched=True)
-    torch.testing.assert_close(block.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
+def test_stats_can_be_copied_and_saved():
+    for again in (copy.deepcopy(STATS), pickle.loads(pickle.dumps(STATS)), dataclasses.replace(STATS)):
+        assert again == STATS
+        assert again.stop_reason is StopReason.CONVERGED
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("together", [True, False], ids=["batched", "loop"])
-def test_product_is_with_the_damped_operator(damping, rows, together):
-    operator = Operator(gaussian(6, 6))
-    operator.matrix = operator.matrix + operator.matrix.T
-    block = Block(operator if together else loop_only(operator), [gaussian(6)], damping, batched=False)
-    vectors = gaussian(rows, 6, seed=1)
-    before = vectors.clone()
-    product = block.product(vectors)
-    torch.testing.assert_close(product, vectors @ operator.matrix + damping * vectors)
-    assert torch.equal(vectors, before)
-    assert block.matvecs == operator.products == rows
+def test_a_linear_operator_has_batched_products():
+    operator = Operator(with_eigenvalues(torch.linspace(0.1, 1, 9, dtype=torch.float64)))
+    assert isinstance(operator, LinearOperator)
+    assert not isinstance(symmetric().matvec, LinearOperator)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
-    system = symmetric()
-    rhs = [torch.stack([b, b]) for b in system.rhs] if batched else system.rhs
-    seen = []
-
-    def matvec(vectors):
-        seen.append([v.shape for v in vectors])
-        return system.matvec(vectors)
-
-    block = Block(matvec, rhs, 0.0, batched)
-    rows = gaussian(2, 19)
-    torch.testing.assert_close(block.product(rows), rows @ system.matrix)
-    assert seen == [[torch.Size(shape) for shape in SHAPES]] * 2
-
-
-@pytest.mark.parametrize("together", [True, False], ids=["batched", "loop"])
-@pytest.mark.parametrize("damping", [0.0, 1.0])
-def test_product_of_no_rows(damping, together):
-    operator = Operator(torch.eye(4))
-    block = Block(operator if together else loop_only(operator), [torch.ones(4)], damping, batched=False)
-    assert block.product(torch.ones(0, 4)).shape == (0, 4)
-    assert operator.products == 0
-
-
-def test_batched_products_are_of_so_many_rows_that_memory_is_bounded():
-    seen = []
-
+def test_batched_products_are_used_where_there_are_several_rows():
     class Recorded(Operator):
+        def __call__(self, vectors):
+            calls.append(1)
+            return super().__call__(vectors)
+
         def batched(self, vectors):
-            seen.append(len(vectors[0]))
+            calls.append(len(vectors[0]))
             return super().batched(vectors)
 
-    block = Block(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
-    rows = gaussian(97, 100)
-    torch.testing.assert_close(block.product(rows), rows @ block.product(torch.eye(100, dtype=torch.float64)))
-    assert max(seen) <= 32
-    assert block.matvecs == 197
+    calls: list[int] = []
+    operator = Recorded(with_eigenvalues(torch.linspace(0.1, 1, 9, dtype=torch.float64)))
+    MINRES(steps=2, tol=1e-12).solve(operator, [gaussian(4, 9)], batched=True)
+    assert calls == [4, 4, 4]
+    calls.clear()
+    MINRES(steps=2, tol=1e-12).solve(operator, [gaussian(9)])
+    assert calls == [1, 1, 1]
 
 
-def test_product_may_return_what_it_was_given():
-    block = Block(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
-    rows = gaussian(1, 5, dtype=torch.float32)
-    before = rows.clone()
-    assert torch.equal(block.product(rows), 2 * before)
-    assert torch.equal(rows, before)
-
-
-def test_product_has_no_graph():
-    weight = torch.full((3,), 0.5, requires_grad=True)
-    block = Block(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
-    assert not block.product(torch.ones(1, 3)).requires_grad
-
-
-class Wrong(Operator):
-    """`batched` drops the axis in front."""
-
-    def batched(self, vectors):
-        return [vectors[0][0]]
-
-
-@pytest.mark.parametrize(
-    ("matvec", "message"),
-    [
-        (lambda v: [v[0][:2], v[1]], r"torch.float32 \(2,\) for tensor 0, not torch.float32 \(4,\)"),
-        (lambda v: [v[0], v[1][None]], r"\(1, 4\) for tensor 1"),
-        (lambda v: [v[0], v[1].double()], r"torch.float64 \(4,\) for tensor 1, not torch.float32"),
-        (lambda v: v[:1], "1 tensors for 2 parameters"),
-    ],
-)
-def test_product_of_another_kind_is_named(matvec, message):
-    block = Block(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
-    with pytest.raises(RuntimeError, match=message):
-        block.product(torch.ones(1, 8))
-
-
-def test_batched_product_without_its_axis_is_named():
-    block = Block(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
-    with pytest.raises(RuntimeError, match=r"\(4,\) for tensor 0, not torch.float32 \(4, 4\)"):
-        block.product(torch.ones(4, 4))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_right_hand_side_must_be_finite(value):
-    with pytest.raises(ValueError, match="rhs is not finite"):
-        Block(lambda v: v, [torch.ones(3), torch.tensor(value)], 0.0, batched=False)
-
-
-@pytest.mark.parametrize(
-    ("rhs", "batched", "message"),
-    [
-        ([], False, "rhs is empty"),
-        ([torch.ones(3), torch.ones(3).double()], False, "one floating dtype on one device, got torch.float32 on cpu"),
-        ([torch.ones(3, dtype=torch.int64)], False, "one floating dtype .* torch.int64"),
-        ([torch.ones(3, 2), torch.ones(2, 2)], True, r"one axis of right-hand sides .* \(3, 2\), \(2, 2\)"),
-        ([torch.ones(3, 2), torch.ones(())], True, r"one axis of right-hand sides .* \(\)"),
-        ([torch.ones(0, 2)], True, r"one axis of right-hand sides .* \(0, 2\)"),
-    ],
-)
-def test_right_hand_side_is_checked(rhs, batched, message):
-    with pytest.raises(ValueError, match=message):
-        Block(lambda v: v, rhs, 0.0, batched)
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
-def test_steps_are_checked(value):
-    with pytest.raises(ValueError, match="probes must be an integer of at least 1"):
-        base.check_steps("probes", value)
-
-
-@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, False, "0"])
-def test_damping_is_checked(value):
-    with pytest.raises(ValueError, match="damping must be a finite number of at least 0"):
-        base.check_damping(value)
-
-
-@pytest.mark.parametrize("value", [0, 1, 1.5, -1e-3, math.nan, math.inf, True, "1e-3"])
-def test_tolerance_is_checked(value):
-    with pytest.raises(ValueError, match="tol must be"):
-        base.check_tol(value)
-
-
-def test_what_the_checks_let_pass():
-    base.check_steps("steps", 1)
-    base.check_damping(0)
-    base.check_tol(None)
-    base.check_tol(1e-12)
-    base.check_positive("step_size", 1e-300)
-
-
-def test_cut_and_flat_of_the_test_systems_are_inverse():
-    vector = gaussian(19)
-    assert torch.equal(flat(cut(vector)), vector)
+def test_the_device_is_read_every_8_steps_where_that_waits():
+    assert steps_per_check(torch.device("cpu")) == 1
+    assert steps_per_check(torch.device("cuda")) == steps_per_check(torch.device("meta")) == 8

@@ -76,26 +76,8 @@ def test_exact_after_one_step_on_a_multiple_of_the_identity():
 
 
 @pytest.mark.parametrize("tol", [None, 1e-3])
-def test_zero_right_hand_side_has_the_zero_solution(tol):
-    system = symmetric()
-    rhs = [torch.zeros_like(b) for b in system.rhs]
-    x, stats = Neumann(3, 1.0, tol=tol).solve(system.matvec, rhs)
-    assert not flat(x).any()
-    assert (stats.residual, stats.converged, stats.stop_reason) == (0.0, True, "trivial")
-    assert stats.matvecs == system.products
-
-
-def test_zero_right_hand_side_is_solved_whatever_the_operator():
-    x, stats = Neumann(3, 1.0).solve(lambda v: [t * torch.nan for t in v], [torch.zeros(3)])
-    assert torch.equal(x[0], torch.zeros(3))
-    assert stats.stop_reason == "trivial"
-
-
-@pytest.mark.parametrize("looks", [1, 8])
-@pytest.mark.parametrize("tol", [None, 1e-3])
 @pytest.mark.parametrize("step_size", [2.05, 2.5, 30.0, 1e6])
-def test_growth_returns_the_best_sum(tol, step_size, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
+def test_growth_returns_the_best_sum(tol, step_size, check_every):
     system = symmetric()
     wanted = min(
         (series(system.matrix, flat(system.rhs), step_size, terms) for terms in range(60)),
@@ -131,9 +113,7 @@ def test_negative_curvature_ends_it_at_the_best_sum(smallest, step_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("tol", [None, 1e-3])
-@pytest.mark.parametrize("looks", [1, 8])
-def test_overflow_returns_zeros(dtype, tol, looks, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: looks)
+def test_overflow_returns_zeros(dtype, tol, check_every):
     x, stats = Neumann(400, 1e35, tol).solve(lambda v: [t * 3 for t in v], [torch.ones(9, dtype=dtype)])
     assert not x[0].any()
     assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
@@ -152,42 +132,11 @@ def test_a_sum_that_may_overflow_is_not_returned():
     assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
 
 
-@pytest.mark.parametrize("step_size", [1.0, "auto"])
-@pytest.mark.parametrize("tol", [None, 1e-3])
-def test_an_operator_that_returns_nan_diverges(step_size, tol):
-    x, stats = Neumann(3, step_size, tol).solve(lambda v: [t * torch.nan for t in v], [torch.ones(3)])
-    assert torch.equal(x[0], torch.zeros(3))
-    assert (stats.residual, stats.stop_reason) == (1.0, "diverged")
-
-
-@pytest.mark.parametrize("step_size", [1.0, "auto"])
-@pytest.mark.parametrize("fails", [1, 2, 5, 9, 10, 11, 14])
-def test_an_operator_that_fails_once_does_no_harm(step_size, fails):
-    system = symmetric()
-
-    def matvec(vectors):
-        products = system.matvec(vectors)
-        return [t * torch.inf for t in products] if system.products == fails else products
-
-    x, stats = Neumann(6, step_size).solve(matvec, system.rhs)
-    assert flat(x).isfinite().all()
-    assert system.residual(x) <= stats.residual * (1 + 1e-9)
-    assert stats.residual <= 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_flat_operator_is_not_divergence(dtype):
     _, stats = Neumann(3, 1.0).solve(lambda v: [torch.zeros_like(t) for t in v], [torch.rand(999).to(dtype)])
     assert stats.residual == pytest.approx(1)
     assert stats.stop_reason == "steps"
-
-
-def test_right_hand_side_stays_and_solution_has_no_graph():
-    system = symmetric()
-    rhs = [b.clone().requires_grad_() for b in system.rhs]
-    x, _ = Neumann(3, 1.0).solve(system.matvec, rhs)
-    assert all(torch.equal(a, b) for a, b in zip(rhs, system.rhs, strict=True))
-    assert not any(t.requires_grad for t in x)
 
 
 def test_matvec_may_record_graphs():
@@ -205,91 +154,11 @@ def test_keeps_dense_layouts_and_accepts_others():
     assert x[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("step_size", "tol"), [(1.0, None), (1.0, 1e-12), ("auto", 1e-12)])
-def test_waits_for_a_gpu_every_8_steps_only(step_size, tol, monkeypatch):
-    monkeypatch.setattr("auxfast.solvers.series.steps_per_look", lambda device: 8)
-    reads = []
-    for name in ("item", "tolist", "__float__", "__bool__", "numpy", "cpu"):
-        method = getattr(Tensor, name)
-        monkeypatch.setattr(Tensor, name, lambda self, *a, _m=method, _n=name: (reads.append(_n), _m(self, *a))[1])
-    counts = []
-    for steps in (24, 48):
-        reads.clear()
-        system = symmetric()
-        _, stats = Neumann(steps, step_size, tol).solve(system.matvec, system.rhs)
-        assert stats.iterations == steps
-        counts.append(len(reads))
-    assert counts[1] - counts[0] == 3
-
-
-def test_low_precision():
-    x, stats = Neumann(40, 1.0).solve(lambda v: [0.5 * t for t in v], [torch.ones(100, dtype=torch.bfloat16)])
-    torch.testing.assert_close(x[0], torch.full((100,), 2.0, dtype=torch.bfloat16))
-    assert x[0].dtype == torch.bfloat16
-    assert stats.residual < 1e-2
-
-
-def test_same_bits_for_any_number_of_threads():
-    curvature = torch.linspace(0.1, 1, 200_003)
-    b = [torch.randn(200_003, generator=torch.Generator().manual_seed(0))]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(Neumann(5, 1.0).solve(lambda v: [curvature * v[0]], b))
-    finally:
-        torch.set_num_threads(threads)
-    for x, stats in results[1:]:
-        assert torch.equal(x[0], results[0][0][0])
-        assert stats == results[0][1]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("tol", [None, 0.1])
-def test_right_hand_side_must_be_finite(value, tol):
-    with pytest.raises(ValueError, match="rhs is not finite"):
-        Neumann(2, 1.0, tol=tol).solve(lambda v: v, [torch.ones(3), torch.tensor(value)])
-
-
-def test_right_hand_side_must_not_be_empty():
-    with pytest.raises(ValueError, match="rhs is empty"):
-        Neumann(2, 1.0).solve(lambda v: v, [])
-
-
 def test_matvec_of_the_wrong_shape_is_named():
     with pytest.raises(RuntimeError, match=r"hv\[0\].*shape"):
         Neumann(2, 1.0).solve(lambda v: [v[0][:2]], [torch.ones(3)])
     with pytest.raises(RuntimeError, match="one length"):
         Neumann(2, 1.0).solve(lambda v: v[:1], [torch.ones(3), torch.ones(3)])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 1.0), "steps must be"),
-        ((1.5, 1.0), "steps must be"),
-        ((True, 1.0), "steps must be"),
-        ((3, 0.0), "step_size, if it is not"),
-        ((3, -1.0), "step_size, if it is not"),
-        ((3, float("nan")), "step_size, if it is not"),
-        ((3, float("inf")), "step_size, if it is not"),
-        ((3, "best"), "step_size, if it is not"),
-        ((3, True), "step_size, if it is not"),
-        ((3, 1.0, 0.0), "tol must be"),
-        ((3, 1.0, 1.0), "tol must be"),
-        ((3, 1.0, float("nan")), "tol must be"),
-        ((3, 1.0, None, -1.0), "damping must be"),
-    ],
-)
-def test_settings_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Neumann(*arguments)
-
-
-def test_is_a_value():
-    assert Neumann(3, 0.1) == Neumann(steps=3, step_size=0.1, tol=None)
-    with pytest.raises(AttributeError):
-        Neumann(3, 0.1).steps = 4
 
 
 def test_defaults_work():
@@ -366,12 +235,3 @@ def test_eigenvalues_that_no_longer_hold_are_estimated_anew():
     _, slow = solver.solve(operator, [b], state=state)
     assert not slow.converged
     assert solver.solve(operator, [b], state=state)[1].converged
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (3, 0), (2, 2)])
-@pytest.mark.parametrize("step_size", [0.25, "auto"])
-def test_shapes(shape, step_size):
-    b = torch.ones(shape, dtype=torch.float64)
-    (x,), stats = Neumann(200, step_size, 1e-9).solve(lambda v: [4 * v[0]], [b])
-    torch.testing.assert_close(x, b / 4)
-    assert stats.converged

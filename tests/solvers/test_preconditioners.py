@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from auxfast.solvers import ConjugateGradient, Jacobi, SolverState
-from auxfast.solvers.base import Block
+from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import prepare
 
 from .systems import Operator, flat, gaussian, symmetric, with_eigenvalues
@@ -35,10 +35,10 @@ def _no_builds_yet():
 
 
 def block_of(rhs=None, damping=0.0):
-    return Block(lambda v: v, [torch.ones(4) if rhs is None else rhs], damping, batched=False)
+    return LinearSystem(lambda v: v, [torch.ones(4) if rhs is None else rhs], damping, batched=False)
 
 
-def diagonal_of(preconditioner, block: Block) -> torch.Tensor:
+def diagonal_of(preconditioner, block: LinearSystem) -> torch.Tensor:
     """(n,): what it divides by."""
     return 1 / preconditioner.build(block)(torch.ones_like(block.rhs[:1]))[0]
 
@@ -98,7 +98,7 @@ def test_another_device_does_not_fit():
 def test_equal_settings_and_other_right_hand_sides_fit():
     state = SolverState()
     first = prepare(Jacobi(seed=1), block_of(), state)
-    several = Block(lambda v: v, [torch.rand(3, 4)], 0.0, batched=True)
+    several = LinearSystem(lambda v: v, [torch.rand(3, 4)], 0.0, batched=True)
     assert prepare(Jacobi(seed=1), several, state) is first
     assert several.matvecs == 0
 
@@ -114,14 +114,14 @@ def test_what_could_not_be_built_is_not_held():
 @pytest.mark.parametrize("damping", [0.0, 0.25])
 def test_diagonal_is_exact_where_unit_vectors_are_as_cheap(dtype, damping):
     operator = Operator(with_eigenvalues(torch.linspace(1, 9, 8, dtype=torch.float64), dtype))
-    block = Block(operator, [gaussian(8, dtype=dtype)], damping, batched=False)
+    block = LinearSystem(operator, [gaussian(8, dtype=dtype)], damping, batched=False)
     torch.testing.assert_close(diagonal_of(Jacobi(probes=8), block), operator.matrix.diagonal() + damping)
     assert block.matvecs == operator.products == 8
 
 
 def test_fewer_parameters_than_probes_cost_fewer_products():
     operator = Operator(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
-    block = Block(operator, [torch.ones(3)], 0.0, batched=False)
+    block = LinearSystem(operator, [torch.ones(3)], 0.0, batched=False)
     assert diagonal_of(Jacobi(probes=8), block).tolist() == [1, 2, 4]
     assert operator.products == 3
 
@@ -129,14 +129,14 @@ def test_fewer_parameters_than_probes_cost_fewer_products():
 def test_one_probe_is_exact_for_a_diagonal_operator():
     wanted = torch.logspace(-3, 3, 50, dtype=torch.float64)
     operator = Operator(torch.diag(wanted))
-    block = Block(operator, [gaussian(50)], 0.0, batched=False)
+    block = LinearSystem(operator, [gaussian(50)], 0.0, batched=False)
     torch.testing.assert_close(diagonal_of(Jacobi(probes=1), block), wanted, rtol=1e-14, atol=0)
     assert operator.products == 1
 
 
 def test_estimate_comes_closer_with_probes():
     operator = Operator(with_eigenvalues(torch.linspace(1, 9, 60, dtype=torch.float64)))
-    block = Block(operator, [gaussian(60)], 0.5, batched=False)
+    block = LinearSystem(operator, [gaussian(60)], 0.5, batched=False)
     wanted = operator.matrix.diagonal() + 0.5
     errors = [float((diagonal_of(Jacobi(probes=k), block) / wanted - 1).norm()) for k in (2, 12, 59)]
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
@@ -154,28 +154,30 @@ def test_estimate_comes_closer_with_probes():
 )
 @pytest.mark.parametrize("probes", [1, 4, 12])
 def test_positive_and_bounded_whatever_the_operator(matrix, probes):
-    block = Block(Operator(matrix), [torch.ones(12)], 0.0, batched=False)
+    block = LinearSystem(Operator(matrix), [torch.ones(12)], 0.0, batched=False)
     diagonal = diagonal_of(Jacobi(probes=probes), block)
     assert bool(diagonal.isfinite().all())
     assert float(diagonal.min()) > 1e-7 * float(diagonal.max()) > 0
 
 
 def test_entries_of_nothing_but_rounding_are_set_to_the_least_of_the_others():
-    block = Block(Operator(torch.diag(torch.tensor([-4.0, 0.0, 1e-30, 2.0]))), [torch.ones(4)], 0.0, batched=False)
+    block = LinearSystem(
+        Operator(torch.diag(torch.tensor([-4.0, 0.0, 1e-30, 2.0]))), [torch.ones(4)], 0.0, batched=False
+    )
     assert diagonal_of(Jacobi(), block).tolist() == [4, 2, 2, 2]
 
 
 def test_the_users_diagonal_costs_no_products():
     system = symmetric()
     given = [torch.rand_like(b) + 1 for b in system.rhs]
-    block = Block(system.matvec, system.rhs, 0.5, batched=False)
+    block = LinearSystem(system.matvec, system.rhs, 0.5, batched=False)
     torch.testing.assert_close(diagonal_of(Jacobi(given), block), flat(given) + 0.5)
     assert system.products == 0
 
 
 def test_the_users_diagonal_may_be_of_another_dtype_and_is_of_the_parameters_when_batched():
     given = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor(4)]
-    block = Block(lambda v: v, [torch.ones(3, 2), torch.ones(3)], 0.0, batched=True)
+    block = LinearSystem(lambda v: v, [torch.ones(3, 2), torch.ones(3)], 0.0, batched=True)
     inverse = Jacobi(given).build(block)(torch.ones(5, 3))
     assert torch.equal(inverse, torch.tensor([1, 0.5, 0.25]).expand(5, 3))
 
@@ -205,7 +207,7 @@ def test_the_users_diagonal_is_checked(given, message):
 
 @pytest.mark.parametrize("probes", [2, 8])
 def test_an_operator_of_nan_has_no_preconditioner(probes):
-    block = Block(lambda v: [v[0] * torch.nan], [torch.ones(4)], 0.0, batched=False)
+    block = LinearSystem(lambda v: [v[0] * torch.nan], [torch.ones(4)], 0.0, batched=False)
     assert Jacobi(probes=probes).build(block) is None
     x, stats = ConjugateGradient(preconditioner=Jacobi(probes=probes)).solve(
         lambda v: [v[0] * torch.nan], [torch.ones(4)]
@@ -216,7 +218,7 @@ def test_an_operator_of_nan_has_no_preconditioner(probes):
 
 def test_reproducible_and_without_a_trace_in_the_global_random_state():
     operator = Operator(with_eigenvalues(torch.linspace(1, 9, 30, dtype=torch.float64)))
-    block = Block(operator, [gaussian(30)], 0.0, batched=False)
+    block = LinearSystem(operator, [gaussian(30)], 0.0, batched=False)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = diagonal_of(Jacobi(), block)
@@ -227,7 +229,7 @@ def test_reproducible_and_without_a_trace_in_the_global_random_state():
 
 
 def test_low_precision():
-    block = Block(lambda v: [2 * v[0]], [torch.ones(20, dtype=torch.bfloat16)], 0.0, batched=False)
+    block = LinearSystem(lambda v: [2 * v[0]], [torch.ones(20, dtype=torch.bfloat16)], 0.0, batched=False)
     rows = Jacobi().build(block)(torch.ones(3, 20, dtype=torch.bfloat16))
     assert torch.equal(rows, torch.full((3, 20), 0.5, dtype=torch.bfloat16))
 

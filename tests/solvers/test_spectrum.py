@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from auxfast.solvers import SolverState
-from auxfast.solvers.base import Block
-from auxfast.solvers.certificate import Certified
-from auxfast.solvers.spectrum import Estimate, lanczos
+from auxfast.solvers.best_iterate import BestIterate
+from auxfast.solvers.linear_system import LinearSystem
+from auxfast.solvers.spectrum import SpectrumBounds, lanczos
 
 from .systems import Operator, gaussian, with_eigenvalues
 
 UNIFORM = torch.linspace(0.1, 1, 50, dtype=torch.float64)
 
 
-def block(values=UNIFORM, rows=1, damping=0.0, dtype=torch.float64) -> tuple[Operator, Block]:
+def block(values=UNIFORM, rows=1, damping=0.0, dtype=torch.float64) -> tuple[Operator, LinearSystem]:
     operator = Operator(with_eigenvalues(values, dtype))
-    return operator, Block(operator, [gaussian(rows, len(values), dtype=dtype)], damping, True)
+    return operator, LinearSystem(operator, [gaussian(rows, len(values), dtype=dtype)], damping, True)
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
@@ -84,7 +84,7 @@ def test_products_that_are_not_finite_end_it(fails, broken):
         return [t * broken if operator.products >= fails else t for t in operator(vectors)]
 
     b = gaussian(50)
-    space = lanczos(Block(matvec, [b], 0.0, False), b[None], 8)
+    space = lanczos(LinearSystem(matvec, [b], 0.0, False), b[None], 8)
     assert space.correction.isfinite().all()
     assert (space.largest != space.largest) == (fails == 1)
     torch.testing.assert_close(b - operator.matrix @ space.correction[0], space.residual[0])
@@ -92,44 +92,44 @@ def test_products_that_are_not_finite_end_it(fails, broken):
 
 def test_estimate_is_offered_kept_and_reused():
     operator, system = block(damping=0.5)
-    best, state = Certified(system, 1e-9), SolverState()
-    estimate = Estimate(best, state)
-    assert list(estimate.explore(best.unsolved())) == [0]
+    best, state = BestIterate(system, 1e-9), SolverState()
+    estimate = SpectrumBounds(best, state)
+    assert list(estimate.estimate(best.unsolved())) == [0]
     assert operator.products == 9
     assert best.norms[0] < 0.05 * best.rhs_norms[0]
-    estimate.leave(good=True)
+    estimate.save(good=True)
     assert 0.95 < state.largest_eigenvalue <= 1
-    again = Estimate(best, state)
-    assert list(again.explore(best.unsolved())) == [0]
+    again = SpectrumBounds(best, state)
+    assert list(again.estimate(best.unsolved())) == [0]
     assert operator.products == 9
     assert again.largest == pytest.approx(estimate.largest)
     assert again.largest_of_h == pytest.approx(state.largest_eigenvalue)
-    assert again.renew()
-    again.explore(best.unsolved())
-    assert again.renew()
-    again.explore(best.unsolved())
-    assert not again.renew()
-    again.leave(good=False)
+    assert again.should_retry()
+    again.estimate(best.unsolved())
+    assert again.should_retry()
+    again.estimate(best.unsolved())
+    assert not again.should_retry()
+    again.save(good=False)
     assert state.largest_eigenvalue is state.smallest_eigenvalue is None
 
 
 def test_negative_curvature_is_no_reason_for_another_estimate():
     _, system = block(torch.linspace(-1, 1, 50, dtype=torch.float64))
-    best = Certified(system, 1e-9)
-    estimate = Estimate(best, None)
-    estimate.explore(best.unsolved())
+    best = BestIterate(system, 1e-9)
+    estimate = SpectrumBounds(best, None)
+    estimate.estimate(best.unsolved())
     assert estimate.indefinite
-    assert not estimate.renew()
+    assert not estimate.should_retry()
 
 
 def test_damping_is_no_part_of_a_preconditioned_estimate():
     operator, system = block(damping=0.5)
     state, scale = SolverState(), torch.full((50,), 10.0, dtype=torch.float64)
     for products in (9, 0):
-        best, operator.products = Certified(system, 1e-9), 0
-        estimate = Estimate(best, state, lambda rows: rows * scale)
-        estimate.explore(best.unsolved())
-        estimate.leave(good=True)
+        best, operator.products = BestIterate(system, 1e-9), 0
+        estimate = SpectrumBounds(best, state, lambda rows: rows * scale)
+        estimate.estimate(best.unsolved())
+        estimate.save(good=True)
         assert operator.products == products
         assert state.largest_eigenvalue == estimate.largest == pytest.approx(15, rel=0.05)
         assert estimate.largest_of_h is None

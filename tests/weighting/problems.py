@@ -1,9 +1,11 @@
-"""Losses with gradients that are given."""
+"""Losses with gradients that are given or a network's, and what the weightings make of them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from auxfast.weighting import Weighting, make_weighting
 
 
 def linear_losses(values: list[float], gradients: list[list[float]], **options) -> tuple[Tensor, list[Tensor]]:
@@ -28,3 +30,14 @@ def network_losses(
     losses = (network(inputs) - targets).square().mean(dim=0)
     zero = torch.zeros((), **options)
     return torch.stack([zero if i in absent else losses[i] for i in range(num_losses)]), list(network.parameters())
+
+
+def made(name: str, num_losses: int = 3, main: int = 0) -> Weighting:
+    """The weighting of this name, such that its weights move within a few steps."""
+    return make_weighting(name, num_losses, main, **({"period": 2} if name == "dwa" else {}))
+
+
+def weights_of(weighting: Weighting, steps: range, **options) -> list[Tensor]:
+    """The weights of these steps; every third one lacks a loss."""
+    absent = [(), (), (1,)]
+    return [weighting(*network_losses(weighting.num_losses, step, absent[step % 3], **options)) for step in steps]

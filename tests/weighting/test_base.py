@@ -7,52 +7,32 @@ import io
 import pytest
 import torch
 
-from auxfast.weighting import WEIGHTINGS, Weighting, make_weighting
+from auxfast.weighting import WEIGHTINGS, make_weighting
 
-from .problems import network_losses
+from .problems import made, network_losses, weights_of
 
-OPTIONS = {"dwa": {"period": 2}}  # so that its weights move within a few steps
 NAMES = list(WEIGHTINGS)
 USE_GRADIENTS = ["gradnorm", "gcs", "mgda"]
-
-
-def _make(name: str, num_losses: int = 3, main: int = 0) -> Weighting:
-    return make_weighting(name, num_losses, main, **OPTIONS.get(name, {}))
-
-
-def _run(weighting: Weighting, steps: range, **options) -> list[torch.Tensor]:
-    """The weights of these steps; every third one lacks a loss."""
-    absent = [(), (), (1,)]
-    return [weighting(*network_losses(weighting.num_losses, step, absent[step % 3], **options)) for step in steps]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("main", [0, 2])
-def test_weights_are_detached_finite_and_as_the_losses(name, dtype, main):
-    for weights in _run(_make(name, main=main), range(6), dtype=dtype):
+def test_weights_are_detached_finite_and_as_the_losses(name, dtype, main, device):
+    for weights in weights_of(made(name, main=main).to(device), range(6), dtype=dtype, device=device):
         assert weights.shape == (3,)
         assert weights.dtype == dtype
+        assert weights.device.type == device
         assert not weights.requires_grad
         assert weights.isfinite().all()
         assert (weights >= 0).all()
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu(name):
-    expected = _run(_make(name).double(), range(6), dtype=torch.float64)
-    found = _run(_make(name).double().cuda(), range(6), dtype=torch.float64, device="cuda")
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.is_cuda
-        torch.testing.assert_close(ours.cpu(), theirs)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_throughout(name):
     """In float64 the weights are those of float32 to its precision, and carry more digits."""
-    single = _run(_make(name), range(6), dtype=torch.float32)
-    double = _run(_make(name).double(), range(6), dtype=torch.float64)
+    single = weights_of(made(name), range(6), dtype=torch.float32)
+    double = weights_of(made(name).double(), range(6), dtype=torch.float64)
     for one, two in zip(single, double, strict=True):
         torch.testing.assert_close(one.double(), two, rtol=2e-4, atol=1e-5)
     if name in ("uncertainty", "dwa", "gradnorm", "mgda"):
@@ -64,7 +44,7 @@ def test_graph_and_grad_are_left_alone(name):
     losses, parameters = network_losses(3, seed=0)
     kept = torch.full_like(parameters[0], 7.0)
     parameters[0].grad = kept
-    weights = _make(name)(losses, parameters)
+    weights = made(name)(losses, parameters)
     assert parameters[0].grad is kept
     assert (kept == 7).all()
     assert all(p.grad is None for p in parameters[1:])
@@ -74,10 +54,10 @@ def test_graph_and_grad_are_left_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_returned_weights_do_not_change_later(name):
-    weighting = _make(name)
+    weighting = made(name)
     first = weighting(*network_losses(3, 0))
     before = first.clone()
-    _run(weighting, range(1, 6))
+    weights_of(weighting, range(1, 6))
     assert torch.equal(first, before)
 
 
@@ -85,7 +65,7 @@ def test_returned_weights_do_not_change_later(name):
 @pytest.mark.parametrize("absent", [(1,), (0,), (0, 2), (0, 1, 2)], ids=str)
 def test_absent_losses(name, absent):
     """Absent at first, later, or always: no NaN, nothing remembered of them that spoils later steps."""
-    weighting = _make(name)
+    weighting = made(name)
     for step, gone in enumerate([absent, (), absent, absent, (), ()]):
         losses, parameters = network_losses(3, step, gone)
         weights = weighting(losses, parameters)
@@ -100,7 +80,7 @@ def test_absent_losses(name, absent):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_that_is_absent_plays_no_part(name):
     """The other weights are in the same proportions as if there had only been the others."""
-    three, two = _make(name, 3), _make(name, 2)
+    three, two = made(name, 3), made(name, 2)
     for step in range(6):
         losses, parameters = network_losses(3, step, absent=(2,))
         found, expected = three(losses, parameters), two(losses[:2], parameters)
@@ -109,24 +89,24 @@ def test_a_loss_that_is_absent_plays_no_part(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumes_to_the_bit(name):
-    weighting = _make(name)
-    _run(weighting, range(7))
+    weighting = made(name)
+    weights_of(weighting, range(7))
     file = io.BytesIO()
     torch.save(weighting.state_dict(), file)
     file.seek(0)
-    uninterrupted = _run(weighting, range(7, 14))
-    resumed = _make(name)
+    uninterrupted = weights_of(weighting, range(7, 14))
+    resumed = made(name)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for ours, theirs in zip(_run(resumed, range(7, 14)), uninterrupted, strict=True):
+    for ours, theirs in zip(weights_of(resumed, range(7, 14)), uninterrupted, strict=True):
         assert torch.equal(ours, theirs)
     if name in ("uncertainty", "dwa", "gradnorm"):
-        fresh = _run(_make(name), range(7, 14))  # the state mattered
+        fresh = weights_of(made(name), range(7, 14))  # the state mattered
         assert not all(torch.equal(ours, theirs) for ours, theirs in zip(fresh, uninterrupted, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_loss(name):
-    weighting = _make(name, num_losses=1)
+    weighting = made(name, num_losses=1)
     for weights in [weighting(*network_losses(1, step)) for step in range(5)]:
         assert weights.item() > 0
 
@@ -134,29 +114,29 @@ def test_one_loss(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_in_buffers(name):
     """What a rule learns is in buffers: an optimizer given all parameters would otherwise move it too."""
-    assert not list(_make(name).parameters())
+    assert not list(made(name).parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_of_another_shape(name):
     _, parameters = network_losses(3, 0)
     with pytest.raises(ValueError, match=r"losses must have the shape \(3,\), got \(4, 3\)"):
-        _make(name)(torch.ones(4, 3), parameters)
+        made(name)(torch.ones(4, 3), parameters)
 
 
 def test_one_tensor_for_parameters():
     losses, parameters = network_losses(3, 0)
     with pytest.raises(TypeError, match="parameters must be a sequence of tensors"):
-        _make("gcs")(losses, parameters[0])
+        made("gcs")(losses, parameters[0])
 
 
 @pytest.mark.parametrize("name", USE_GRADIENTS)
 def test_nothing_to_take_gradients_in(name):
     losses, parameters = network_losses(3, 0)
     with pytest.raises(ValueError, match="nothing that requires a gradient"):
-        _make(name)(losses, [])
+        made(name)(losses, [])
     with pytest.raises(ValueError, match="losses has no graph"):
-        _make(name)(losses.detach(), parameters)
+        made(name)(losses.detach(), parameters)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ in their place; elsewhere (other nonlinearities, dropout in training, hooks, rep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -24,12 +24,14 @@ _loss_image_network = lru_cache(LossImageNetwork)
 
 
 class HyperNet(nn.Module):
-    """Base of all: takes the losses of all tasks, (batch, input_dim) or an image of them, and returns one loss.
+    """Base of all networks, from the losses of all tasks, (batch, input_dim) or an image of them, to one loss.
 
     Args:
         main_task: column (channel) of the main loss.
         input_dim: number of losses.
     """
+
+    __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
     def __init__(self, main_task: int | None, input_dim: int) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class MonoHyperNet(HyperNet):
 
 
 class Identity(nn.Identity):
-    """As `nonlinearity` of a monotone network, this makes it deep linear: without biases."""
+    """The `nonlinearity` that makes a monotone network deep linear: without biases."""
 
 
 class LinearHyperNet(HyperNet):
@@ -115,7 +117,7 @@ class NonlinearHyperNet(HyperNet):
         hidden_sizes: width of the hidden layer, or of each of them.
         nonlinearity: a module; softplus by default. Softplus and identities run on the fused op.
         bias: whether hidden layers have biases; they start at 0. The output has none.
-        dropout_rate: of the hidden units.
+        dropout_rate: the probability that a hidden unit is dropped in training.
         init_upper, init_lower: weights start uniform between them, 1 and 0 by default.
         weight_normalization: train each row of the weights as direction and length.
     """
@@ -137,7 +139,7 @@ class NonlinearHyperNet(HyperNet):
         self.nonlinearity = nn.Softplus() if nonlinearity is None else nonlinearity
         self.dropout = nn.Dropout(dropout_rate)
         self.weight_normalization = weight_normalization
-        self.bias = bias
+        self.bias = bias = bias and self._may_have_biases(nonlinearity)
         hidden = _widths(hidden_sizes)
         bounds = 0.0 if init_lower is None else init_lower, 1.0 if init_upper is None else init_upper
         self.layers: list[nn.Module] = []
@@ -147,6 +149,11 @@ class NonlinearHyperNet(HyperNet):
         output = nn.Linear([input_dim, *hidden][-1], 1, bias=False)
         self.layers.append(_initialized(output, bounds, weight_normalization))
         self.net = nn.Sequential(*self.layers)
+
+    @staticmethod
+    def _may_have_biases(nonlinearity: nn.Module | None) -> bool:
+        """Whether `bias` counts, with this nonlinearity."""
+        return True
 
     def forward(self, losses: Tensor, outputs: Any = None, labels: Any = None, data: Any = None) -> Tensor:
         """losses: (batch, input_dim). Returns ()."""
@@ -166,7 +173,7 @@ class NonlinearHyperNet(HyperNet):
         return self.main_task % self.input_dim
 
     def _fused_activation(self) -> Activation | None:
-        """That of the network if it is one that the fused op computes."""
+        """The network's activation, if the fused op computes what the network does; else None."""
         if len(self.layers) == 1 or _is_changed(self.net, self.layers) or (self.training and self.dropout.p > 0):
             return None
         nonlinearity = self.layers[1]
@@ -180,23 +187,9 @@ class NonlinearHyperNet(HyperNet):
 class MonoNonlinearHyperNet(NonlinearHyperNet, MonoHyperNet):
     """`NonlinearHyperNet` with `clamp()`; without biases if `nonlinearity` is an `Identity`."""
 
-    def __init__(
-        self,
-        main_task: int,
-        input_dim: int,
-        hidden_sizes: int | Sequence[int] = 1,
-        nonlinearity: nn.Module | None = None,
-        bias: bool = True,
-        dropout_rate: float = 0.0,
-        init_upper: float | None = None,
-        init_lower: float | None = None,
-        weight_normalization: bool = True,
-    ) -> None:
-        bias = bias and not isinstance(nonlinearity, Identity)
-        super().__init__(
-            *(main_task, input_dim, hidden_sizes, nonlinearity, bias),
-            *(dropout_rate, init_upper, init_lower, weight_normalization),
-        )
+    @staticmethod
+    def _may_have_biases(nonlinearity: nn.Module | None) -> bool:
+        return not isinstance(nonlinearity, Identity)
 
     def clamp(self) -> None:
         clamp(self.net, self.clamp_bias)
@@ -225,7 +218,7 @@ class _ConvHyperNet(HyperNet):
         for inputs, outputs in pairwise(channels):
             layer = _initialized(nn.Conv2d(inputs, outputs, 3, padding=1), bounds, weight_normalization)
             layers += [layer, nn.Softplus(), nn.AvgPool2d(2)]
-        output = nn.Conv2d(channels[-1], 1, 1, padding=1, bias=False)  # the padding is AuxiLearn's: see _border
+        output = nn.Conv2d(channels[-1], 1, 1, padding=1, bias=False)  # AuxiLearn pads it: see _border
         layers.append(_initialized(output, output_bounds, weight_normalization))
         self.conv = nn.Sequential(*layers)
         self._layers = layers
@@ -248,7 +241,7 @@ class _ConvHyperNet(HyperNet):
 
 
 class NoFCCNNHyperNet(_ConvHyperNet):
-    """For pixel losses: convolutions to 8, 16 and 32 channels. The weights of the output start in [0, 1]."""
+    """A network of pixel losses: convolutions to 8, 16 and 32 channels. The output's weights start in [0, 1]."""
 
     def __init__(
         self,
@@ -264,7 +257,7 @@ class NoFCCNNHyperNet(_ConvHyperNet):
 
 
 class MonoNoFCCNNHyperNet(_ConvHyperNet, MonoHyperNet):
-    """For pixel losses: convolutions to 8 and 16 channels, with `clamp()`."""
+    """A network of pixel losses: convolutions to 8 and 16 channels, with `clamp()`."""
 
     def __init__(
         self,
@@ -298,12 +291,12 @@ def _initialized(layer: Layer, bounds: tuple[float, float], weight_normalization
 
 def _is_changed(net: nn.Sequential, layers: Sequence[nn.Module]) -> bool:
     """Whether `net` is no longer just these layers as they were made."""
-    return [*net._modules.values()] != layers or any(has_hooks(module) for module in (net, *layers))
+    return type(net) is not nn.Sequential or [*net] != layers or any(has_hooks(module) for module in (net, *layers))
 
 
 def _border(losses: Tensor, pools: int) -> float | None:
-    """What a 1x1 convolution with a padding of 1 multiplies the mean over positions with: it adds a border of zeros.
-    None where the pools leave nothing, and torch has an error for that."""
+    """The factor by which a padding of 1 in a 1x1 convolution shrinks the mean over positions: it adds a border of
+    zeros. None where the pools leave nothing, and torch has an error for that."""
     if losses.dim() != 4:
         raise ValueError(f"losses must be (batch, input_channels, H, W), got {tuple(losses.shape)}")
     height, width = (size >> pools for size in losses.shape[-2:])

@@ -1,4 +1,4 @@
-"""Layers whose weight is normalised, under the names of `torch.nn.utils.weight_norm`, and what is done to all layers.
+"""Layers whose weight is normalised, under the names of `torch.nn.utils.weight_norm`, and operations on all layers.
 
 They are not made with that function: it is deprecated, its modules cannot be copied once they have run, and their
 `weight` is that of the last forward pass.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class WeightNorm(nn.Module):
     """A layer with `weight = weight_g * weight_v / |weight_v|`, the norm taken over all that leads to one output.
 
-    `weight_v`: (out, ...), as the weight; `weight_g`: (out, 1, ...).
+    `weight_v`: (out, ...), like the weight; `weight_g`: (out, 1, ...).
     """
 
     weight_v: nn.Parameter
@@ -27,8 +27,8 @@ class WeightNorm(nn.Module):
         return weight
 
     def restore_directions(self) -> None:
-        """Rows of zeros, which have no direction, get all of them at length 0: as weights they are 0 as before, and
-        they can grow again."""
+        """Gives rows of zeros, which have no direction, all of them at length 0: their weights stay 0, and they can
+        grow again."""
         direction, length = self.weight_v.data, self.weight_g.data
         lost = ~direction.flatten(1).any(1).view_as(length)
         length.masked_fill_(lost, 0.0)
@@ -76,7 +76,7 @@ def clamp(layers: Iterable[nn.Module], clamp_bias: bool) -> None:
 
 
 def flat_parameters(layers: Iterable[Layer]) -> list[Tensor]:
-    """The weights, normalised where that is wanted, and the biases, in the order of an op's flat phi."""
+    """The weights, normalised in layers that are, and the biases, in the order of an op's flat phi."""
     return [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
 
 

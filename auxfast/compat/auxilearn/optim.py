@@ -44,10 +44,10 @@ class MetaOptimizer:
         `loss_val` and `params` of `Hypergrad.grad`, and go by these names in its errors.
 
         Returns:
-            With `return_grads`, the hypergradients as they are before clipping.
+            The hypergradients before clipping, with `return_grads`.
         """
         outer = listed("aux_params", aux_params)
-        for group in self.meta_optimizer.param_groups:  # zero_grad() without its profiling, 4% of a small step
+        for group in self.meta_optimizer.param_groups:  # zero_grad() profiles itself, 4% of a small step
             for param in group["params"]:
                 param.grad = None
         grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
@@ -59,7 +59,7 @@ class MetaOptimizer:
         return unclipped
 
     def _clipped(self, grads: list[Tensor]) -> list[Tensor]:
-        """As `torch.nn.utils.clip_grad_norm_` has them, whose eight small operations take 3% of a small step."""
+        """The result of `torch.nn.utils.clip_grad_norm_`, whose eight small operations take 3% of a small step."""
         scale = 1.0
         if self.max_grad_norm is not None:
             norms = [norm.item() for norm in torch._foreach_norm(grads)]

@@ -1,0 +1,107 @@
+"""The best solution that is known of each right-hand side, with its true residual: what certified solvers return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from auxfast.ops.krylov import row_dots
+from auxfast.solvers.base import SolverState, SolveStats, StopReason
+from auxfast.solvers.linear_system import LinearSystem
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.intp]
+"""Indices of right-hand sides."""
+
+RESTART_GAIN = 0.5
+"""The residual that a cycle may leave, relative to the one it started from, for another cycle to be worth its products:
+one that gains less has met rounding."""
+
+
+class BestIterate:
+    """Starts at x = 0, whose residual is the right-hand side, and takes only what has a smaller one.
+
+    So no residual is above 1, and nothing that is not finite is ever returned.
+
+    Attributes:
+        system: the linear system, of k rows.
+        solution: (k, n).
+        residual: (k, n), `rhs - (H + damping I) solution`.
+        rhs_norms: (k,), on the host.
+        norms: (k,), of the rows of `residual`; on the host, so an update waits for the device once.
+        tolerances: (k,), the norms that count as converged.
+        stop_reasons: one for each row; STEPS is for the solver to make more precise.
+    """
+
+    def __init__(self, system: LinearSystem, tol: float | None) -> None:
+        self.system = system
+        self.solution = torch.zeros_like(system.rhs)
+        self.residual = system.rhs.clone()
+        self.rhs_norms: Floats = system.rhs_norms.cpu().numpy()
+        self.norms = self.rhs_norms.copy()
+        self.tolerances = (tol or 0.0) * self.rhs_norms
+        self.stop_reasons = [StopReason.STEPS if norm > 0 else StopReason.TRIVIAL for norm in self.rhs_norms]
+
+    def unsolved(self) -> Rows:
+        """The rows whose residual is above the tolerance."""
+        return np.flatnonzero(self.norms > self.tolerances)
+
+    def current(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Copies of those rows' solutions and residuals, each (len(rows), n)."""
+        index = torch.from_numpy(rows).to(self.solution.device)
+        return self.solution.index_select(0, index), self.residual.index_select(0, index)
+
+    def update(self, rows: Rows, x: Tensor, product: Tensor | None = None) -> None:
+        """Takes `x` (len(rows), n) as the solution of those rows for which it is better.
+
+        `product` is that of the operator with `x`; without it this costs one product a row.
+        """
+        index = torch.from_numpy(rows).to(x.device)
+        residual = self.system.rhs.index_select(0, index) - (self.system.product(x) if product is None else product)
+        norms: Floats = row_dots(residual, residual).sqrt().cpu().numpy()
+        better = norms < self.norms[rows]  # false for NaN
+        taken = torch.from_numpy(np.flatnonzero(better)).to(x.device)
+        self.solution.index_copy_(0, index[taken], x.index_select(0, taken))
+        self.residual.index_copy_(0, index[taken], residual.index_select(0, taken))
+        self.norms[rows[better]] = norms[better]
+        for row, norm in zip(rows, norms, strict=True):
+            if self.norms[row] <= self.tolerances[row]:
+                self.stop_reasons[row] = StopReason.CONVERGED
+            else:
+                self.stop_reasons[row] = StopReason.STEPS if np.isfinite(norm) else StopReason.DIVERGED
+
+    def set_stop_reason(self, reason: StopReason) -> None:
+        """Sets why all rows stopped that have neither converged nor diverged."""
+        self.stop_reasons = [reason if given == StopReason.STEPS else given for given in self.stop_reasons]
+
+    def warm_start(self, state: SolverState | None) -> None:
+        """Starts from the solution in `state` instead, if it has the shapes, dtypes and device of the right-hand sides
+        and is better than 0."""
+        if state is None or state.solution is None:
+            return
+        if [_kind(t) for t in state.solution] == [_kind(t) for t in self.system.unflatten(self.solution)]:
+            rows = self.unsolved()
+            self.update(rows, self.system.flatten(state.solution)[torch.from_numpy(rows).to(self.solution.device)])
+
+    def result(self, iterations: int, **more: Any) -> tuple[list[Tensor], SolveStats]:
+        """The solution and its stats; `more` are fields of SolveStats that only the solver knows."""
+        residuals = np.divide(self.norms, self.rhs_norms, out=np.zeros_like(self.norms), where=self.rhs_norms > 0)
+        worst = int(residuals.argmax())
+        stats = SolveStats(
+            iterations=iterations,
+            matvecs=self.system.matvecs,
+            residual=float(residuals[worst]),
+            converged=len(self.unsolved()) == 0,
+            stop_reason=self.stop_reasons[worst],
+            residuals=tuple(residuals.tolist()),
+            **more,
+        )
+        return self.system.unflatten(self.solution), stats
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

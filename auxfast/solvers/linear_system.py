@@ -1,0 +1,122 @@
+"""The linear system that solvers work on, with its right-hand sides as the rows of one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from auxfast.ops.krylov import row_dots
+from auxfast.solvers.base import LinearOperator, Matvec
+
+MAX_BATCH = 32
+"""Vectors in one batched product. More are hardly faster, and each holds all activations once more."""
+
+_Call = tuple[Matvec, list[Tensor], int]  # function, operand, and number of vectors in it
+
+
+class LinearSystem:
+    """`(H + damping I) x = b` for k right-hand sides b, the rows of a matrix (k, n), and products with the operator.
+
+    Flat rows make one operation of what would be one per parameter, for every solver but Neumann. They are float32 for
+    parameters of a narrower dtype: the products then have the rounding of that dtype, and nothing else has.
+
+    Attributes:
+        rhs: (k, n), a copy of the right-hand sides.
+        rhs_norms: (k,), float64.
+        shapes: those of the parameters.
+        damping: as given.
+        matvecs: vectors multiplied so far.
+
+    Raises:
+        ValueError: `rhs` is empty, not finite, or (batched) of different numbers of right-hand sides.
+    """
+
+    def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool) -> None:
+        check_rhs(rhs, batched)
+        self._operator = matvec if isinstance(matvec, LinearOperator) else _Looped(matvec)
+        self._batched = batched
+        self._dtype = rhs[0].dtype
+        self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
+        self._sizes = [shape.numel() for shape in self.shapes]
+        self.damping = damping
+        self.matvecs = 0
+        self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
+        self.rhs = self.flatten(rhs)
+        self.rhs_norms = row_dots(self.rhs, self.rhs).sqrt()
+        if not bool(self.rhs_norms.isfinite().all()):
+            raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Like `rhs` -> (k, n), a copy without a graph."""
+        rows = len(tensors[0]) if self._batched else 1
+        flat = torch.cat([tensor.detach().reshape(rows, -1) for tensor in tensors], dim=1)
+        return flat.to(torch.promote_types(self._dtype, torch.float32))
+
+    def unflatten(self, rows: Tensor) -> list[Tensor]:
+        """(k, n) -> like `rhs`, views where they can be."""
+        return self._cut(rows if self._batched else rows[0], self._batched)
+
+    def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
+        lead = rows.shape[:1] if batched else torch.Size()
+        pieces = rows.to(self._dtype).split(self._sizes, dim=-1)
+        return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(m, n) -> (m, n): each row times `H + damping I`, for any number of rows."""
+        self.matvecs += len(rows)
+        results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
+        result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
+        return result.add_(rows, alpha=self.damping) if self.damping else result
+
+    def _calls(self, rows: Tensor) -> list[_Call]:
+        """The calls that multiply `rows`. They hold views of them, so that a solver that goes on to write to the same
+        rows needs no others."""
+        if self._last is None or self._last[0] is not rows or rows.dtype != self._dtype:
+            calls: list[_Call] = []
+            for part in rows.split(MAX_BATCH) if len(rows) else ():
+                if len(part) > 1:
+                    calls.append((self._operator.batched, self._cut(part, True), len(part)))
+                else:
+                    calls.append((self._operator, self._cut(part[0], False), 1))
+            self._last = rows, calls
+        return self._last[1]
+
+    def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
+        if len(products) != len(operand):
+            raise RuntimeError(f"matvec returned {len(products)} tensors for {len(operand)} parameters")
+        for i, (product, like) in enumerate(zip(products, operand, strict=True)):
+            if product.shape != like.shape or product.dtype != like.dtype:
+                given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
+                raise RuntimeError(f"matvec returned {given} for tensor {i}, not {wanted}")
+        return torch.cat([product.reshape(count, -1) for product in products], dim=1).detach().to(self.rhs.dtype)
+
+
+class _Looped:
+    """A plain `Matvec` as a `LinearOperator`: its `batched` multiplies one vector after the other."""
+
+    def __init__(self, matvec: Matvec) -> None:
+        self._matvec = matvec
+
+    def __call__(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._matvec(vectors)
+
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        products = [[t.detach() for t in self._matvec(list(vector))] for vector in zip(*vectors, strict=True)]
+        return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
+
+
+def check_rhs(rhs: Sequence[Tensor], batched: bool = False) -> None:
+    if not rhs:
+        raise ValueError("rhs is empty: a solver needs at least one tensor")
+    dtype, device = rhs[0].dtype, rhs[0].device
+    if not dtype.is_floating_point or any(tensor.dtype != dtype or tensor.device != device for tensor in rhs):
+        kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in rhs}))
+        raise ValueError(f"rhs must be tensors of one floating dtype on one device, got {kinds}")
+    if not batched:
+        return
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in rhs}
+    if len(counts) > 1 or 0 in counts:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in rhs)
+        raise ValueError(f"rhs must have one axis of right-hand sides in front of each tensor, got shapes {shapes}")

@@ -1,0 +1,175 @@
+"""The linear system that solvers work on: rows and back, products, and the checks of what they are given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from auxfast.solvers.linear_system import LinearSystem
+
+from .systems import SHAPES, Operator, cut, flat, gaussian, symmetric, with_eigenvalues
+
+
+def loop_only(operator: Operator):
+    return lambda vectors: operator(vectors)
+
+
+def test_flat_rows_and_back():
+    system = symmetric()
+    block = LinearSystem(system.matvec, system.rhs, 0.0, batched=False)
+    assert torch.equal(block.rhs, flat(system.rhs)[None])
+    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
+    for there, back in zip(system.rhs, block.unflatten(block.rhs), strict=True):
+        assert torch.equal(there, back)
+        assert there.shape == back.shape
+
+
+def test_batched_rows_and_back():
+    rhs = [gaussian(3, *shape, seed=i) for i, shape in enumerate(SHAPES)]
+    block = LinearSystem(symmetric().matvec, rhs, 0.0, batched=True)
+    assert block.rhs.shape == (3, 19)
+    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
+    for row in range(3):
+        assert torch.equal(block.rhs[row], flat([t[row] for t in rhs]))
+    for there, back in zip(rhs, block.unflatten(block.rhs), strict=True):
+        assert torch.equal(there, back)
+
+
+def test_right_hand_sides_are_copied_without_a_graph():
+    rhs = [torch.ones(3, requires_grad=True)]
+    block = LinearSystem(lambda v: v, rhs, 0.0, batched=False)
+    block.rhs.zero_()
+    assert torch.equal(rhs[0].detach(), torch.ones(3))
+    assert not block.rhs.requires_grad
+
+
+def test_norms_are_those_of_the_rows_in_float64():
+    rhs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e25, 0.0]])
+    block = LinearSystem(lambda v: v, [rhs], 0.0, batched=True)
+    torch.testing.assert_close(block.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("batched_products", [True, False], ids=["batched", "loop"])
+def test_product_is_with_the_damped_operator(damping, rows, batched_products):
+    operator = Operator(gaussian(6, 6))
+    operator.matrix = operator.matrix + operator.matrix.T
+    block = LinearSystem(operator if batched_products else loop_only(operator), [gaussian(6)], damping, batched=False)
+    vectors = gaussian(rows, 6, seed=1)
+    before = vectors.clone()
+    product = block.product(vectors)
+    torch.testing.assert_close(product, vectors @ operator.matrix + damping * vectors)
+    assert torch.equal(vectors, before)
+    assert block.matvecs == operator.products == rows
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
+    system = symmetric()
+    rhs = [torch.stack([b, b]) for b in system.rhs] if batched else system.rhs
+    seen = []
+
+    def matvec(vectors):
+        seen.append([v.shape for v in vectors])
+        return system.matvec(vectors)
+
+    block = LinearSystem(matvec, rhs, 0.0, batched)
+    rows = gaussian(2, 19)
+    torch.testing.assert_close(block.product(rows), rows @ system.matrix)
+    assert seen == [[torch.Size(shape) for shape in SHAPES]] * 2
+
+
+@pytest.mark.parametrize("batched_products", [True, False], ids=["batched", "loop"])
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_product_of_no_rows(damping, batched_products):
+    operator = Operator(torch.eye(4))
+    block = LinearSystem(operator if batched_products else loop_only(operator), [torch.ones(4)], damping, batched=False)
+    assert block.product(torch.ones(0, 4)).shape == (0, 4)
+    assert operator.products == 0
+
+
+def test_batched_products_are_of_so_many_rows_that_memory_is_bounded():
+    seen = []
+
+    class Recorded(Operator):
+        def batched(self, vectors):
+            seen.append(len(vectors[0]))
+            return super().batched(vectors)
+
+    block = LinearSystem(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
+    rows = gaussian(97, 100)
+    torch.testing.assert_close(block.product(rows), rows @ block.product(torch.eye(100, dtype=torch.float64)))
+    assert max(seen) <= 32
+    assert block.matvecs == 197
+
+
+def test_product_may_return_what_it_was_given():
+    block = LinearSystem(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
+    rows = gaussian(1, 5, dtype=torch.float32)
+    before = rows.clone()
+    assert torch.equal(block.product(rows), 2 * before)
+    assert torch.equal(rows, before)
+
+
+def test_product_has_no_graph():
+    weight = torch.full((3,), 0.5, requires_grad=True)
+    block = LinearSystem(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
+    assert not block.product(torch.ones(1, 3)).requires_grad
+
+
+class Wrong(Operator):
+    """`batched` drops the axis in front."""
+
+    def batched(self, vectors):
+        return [vectors[0][0]]
+
+
+@pytest.mark.parametrize(
+    ("matvec", "message"),
+    [
+        (lambda v: [v[0][:2], v[1]], r"torch.float32 \(2,\) for tensor 0, not torch.float32 \(4,\)"),
+        (lambda v: [v[0], v[1][None]], r"\(1, 4\) for tensor 1"),
+        (lambda v: [v[0], v[1].double()], r"torch.float64 \(4,\) for tensor 1, not torch.float32"),
+        (lambda v: v[:1], "1 tensors for 2 parameters"),
+    ],
+)
+def test_product_of_another_kind_is_named(matvec, message):
+    block = LinearSystem(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
+    with pytest.raises(RuntimeError, match=message):
+        block.product(torch.ones(1, 8))
+
+
+def test_batched_product_without_its_axis_is_named():
+    block = LinearSystem(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
+    with pytest.raises(RuntimeError, match=r"\(4,\) for tensor 0, not torch.float32 \(4, 4\)"):
+        block.product(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_right_hand_side_must_be_finite(value):
+    with pytest.raises(ValueError, match="rhs is not finite"):
+        LinearSystem(lambda v: v, [torch.ones(3), torch.tensor(value)], 0.0, batched=False)
+
+
+@pytest.mark.parametrize(
+    ("rhs", "batched", "message"),
+    [
+        ([], False, "rhs is empty"),
+        ([torch.ones(3), torch.ones(3).double()], False, "one floating dtype on one device, got torch.float32 on cpu"),
+        ([torch.ones(3, dtype=torch.int64)], False, "one floating dtype .* torch.int64"),
+        ([torch.ones(3, 2), torch.ones(2, 2)], True, r"one axis of right-hand sides .* \(3, 2\), \(2, 2\)"),
+        ([torch.ones(3, 2), torch.ones(())], True, r"one axis of right-hand sides .* \(\)"),
+        ([torch.ones(0, 2)], True, r"one axis of right-hand sides .* \(0, 2\)"),
+    ],
+)
+def test_right_hand_side_is_checked(rhs, batched, message):
+    with pytest.raises(ValueError, match=message):
+        LinearSystem(lambda v: v, rhs, 0.0, batched)
+
+
+def test_cut_and_flat_of_the_test_systems_are_inverse():
+    vector = gaussian(19)
+    assert torch.equal(flat(cut(vector)), vector)
