@@ -1,7 +1,9 @@
-"""The scalar versions in docs/kernels against the kernels, in float64: values, gradients and second order."""
+"""The scalar versions in docs/kernels against the kernels, in float64: values, gradients and second order; and each
+page's reading order."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from ops import combiner_cases, loss_image_cases
 from ops.combiner_cases import assert_agree, derivatives, normal
-from pages import DOCS, run
+from pages import DOCS, ROOT, run
 from torch import Tensor
 
 from auxfast.ops.combiner import combiner
@@ -196,3 +198,14 @@ def test_the_scalar_conjugate_gradients_are_the_solver(steps):
     torch.testing.assert_close(tensor(norms), residual, rtol=1e-9, atol=1e-13)
     if steps == len(h):
         assert residual.max() < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------- reading order
+
+
+@pytest.mark.parametrize("page", ["combiner", "loss-image", "neumann", "krylov"])
+def test_the_reading_order_has_every_file_of_the_op(page):
+    text = (DOCS / "kernels" / f"{page}.md").read_text()
+    ((folder, rows),) = re.findall(r"^\| file in `([\w/]+)/` \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    listed = [name for row in rows.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(path.name for path in (ROOT / folder).iterdir())
