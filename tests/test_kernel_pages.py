@@ -1,5 +1,5 @@
-"""The scalar versions in docs/kernels against the kernels, in float64: values, gradients and second order; and each
-page's reading order."""
+"""The scalar versions in docs/kernels against the kernels, in float64: values, gradients and second order; each
+page's reading order, and its figures."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_the_scalar_conjugate_gradients_are_the_solver(steps):
         assert residual.max() < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------- reading order
+# ------------------------------------------------------------------------------------------------------------- pages
 
 
 @pytest.mark.parametrize("page", ["combiner", "loss-image", "neumann", "krylov"])
@@ -209,3 +209,10 @@ def test_the_reading_order_has_every_file_of_the_op(page):
     ((folder, rows),) = re.findall(r"^\| file in `([\w/]+)/` \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     listed = [name for row in rows.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
     assert sorted(listed) == sorted(path.name for path in (ROOT / folder).iterdir())
+
+
+@pytest.mark.parametrize("page", ["combiner", "loss-image", "neumann"])
+def test_the_figures_are_those_of_the_benchmarks(page):
+    _, measured = (DOCS / "kernels" / f"{page}.md").read_text().split("## Measured\n")
+    (figures,) = re.findall(r"^\|[-|]+\n((?:\|.*\n)+)", measured, re.MULTILINE)
+    assert figures in (DOCS / "benchmarks.md").read_text()
