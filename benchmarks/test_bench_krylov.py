@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def torch_combination(out: Tensor, terms: list[Tensor], coefficients: Tensor) -> Callable[[], Any]:
-    """With the passes that it takes: none over `out` alone, as all its coefficients are 1."""
+    """The combination in PyTorch. It takes no pass over `out` alone, since all its coefficients are 1."""
     first, *others = coefficients[1:].to(out.dtype)[..., None]  # (k, 1) each
 
     def run() -> Tensor:

@@ -50,7 +50,7 @@ class Problem:
         return torch.cat([grad.reshape(-1) for grad in result.grads]), result.stats
 
     def eigenvalues(self) -> Tensor:
-        """Of the inner Hessian, ascending."""
+        """The eigenvalues of the inner Hessian, ascending."""
         _, inner = self.losses()
         grads = torch.autograd.grad(inner, self.w, create_graph=True)
         size = sum(w.numel() for w in self.w)

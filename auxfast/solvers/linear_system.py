@@ -49,13 +49,13 @@ class LinearSystem:
             raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Like `rhs` -> (k, n), a copy without a graph."""
+        """The rows (k, n) of tensors like `rhs`, a copy without a graph."""
         rows = len(tensors[0]) if self._batched else 1
         flat = torch.cat([tensor.detach().reshape(rows, -1) for tensor in tensors], dim=1)
         return flat.to(torch.promote_types(self._dtype, torch.float32))
 
     def unflatten(self, rows: Tensor) -> list[Tensor]:
-        """(k, n) -> like `rhs`, views where they can be."""
+        """The tensors like `rhs` of rows (k, n), views where they can be."""
         return self._cut(rows if self._batched else rows[0], self._batched)
 
     def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
@@ -64,7 +64,7 @@ class LinearSystem:
         return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def product(self, rows: Tensor) -> Tensor:
-        """(m, n) -> (m, n): each row times `H + damping I`, for any number of rows."""
+        """Rows (m, n) times `H + damping I`, for any m."""
         self.matvecs += len(rows)
         results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
         result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])

@@ -63,7 +63,7 @@ class Nonlinear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Of an image of losses (batch, num_losses, H, W): the mean of a convolutional network, and the main loss's pixels.
+    """The mean of a convolutional network on an image of losses (batch, num_losses, H, W), plus the main loss's pixels.
 
     The last convolution is 1x1, and padded by 1 like all others: the mean counts a border of zeros.
     """

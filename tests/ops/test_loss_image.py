@@ -86,7 +86,7 @@ def test_value_alone_is_the_value_with_a_graph():
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_reference_is_the_network_of_modules(depth):
-    """At sizes where every pool leaves something, odd ones too."""
+    """Every pool leaves something at these sizes, some of which are odd."""
     network = LossImageNetwork(3, (8, 16, 32)[:depth], main=1)
     losses, phi, *_ = inputs(network, 2, 21, 30)
     modules: list[nn.Module] = []

@@ -40,7 +40,7 @@ def not_a_number(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_solves(solver: Solver, device: str) -> None:
-    """On lists of tensors of several shapes, to a relative residual of 1e-6."""
+    """A list of tensors of several shapes is solved to a relative residual of 1e-6."""
     system = symmetric(device=device)
     x, stats = solver.solve(system.matvec, system.rhs)
     torch.testing.assert_close(flat(x), system.solution(), rtol=1e-5, atol=1e-5)
@@ -67,7 +67,7 @@ def assert_residual_is_true(solver: Solver, values: Tensor, dtype: torch.dtype, 
 
 
 def assert_residual_is_a_bound(solver: Solver, values: Tensor, dtype: torch.dtype, device: str) -> None:
-    """What is returned is no worse than its figure says, and not worse than x = 0."""
+    """The solution is no worse than its figure says, and not worse than x = 0."""
     operator, b = Operator(with_eigenvalues(values, dtype).to(device)), gaussian(len(values), dtype=dtype).to(device)
     (x,), stats = solver.solve(operator, [b])
     assert x.isfinite().all()
@@ -94,7 +94,7 @@ def assert_stats_are_consistent(solver: Any, values: Tensor) -> None:
 
 
 def assert_damping_is_a_shift(solver: Any, device: str) -> None:
-    """It is added to all eigenvalues and makes an indefinite H definite; the estimate of the largest is without it."""
+    """Damping is added to all eigenvalues, and makes an indefinite H definite. The estimate of the largest is of H."""
     operator, b = Operator(with_eigenvalues(UNIFORM - 0.2).to(device)), gaussian(SIZE).to(device)
     shifted = Operator(operator.matrix + 0.3 * torch.eye(SIZE, dtype=b.dtype, device=device))
     (x,), stats = dataclasses.replace(solver, damping=0.3).solve(operator, [b])
@@ -129,7 +129,8 @@ def assert_low_precision(solver: Solver, device: str) -> None:
 
 
 def assert_batched_is_one_at_a_time(solver: Solver, plain: bool, device: str) -> None:
-    """With a row of zeros, a long one and an eigenvector, by batched products or (`plain`) by a loop."""
+    """Right-hand sides, one of zeros, one long and one an eigenvector, have the solutions that each has alone. `plain`:
+    the matvec has no batched products."""
     operator = Operator(with_eigenvalues(UNIFORM).to(device))
     eigenvector = torch.linalg.eigh(operator.matrix)[1][:, SIZE // 2].cpu()
     b = torch.stack([gaussian(SIZE), torch.zeros(SIZE).double(), 1e3 * gaussian(SIZE, seed=5), eigenvector]).to(device)
@@ -149,7 +150,7 @@ def assert_batched_is_one_at_a_time(solver: Solver, plain: bool, device: str) ->
 
 
 def assert_zero_rhs(solver: Solver, device: str) -> None:
-    """Its solution is zero, whatever the operator."""
+    """The solution is zero, whatever the operator."""
     for b in ([torch.zeros(3, device=device)], [torch.zeros(0)], [torch.zeros(()), torch.zeros(2)]):
         x, stats = solver.solve(not_a_number, b)
         torch.testing.assert_close(x, b)
@@ -162,7 +163,7 @@ def assert_zero_rhs_costs_nothing(solver: Solver) -> None:
 
 
 def assert_rhs_stays_and_solution_has_no_graph(solver: Solver) -> None:
-    """Nor do products that record a graph leave one."""
+    """Products that record a graph leave none in the solution either."""
     weight, b = torch.full((6,), 0.5, requires_grad=True), torch.ones(6, requires_grad=True)
     (x,), _ = solver.solve(lambda v: [weight * v[0]], [b])
     assert b.tolist() == [1.0] * 6
@@ -192,7 +193,7 @@ def assert_wrong_products_are_refused(solver: Solver) -> None:
 
 
 def assert_broken_products_do_no_harm(solver: Solver, value: float, first: int, for_good: bool, device: str) -> None:
-    """If product number `first` (`for_good`: and all after it) is not finite, the answer is, and its figure holds."""
+    """The answer is finite and its figure holds, though product `first` (`for_good`: and each after it) is not."""
     system = symmetric(device=device)
 
     def matvec(vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -273,7 +274,7 @@ def assert_warm_start(solver: Any) -> None:
 
 
 def assert_same_bits_on_every_run(solver: Solver) -> None:
-    """Whatever the global random state is, and without a trace in it."""
+    """The global random state plays no part, and stays as it is."""
     results = []
     for seed in (0, 1):
         torch.manual_seed(seed)

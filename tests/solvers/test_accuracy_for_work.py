@@ -36,7 +36,7 @@ def neumann_products(values: Tensor, coordinates: Tensor, step_size: float, resi
 
 
 def best_of_grid(values: Tensor, coordinates: Tensor, residual: float) -> float:
-    """Over 20 step sizes up to the largest that converges, and the one of the best rate besides."""
+    """The fewest products over 20 step sizes up to the largest that converges, and the one of the best rate."""
     largest, smallest = float(values[-1]), float(values[0])
     grid = [*torch.logspace(-2, math.log10(1.999), 20).div(largest).tolist(), 2 / (largest + smallest)]
     return min(neumann_products(values, coordinates, step_size, residual) for step_size in grid)
@@ -110,5 +110,5 @@ def test_ten_times_fewer_products_to_a_hypergradient_of_1e_3(solver, condition):
         (x,), stats = solver(steps=2000, tol=tol).solve(operator, [b])
 
     step_size = 2 / float(values[-1] + values[0])
-    missing = (1 - step_size * values).pow(10 * stats.matvecs + 1) * (vectors.T @ b) / values  # of Neumann's solution
+    missing = (1 - step_size * values).pow(10 * stats.matvecs + 1) * (vectors.T @ b) / values  # Neumann's error
     assert float((vectors @ missing * weights).norm() / exact.norm()) > 1e-3

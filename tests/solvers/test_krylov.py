@@ -29,11 +29,11 @@ class Inverse:
     matrix: torch.Tensor | None = None
     refresh: int = 1
 
-    def build(self, block):
+    def build(self, system):
         matrix = self.matrix
         if matrix is None:
-            units = torch.eye(block.rhs.shape[1], dtype=block.rhs.dtype)
-            values, vectors = torch.linalg.eigh(block.product(units))
+            units = torch.eye(system.rhs.shape[1], dtype=system.rhs.dtype)
+            values, vectors = torch.linalg.eigh(system.product(units))
             matrix = vectors * values.abs() ** -self.power @ vectors.T
         return lambda rows: rows @ matrix
 
@@ -83,7 +83,7 @@ def test_several_right_hand_sides_stop_on_their_own(solver, check_every):
     assert stats.matvecs == operator.products
     assert stats.iterations == (4 if check_every == 1 else 8)
     if check_every == 1:
-        assert stats.matvecs == 4 + 0 + 2 + 1 + 4 + 4  # and the closing products
+        assert stats.matvecs == 4 + 0 + 2 + 1 + 4 + 4  # the last 4 are closing products
     singles = [solver(tol=1e-8).solve(operator, [row]) for row in rhs]
     for row, (single, one) in enumerate(singles):
         torch.testing.assert_close(x[0][row], single[0], rtol=1e-9, atol=1e-12)
@@ -189,7 +189,7 @@ def test_stagnates_at_working_precision(solver, dtype):
     [(1.1, "converged", 3), (3.0, "stagnated", 1)],  # x = b / wrong leaves 1 - 1 / wrong of the residual
 )
 def test_the_true_residual_decides_and_restarts(solver, wrong, reason, iterations):
-    """As the closing product sees it, the products before were off by a factor."""
+    """The products of the recurrence are off by a factor, as the closing product shows."""
     calls: list[int] = []
 
     def matvec(v):

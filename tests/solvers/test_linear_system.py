@@ -18,37 +18,37 @@ def loop_only(operator: Operator):
 
 def test_flat_rows_and_back():
     system = symmetric()
-    block = LinearSystem(system.matvec, system.rhs, 0.0, batched=False)
-    assert torch.equal(block.rhs, flat(system.rhs)[None])
-    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
-    for there, back in zip(system.rhs, block.unflatten(block.rhs), strict=True):
+    linear = LinearSystem(system.matvec, system.rhs, 0.0, batched=False)
+    assert torch.equal(linear.rhs, flat(system.rhs)[None])
+    assert linear.shapes == [torch.Size(shape) for shape in SHAPES]
+    for there, back in zip(system.rhs, linear.unflatten(linear.rhs), strict=True):
         assert torch.equal(there, back)
         assert there.shape == back.shape
 
 
 def test_batched_rows_and_back():
     rhs = [gaussian(3, *shape, seed=i) for i, shape in enumerate(SHAPES)]
-    block = LinearSystem(symmetric().matvec, rhs, 0.0, batched=True)
-    assert block.rhs.shape == (3, 19)
-    assert block.shapes == [torch.Size(shape) for shape in SHAPES]
+    linear = LinearSystem(symmetric().matvec, rhs, 0.0, batched=True)
+    assert linear.rhs.shape == (3, 19)
+    assert linear.shapes == [torch.Size(shape) for shape in SHAPES]
     for row in range(3):
-        assert torch.equal(block.rhs[row], flat([t[row] for t in rhs]))
-    for there, back in zip(rhs, block.unflatten(block.rhs), strict=True):
+        assert torch.equal(linear.rhs[row], flat([t[row] for t in rhs]))
+    for there, back in zip(rhs, linear.unflatten(linear.rhs), strict=True):
         assert torch.equal(there, back)
 
 
 def test_right_hand_sides_are_copied_without_a_graph():
     rhs = [torch.ones(3, requires_grad=True)]
-    block = LinearSystem(lambda v: v, rhs, 0.0, batched=False)
-    block.rhs.zero_()
+    linear = LinearSystem(lambda v: v, rhs, 0.0, batched=False)
+    linear.rhs.zero_()
     assert torch.equal(rhs[0].detach(), torch.ones(3))
-    assert not block.rhs.requires_grad
+    assert not linear.rhs.requires_grad
 
 
 def test_norms_are_those_of_the_rows_in_float64():
     rhs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e25, 0.0]])
-    block = LinearSystem(lambda v: v, [rhs], 0.0, batched=True)
-    torch.testing.assert_close(block.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
+    linear = LinearSystem(lambda v: v, [rhs], 0.0, batched=True)
+    torch.testing.assert_close(linear.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
@@ -57,13 +57,13 @@ def test_norms_are_those_of_the_rows_in_float64():
 def test_product_is_with_the_damped_operator(damping, rows, batched_products):
     operator = Operator(gaussian(6, 6))
     operator.matrix = operator.matrix + operator.matrix.T
-    block = LinearSystem(operator if batched_products else loop_only(operator), [gaussian(6)], damping, batched=False)
+    linear = LinearSystem(operator if batched_products else loop_only(operator), [gaussian(6)], damping, batched=False)
     vectors = gaussian(rows, 6, seed=1)
     before = vectors.clone()
-    product = block.product(vectors)
+    product = linear.product(vectors)
     torch.testing.assert_close(product, vectors @ operator.matrix + damping * vectors)
     assert torch.equal(vectors, before)
-    assert block.matvecs == operator.products == rows
+    assert linear.matvecs == operator.products == rows
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -76,9 +76,9 @@ def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
         seen.append([v.shape for v in vectors])
         return system.matvec(vectors)
 
-    block = LinearSystem(matvec, rhs, 0.0, batched)
+    linear = LinearSystem(matvec, rhs, 0.0, batched)
     rows = gaussian(2, 19)
-    torch.testing.assert_close(block.product(rows), rows @ system.matrix)
+    torch.testing.assert_close(linear.product(rows), rows @ system.matrix)
     assert seen == [[torch.Size(shape) for shape in SHAPES]] * 2
 
 
@@ -86,8 +86,10 @@ def test_product_gives_the_operator_the_shapes_of_the_parameters(batched):
 @pytest.mark.parametrize("damping", [0.0, 1.0])
 def test_product_of_no_rows(damping, batched_products):
     operator = Operator(torch.eye(4))
-    block = LinearSystem(operator if batched_products else loop_only(operator), [torch.ones(4)], damping, batched=False)
-    assert block.product(torch.ones(0, 4)).shape == (0, 4)
+    linear = LinearSystem(
+        operator if batched_products else loop_only(operator), [torch.ones(4)], damping, batched=False
+    )
+    assert linear.product(torch.ones(0, 4)).shape == (0, 4)
     assert operator.products == 0
 
 
@@ -99,25 +101,25 @@ def test_batched_products_are_of_so_many_rows_that_memory_is_bounded():
             seen.append(len(vectors[0]))
             return super().batched(vectors)
 
-    block = LinearSystem(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
+    linear = LinearSystem(Recorded(with_eigenvalues(torch.arange(100.0).double())), [gaussian(100)], 0.5, batched=False)
     rows = gaussian(97, 100)
-    torch.testing.assert_close(block.product(rows), rows @ block.product(torch.eye(100, dtype=torch.float64)))
+    torch.testing.assert_close(linear.product(rows), rows @ linear.product(torch.eye(100, dtype=torch.float64)))
     assert max(seen) <= 32
-    assert block.matvecs == 197
+    assert linear.matvecs == 197
 
 
 def test_product_may_return_what_it_was_given():
-    block = LinearSystem(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
+    linear = LinearSystem(lambda v: v, [torch.ones(3), torch.ones(2)], 1.0, batched=False)
     rows = gaussian(1, 5, dtype=torch.float32)
     before = rows.clone()
-    assert torch.equal(block.product(rows), 2 * before)
+    assert torch.equal(linear.product(rows), 2 * before)
     assert torch.equal(rows, before)
 
 
 def test_product_has_no_graph():
     weight = torch.full((3,), 0.5, requires_grad=True)
-    block = LinearSystem(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
-    assert not block.product(torch.ones(1, 3)).requires_grad
+    linear = LinearSystem(lambda v: [weight * v[0]], [torch.ones(3)], 0.0, batched=False)
+    assert not linear.product(torch.ones(1, 3)).requires_grad
 
 
 class Wrong(Operator):
@@ -137,15 +139,15 @@ class Wrong(Operator):
     ],
 )
 def test_product_of_another_kind_is_named(matvec, message):
-    block = LinearSystem(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
+    linear = LinearSystem(matvec, [torch.ones(4), torch.ones(4)], 0.0, batched=False)
     with pytest.raises(RuntimeError, match=message):
-        block.product(torch.ones(1, 8))
+        linear.product(torch.ones(1, 8))
 
 
 def test_batched_product_without_its_axis_is_named():
-    block = LinearSystem(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
+    linear = LinearSystem(Wrong(torch.eye(4)), [torch.ones(4)], 0.0, batched=False)
     with pytest.raises(RuntimeError, match=r"\(4,\) for tensor 0, not torch.float32 \(4, 4\)"):
-        block.product(torch.ones(4, 4))
+        linear.product(torch.ones(4, 4))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

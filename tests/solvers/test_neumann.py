@@ -55,7 +55,7 @@ def test_converges_to_the_inverse_whatever_the_step_size(step_size):
 def test_tolerance_stops_at_the_first_step_that_meets_it():
     system = symmetric()
     x, stats = Neumann(1000, 1.0, tol=0.01).solve(system.matvec, system.rhs)
-    _, same = Neumann(stats.iterations, 1.0).solve(system.matvec, system.rhs)  # whose figures are one term behind
+    _, same = Neumann(stats.iterations, 1.0).solve(system.matvec, system.rhs)  # its figures are one term behind
     _, before = Neumann(stats.iterations - 1, 1.0).solve(system.matvec, system.rhs)
     assert same.residual <= 0.01 < before.residual
     assert stats.residual == pytest.approx(system.residual(x), rel=1e-12)

@@ -31,12 +31,12 @@ def operator_of(case: str, dtype: torch.dtype = torch.float64) -> Operator:
     return Operator(with_eigenvalues(CASES[case].double(), dtype))
 
 
-def block_of(operator: Operator, damping: float = 0.0) -> LinearSystem:
+def linear_system(operator: Operator, damping: float = 0.0) -> LinearSystem:
     return LinearSystem(operator, [gaussian(len(operator.matrix), dtype=operator.matrix.dtype)], damping, batched=False)
 
 
 def relative_residuals(operator: Operator, damping: float, x: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Of rows (k, n)."""
+    """The relative residual of each row of `x` and `b`, (k, n)."""
     return ((b - x @ operator.matrix - damping * x).norm(dim=-1) / b.norm(dim=-1)).tolist()
 
 
@@ -110,7 +110,7 @@ def test_the_residual_is_true_and_never_above_that_of_zero(case, damping, dtype)
 def test_ahead_of_the_woodbury_formula_where_the_sketch_does_not_hold_all():
     operator, b, damping = operator_of("few large"), gaussian(N), 1e-2
     wanted = torch.linalg.solve(operator.matrix + damping * torch.eye(N, dtype=torch.float64), b)
-    sketch = Nystrom(20).build(block_of(operator))
+    sketch = Nystrom(20).build(linear_system(operator))
     low_rank = sketch.basis * sketch.values @ sketch.basis.T
     woodbury = torch.linalg.solve(low_rank + damping * torch.eye(N, dtype=torch.float64), b)
     x, _ = Nystrom(20, damping).solve(operator, [b])
@@ -122,7 +122,7 @@ def test_ahead_of_the_woodbury_formula_where_the_sketch_does_not_hold_all():
 @pytest.mark.parametrize("rank", [1, 20, N])
 @pytest.mark.parametrize("case", CASES)
 def test_the_preconditioner_is_symmetric_positive_definite(case, rank, damping, dtype):
-    apply = Nystrom(rank).build(block_of(operator_of(case, dtype), damping))
+    apply = Nystrom(rank).build(linear_system(operator_of(case, dtype), damping))
     dense = apply(torch.eye(N, dtype=dtype)).double()
     torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-6 * float(dense.abs().max()))
     assert float(torch.linalg.eigvalsh((dense + dense.T) / 2)[0]) > 0
@@ -132,7 +132,7 @@ def test_the_preconditioner_is_symmetric_positive_definite(case, rank, damping, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_preconditioned_operator_is_well_conditioned(case, dtype):
     operator = operator_of(case, dtype)
-    dense = Nystrom(30).build(block_of(operator))(torch.eye(N, dtype=dtype)).double()
+    dense = Nystrom(30).build(linear_system(operator))(torch.eye(N, dtype=dtype)).double()
     moduli = torch.linalg.eigvals(dense @ operator.matrix.double()).abs()
     assert moduli.max() / moduli.min() < 40 < CASES[case].abs().max() / CASES[case].abs().min() / 100
 
@@ -154,7 +154,7 @@ def test_rounding_is_not_taken_for_negative_curvature(case, dtype):
         operator = operator_of(case, dtype)
         _, stats = Nystrom(rank).solve(operator, [gaussian(N, dtype=dtype)])
         assert not stats.negative_curvature
-        assert stats.matvecs == operator.products == rank + 1  # nor is the sketch extended for it
+        assert stats.matvecs == operator.products == rank + 1  # the sketch is not extended either
         assert stats.largest_eigenvalue <= float(CASES[case].max()) * (1 + 1e-5) + 1e-300
 
 
@@ -244,7 +244,7 @@ def test_a_sketch_gone_stale_is_no_worse_than_zero():
 
 @pytest.mark.parametrize("large", [20, 18])
 def test_cuts_the_products_of_conjugate_gradients(large):
-    """Over 10 outer steps in which H and b change a little, the one sketch included; condition 1e5."""
+    """H, of condition 1e5, and b change a little over 10 outer steps. The one sketch is included."""
     generator = torch.Generator().manual_seed(0)
     start = with_eigenvalues(torch.cat([torch.logspace(5, 2, large), torch.linspace(1, 3, 200 - large)]).double())
     change = torch.randn(200, 200, generator=generator, dtype=torch.float64)

@@ -15,7 +15,7 @@ from .systems import Operator, gaussian, with_eigenvalues
 UNIFORM = torch.linspace(0.1, 1, 50, dtype=torch.float64)
 
 
-def block(values=UNIFORM, rows=1, damping=0.0, dtype=torch.float64) -> tuple[Operator, LinearSystem]:
+def linear_system(values=UNIFORM, rows=1, damping=0.0, dtype=torch.float64) -> tuple[Operator, LinearSystem]:
     operator = Operator(with_eigenvalues(values, dtype))
     return operator, LinearSystem(operator, [gaussian(rows, len(values), dtype=dtype)], damping, True)
 
@@ -23,7 +23,7 @@ def block(values=UNIFORM, rows=1, damping=0.0, dtype=torch.float64) -> tuple[Ope
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_eigenvalues_and_solutions(dtype, rel, rows):
-    operator, system = block(rows=rows, dtype=dtype)
+    operator, system = linear_system(rows=rows, dtype=dtype)
     space = lanczos(system, system.rhs, 8)
     assert 0.1 * (1 - rel) <= space.smallest < 0.2
     assert 0.95 < space.largest <= 1 * (1 + rel)
@@ -43,7 +43,7 @@ def test_eigenvalues_and_solutions(dtype, rel, rows):
 
 def test_preconditioned_eigenvalues():
     values = torch.logspace(-3, 0, 20, dtype=torch.float64)
-    operator, system = block(values)
+    operator, system = linear_system(values)
     scale = 1 / operator.matrix.diagonal()
     space = lanczos(system, system.rhs, 20, lambda rows: rows * scale)
     wanted = torch.linalg.eigvals(scale[:, None] * operator.matrix).real
@@ -58,7 +58,7 @@ def test_preconditioned_eigenvalues():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_stops_at_an_invariant_subspace(values, products, dtype):
     values = torch.tensor(values, dtype=torch.float64)
-    operator, system = block(values, dtype=dtype)
+    operator, system = linear_system(values, dtype=dtype)
     space = lanczos(system, system.rhs, 8)
     assert operator.products == products
     assert (space.smallest, space.largest) == pytest.approx((float(values.min()), float(values.max())), abs=1e-6)
@@ -67,7 +67,7 @@ def test_stops_at_an_invariant_subspace(values, products, dtype):
 
 
 def test_rows_of_zeros_are_left_alone():
-    _, system = block(rows=3)
+    _, system = linear_system(rows=3)
     system.rhs[1] = 0
     space = lanczos(system, system.rhs, 8)
     assert not space.correction[1].any()
@@ -91,7 +91,7 @@ def test_products_that_are_not_finite_end_it(fails, broken):
 
 
 def test_estimate_is_offered_kept_and_reused():
-    operator, system = block(damping=0.5)
+    operator, system = linear_system(damping=0.5)
     best, state = BestIterate(system, 1e-9), SolverState()
     estimate = SpectrumBounds(best, state)
     assert list(estimate.estimate(best.unsolved())) == [0]
@@ -114,7 +114,7 @@ def test_estimate_is_offered_kept_and_reused():
 
 
 def test_negative_curvature_is_no_reason_for_another_estimate():
-    _, system = block(torch.linspace(-1, 1, 50, dtype=torch.float64))
+    _, system = linear_system(torch.linspace(-1, 1, 50, dtype=torch.float64))
     best = BestIterate(system, 1e-9)
     estimate = SpectrumBounds(best, None)
     estimate.estimate(best.unsolved())
@@ -123,7 +123,7 @@ def test_negative_curvature_is_no_reason_for_another_estimate():
 
 
 def test_damping_is_no_part_of_a_preconditioned_estimate():
-    operator, system = block(damping=0.5)
+    operator, system = linear_system(damping=0.5)
     state, scale = SolverState(), torch.full((50,), 10.0, dtype=torch.float64)
     for products in (9, 0):
         best, operator.products = BestIterate(system, 1e-9), 0

@@ -38,12 +38,12 @@ def positive(seed: int) -> Tensor:
 
 
 def left(values: Tensor, parts: Tensor, step_size: Tensor | float, steps: int) -> float:
-    """The norm of the `parts` of a vector in the eigendirections after `steps` steps, relative to that before."""
+    """The norm after `steps` steps of the `parts` of a vector in the eigendirections, relative to that before."""
     return float((parts * (1 - step_size * values).abs() ** steps).norm() / parts.norm())
 
 
 def fewest_steps(values: Tensor, parts: Tensor, step_size: Tensor | float, tol: float) -> int:
-    """Until `left` is at most `tol`; 10 million, if that is not reached before. The series contracts."""
+    """The number of steps until `left` is at most `tol`, at most 10 million. The series contracts."""
     below, enough = 0, 10_000_000
     if left(values, parts, step_size, enough) > tol:
         return enough
@@ -59,7 +59,7 @@ def test_neumann_auto_is_near_the_best_of_20_step_sizes(seed):
     operator, b = Operator(with_eigenvalues(values)), gaussian(60, seed=seed)
     parts = torch.linalg.eigh(operator.matrix)[1].T @ b
     values, steps = torch.linalg.eigvalsh(operator.matrix), GRID / values.max()
-    tol = max(1e-3, min(left(values, parts, step, 2000) for step in steps))  # what takes at most 2000 steps
+    tol = max(1e-3, min(left(values, parts, step, 2000) for step in steps))  # 2000 steps reach it
     best = min(fewest_steps(values, parts, step, tol) for step in steps)
     _, stats = Neumann(10_000, "auto", tol).solve(operator, [b])
     assert stats.converged
@@ -87,7 +87,7 @@ def test_chebyshev_needs_a_tenth_of_the_products_of_neumann(condition):
     values = torch.logspace(-math.log10(condition), 0, 100, dtype=torch.float64)
     operator, b = Operator(with_eigenvalues(values)), gaussian(100)
     exact = torch.linalg.solve(operator.matrix, b)
-    parts = torch.linalg.eigh(operator.matrix)[1].T @ exact  # of the error of x = 0, which shrinks as the residual does
+    parts = torch.linalg.eigh(operator.matrix)[1].T @ exact  # the error of x = 0, which shrinks as the residual does
     neumann = fewest_steps(values, parts, 2 / (values[0] + values[-1]), 1e-3)
     (x,), stats = Chebyshev(neumann, tol=1e-3 / math.sqrt(condition)).solve(operator, [b])
     assert (x - exact).norm() <= 1e-3 * exact.norm()

@@ -30,7 +30,7 @@ def test_weights_are_detached_finite_and_as_the_losses(name, dtype, main, device
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_throughout(name):
-    """In float64 the weights are those of float32 to its precision, and carry more digits."""
+    """The weights of float64 are those of float32 to its precision, and carry more digits."""
     single = weights_of(made(name), range(6), dtype=torch.float32)
     double = weights_of(made(name).double(), range(6), dtype=torch.float64)
     for one, two in zip(single, double, strict=True):

@@ -30,7 +30,7 @@ def test_sums_to_the_number_of_losses():
     losses = torch.rand(30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     weights = _weights(weighting, losses.tolist())
     torch.testing.assert_close(weights.sum(dim=1), torch.full((30,), 5.0, dtype=torch.float64))
-    assert weights[6:].std() > 0.1  # and are not just even
+    assert weights[6:].std() > 0.1  # they are not just even
 
 
 def test_a_higher_temperature_is_more_even():

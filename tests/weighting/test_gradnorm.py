@@ -13,7 +13,7 @@ GRADIENTS = [[3.0, 4.0], [0.0, 1.0]]  # norms 5 and 1
 
 
 def test_two_steps_by_hand():
-    """At the first call the rates are 1: G = (5, 1), the target 3 for both, the signs (+, -). Adam's first step is -lr
+    """The rates are 1 at the first call: G = (5, 1), the target 3 for both, the signs (+, -). Adam's first step is -lr
     times the sign: (0.9, 1.1), of sum 2 already."""
     weighting = GradNorm(2, lr=0.1)
     assert weighting(*linear_losses([2.0, 1.0], GRADIENTS)).tolist() == [1, 1]
@@ -66,7 +66,7 @@ def test_positive_and_of_sum_num_losses(lr):
 
 
 def test_balances_the_norms():
-    """With alpha = 0 the weighted norms become equal: weights 1/3 and 5/3 for norms 5 and 1."""
+    """The weighted norms become equal for alpha = 0: weights 1/3 and 5/3 for norms 5 and 1."""
     weighting = GradNorm(2, alpha=0.0, lr=0.01)
     for _ in range(300):
         weights = weighting(*linear_losses([2.0, 1.0], GRADIENTS))

@@ -43,7 +43,7 @@ class Hypergrad:
         self.learning_rate = learning_rate
         self.truncate_iter = truncate_iter
         self.scale: Scale = scale
-        self._state = SolverState()  # which warnings were given
+        self._state = SolverState()  # it holds which warnings were given
         self._has_second_derivatives = False  # whether that was seen of a loss_train
         self._check()
 
