@@ -122,9 +122,9 @@ def _seeds(text: str) -> list[int]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from auxfast.data.extras import MissingExtraError
-    from auxfast.train.checkpoint import RunError
-    from auxfast.train.command import list_experiments, make_plan, run_plan
+    from auxfast.experiments.command import list_experiments, make_plan, run_plan
+    from auxfast.experiments.data.extras import MissingExtraError
+    from auxfast.train.files import RunError
 
     if options.list:
         list_experiments()
@@ -161,10 +161,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(paths: Sequence[Path], out: Path) -> int:
-    from auxfast.data.extras import MissingExtraError
-    from auxfast.train.checkpoint import RunError
-    from auxfast.train.report_page import write_report
-    from auxfast.train.run_folder import find_runs
+    from auxfast.experiments.data.extras import MissingExtraError
+    from auxfast.experiments.report.page import write_report
+    from auxfast.experiments.run_folder import find_runs
+    from auxfast.train.files import RunError
 
     try:
         print(write_report(find_runs(paths), out))
@@ -185,9 +185,9 @@ def _seed_count(text: str) -> int:
 
 
 def _demo(seeds: int, out: Path, experiments: Sequence[str]) -> int:
-    from auxfast.data.extras import MissingExtraError
-    from auxfast.train.checkpoint import RunError
-    from auxfast.train.demo import run_demo
+    from auxfast.experiments.data.extras import MissingExtraError
+    from auxfast.experiments.demo import run_demo
+    from auxfast.train.files import RunError
 
     try:
         run_demo(range(seeds), out, experiments)

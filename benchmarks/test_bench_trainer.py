@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from auxfast import HyperOptimizer
 from auxfast.solvers import Neumann
 from auxfast.train import Batch, Component, RunConfig, TrainConfig, Trainer, make_training_loss, parse_method
-from auxfast.train.combine import make_combiner
+from auxfast.train.training_loss import make_combiner
 
 INNER_STEPS, ROUNDS = 20, 5
 SIZES = {"small": (32, 10, 32), "medium": (128, 64, 256)}  # batch, features, hidden units

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from auxfast.solvers import Solver
-from auxfast.train.components import Component as Component
-from auxfast.train.components import check_optimizer, check_scheduler
 from auxfast.train.methods import WEIGHTINGS
+from auxfast.train.optimizers import Component as Component
+from auxfast.train.optimizers import check_optimizer, check_scheduler
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from auxfast.experiments import Experiment
 from auxfast.solvers import Neumann
-from auxfast.train import Batch, CombinerConfig, Component, Experiment, RunConfig, TrainConfig
+from auxfast.train import Batch, CombinerConfig, Component, RunConfig, TrainConfig
 
 SGD = Component("SGD", {"lr": 0.05, "momentum": 0.9})
 

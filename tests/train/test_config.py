@@ -7,8 +7,8 @@ import pytest
 
 from auxfast.solvers import ConjugateGradient, Dense, Jacobi, Neumann, Nystrom
 from auxfast.train import CombinerConfig, Component, RunConfig
-from auxfast.train.components import OPTIMIZERS, SCHEDULERS
-from auxfast.train.tables import SOLVERS, flattened, override, to_table
+from auxfast.train.optimizers import OPTIMIZERS, SCHEDULERS
+from auxfast.train.serialization import SOLVERS, flattened, override, to_table
 from train.problems import NoisyOptions, train_config
 
 

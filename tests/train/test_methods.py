@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from auxfast.train import Batch, CombinerConfig, RunConfig, make_training_loss, parse_method
-from auxfast.train.combine import CombinedLoss, main_loss, make_combiner, mean_losses
 from auxfast.train.methods import COMBINERS, WEIGHTINGS, Method
+from auxfast.train.training_loss import CombinedLoss, main_loss, make_combiner, mean_losses
 from train.problems import Noisy, NoisyOptions, train_config
 
 SHAPES = {"samples": (6, 3), "pixels": (2, 3, 8, 8)}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from auxfast.experiments import RunFolder
 from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Jacobi, Neumann, Nystrom
-from auxfast.train import Component, RunError, RunFolder
-from auxfast.train.checkpoint import load_checkpoint
+from auxfast.train import Component, RunError
+from auxfast.train.files import load_checkpoint
 from train.problems import noisy_experiment
 from train.test_runs import run, without_seconds
 

@@ -13,10 +13,11 @@ from typing import ClassVar
 import pytest
 import torch
 
+from auxfast.experiments import RunFolder, find_runs, train_run
+from auxfast.experiments.paper import EXPERIMENTS
+from auxfast.experiments.run_folder import metrics_line
 from auxfast.nn import LinearCombiner
-from auxfast.train import Component, RunError, RunFolder, find_runs, parse_method, scalars, train_run
-from auxfast.train.experiments import EXPERIMENTS
-from auxfast.train.run_folder import metrics_line
+from auxfast.train import Component, RunError, parse_method, tensorboard
 from train.problems import Noisy, NoisyOptions, noisy_experiment
 
 EXPERIMENT = noisy_experiment()
@@ -136,9 +137,9 @@ class Writer:
 
 
 def test_scalars_for_tensorboard_if_that_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(scalars, "find_spec", lambda name: None)
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     assert not (run(tmp_path / "without").path / "tensorboard").exists()
-    monkeypatch.setattr(scalars, "find_spec", lambda name: name)
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     made = run(tmp_path / "with")
     (writer,) = Writer.made

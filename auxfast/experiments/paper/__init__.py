@@ -1,0 +1,47 @@
+"""Experiments, by name."""
+
+from __future__ import annotations
+
+from auxfast.experiments.base import Experiment
+from auxfast.experiments.paper import (
+    deep_supervision,
+    diabetes,
+    digits,
+    fixed_auxiliary,
+    illustrative,
+    missing_labels,
+    noisy_auxiliaries,
+    polynomial_kernel,
+    sensitivity,
+    stereo,
+    weight_decay,
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        illustrative.EXPERIMENT,
+        noisy_auxiliaries.EXPERIMENT,
+        polynomial_kernel.EXPERIMENT,
+        fixed_auxiliary.EXPERIMENT,
+        diabetes.EXPERIMENT,
+        digits.EXPERIMENT,
+        missing_labels.EXPERIMENT,
+        sensitivity.SIZE,
+        sensitivity.DEPTH,
+        deep_supervision.EXPERIMENT,
+        stereo.EXPERIMENT,
+        weight_decay.EXPERIMENT,
+    )
+}
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment: got {name!r}, must be one of {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]

@@ -1,0 +1,1 @@
+"""What runs show: statistics over seeds, tables, pictures and the page."""

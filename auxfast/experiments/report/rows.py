@@ -1,0 +1,194 @@
+"""What runs say: scores, paired differences, findings and cost, in rows and in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from auxfast.experiments.base import Experiment, Finding
+from auxfast.experiments.paper import get_experiment
+from auxfast.experiments.report.statistics import Estimate, estimate, paired_difference, scores
+from auxfast.experiments.run_folder import RunFolder
+from auxfast.experiments.runs import run_config
+from auxfast.train.files import RunError
+from auxfast.train.methods import COMBINERS, WEIGHTINGS, Method
+from auxfast.train.serialization import flattened, to_table
+
+BASELINES = ("stl", "equal")
+_VERDICTS = {True: "holds", False: "NOT SHOWN", None: "not known"}
+
+
+class Section(NamedTuple):
+    """The finished runs of an experiment in one of its settings."""
+
+    experiment: Experiment
+    setting: str
+    runs: list[RunFolder]
+
+    @property
+    def title(self) -> str:
+        return self.experiment.title + (f"; {self.setting}" if self.setting else "")
+
+
+class Row(NamedTuple):
+    """One method in one setting.
+
+    `best`: it scores above every other method there by more than noise (see `Estimate.beyond_noise`).
+    Seconds and Hessian-vector products are of a run, in the mean.
+    """
+
+    method: Method
+    scores: dict[int, float]  # by seed
+    mean: Estimate
+    differences: dict[str, Estimate]  # to each baseline, paired over the seeds that both have
+    best: bool
+    inner_seconds: float
+    outer_seconds: float
+    matvecs: float
+
+    @property
+    def outer_share(self) -> float:
+        """Of the training time."""
+        return self.outer_seconds / (self.inner_seconds + self.outer_seconds)
+
+
+def sections(runs: Iterable[RunFolder]) -> list[Section]:
+    """The finished runs by experiment and setting, in the experiment's order.
+
+    Raises:
+        RunError: no run is finished, or two are of the same method, setting and seed.
+    """
+    finished = [run for run in runs if run.result is not None]
+    if not finished:
+        raise RunError("no run is finished yet: `auxfast train` with --resume goes on with them")
+    seen: dict[Any, RunFolder] = {}
+    for run in finished:
+        key = (run.experiment, run.setting, run.method, run.seed)
+        if key in seen:
+            raise RunError(f"{seen[key].path} and {run.path} are the same run: report one of the folders")
+        seen[key] = run
+    found = []
+    for name in dict.fromkeys(run.experiment for run in finished):
+        experiment = get_experiment(name)
+        for setting in experiment.settings:
+            own = [run for run in finished if (run.experiment, run.setting) == (name, setting)]
+            if own:
+                found.append(Section(experiment, setting, own))
+    return found
+
+
+def methods(section: Section) -> list[Method]:
+    """Those that were run: first the experiment's in its order, then the others by families."""
+    families = [*WEIGHTINGS, *COMBINERS]
+    order = {name: place for place, name in enumerate(section.experiment.methods)}
+    ran = {run.method for run in section.runs}
+    return sorted(ran, key=lambda m: (order.get(m.name, len(order)), families.index(m.family), m.name))
+
+
+def rows(section: Section) -> list[Row]:
+    """One for each method that was run."""
+    all_scores = {m: scores(section.runs, m.name, section.setting) for m in methods(section)}
+    made = []
+    for method, own in all_scores.items():
+        others = {other.name: _difference(own, theirs) for other, theirs in all_scores.items() if other != method}
+        above = [other is not None and other.mean > 0 and other.beyond_noise() for other in others.values()]
+        results = [run.result for run in section.runs if run.method == method and run.result is not None]
+        matvecs = [sum(record.matvecs or 0 for record in run.records) for run in section.runs if run.method == method]
+        made.append(
+            Row(
+                method=method,
+                scores=own,
+                mean=estimate(list(own.values())),
+                differences={base: d for base in BASELINES if (d := others.get(base)) is not None},
+                best=bool(above) and all(above),
+                inner_seconds=fmean(result.inner_seconds for result in results),
+                outer_seconds=fmean(result.outer_seconds for result in results),
+                matvecs=fmean(matvecs),
+            )
+        )
+    return made
+
+
+def _difference(own: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """Over the seeds that both have; None if there are none."""
+    seeds = [seed for seed in own if seed in theirs]
+    return paired_difference([own[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
+
+
+def findings(experiment: Experiment, runs: Sequence[RunFolder]) -> list[Finding]:
+    """What the experiment set out to show, by its finished runs."""
+    if experiment.findings is None:
+        return []
+    return experiment.findings([run for run in runs if run.experiment == experiment.name and run.result is not None])
+
+
+def differing_entries(section: Section) -> dict[str, list[Any]]:
+    """Entries of the configuration in which runs differ that should not: by dotted name, the values that were met."""
+    tables = [flattened(to_table(run.config)) for run in section.runs]
+    values: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for table in tables for key in table):
+        met = [table.get(key) for table in tables]
+        if any(value != met[0] for value in met):
+            values[key] = [value for i, value in enumerate(met) if value not in met[:i]]
+    return values
+
+
+def table(section: Section, made: Sequence[Row]) -> list[list[str]]:
+    """A line of titles, and one for each of the section's rows: score, difference to each baseline that was run."""
+    baselines = [base for base in BASELINES if any(base in row.differences for row in made)]
+    lines = [["method", section.experiment.score_name, *(f"minus {base}" for base in baselines), "seeds"]]
+    for row in made:
+        differences = [row.differences[base].signed() if base in row.differences else "" for base in baselines]
+        lines.append([row.method.label, str(row.mean), *differences, str(len(row.scores))])
+    return lines
+
+
+def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
+    """Entries in which the first run's configuration is not the experiment's: by dotted name, theirs and the run's."""
+    defaults = run_config(section.experiment, section.setting)
+    before, after = (flattened(to_table(config)) for config in (defaults, section.runs[0].config))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    }
+
+
+def cautions(section: Section) -> list[str]:
+    """What a reader of the table has to know of the runs' configurations."""
+    texts = [
+        f"{key} is {run!r} here, and {own!r} in the experiment" for key, (own, run) in changed_entries(section).items()
+    ]
+    for key, values in differing_entries(section).items():
+        texts.append(f"not all runs have the same {key}: {', '.join(map(repr, values))}")
+    return texts
+
+
+def describe(section: Section) -> str:
+    """The table of a setting in plain text; `*`: best beyond noise."""
+    made = rows(section)
+    cells = table(section, made)
+    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line[1:], width[1:], strict=True))])
+        for line in cells
+    ]
+    lines = [
+        lines[0],
+        "-" * len(lines[0]),
+        *(line + "  *" * row.best for line, row in zip(lines[1:], made, strict=True)),
+    ]
+    note = "mean +- SEM over seeds; differences are paired"
+    best = next((row.method.label for row in made if row.best), None)
+    if best is not None:
+        note += "; * better than every other beyond noise (paired t test, 5%)"
+    shares = [f"{row.method.name} {row.outer_share:.0%}" for row in made if row.method.learned]
+    remarks = [f"outer steps' share of the training time: {', '.join(shares)}"] if shares else []
+    remarks += [f"CAUTION: {text}" for text in cautions(section)]
+    return "\n".join([section.title, *lines, note, *remarks])
+
+
+def describe_findings(found: Sequence[Finding]) -> str:
+    """One line each, with the verdict in front."""
+    return "\n".join(f"{_VERDICTS[finding.holds] + ':':14} {finding.text}" for finding in found)

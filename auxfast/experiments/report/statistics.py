@@ -1,0 +1,121 @@
+"""Means over seeds, and what runs scored: what findings, tables and pictures are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, NamedTuple
+
+from auxfast.experiments.base import Finding
+from auxfast.experiments.data.extras import import_extra
+from auxfast.train.methods import parse_method
+
+if TYPE_CHECKING:
+    from auxfast.experiments.runs import RunFolder
+
+
+class Estimate(NamedTuple):
+    """Mean over `seeds` seeds, and its standard error (None for a single seed)."""
+
+    mean: float
+    sem: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        """To the first digit of the standard error, but one decimal at least."""
+        if self.sem is None:
+            return f"{self.mean:.4g}"
+        decimals = 1 if not 0 < self.sem < math.inf else max(1, -math.floor(math.log10(self.sem)))
+        return f"{self.mean:.{decimals}f} +- {self.sem:.{decimals}f}"
+
+    def signed(self) -> str:
+        return f"{'+' if self.mean >= 0 else ''}{self}"
+
+    def beyond_noise(self) -> bool:
+        """Whether the mean differs from 0 by more than chance explains, by Student's t test at 5%, two-sided: from
+        two seeds by 12.7 standard errors, from five by 2.8, from many by 2.
+
+        Raises:
+            MissingExtraError: SciPy is not installed.
+        """
+        if self.sem is None:
+            return False
+        student = import_extra("scipy.stats", "scipy").t
+        return bool(abs(self.mean) > student.ppf(0.975, self.seeds - 1) * self.sem)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of the mean (deviation with n - 1, over sqrt(n))."""
+    sem = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(fmean(values), sem, len(values))
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
+    """Mean and standard error of `values - baseline`, seed by seed: what the seeds have in common drops out.
+
+    Raises:
+        ValueError: the two are not of one length.
+    """
+    return estimate([value - base for value, base in zip(values, baseline, strict=True)])
+
+
+def finished(runs: Iterable[RunFolder], method: str, setting: str = "") -> list[RunFolder]:
+    """The finished runs of a method in a setting, in the seeds' order."""
+    own = (run for run in runs if run.result is not None and run.method.name == method and run.setting == setting)
+    return sorted(own, key=lambda run: run.seed)
+
+
+def scores(runs: Iterable[RunFolder], method: str, setting: str = "") -> dict[int, float]:
+    """Test scores of the finished runs of a method in a setting, by seed, in the seeds' order."""
+    return dict(
+        sorted(
+            (run.seed, run.result.score)
+            for run in runs
+            if run.result is not None and run.method.name == method and run.setting == setting
+        )
+    )
+
+
+def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float]) -> Finding:
+    """Whether `own` scores, by seed, are above `baseline`'s beyond noise, paired over the seeds
+    that both have; `claim` says so in words."""
+    difference, seeds = _over_shared_seeds(own, baseline)
+    if difference is None:
+        return Finding(f"{claim}: not known; it takes two seeds that both have run.", None)
+    text = f"{claim}: the difference is {difference.signed()}, paired over {seeds} seeds."
+    return Finding(text, _above(difference))
+
+
+def better(runs: Sequence[RunFolder], method: str, baseline: str, setting: str = "") -> Finding:
+    """Whether a method scores above another in a setting (see `compare`)."""
+    claim = _claim(method, baseline)
+    own, base = scores(runs, method, setting), scores(runs, baseline, setting)
+    return compare(f"{setting}: {claim}" if setting else claim, own, base)
+
+
+def better_everywhere(runs: Sequence[RunFolder], method: str, baseline: str, settings: Iterable[str]) -> Finding:
+    """Whether a method scores above another in each of the settings (see `compare`)."""
+    parts, holds = [], []
+    for setting in settings:
+        difference, seeds = _over_shared_seeds(scores(runs, method, setting), scores(runs, baseline, setting))
+        parts.append(f"{setting}: {'not known' if difference is None else f'{difference.signed()} ({seeds} seeds)'}")
+        holds.append(None if difference is None else _above(difference))
+    text = f"{_claim(method, baseline)} in every setting; the paired differences are {'; '.join(parts)}."
+    return Finding(text, False if False in holds else None if None in holds else True)
+
+
+def _claim(method: str, baseline: str) -> str:
+    return f"{parse_method(method).label} scores above {parse_method(baseline).label}"
+
+
+def _over_shared_seeds(own: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Estimate | None, int]:
+    """The paired difference over the seeds that both have, None if these are fewer than two; and their number."""
+    seeds = [seed for seed in own if seed in baseline]
+    if len(seeds) < 2:
+        return None, len(seeds)
+    return paired_difference([own[seed] for seed in seeds], [baseline[seed] for seed in seeds]), len(seeds)
+
+
+def _above(difference: Estimate) -> bool:
+    return difference.mean > 0 and difference.beyond_noise()

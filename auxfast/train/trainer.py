@@ -1,0 +1,286 @@
+"""Algorithm 1 of the paper, for any task that can say its losses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from auxfast.implicit import HyperOptimizer
+from auxfast.nn import Combiner
+from auxfast.solvers import SolveStats
+from auxfast.train.config import TrainConfig
+from auxfast.train.optimizers import make_optimizer, make_scheduler
+from auxfast.train.task import Batch, Task
+from auxfast.train.training_loss import CombinedLoss, TrainingLoss, main_loss
+
+_FEW = 64  # entries of phi that are worth a record
+
+
+class OuterRecord(NamedTuple):
+    """What was seen at one outer step, before it. Where nothing is learned, there is no outer loss and no residual.
+
+    Without an outer step, the training loss and its weights are those of the last inner step's batch.
+    """
+
+    step: int  # from 0
+    training_loss: float
+    main_loss: float | None  # of the training batch, over the samples that have it; None: none has
+    outer_loss: float | None
+    validation_score: float | None  # after the inner steps; only with early stopping
+    residual: float | None  # of the linear system behind the hypergradient, relative to its right-hand side
+    matvecs: int | None  # Hessian-vector products that the outer step took
+    loss_weights: tuple[float, ...]  # d (training loss) / d (mean of loss j): see TrainingLoss.mean_weights
+    phi: tuple[float, ...] | None  # of a combiner that has at most 64
+    inner_seconds: float
+    outer_seconds: float
+
+
+class Trainer:
+    """Trains `task.model` on a training loss and, with `learn`, the loss's combiner on the outer loss.
+
+        trainer = Trainer(task, make_training_loss(method, config, task), config.train, seed=0)
+        records = trainer.run()
+
+    The same seed gives the same run, to the bit, on the same machine with the same number of threads, if the task's
+    model draws nothing (dropout), or torch's random state is the same at the start.
+
+    Args:
+        task, training_loss: on `config.device`, and at their start.
+        seed: of the batches.
+        learn: whether outer steps move the combiner of `training_loss`, which then has to be a `CombinedLoss`.
+    """
+
+    def __init__(
+        self, task: Task, training_loss: TrainingLoss, config: TrainConfig, seed: int, *, learn: bool = False
+    ) -> None:
+        self.task, self.training_loss, self.config = task, training_loss, config
+        self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self.combiner: Combiner | None = training_loss.combiner if isinstance(training_loss, CombinedLoss) else None
+        self.inner = make_optimizer(config.inner_optimizer, self.parameters)
+        self.scheduler = None if config.inner_scheduler is None else make_scheduler(config.inner_scheduler, self.inner)
+        self.outer = self._hyper_optimizer() if learn else None
+        self.records: list[OuterRecord] = []
+        self.best: dict[str, Any] | None = None  # {"step", "score", "model", "training_loss"}
+        # Outer steps have batches of their own draw: a frozen control sees the same inner steps.
+        self.generator = torch.Generator().manual_seed(seed)
+        outer_seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        self.outer_generator = torch.Generator().manual_seed(outer_seed)
+
+    def _hyper_optimizer(self) -> HyperOptimizer:
+        if self.combiner is None:
+            raise ValueError("learn: a weighting has no combiner to learn")
+        return HyperOptimizer(
+            make_optimizer(self.config.outer_optimizer, self.combiner.parameters()),
+            solver=self.config.solver,
+            max_grad_norm=self.config.max_outer_grad_norm,
+            project=[self.combiner],
+            warn=False,  # progress bar and report show every residual
+        )
+
+    @property
+    def done(self) -> bool:
+        return len(self.records) >= self.config.outer_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience has run out before the last outer step."""
+        if self.config.patience is None or self.best is None:
+            return False
+        waited: int = len(self.records) - 1 - self.best["step"]
+        return waited >= self.config.patience and len(self.records) < self.config.outer_steps
+
+    def run(self, on_outer_step: Callable[[OuterRecord], None] | None = None) -> list[OuterRecord]:
+        """What is left of the run; then, with early stopping, model and training loss are the best ones.
+
+        Args:
+            on_outer_step: called with every record as it is made.
+
+        Returns:
+            One record for each outer step, those before a resumption included.
+
+        Raises:
+            FloatingPointError: training or outer loss are not finite any more; says when, and what to try.
+        """
+        while not self.done:
+            self.records.append(self._round())
+            if on_outer_step is not None:
+                on_outer_step(self.records[-1])
+        if self.best is not None:
+            self.task.model.load_state_dict(self.best["model"])
+            self.training_loss.load_state_dict(self.best["training_loss"])
+        return self.records
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, torch's random states included, but for the records.
+
+        Raises:
+            FloatingPointError: parameters are not finite: no run could go on from there.
+        """
+        self._check_parameters()
+        return {
+            "step": len(self.records),
+            "model": self.task.model.state_dict(),
+            "training_loss": self.training_loss.state_dict(),
+            "inner": self.inner.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "outer": None if self.outer is None else self.outer.state_dict(),
+            "generator": self.generator.get_state(),
+            "outer_generator": self.outer_generator.get_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.config.device) if self._cuda else None,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], records: Sequence[OuterRecord]) -> None:
+        """Go on from `state`; `records` are those of the outer steps before it.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, TypeError: it is the state of another run.
+        """
+        if len(records) != state["step"]:
+            raise ValueError(f"{len(records)} records for a state after {state['step']} outer steps")
+        self.task.model.load_state_dict(state["model"])
+        self.training_loss.load_state_dict(state["training_loss"])
+        self.inner.load_state_dict(state["inner"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
+        self.generator.set_state(state["generator"])
+        self.outer_generator.set_state(state["outer_generator"])
+        torch.set_rng_state(state["random"])
+        if self._cuda:
+            torch.cuda.set_rng_state(state["random_cuda"], self.config.device)
+        self.best = state["best"]
+        self.records = list(records)
+
+    def _round(self) -> OuterRecord:
+        """`inner_steps` inner steps, and an outer one."""
+        start = time.perf_counter()
+        batch, training_loss = self._inner_steps()
+        inner_seconds = self._seconds_since(start)
+        outer_loss, stats, outer_seconds = None, None, 0.0
+        if self.outer is not None:
+            start = time.perf_counter()
+            batch, training_loss, outer_loss = self._bilevel_losses()
+            outer_seconds = self._seconds_since(start)
+        self._check_finite("training", training_loss)
+        self._check_finite("outer", outer_loss)
+        validation_score = self._validate() if self.config.patience is not None else None
+        loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
+        if self.outer is not None:
+            assert outer_loss is not None
+            start = time.perf_counter()
+            stats = self._outer_step(outer_loss, training_loss)
+            outer_seconds += self._seconds_since(start)
+        return OuterRecord(
+            step=len(self.records),
+            training_loss=training_loss.item(),
+            main_loss=_finite(main_loss(batch, self.task.main).item()),
+            outer_loss=None if outer_loss is None else outer_loss.item(),
+            validation_score=validation_score,
+            residual=None if stats is None else stats.residual,
+            matvecs=None if stats is None else stats.matvecs,
+            loss_weights=loss_weights,
+            phi=phi,
+            inner_seconds=inner_seconds,
+            outer_seconds=outer_seconds,
+        )
+
+    def _inner_steps(self) -> tuple[Batch, Tensor]:
+        """The last one's batch, and its training loss."""
+        parameters, decay, max_norm = self.parameters, self.config.weight_decay, self.config.max_inner_grad_norm
+        self.training_loss.requires_grad_(False)  # gradients in phi are for the outer step
+        try:
+            for _ in range(self.config.inner_steps):
+                self.inner.zero_grad()
+                batch, loss = self._training_loss(self.generator)
+                loss.backward()
+                if decay:
+                    grads = [(p.grad, p.detach()) for p in parameters if p.grad is not None]
+                    torch._foreach_add_(*map(list, zip(*grads, strict=True)), alpha=decay)
+                if max_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+                self.inner.step()
+                if self.scheduler is not None:
+                    self.scheduler.step()
+        finally:
+            self.training_loss.requires_grad_(True)
+        return batch, loss.detach()
+
+    def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        with self._autocast():
+            batch = self.task.training_batch(generator)
+        return batch, self.training_loss(batch.losses, batch.mask)  # combining few losses needs their digits
+
+    def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
+        """A batch, its training loss, and the outer loss."""
+        batch, training_loss = self._training_loss(self.outer_generator)
+        with self._autocast():
+            if self.config.outer_set == "auxiliary":
+                return batch, training_loss, self.task.outer_loss()
+            return batch, training_loss, main_loss(self.task.training_batch(self.outer_generator), self.task.main)
+
+    def _outer_step(self, outer_loss: Tensor, training_loss: Tensor) -> SolveStats:
+        assert self.outer is not None
+        if self.config.weight_decay:
+            squares = torch.stack([parameter.square().sum() for parameter in self.parameters])
+            training_loss = training_loss + 0.5 * self.config.weight_decay * squares.sum()
+        return self.outer.step(outer_loss, training_loss, self.parameters)
+
+    def _validate(self) -> float:
+        """The validation score; keeps a copy of what scored best."""
+        score = self.task.validation_score()
+        if not math.isnan(score) and (self.best is None or score > self.best["score"]):
+            self.best = {
+                "step": len(self.records),
+                "score": score,
+                "model": deepcopy(self.task.model.state_dict()),
+                "training_loss": deepcopy(self.training_loss.state_dict()),
+            }
+        return score
+
+    def _phi(self) -> tuple[float, ...] | None:
+        if self.combiner is None or self.combiner.phi.numel() > _FEW:
+            return None
+        return tuple(self.combiner.phi.tolist())
+
+    def _check_finite(self, name: str, loss: Tensor | None) -> None:
+        if loss is not None and not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"the {name} loss is {loss.item()} at outer step {len(self.records)}: try a smaller lr of the inner or "
+                "outer optimizer, or train.max_inner_grad_norm"
+            )
+
+    def _check_parameters(self) -> None:
+        norms = torch._foreach_norm([*self.parameters, *self.training_loss.parameters()])
+        if not bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+            raise FloatingPointError(
+                f"the parameters are not finite, with {len(self.records)} outer steps done: try a smaller lr of the "
+                "inner or outer optimizer, or train.max_inner_grad_norm"
+            )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.config.amp:
+            return nullcontext()
+        return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16)
+
+    @property
+    def _cuda(self) -> bool:
+        return torch.device(self.config.device).type == "cuda"
+
+    def _seconds_since(self, start: float) -> float:
+        if self._cuda:
+            torch.cuda.synchronize(self.config.device)
+        return time.perf_counter() - start
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,202 @@
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+from train.problems import noisy_experiment
+
+from auxfast.cli import main
+from auxfast.experiments import command, find_runs
+from auxfast.experiments.paper import EXPERIMENTS
+from auxfast.train import Component
+from auxfast.train.trainer import OuterRecord
+
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Calls `auxfast train noisy ...` with an out in tmp_path."""
+    monkeypatch.setitem(EXPERIMENTS, "noisy", replace(noisy_experiment(), name="noisy"))
+
+    def call(*arguments, setting=""):
+        if setting is not None:
+            arguments = (*arguments, "--setting", setting)
+        return main(["train", "noisy", "--out", str(tmp_path / "out"), *arguments])
+
+    return call
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(command, "train_run", lambda *_, **__: pytest.fail("training started"))
+
+
+def found(tmp_path):
+    return {(run.setting, run.method.name, run.seed) for run in find_runs([tmp_path])}
+
+
+def test_every_method_from_every_seed(train, tmp_path, capsys):
+    assert train("--method", "linear-fixed, stl,linear", "--seeds", "0..1,5") == 0
+    assert found(tmp_path) == {("", m, s) for m in ("stl", "linear", "linear-fixed") for s in (0, 1, 5)}
+    output = capsys.readouterr()
+    for label in ("STL (main loss only)", "Linear, learned", "Linear, fixed at the learned"):
+        assert re.search(rf"^{re.escape(label)} .* \+- ", output.out, re.MULTILINE)
+    assert re.search(r"outer steps' share of the training time: linear \d+%", output.out)
+    assert output.out.endswith(f"auxfast report {tmp_path / 'out' / 'noisy'}\n")
+    assert "100%" in output.err
+
+
+def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
+    """By itself: how often a bar is drawn depends on the machine."""
+    learned = OuterRecord(
+        3, 0.5, 0.4, 0.25, None, 0.125, 7, (1.0, 0.5, 2.0), None, inner_seconds=3.0, outer_seconds=1.0
+    )
+    assert command.progress(learned, ("main", "a", "b")) == {
+        "training": "0.5",
+        "outer": "0.25",
+        "residual": "0.125",
+        "weights": "b: 2.00, main: 1.00",
+        "outer time": "25%",
+    }
+    weighted = learned._replace(outer_loss=None, residual=None)
+    assert list(command.progress(weighted, ("main", "a", "b"))) == ["training", "weights"]
+
+
+def test_all_settings_and_the_experiment_s_methods_by_default(train, tmp_path, capsys):
+    assert train("--seeds", "0", setting=None) == 0
+    assert found(tmp_path) == {(s, m, 0) for s in ("", "more features") for m in ("stl", "linear")}
+    assert "Noisy; more features" in capsys.readouterr().out
+
+
+def test_overrides_of_the_file_come_before_those_of_the_command_line(train, tmp_path):
+    train_table = '[train]\nouter_steps = 2\ninner_steps = 2\nsolver = {name = "Dense"}'
+    (tmp_path / "c.toml").write_text(f"{train_table}\n[task]\nfeatures = 5\n")
+    changes = (
+        "--set",
+        "train.inner_steps=4",
+        "--set",
+        "train.inner_optimizer=Adam",
+        "--set",
+        "train.solver.damping=0.1",
+    )
+    assert train("--method", "linear", "--seeds", "7", "--config", str(tmp_path / "c.toml"), *changes) == 0
+    (run,) = find_runs([tmp_path])
+    assert (run.config.train.outer_steps, run.config.train.inner_steps, run.config.task.features) == (2, 4, 5)
+    assert run.config.train.inner_optimizer == Component("Adam")
+    assert (type(run.config.train.solver).__name__, run.config.train.solver.damping) == ("Dense", 0.1)
+
+
+def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_path, capsys, monkeypatch):
+    assert train("--method", "stl", "--seeds", "0") == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "train_run", lambda *_, **__: pytest.fail("training started"))
+        assert train("--method", "equal,stl", "--seeds", "0") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume goes on with it; or .*", message)
+    assert train("--method", "stl", "--seeds", "0", "--resume") == 0
+    assert capsys.readouterr().out == first
+
+
+def test_interrupted_and_resumed(train, tmp_path, capsys, monkeypatch):
+    real = command.train_run
+
+    def interrupted(*arguments, on_outer_step, **more):
+        def interrupt(record):
+            on_outer_step(record)
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+        return real(*arguments, on_outer_step=interrupt, **more)
+
+    monkeypatch.setattr(command, "train_run", interrupted)
+    assert train("--seeds", "0") == 130
+    assert capsys.readouterr().err.endswith(
+        "\nauxfast: interrupted; what was saved is kept, and the same command with --resume goes on from there\n"
+    )
+    assert [len(run.records) for run in find_runs([tmp_path])] == [4]
+    monkeypatch.setattr(command, "train_run", real)
+    assert train("--seeds", "0", "--resume") == 0
+    assert [run.result.outer_steps for run in find_runs([tmp_path])] == [7, 7]
+    assert "14/14" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_one_line(train, capsys):
+    assert train("--set", "train.inner_optimizer.lr=1e30", "--seeds", "0", "--method", "equal") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"auxfast: noisy, equal, seed 0: the training loss is (nan|inf) at outer step 0: try .*", message
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(train, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert train("--seeds", "0") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"auxfast: cannot write {tmp_path / 'out'}")
+
+
+def test_fixed_without_learned_is_refused_before_training(train, no_training, capsys):
+    assert train("--method", "stl,linear-fixed") == 1
+    assert "auxfast: linear-fixed takes phi from linear, of which" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "best"], "method: got 'best', must be one of stl, equal"),
+        (["--set", "train.inner_steps"], "--set: got 'train.inner_steps', must be key=value"),
+        (["--set", "train.inner_steps=ten"], "train.inner_steps: got 'ten', must be an integer"),
+        (["--set", "train.steps=1"], "train.steps: no such entry, must be one of outer_steps"),
+        (
+            ["--set", "weighting.dwa.period=0", "--method", "dwa"],
+            "weighting.dwa: got {'period': 0}: period must be at least 1",
+        ),
+        (["--config", "none.toml"], "cannot read none.toml: No such file or directory"),
+        (["--setting", "fewer features"], "setting: got 'fewer features' for noisy, must be one of 'more features'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_before_training(arguments, message, train, no_training, capsys):
+    assert train(*arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"auxfast: {message}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"train = ", b"\xff"])
+def test_a_file_that_is_not_toml_is_named(content, train, no_training, tmp_path, capsys):
+    (tmp_path / "c.toml").write_bytes(content)
+    assert train("--config", str(tmp_path / "c.toml")) == 2
+    assert capsys.readouterr().err.startswith(f"auxfast: {tmp_path / 'c.toml'} is not TOML: ")
+
+
+def test_entries_of_a_file_need_a_section(train, no_training, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("train = 3")
+    assert train("--config", str(tmp_path / "c.toml")) == 2
+    assert capsys.readouterr().err == "auxfast: train: got 3, must be a table\n"
+
+
+@pytest.mark.parametrize("seeds", ["", "x", "3..1", "0..", "1.5", "0;1", "-1"])
+def test_seeds_that_are_none_are_refused(seeds, train, no_training, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(f"--seeds={seeds}")
+    assert f"must be like 0..9 or 0,3,5, not {seeds!r}" in capsys.readouterr().err
+
+
+def test_experiments_are_listed_and_unknown_ones_refused(capsys):
+    assert main(["train", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
+    assert all(experiment.title in line for experiment, line in zip(EXPERIMENTS.values(), lines, strict=True))
+    assert main(["train", "nothing"]) == 2
+    assert f"experiment: got 'nothing', must be one of {', '.join(EXPERIMENTS)}" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "auxfast train --list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["tqdm", "sklearn"])
+def test_a_missing_extra_is_named_before_training(module, no_training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train", "diabetes", "--out", str(tmp_path)]) == 1
+    assert "is not installed, and this needs it. Get it with: pip install" in capsys.readouterr().err

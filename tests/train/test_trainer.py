@@ -1,0 +1,285 @@
+"""The loop, on a problem whose answers are known (OneWeight) and on one that draws (Noisy)."""
+
+import math
+
+import pytest
+import torch
+
+from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
+from auxfast.solvers import Neumann
+from auxfast.train import Batch, Component, RunConfig, Trainer, make_training_loss, parse_method
+from auxfast.train.training_loss import CombinedLoss, WeightedLoss
+from train.problems import Noisy, NoisyOptions, OneWeight, train_config
+
+
+def _equal_weights(*weights: float) -> LinearCombiner:
+    combiner = LinearCombiner(len(weights or (1, 1, 1)))
+    with torch.no_grad():
+        combiner.phi.copy_(torch.tensor(weights or (1.0, 1.0, 1.0)))
+    return combiner
+
+
+def _trainer(combiner: Combiner, *, task=None, learn: bool = False, **changes) -> Trainer:
+    return Trainer(task or OneWeight(), CombinedLoss(combiner), train_config(**changes), 0, learn=learn)
+
+
+def test_without_outer_steps_only_the_model_learns():
+    combiner = _equal_weights(1.0, 2.0, 1.0)
+    before = combiner.phi.detach().clone()
+    trainer = _trainer(combiner)
+    records = trainer.run()
+    assert torch.equal(combiner.phi, before)
+    assert trainer.task.model.weight.item() == pytest.approx(0.25, abs=1e-4)  # (0 + 2 - 1) / 4
+    assert {(r.outer_loss, r.residual, r.matvecs, r.validation_score, r.outer_seconds) for r in records} == {
+        (None, None, None, None, 0.0)
+    }
+    assert [record.step for record in records] == list(range(20))
+
+
+def test_the_combiner_learns_which_auxiliary_helps():
+    trainer = _trainer(_equal_weights(), learn=True)
+    records = trainer.run()
+    assert records[-1].outer_loss < 0.5 * records[0].outer_loss
+    main, helpful, harmful = records[-1].loss_weights
+    assert helpful > main >= 0
+    assert helpful > harmful >= 0
+    assert records[0].phi == records[0].loss_weights == (1.0, 1.0, 1.0)  # before the first outer step
+    assert all(0 <= record.residual < 1e-1 and record.matvecs == 50 for record in records)
+    assert all(record.inner_seconds > 0 and record.outer_seconds > 0 for record in records)
+    assert trainer.task.score() > -0.5
+
+
+def test_records_are_handed_over_as_they_are_made():
+    seen = []
+    records = _trainer(_equal_weights(), learn=True, outer_steps=3).run(seen.append)
+    assert seen == records
+    assert len(records) == 3
+
+
+def test_a_weighting_cannot_be_learned():
+    task, config = OneWeight(), train_config()
+    with pytest.raises(ValueError, match="a weighting has no combiner to learn"):
+        Trainer(task, make_training_loss(parse_method("equal"), RunConfig(config), task), config, 0, learn=True)
+
+
+def test_the_hypergradient_knows_the_weight_decay():
+    # w* = (phi_1 - phi_2) / (sum phi + decay / 2): with phi = 1, d w* / d phi_1 = 1 / (3 + decay / 2) at w* = 0,
+    # so the hypergradient in phi_1 is 2 (0 - 1) / (3 + decay / 2).
+    combiner = _equal_weights()
+    _trainer(
+        combiner,
+        learn=True,
+        outer_steps=1,
+        weight_decay=2.0,
+        outer_optimizer=Component("SGD", {"lr": 1.0}),
+        solver=Neumann(steps=400, step_size=0.05),
+    ).run()
+    assert combiner.phi[1].item() == pytest.approx(1 + 2 / (3 + 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_weight_decay_is_a_part_of_the_loss_for_every_optimizer(name):
+    # Stationary where 2 (3 w - 1 - 2 + 1) + decay w = 0: AdamW's own, decoupled decay would end elsewhere.
+    trainer = _trainer(_equal_weights(0, 3.0, 1.0), weight_decay=2.0, inner_optimizer=Component(name, {"lr": 0.01}))
+    trainer.run()
+    assert trainer.task.model.weight.item() == pytest.approx(4 / (8 + 2), abs=2e-3)
+
+
+def test_inner_steps_are_those_of_the_optimizer_and_the_scheduler():
+    trainer = _trainer(
+        _equal_weights(),
+        task=OneWeight(1.0),
+        outer_steps=2,
+        inner_steps=3,
+        inner_optimizer=Component("SGD", {"lr": 0.1}),
+        inner_scheduler=Component("StepLR", {"step_size": 2, "gamma": 0.5}),
+    )
+    trainer.run()
+    expected = 1.0
+    for lr in (0.1, 0.1, 0.05, 0.05, 0.025, 0.025):
+        expected -= lr * 6 * expected
+    assert trainer.task.model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_inner_gradients_are_clipped():
+    trainer = _trainer(
+        _equal_weights(),
+        task=OneWeight(5.0),
+        outer_steps=1,
+        inner_steps=4,
+        inner_optimizer=Component("SGD", {"lr": 1.0}),
+        max_inner_grad_norm=0.5,
+    )
+    trainer.run()
+    assert trainer.task.model.weight.item() == pytest.approx(5 - 4 * 0.5, abs=1e-4)
+
+
+def test_the_outer_loss_can_be_that_of_training_which_wants_no_auxiliary():
+    records = _trainer(_equal_weights(1.0, 2.0, 1.0), learn=True, outer_set="training").run()
+    _, helpful, harmful = records[-1].loss_weights
+    assert records[-1].outer_loss < records[0].outer_loss  # w -> 0, where the main loss is 0
+    assert helpful - harmful < 0.5
+
+
+def test_phi_keeps_no_gradient_of_inner_steps_and_requires_one_in_the_end():
+    combiner = _equal_weights()
+    _trainer(combiner, outer_steps=1).run()
+    assert combiner.phi.grad is None
+    assert combiner.phi.requires_grad
+
+
+def test_a_control_sees_the_same_batches():
+    drawn = {}
+    for learn in (True, False):
+        task = Noisy(0, NoisyOptions(), hold_out=True)
+        trainer = _trainer(_equal_weights(), task=task, learn=learn, outer_steps=3, inner_steps=2)
+        trainer.run()
+        drawn[learn] = [task.drawn[i] for i in ((0, 1, 3, 4, 6, 7) if learn else range(6))]  # without the outer steps'
+    assert drawn[True] == drawn[False]
+
+
+def test_a_diverging_run_says_so_and_what_to_try():
+    with pytest.raises(FloatingPointError, match=r"training loss is (inf|nan) at outer step \d+: try a smaller lr"):
+        _trainer(_equal_weights(), task=OneWeight(1.0), inner_optimizer=Component("SGD", {"lr": 10.0})).run()
+
+
+class NoOuter(OneWeight):
+    def outer_loss(self) -> torch.Tensor:
+        return self.model.weight.sum() * math.nan
+
+
+def test_an_outer_loss_that_is_not_finite_is_named():
+    with pytest.raises(FloatingPointError, match="the outer loss is nan at outer step 0"):
+        _trainer(_equal_weights(), task=NoOuter(), learn=True).run()
+
+
+# ------------------------------------------------------------------------------------------------------ early stopping
+
+
+class Overfits(OneWeight):
+    """w goes to -1, and is best on the way, where it is nearest to -0.5."""
+
+    def validation_score(self) -> float:
+        return -abs(self.model.weight.item() + 0.5)
+
+
+def _overfit(**changes) -> Trainer:
+    return _trainer(
+        _equal_weights(0.0, 0.0, 1.0),
+        task=Overfits(),
+        inner_steps=1,
+        inner_optimizer=Component("SGD", {"lr": 0.05}),
+        **changes,
+    )
+
+
+def test_early_stopping_waits_and_returns_to_the_best():
+    trainer = _overfit(outer_steps=50, patience=3)
+    records = trainer.run()
+    scores = [record.validation_score for record in records]
+    best = scores.index(max(scores))
+    assert trainer.stopped_early
+    assert len(records) == best + 1 + 3
+    assert trainer.task.validation_score() == scores[best]
+
+
+def test_a_run_that_ends_before_patience_does_returns_to_the_best_as_well():
+    trainer = _overfit(outer_steps=8, patience=30)
+    scores = [record.validation_score for record in trainer.run()]
+    assert not trainer.stopped_early
+    assert scores.index(max(scores)) < 7
+    assert trainer.task.validation_score() == max(scores)
+
+
+def test_with_early_stopping_the_combiner_returns_as_well():
+    combiner = _equal_weights()
+    trainer = _trainer(combiner, learn=True, outer_steps=6, patience=2)
+    trainer.task.validation_score = lambda: -abs(len(trainer.records) - 2.0)
+    records = trainer.run()
+    assert len(records) == 5
+    assert tuple(combiner.phi.tolist()) == records[2].phi
+
+
+def test_a_validation_score_that_is_nan_is_never_the_best():
+    trainer = _overfit(outer_steps=3, patience=2)
+    trainer.task.validation_score = lambda: math.nan
+    trainer.run()
+    assert trainer.best is None
+    assert not trainer.stopped_early
+
+
+# -------------------------------------------------------------------------------------------------- mixed precision
+
+
+class SeesPrecision(Noisy):
+    def training_batch(self, generator: torch.Generator) -> Batch:
+        batch = super().training_batch(generator)
+        self.output = self.model(self.inputs).dtype
+        return batch
+
+
+@pytest.mark.parametrize("method", ["linear", "nonlinear", "equal", "uncertainty", "gcs"])
+@pytest.mark.parametrize("amp", [True, False])
+def test_mixed_precision(method, amp):
+    task = SeesPrecision(0, NoisyOptions(), hold_out=True)
+    config = train_config(amp=amp, outer_steps=3, solver=Neumann(steps=3, step_size=0.05))
+    method = parse_method(method)
+    torch.manual_seed(0)
+    loss, before = make_training_loss(method, RunConfig(config), task), task.validation_score()
+    Trainer(task, loss, config, 0, learn=method.learned).run()
+    assert task.output == (torch.bfloat16 if amp else torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in task.model.parameters())
+    assert task.validation_score() > 0.5 * before  # minus a squared error
+
+
+# ------------------------------------------------------------------------------------------------------- loss weights
+
+
+def test_mean_weights_are_over_the_samples_that_have_the_loss():
+    loss = CombinedLoss(_equal_weights(2.0, 3.0))
+    batch = Batch(torch.rand(4, 2), torch.tensor([[1.0, 1], [0, 1], [0, 1], [0, 1]]))
+    assert loss.mean_weights(batch) == pytest.approx((2.0, 3.0))
+    assert loss.mean_weights(Batch(torch.rand(4, 2), None)) == pytest.approx((2.0, 3.0))
+    nobody = Batch(torch.rand(4, 2), torch.tensor([[0.0, 1]]).expand(4, 2))
+    assert loss.mean_weights(nobody) == pytest.approx((0.0, 3.0))
+
+
+def test_mean_weights_of_images_are_over_pixels():
+    mask = torch.ones(2, 2, 3, 4)
+    mask[0, 0] = mask[1, 0, :2] = 0
+    loss = CombinedLoss(_equal_weights(2.0, 3.0))
+    assert loss.mean_weights(Batch(torch.rand(2, 2, 3, 4), mask)) == pytest.approx((2.0, 3.0))
+
+
+@pytest.mark.parametrize("method", ["equal", "uncertainty", "dwa", "gradnorm"])
+def test_weights_of_a_weighting_are_those_that_the_last_inner_step_had(method):
+    task, config = OneWeight(0.3), train_config(outer_steps=1, inner_steps=4)
+    loss = make_training_loss(parse_method(method), RunConfig(config), task)
+    assert isinstance(loss, WeightedLoss)
+    given = []
+    loss.weighting.register_forward_hook(lambda module, inputs, weights: given.append(tuple(weights.tolist())))
+    (record,) = Trainer(task, loss, config, 0).run()
+    assert record.loss_weights == given[-1]
+    assert len(given) == (1 if method == "equal" else 4)
+
+
+class OnePixelwiseWeight(OneWeight):
+    """The same for every pixel of an image; the harmful loss is unknown in half of the pixels."""
+
+    def training_batch(self, generator: torch.Generator) -> Batch:
+        losses = super().training_batch(generator).losses[:, :, None, None].expand(1, 3, 6, 6)
+        mask = torch.ones(1, 3, 6, 6)
+        mask[:, 2, 3:] = 0
+        return Batch(losses, mask)
+
+
+def test_a_combiner_of_loss_images_learns_which_auxiliary_helps():
+    torch.manual_seed(0)
+    combiner = ConvCombiner(3, (4, 4), init_range=(0.1, 0.3))
+    outer = Component("SGD", {"lr": 0.05, "momentum": 0.9})
+    records = _trainer(combiner, task=OnePixelwiseWeight(), learn=True, outer_optimizer=outer).run()
+    assert records[-1].outer_loss < 0.5 * records[0].outer_loss
+    _, helpful, harmful = records[-1].loss_weights
+    assert helpful > 2 * harmful >= 0
+    assert records[0].phi is None  # too many
+    assert min(part.min() for name, part in combiner.layers().items() if "weight" in name) >= 0
