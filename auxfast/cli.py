@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from auxfast import __version__
+from auxfast._version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

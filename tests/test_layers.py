@@ -17,7 +17,7 @@ CSRC = ROOT / "csrc"
 # Python: each layer knows those before it, and the parts of one layer do not know each other. "" is the package itself,
 # that is, what `import auxfast` offers.
 LAYERS = [
-    {"_C"},
+    {"_C", "_version"},
     {"_native"},
     {"ops"},
     {"nn", "solvers"},

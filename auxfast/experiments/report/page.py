@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from auxfast import __version__
+from auxfast._version import __version__
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.figure import NOTE, draw_sections
