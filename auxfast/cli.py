@@ -122,7 +122,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from auxfast.experiments.command import list_experiments, make_plan, run_plan
+    from auxfast.experiments.command import list_experiments, plan_comparison, run_comparison
     from auxfast.experiments.data.extras import MissingExtraError
     from auxfast.train.files import RunError
 
@@ -133,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
         print("auxfast: which experiment? auxfast train --list names them", file=sys.stderr)
         return 2
     try:
-        plan = make_plan(
+        comparison = plan_comparison(
             options.experiment,
             methods=options.method,
             settings=options.setting,
@@ -153,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
         print(f"auxfast: {error}", file=sys.stderr)
         return 1
     try:
-        run_plan(plan)
+        run_comparison(comparison)
     except RunError as error:
         print(f"auxfast: {error}", file=sys.stderr)
         return 1
@@ -161,20 +161,18 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(paths: Sequence[Path], out: Path) -> int:
+    from auxfast.experiments.command import report
     from auxfast.experiments.data.extras import MissingExtraError
-    from auxfast.experiments.report.page import write_report
-    from auxfast.experiments.run_folder import find_runs
     from auxfast.train.files import RunError
 
     try:
-        print(write_report(find_runs(paths), out))
+        report(paths, out)
     except ValueError as error:
         print(f"auxfast: {error}", file=sys.stderr)
         return 2
     except (MissingExtraError, RunError) as error:
         print(f"auxfast: {error}", file=sys.stderr)
         return 1
-    print(f"\nWrote {out}")
     return 0
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from auxfast.nn import Combiner
 from auxfast.train.config import RunConfig
+from auxfast.train.methods import Method
+from auxfast.train.recording import OnOuterStep, RunPlan, record_run, restore_run
+from auxfast.train.run import Run, not_of_this_version, read_config
+from auxfast.train.serialization import override, to_table
 from auxfast.train.task import Task
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 
 class MakeTask(Protocol):
@@ -60,5 +63,71 @@ class Experiment:
     methods: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     package: tuple[str, str] | None = None
-    draw: Callable[[Path, Sequence[RunFolder]], None] | None = None
-    findings: Callable[[Sequence[RunFolder]], list[Finding]] | None = None
+    draw: Callable[[Path, Sequence[Run]], None] | None = None
+    findings: Callable[[Sequence[Run]], list[Finding]] | None = None
+
+
+def run_config(experiment: Experiment, setting: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The experiment's configuration in this setting, with `overrides`.
+
+    Raises:
+        ValueError: there is no such setting; or see `override`.
+    """
+    if setting not in experiment.settings:
+        names = ", ".join(map(repr, filter(None, experiment.settings)))
+        allowed = f"must be one of {names}" if names else "which has no settings: leave it out"
+        raise ValueError(f"setting: got {setting!r} for {experiment.name}, {allowed}")
+    return override(override(experiment.config, experiment.settings[setting]), overrides or {})
+
+
+def plan_run(experiment: Experiment, setting: str, method: Method, seed: int, out: Path, config: RunConfig) -> RunPlan:
+    """The run of one method from one seed, with the `config` of this setting (see `run_config`)."""
+    make_task = _task_maker(experiment, method, seed, config)
+    return RunPlan(out, experiment.name, setting, method, seed, config, make_task)
+
+
+def _task_maker(experiment: Experiment, method: Method, seed: int, config: RunConfig) -> Callable[[], Task]:
+    return partial(experiment.make_task, seed, config.task, hold_out=method.is_combiner)
+
+
+def train_run(
+    experiment: Experiment,
+    setting: str,
+    method: Method,
+    seed: int,
+    out: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    on_outer_step: OnOuterStep | None = None,
+) -> Run:
+    """Train and score one method of an experiment from one seed (see `record_run`).
+
+    Args:
+        setting: one of `experiment.settings`.
+        out: the folder of all runs.
+        overrides: changes of the configuration, see `override`; they come after those of the setting.
+
+    Raises:
+        ValueError: there is no such setting or entry of the configuration.
+        RunError: see `record_run`.
+    """
+    plan = plan_run(experiment, setting, method, seed, out, run_config(experiment, setting, overrides))
+    return record_run(plan, resume=resume, on_outer_step=on_outer_step)
+
+
+def restore(experiment: Experiment, run: Run) -> tuple[Task, Combiner | None]:
+    """Task and combiner of a run of this experiment (see `restore_run`)."""
+    config = read_config(experiment.config, run)
+    return restore_run(run, config, _task_maker(experiment, run.method, run.seed, config))
+
+
+def updated(experiment: Experiment, run: Run) -> Run:
+    """The run with a complete configuration: entries that are newer than the run have the experiment's values.
+
+    Raises:
+        RunError: its setting or its entries are not those of the experiment (any more).
+    """
+    if run.setting not in experiment.settings:
+        raise not_of_this_version(run.path, f"{experiment.name} has no setting {run.setting!r}")
+    return replace(run, config=to_table(read_config(experiment.config, run)))

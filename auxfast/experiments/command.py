@@ -1,38 +1,36 @@
-"""`auxfast train`: every method of an experiment from every seed, with a progress bar and a table of the scores."""
+"""`auxfast train` and `auxfast report`: every method of an experiment from every seed, and what the runs show."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from auxfast.experiments.base import Experiment
+from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.paper import EXPERIMENTS, get_experiment
-from auxfast.experiments.report.rows import describe, describe_findings, findings, sections
-from auxfast.experiments.runs import RunFolder, check_new, learned_run, run_config, run_path, train_run
-from auxfast.train.methods import Method, parse_method
+from auxfast.experiments.paper import EXPERIMENTS, by_experiment, get_experiment
+from auxfast.experiments.report.page import write_report
+from auxfast.experiments.report.rows import describe, results_of
+from auxfast.train.methods import parse_method
+from auxfast.train.recording import RunPlan, check_plans, record_run
+from auxfast.train.run import Run, find_runs
 from auxfast.train.trainer import OuterRecord
 from auxfast.train.training_loss import make_method_weighting
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Runs to make, all that was asked for being possible."""
+class Comparison:
+    """Runs of an experiment's methods from the same seeds, all that was asked for being possible."""
 
     experiment: Experiment
-    settings: tuple[str, ...]
-    methods: tuple[Method, ...]
-    seeds: tuple[int, ...]
-    overrides: Mapping[str, Any]
-    out: Path
+    plans: tuple[RunPlan, ...]
     resume: bool
 
 
-def make_plan(
-    experiment: str,
+def plan_comparison(
+    name: str,
     *,
     methods: Sequence[str] = (),
     settings: Sequence[str] = (),
@@ -41,10 +39,11 @@ def make_plan(
     changes: Sequence[str] = (),
     out: Path,
     resume: bool = False,
-) -> Plan:
+) -> Comparison:
     """What to run. No methods, no settings: all of the experiment's.
 
     Args:
+        name: of the experiment.
         config: a TOML file of overrides.
         changes: further ones, which come last, each "key=value" with a TOML value; a bare word is a string.
 
@@ -53,41 +52,47 @@ def make_plan(
         OSError: `config` cannot be read.
         MissingExtraError: the experiment's package or tqdm is not installed.
     """
-    chosen = get_experiment(experiment)
-    parsed = [parse_method(name) for name in methods or chosen.methods]
-    plan = Plan(
-        experiment=chosen,
-        settings=tuple(settings or chosen.settings),
-        methods=tuple(sorted(dict.fromkeys(parsed), key=lambda method: method.phi == "fixed")),  # they need the learned
-        seeds=tuple(sorted(set(seeds))),
-        overrides=_overrides(config, changes),
-        out=out,
-        resume=resume,
-    )
-    for setting in plan.settings:
-        own = run_config(chosen, setting, plan.overrides)
-        for method in plan.methods:
+    experiment = get_experiment(name)
+    parsed = dict.fromkeys(parse_method(method) for method in methods or experiment.methods)
+    ordered = sorted(parsed, key=lambda method: method.phi == "fixed")  # these need the learned ones
+    overrides = _overrides(config, changes)
+    configs = {setting: run_config(experiment, setting, overrides) for setting in settings or experiment.settings}
+    for own in configs.values():
+        for method in ordered:
             if not method.is_combiner:
-                make_method_weighting(method, own, len(chosen.loss_names))
-    for package in (chosen.package, ("tqdm", "tqdm")):
+                make_method_weighting(method, own, len(experiment.loss_names))
+    for package in (experiment.package, ("tqdm", "tqdm")):
         if package is not None:
             import_extra(*package)
-    return plan
+    plans = (  # seed by seed, so that an interrupted comparison has the same seeds of all methods
+        plan_run(experiment, setting, method, seed, out, own)
+        for setting, own in configs.items()
+        for seed in sorted(set(seeds))
+        for method in ordered
+    )
+    return Comparison(experiment, tuple(plans), resume)
 
 
-def run_plan(plan: Plan) -> None:
+def run_comparison(comparison: Comparison) -> None:
     """Makes the runs, and prints what they scored.
 
     Raises:
-        RunError: see `train_run`; all runs before it are finished.
+        RunError: see `record_run`; all runs before it are finished.
     """
-    runs = train_all(plan)
-    for section in sections(runs):
-        print(f"\n{describe(section)}")
-    found = findings(plan.experiment, runs)
-    if found:
-        print(f"\n{describe_findings(found)}")
-    print(f"\nPictures, and what happened in training:  auxfast report {plan.out / plan.experiment.name}")
+    runs = train_all(comparison)
+    print(f"\n{describe(results_of(comparison.experiment, runs))}")
+    folder = comparison.plans[0].out / comparison.experiment.name
+    print(f"\nPictures, and what happened in training:  auxfast report {folder}")
+
+
+def report(paths: Iterable[Path], out: Path) -> None:
+    """Prints what the runs at or below `paths` show, and writes a page or a picture of them to `out`.
+
+    Raises:
+        ValueError, MissingExtraError, RunError: see `write_report`.
+    """
+    print(write_report([results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))], out))
+    print(f"\nWrote {out}")
 
 
 def list_experiments() -> None:
@@ -129,39 +134,22 @@ def _toml() -> Any:
     return import_extra(module, module)
 
 
-def train_all(plan: Plan) -> list[RunFolder]:
-    """Makes the runs. Seed by seed, so that an interrupted comparison has the same seeds of all methods."""
-    experiment, tqdm = plan.experiment, import_extra("tqdm", "tqdm").tqdm
-    wanted = [(setting, seed, method) for setting in plan.settings for seed in plan.seeds for method in plan.methods]
-    for setting, seed, method in wanted:
-        if not plan.resume:
-            check_new(run_path(plan.out, experiment, setting, method, seed))
-        if method.phi == "fixed" and replace(method, phi="learned") not in plan.methods:
-            learned_run(plan.out, experiment, setting, method)
-    steps = {s: run_config(experiment, s, plan.overrides).train.outer_steps for s in plan.settings}
+def train_all(comparison: Comparison) -> list[Run]:
+    """Makes the runs, with a progress bar."""
+    plans, names = comparison.plans, comparison.experiment.loss_names
+    tqdm = import_extra("tqdm", "tqdm").tqdm
+    check_plans(plans, resume=comparison.resume)
     runs, done = [], 0
-    with tqdm(total=sum(steps[setting] for setting, _, _ in wanted), unit="outer step", dynamic_ncols=True) as bar:
+    with tqdm(total=sum(plan.config.train.outer_steps for plan in plans), unit="outer step", dynamic_ncols=True) as bar:
 
         def show(record: OuterRecord) -> None:
-            bar.set_postfix(progress(record, experiment.loss_names), refresh=False)
+            bar.set_postfix(progress(record, names), refresh=False)
             bar.update(done + record.step + 1 - bar.n)
 
-        for setting, seed, method in wanted:
-            names = [experiment.name, *([setting] if setting else []), f"seed {seed}", method.name]
-            bar.set_description(", ".join(names), refresh=False)
-            runs.append(
-                train_run(
-                    experiment,
-                    setting,
-                    method,
-                    seed,
-                    plan.out,
-                    overrides=plan.overrides,
-                    resume=plan.resume,
-                    on_outer_step=show,
-                )
-            )
-            done += steps[setting]
+        for plan in plans:
+            bar.set_description(plan.title, refresh=False)
+            runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
+            done += plan.config.train.outer_steps
             bar.update(done - bar.n)
     return runs
 

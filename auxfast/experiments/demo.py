@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from auxfast.experiments.command import make_plan, train_all
+from auxfast.experiments.command import plan_comparison, train_all
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.paper import get_experiment
 from auxfast.experiments.report.page import write_report
-from auxfast.experiments.report.rows import Row, Section, findings, rows, sections
-from auxfast.experiments.run_folder import finite
+from auxfast.experiments.report.rows import Results, Row, results_of, rows
 from auxfast.experiments.timing import describe_timing, time_hypergradient
 from auxfast.train.environment import environment
 from auxfast.train.files import write_json, writing
-from auxfast.train.serialization import to_table
+from auxfast.train.run import Run, finite
 from auxfast.train.trainer import OuterRecord
 
 EXPERIMENTS = ("diabetes", "digits", "stereo")
@@ -39,29 +38,30 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # made there, so that what cannot be written fails now
-        plans = [make_plan(name, seeds=seeds, out=Path(folder)) for name in names]
-        runs = [run for plan in plans for run in train_all(plan)]
+        comparisons = [plan_comparison(name, seeds=seeds, out=Path(folder)) for name in names]
+        found = [results_of(comparison.experiment, train_all(comparison)) for comparison in comparisons]
         for page in ("report.png", "report.html"):
-            text = write_report(runs, out / page)
+            text = write_report(found, out / page)
     print(f"\n{text}")
     timing = time_hypergradient(get_experiment(names[-1]))
     print(f"\n{describe_timing(timing)}")
-    results = {
+    summary = {
         "environment": environment(),
         "seeds": list(seeds),
-        "experiments": {section.experiment.name: _summary(section) for section in sections(runs)},
+        "experiments": {results.experiment.name: _summary(results) for results in found},
         "hypergradient": timing,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    write_json(out / "results.json", finite(results))
+    write_json(out / "results.json", finite(summary))
     written = ", ".join(str(out / name) for name in ("results.json", "report.html", "report.png"))
-    print(f"\n{results['seconds']:.0f} s. Wrote {written}")
-    return results
+    print(f"\n{summary['seconds']:.0f} s. Wrote {written}")
+    return summary
 
 
-def _summary(section: Section) -> dict[str, Any]:
+def _summary(results: Results) -> dict[str, Any]:
     """What results.json says of an experiment: settings, scores by seed, differences, and what each run did."""
-    experiment = section.experiment
+    experiment = results.experiment
+    (section,) = results.sections
     methods = {
         row.method.name: {
             "label": row.method.label,
@@ -70,7 +70,7 @@ def _summary(section: Section) -> dict[str, Any]:
             **{f"paired difference to {base}": d._asdict() for base, d in row.differences.items()},
             "inner seconds": row.inner_seconds,
             "outer seconds": row.outer_seconds,
-            **({"history": _histories(section, row)} if row.method.learned else {}),
+            **({"history": _histories(results.runs, row)} if row.method.learned else {}),
         }
         for row in rows(section)
     }
@@ -78,16 +78,16 @@ def _summary(section: Section) -> dict[str, Any]:
         "title": experiment.title,
         "score": experiment.score_name,
         "losses": list(experiment.loss_names),
-        "config": to_table(section.runs[0].config),
-        "findings": [finding._asdict() for finding in findings(experiment, section.runs)],
+        "config": results.runs[0].config,
+        "findings": [finding._asdict() for finding in results.findings],
         "methods": methods,
     }
 
 
-def _histories(section: Section, row: Row) -> list[dict[str, Any]]:
+def _histories(runs: Sequence[Run], row: Row) -> list[dict[str, Any]]:
     """Of each run: the fields of `OuterRecord`, each a list over the outer steps."""
     return [
         {"seed": run.seed, **{name: [getattr(r, name) for r in run.records] for name in OuterRecord._fields}}
-        for run in section.runs
+        for run in runs
         if run.method == row.method
     ]

@@ -11,8 +11,8 @@ import torch
 
 from auxfast import hypergradient, reference_kernels
 from auxfast.experiments.base import Experiment
-from auxfast.experiments.run_folder import reproducible
 from auxfast.train.methods import parse_method
+from auxfast.train.recording import reproducible
 from auxfast.train.training_loss import CombinedLoss, make_training_loss
 
 WARM_UP, REPEATS = 3, 40

@@ -4,6 +4,8 @@ from auxfast.train.config import CombinerConfig, RunConfig, TrainConfig
 from auxfast.train.files import RunError
 from auxfast.train.methods import Method, parse_method
 from auxfast.train.optimizers import Component
+from auxfast.train.recording import RunPlan, record_run
+from auxfast.train.run import Run, RunResult, find_runs, read_config, read_run
 from auxfast.train.serialization import override
 from auxfast.train.task import Batch, Task
 from auxfast.train.trainer import OuterRecord, Trainer
@@ -15,12 +17,19 @@ __all__ = [
     "Component",
     "Method",
     "OuterRecord",
+    "Run",
     "RunConfig",
     "RunError",
+    "RunPlan",
+    "RunResult",
     "Task",
     "TrainConfig",
     "Trainer",
+    "find_runs",
     "make_training_loss",
     "override",
     "parse_method",
+    "read_config",
+    "read_run",
+    "record_run",
 ]

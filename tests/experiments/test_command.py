@@ -3,13 +3,14 @@ import sys
 from dataclasses import replace
 
 import pytest
-from train.problems import noisy_experiment
 
 from auxfast.cli import main
-from auxfast.experiments import command, find_runs
+from auxfast.experiments import command
 from auxfast.experiments.paper import EXPERIMENTS
-from auxfast.train import Component
+from auxfast.solvers import Dense
+from auxfast.train import Component, find_runs, read_config
 from auxfast.train.trainer import OuterRecord
+from experiments.problems import noisy_experiment
 
 pytest.importorskip("tqdm")
 
@@ -29,7 +30,7 @@ def train(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(command, "train_run", lambda *_, **__: pytest.fail("training started"))
+    monkeypatch.setattr(command, "record_run", lambda *_, **__: pytest.fail("training started"))
 
 
 def found(tmp_path):
@@ -82,16 +83,17 @@ def test_overrides_of_the_file_come_before_those_of_the_command_line(train, tmp_
     )
     assert train("--method", "linear", "--seeds", "7", "--config", str(tmp_path / "c.toml"), *changes) == 0
     (run,) = find_runs([tmp_path])
-    assert (run.config.train.outer_steps, run.config.train.inner_steps, run.config.task.features) == (2, 4, 5)
-    assert run.config.train.inner_optimizer == Component("Adam")
-    assert (type(run.config.train.solver).__name__, run.config.train.solver.damping) == ("Dense", 0.1)
+    config = read_config(EXPERIMENTS["noisy"].config, run)
+    assert (config.train.outer_steps, config.train.inner_steps, config.task.features) == (2, 4, 5)
+    assert config.train.inner_optimizer == Component("Adam")
+    assert config.train.solver == Dense(damping=0.1)
 
 
 def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_path, capsys, monkeypatch):
     assert train("--method", "stl", "--seeds", "0") == 0
     first = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(command, "train_run", lambda *_, **__: pytest.fail("training started"))
+        patched.setattr(command, "record_run", lambda *_, **__: pytest.fail("training started"))
         assert train("--method", "equal,stl", "--seeds", "0") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume goes on with it; or .*", message)
@@ -100,7 +102,7 @@ def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_p
 
 
 def test_interrupted_and_resumed(train, tmp_path, capsys, monkeypatch):
-    real = command.train_run
+    real = command.record_run
 
     def interrupted(*arguments, on_outer_step, **more):
         def interrupt(record):
@@ -110,13 +112,13 @@ def test_interrupted_and_resumed(train, tmp_path, capsys, monkeypatch):
 
         return real(*arguments, on_outer_step=interrupt, **more)
 
-    monkeypatch.setattr(command, "train_run", interrupted)
+    monkeypatch.setattr(command, "record_run", interrupted)
     assert train("--seeds", "0") == 130
     assert capsys.readouterr().err.endswith(
         "\nauxfast: interrupted; what was saved is kept, and the same command with --resume goes on from there\n"
     )
     assert [len(run.records) for run in find_runs([tmp_path])] == [4]
-    monkeypatch.setattr(command, "train_run", real)
+    monkeypatch.setattr(command, "record_run", real)
     assert train("--seeds", "0", "--resume") == 0
     assert [run.result.outer_steps for run in find_runs([tmp_path])] == [7, 7]
     assert "14/14" in capsys.readouterr().err

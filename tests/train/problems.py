@@ -1,16 +1,17 @@
-"""Small tasks for the trainer's tests, and experiments of them."""
+"""Small tasks for the trainer's tests, and runs of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxfast.experiments import Experiment
 from auxfast.solvers import Neumann
-from auxfast.train import Batch, CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train import Batch, CombinerConfig, Component, RunConfig, RunPlan, TrainConfig, parse_method
 
 SGD = Component("SGD", {"lr": 0.05, "momentum": 0.9})
 
@@ -43,6 +44,9 @@ class OneWeight:
 class NoisyOptions:
     dropout: float = 0.2
     features: int = 4
+
+
+DEFAULTS = NoisyOptions()
 
 
 class Noisy:
@@ -92,7 +96,15 @@ def train_config(**changes) -> TrainConfig:
     return TrainConfig(**settings)
 
 
-def noisy_experiment(**changes) -> Experiment:
+def noisy_plan(
+    out: Path,
+    method: str = "linear",
+    seed: int = 0,
+    setting: str = "",
+    options: NoisyOptions = NoisyOptions(),
+    **changes,
+) -> RunPlan:
+    """A run of a few outer steps, with checkpoints after every second."""
     settings = {
         "outer_steps": 7,
         "inner_steps": 3,
@@ -100,14 +112,11 @@ def noisy_experiment(**changes) -> Experiment:
         "solver": Neumann(steps=3, step_size=0.05),
         **changes,
     }
-    return Experiment(
-        name="noisy regression",
-        title="Noisy",
-        about="",
-        score_name="score",
-        loss_names=Noisy.loss_names,
-        config=RunConfig(train_config(**settings), CombinerConfig(hidden=(4,)), task=NoisyOptions()),
-        make_task=lambda seed, options, *, hold_out: Noisy(seed, options, hold_out),
-        methods=("stl", "linear"),
-        settings={"": {}, "more features": {"task.features": 6}},
-    )
+    config = RunConfig(train_config(**settings), CombinerConfig(hidden=(4,)), task=options)
+    parsed = parse_method(method)
+    make_task = partial(Noisy, seed, options, hold_out=parsed.is_combiner)
+    return RunPlan(out, "noisy regression", setting, parsed, seed, config, make_task)
+
+
+def without_seconds(records):
+    return [record._replace(inner_seconds=0.0, outer_seconds=0.0) for record in records]

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from auxfast.experiments import RunFolder
-from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Jacobi, Neumann, Nystrom
-from auxfast.train import Component, RunError
+from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Dense, Jacobi, Neumann, Nystrom
+from auxfast.train import Component, Run, RunError, read_run
 from auxfast.train.files import load_checkpoint
-from train.problems import noisy_experiment
-from train.test_runs import run, without_seconds
+from train.problems import without_seconds
+from train.test_recording import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +43,7 @@ SOLVERS = {
 }
 
 
-def _interrupt(out, method, experiment, step):
+def _interrupt(out, method, step, **changes):
     """The run, as Ctrl-C after that outer step leaves it."""
 
     def interrupt(record):
@@ -52,10 +51,10 @@ def _interrupt(out, method, experiment, step):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(out, method, experiment=experiment, on_outer_step=interrupt)
+        run(out, method, on_outer_step=interrupt, **changes)
 
 
-def _same(one: RunFolder, other: RunFolder) -> None:
+def _same(one: Run, other: Run) -> None:
     assert without_seconds(one.records) == without_seconds(other.records)
     scores = [(r.score, r.validation_score, r.outer_steps, r.stopped_early) for r in (one.result, other.result)]
     assert scores[0] == scores[1]
@@ -66,35 +65,32 @@ def _same(one: RunFolder, other: RunFolder) -> None:
 
 @pytest.mark.parametrize("method", CASES)
 def test_a_resumed_run_is_the_same(method, tmp_path):
-    experiment = noisy_experiment(**CASES[method])
-    reference = run(tmp_path / "whole", method, experiment=experiment)
-    _interrupt(tmp_path / "cut", method, experiment, step=4)
+    reference = run(tmp_path / "whole", method, **CASES[method])
+    _interrupt(tmp_path / "cut", method, 4, **CASES[method])
     torch.rand(3)
     resumed = []
-    again = run(tmp_path / "cut", method, experiment=experiment, resume=True, on_outer_step=resumed.append)
+    again = run(tmp_path / "cut", method, resume=True, on_outer_step=resumed.append, **CASES[method])
     assert resumed[0].step == 4  # checkpoints are after every second outer step
     _same(again, reference)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_the_solver_has_learnt_is_kept(solver, tmp_path):
-    experiment = noisy_experiment(solver=SOLVERS[solver])
-    reference = run(tmp_path / "whole", "nonlinear", experiment=experiment)
-    _interrupt(tmp_path / "cut", "nonlinear", experiment, step=2)
-    _same(run(tmp_path / "cut", "nonlinear", experiment=experiment, resume=True), reference)
+    changes = {"solver": SOLVERS[solver]}
+    reference = run(tmp_path / "whole", "nonlinear", **changes)
+    _interrupt(tmp_path / "cut", "nonlinear", 2, **changes)
+    _same(run(tmp_path / "cut", "nonlinear", resume=True, **changes), reference)
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 6])
 def test_wherever_it_was_interrupted(step, tmp_path):
-    experiment = noisy_experiment()
-    reference = run(tmp_path / "whole", experiment=experiment)
-    _interrupt(tmp_path / "cut", "linear", experiment, step)
-    _same(run(tmp_path / "cut", experiment=experiment, resume=True), reference)
+    reference = run(tmp_path / "whole")
+    _interrupt(tmp_path / "cut", "linear", step)
+    _same(run(tmp_path / "cut", resume=True), reference)
 
 
 def test_interrupted_again_and_again(tmp_path):
-    experiment = noisy_experiment(patience=3)
-    reference = run(tmp_path / "whole", experiment=experiment)
+    reference = run(tmp_path / "whole", patience=3)
     made = 0
 
     def interrupt(record):
@@ -105,7 +101,7 @@ def test_interrupted_again_and_again(tmp_path):
 
     while True:
         try:
-            resumed = run(tmp_path / "cut", experiment=experiment, resume=True, on_outer_step=interrupt)
+            resumed = run(tmp_path / "cut", resume=True, on_outer_step=interrupt, patience=3)
             break
         except KeyboardInterrupt:
             pass
@@ -114,22 +110,20 @@ def test_interrupted_again_and_again(tmp_path):
 
 
 def test_killed_between_the_last_checkpoint_and_the_result(tmp_path):
-    experiment = noisy_experiment(patience=3)
-    reference = run(tmp_path, experiment=experiment)
+    reference = run(tmp_path, patience=3)
     (reference.path / "result.json").unlink()
-    again = run(tmp_path, experiment=experiment, resume=True, on_outer_step=lambda _: pytest.fail("trained again"))
+    again = run(tmp_path, resume=True, on_outer_step=lambda _: pytest.fail("trained again"), patience=3)
     _same(again, reference)
 
 
 def test_a_line_that_was_being_written_comes_again(tmp_path):
-    experiment = noisy_experiment()
-    reference = run(tmp_path / "whole", experiment=experiment)
-    _interrupt(tmp_path / "cut", "linear", experiment, step=4)
-    folder = RunFolder(tmp_path / "cut" / "noisy-regression" / "linear" / "seed-0", experiment)
+    reference = run(tmp_path / "whole")
+    _interrupt(tmp_path / "cut", "linear", 4)
+    folder = read_run(tmp_path / "cut" / "noisy-regression" / "linear" / "seed-0")
     with (folder.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "trai')
-    assert RunFolder(folder.path, experiment).records == folder.records
-    _same(run(tmp_path / "cut", experiment=experiment, resume=True), reference)
+    assert read_run(folder.path) == folder
+    _same(run(tmp_path / "cut", resume=True), reference)
 
 
 def test_a_finished_run_is_only_read(tmp_path):
@@ -144,9 +138,8 @@ def test_a_run_that_is_not_there_starts(tmp_path):
 
 def test_another_configuration_is_refused_with_what_differs(tmp_path):
     made = run(tmp_path)
-    changes = {"train.inner_steps": 5, "train.solver.name": "Dense"}
     with pytest.raises(RunError) as caught:
-        run(tmp_path, resume=True, overrides=changes)
+        run(tmp_path, resume=True, inner_steps=5, solver=Dense())
     message = str(caught.value)
     assert message.startswith(f"{made.path} holds another run, which this cannot go on with (")
     for difference in (
@@ -159,34 +152,31 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
 
 
 def test_a_corrupt_checkpoint_can_be_deleted_to_start_again(tmp_path):
-    experiment = noisy_experiment()
-    reference = run(tmp_path / "whole", experiment=experiment)
-    _interrupt(tmp_path / "cut", "linear", experiment, step=4)
+    reference = run(tmp_path / "whole")
+    _interrupt(tmp_path / "cut", "linear", 4)
     checkpoint = tmp_path / "cut" / "noisy-regression" / "linear" / "seed-0" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(RunError, match=rf"{checkpoint} is corrupt .*: delete it to start that run again"):
-        run(tmp_path / "cut", experiment=experiment, resume=True)
+        run(tmp_path / "cut", resume=True)
     checkpoint.unlink()
-    _same(run(tmp_path / "cut", experiment=experiment, resume=True), reference)
+    _same(run(tmp_path / "cut", resume=True), reference)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    experiment = noisy_experiment()
-    other = run(tmp_path, "deep-linear", experiment=experiment)
-    _interrupt(tmp_path, "linear", experiment, step=4)
+    other = run(tmp_path, "deep-linear")
+    _interrupt(tmp_path, "linear", 4)
     checkpoint = tmp_path / "noisy-regression" / "linear" / "seed-0" / "checkpoint.pt"
     checkpoint.write_bytes((other.path / "checkpoint.pt").read_bytes())
     with pytest.raises(RunError, match=rf"metrics.jsonl has 5 lines of 7|{checkpoint} does not fit this run"):
-        run(tmp_path, experiment=experiment, resume=True)
+        run(tmp_path, resume=True)
 
 
 def test_metrics_that_are_too_short_for_the_checkpoint_are_refused(tmp_path):
-    experiment = noisy_experiment()
-    _interrupt(tmp_path, "linear", experiment, step=4)
+    _interrupt(tmp_path, "linear", 4)
     metrics = tmp_path / "noisy-regression" / "linear" / "seed-0" / "metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:1]))
     with pytest.raises(RunError, match=rf"{metrics} has 1 lines of 4: delete {metrics.parent} to start that run again"):
-        run(tmp_path, experiment=experiment, resume=True)
+        run(tmp_path, resume=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ SIGKILL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
     deep_supervision,
@@ -16,6 +18,7 @@ from auxfast.experiments.paper import (
     stereo,
     weight_decay,
 )
+from auxfast.train.run import Run, not_of_this_version
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -45,3 +48,19 @@ def get_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment: got {name!r}, must be one of {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
+
+
+def by_experiment(runs: Iterable[Run]) -> list[tuple[Experiment, list[Run]]]:
+    """Each experiment with its runs, in the order in which their names are met.
+
+    Raises:
+        RunError: a run is of an experiment that there is not (any more).
+    """
+    found: dict[str, tuple[Experiment, list[Run]]] = {}
+    for run in runs:
+        try:
+            _, own = found.setdefault(run.experiment, (get_experiment(run.experiment), []))
+        except ValueError as error:
+            raise not_of_this_version(run.path, error) from error
+        own.append(run)
+    return list(found.values())

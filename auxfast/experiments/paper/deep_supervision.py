@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,8 @@ from auxfast.experiments.report.statistics import better, estimate, finished
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.methods import parse_method
+from auxfast.train.run import Run
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 CLASSES, VALIDATION, TEST = 10, 200, 600
 BATCH = 64
@@ -138,7 +136,7 @@ def make_task(seed: int, options: DeepSupervisionOptions, *, hold_out: bool) -> 
     )
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """The learned weights of the heads' losses over the outer steps, a row a setting, a column a combiner; nothing if
     none was learned."""
     learned = [run for run in runs if run.method.name in _DRAWN and run.result]
@@ -164,7 +162,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     figure.savefig(path)
 
 
-def _draw_weights(axes: Any, runs: Sequence[RunFolder]) -> None:
+def _draw_weights(axes: Any, runs: Sequence[Run]) -> None:
     axes.axhline(GUESS, color=GREY, linestyle=":", label=f"GoogLeNet's weight of auxiliary heads, {GUESS}")
     for j, (loss, colour, dash) in enumerate(zip(LOSS_NAMES, (BLACK, BLUE, RED), ("-", "--", "-."), strict=True)):
         if runs:
@@ -172,7 +170,7 @@ def _draw_weights(axes: Any, runs: Sequence[RunFolder]) -> None:
     tidy(axes)
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """In each setting: whether heads with GoogLeNet's weight help at all, whether learned weights help more, and where
     these went."""
     pairs = (("equal", "stl"), ("linear", "equal"), ("linear", "linear-frozen"), ("nonlinear", "nonlinear-frozen"))
@@ -183,7 +181,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return found
 
 
-def _turned_down(runs: Sequence[RunFolder], setting: str) -> Finding:
+def _turned_down(runs: Sequence[Run], setting: str) -> Finding:
     claim = f"{setting}: the linear combiner learns to turn the auxiliary heads down"
     chosen = finished(runs, "linear", setting)
     if len(chosen) < 2:

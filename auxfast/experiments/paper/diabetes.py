@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,8 @@ from auxfast.experiments.paper.split_task import SplitTask, explained_variance
 from auxfast.experiments.report.statistics import better
 from auxfast.solvers import Neumann
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 VALIDATION, TEST = 42, 200  # patients; the other 200 may be labelled
 _load = cache(load_diabetes)
@@ -114,7 +111,7 @@ def make_task(seed: int, options: DiabetesOptions, *, hold_out: bool) -> Diabete
     )
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned linear weights against the main loss alone, against one common weight, and against weights that stay."""
     return [better(runs, "linear", baseline) for baseline in ("stl", "equal", "linear-frozen")]
 

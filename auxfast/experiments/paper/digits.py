@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,8 @@ from auxfast.experiments.paper.split_task import SplitTask, accuracy
 from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 CLASSES, VALIDATION, TEST = 10, 90, 600  # classes; scans
 LABELLED_BATCH, UNLABELLED_BATCH = 32, 64
@@ -135,7 +132,7 @@ def make_task(seed: int, options: DigitsOptions, *, hold_out: bool) -> DigitsTas
     )
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """Attributes help at all; learned weights against one common weight, and against combiners that stay."""
     pairs = (("equal", "stl"), ("nonlinear", "stl"), ("nonlinear", "equal"), ("nonlinear", "nonlinear-frozen"))
     return [better(runs, method, baseline) for method, baseline in pairs]

@@ -11,21 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.paper import digits
 from auxfast.experiments.report.drawing import BLUE, GREY, ORANGE, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished, scores
 from auxfast.train.methods import parse_method
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
+from auxfast.train.run import Run
 
 METHODS = {"nonlinear": RED, "nonlinear-fixed": BLUE, "nonlinear-frozen": ORANGE}  # and their colours
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """The figure of section C.6, and the two controls."""
     pairs = (
         ("nonlinear", "nonlinear-fixed"),
@@ -35,7 +32,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return [better(runs, method, baseline) for method, baseline in pairs]
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Scores of the three, seed by seed; and the main loss's share of the weights in their course; to a PNG, if any of
     them has a run."""
     if not any(scores(runs, name) for name in METHODS):

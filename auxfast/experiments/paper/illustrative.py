@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,8 @@ from auxfast.experiments.report.statistics import estimate, finished
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.optimizers import make_optimizer
+from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 MAIN_WEIGHTS, HARMFUL_WEIGHTS = (1.0, 1.0), (2.0, -4.0)  # w*, w~
 VALIDATION = 100
@@ -135,14 +133,14 @@ def make_task(seed: int, options: IllustrativeOptions, *, hold_out: bool) -> Ill
     return IllustrativeTask(features, features @ truth.T + noise, training, auxiliary, validation, model)
 
 
-def shares(run: RunFolder) -> Tensor:
+def shares(run: Run) -> Tensor:
     """Each loss's share of all weights, at every outer step: (outer steps, 3). Only the ratios of the weights shape
     the landscape."""
     weights = torch.tensor([record.loss_weights for record in run.records], dtype=torch.float64)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """What section 5.1, Figure 2 and Figure 5 show."""
     found = []
     if learned := finished(runs, "linear"):
@@ -152,7 +150,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return found
 
 
-def _harmful_vanishes(runs: Sequence[RunFolder]) -> Finding:
+def _harmful_vanishes(runs: Sequence[Run]) -> Finding:
     last = [shares(run)[-1, 2].item() for run in runs]
     small, zero = sum(share < NEGLIGIBLE for share in last), sum(share == 0 for share in last)
     text = (
@@ -163,17 +161,17 @@ def _harmful_vanishes(runs: Sequence[RunFolder]) -> Finding:
     return Finding(text, small == len(runs))
 
 
-def _distances(runs: Sequence[RunFolder]) -> tuple[list[float], list[float]]:
+def _distances(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
     """From w* to the minimum of the main training loss, and to that of the weighted one in the end; of each run."""
     training, learned = [], []
     for run in runs:
-        task = make_task(run.seed, run.config.task, hold_out=True)
+        task = _task(run, read_config(EXPERIMENT.config, run))
         training.append(distance(task.landscape((1.0, 0.0, 0.0))[0]))
         learned.append(distance(task.landscape(run.records[-1].loss_weights)[0]))
     return training, learned
 
 
-def _minimum_is_nearer(runs: Sequence[RunFolder]) -> Finding:
+def _minimum_is_nearer(runs: Sequence[Run]) -> Finding:
     training, learned = _distances(runs)
     nearer = sum(own < base for own, base in zip(learned, training, strict=True))
     text = (
@@ -183,7 +181,7 @@ def _minimum_is_nearer(runs: Sequence[RunFolder]) -> Finding:
     return Finding(text, nearer == len(runs))
 
 
-def _reduces_to_main(runs: Sequence[RunFolder]) -> Finding:
+def _reduces_to_main(runs: Sequence[Run]) -> Finding:
     last = torch.stack([shares(run)[-1] for run in runs]).mean(dim=0).tolist()
     training, learned = _distances(runs)
     text = (
@@ -199,7 +197,7 @@ def _figure(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + ("" if sem is None else f" +- {sem:.3f}")
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Figure 2 of the paper for the first seed, and the weights' course over all seeds, as in Figure 5; to a PNG, if
     there is a run with the auxiliary set."""
     if not (learned := finished(runs, "linear")):
@@ -222,9 +220,10 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     figure.savefig(path)
 
 
-def _draw_landscapes(axes: Sequence[Any], run: RunFolder) -> None:
-    task = make_task(run.seed, run.config.task, hold_out=True)
-    path = _path_of_weights(run, task)
+def _draw_landscapes(axes: Sequence[Any], run: Run) -> None:
+    config = read_config(EXPERIMENT.config, run)
+    task = _task(run, config)
+    path = _path_of_weights(run, task, config.train)
     cases = (
         ("(a) main training loss", "its minimum, w_train", (1.0, 0.0, 0.0)),
         ("(b) weighted loss, at the start", "its minimum", run.records[0].loss_weights),
@@ -252,13 +251,17 @@ def _draw_landscapes(axes: Sequence[Any], run: RunFolder) -> None:
     axes[0].set_ylabel("second weight of the model")
 
 
-def _path_of_weights(run: RunFolder, task: IllustrativeTask) -> Tensor:
+def _task(run: Run, config: RunConfig) -> IllustrativeTask:
+    return make_task(run.seed, config.task, hold_out=True)
+
+
+def _path_of_weights(run: Run, task: IllustrativeTask, config: TrainConfig) -> Tensor:
     """Trains `task.model` again, with the recorded weights and no scheduler: (inner steps + 1, 2)."""
-    optimizer = make_optimizer(run.config.train.inner_optimizer, task.model.parameters())
+    optimizer = make_optimizer(config.inner_optimizer, task.model.parameters())
     path = [weights_of(task.model)]
     for record in run.records:
         weights = torch.tensor(record.loss_weights)
-        for _ in range(run.config.train.inner_steps):
+        for _ in range(config.inner_steps):
             optimizer.zero_grad()
             torch.dot(weights, task.training_batch(torch.Generator()).losses.mean(dim=0)).backward()
             optimizer.step()
@@ -266,7 +269,7 @@ def _path_of_weights(run: RunFolder, task: IllustrativeTask) -> Tensor:
     return torch.stack(path)
 
 
-def _draw_shares(ax: Any, runs: Sequence[RunFolder], where: str) -> None:
+def _draw_shares(ax: Any, runs: Sequence[Run], where: str) -> None:
     for j, (name, colour) in enumerate((("main", BLACK), ("helpful auxiliary", BLUE), ("harmful auxiliary", RED))):
         draw_course(ax, [(100 * shares(run)[:, j]).tolist() for run in runs], colour, name)
     ax.set_title(f"Weights learned on the {where} ({len(runs)} seed{'s' * (len(runs) > 1)})", fontsize=11)

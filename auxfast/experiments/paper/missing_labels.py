@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.paper import digits
 from auxfast.experiments.report.score_curve import draw_score_curves
 from auxfast.experiments.report.statistics import better_everywhere, compare, scores
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
+from auxfast.train.run import Run
 
 _SHARES = {"all known": 0.0, "50% unknown": 0.5, "90% unknown": 0.9}
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Scores against the share of attributes that are unknown."""
     draw_score_curves(
         path,
@@ -37,7 +34,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     )
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """Whether few attributes still help, and whether all of them help more."""
     first, *_, last = _SHARES
     full, few = (scores(runs, "nonlinear", setting) for setting in (first, last))

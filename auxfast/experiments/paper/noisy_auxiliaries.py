@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,8 @@ from auxfast.experiments.report.drawing import BLUE, GREY, new_figure, tidy
 from auxfast.experiments.report.statistics import finished
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 AUXILIARIES, FEATURES = 100, 10
 VALIDATION, TEST = 200, 1000
@@ -119,16 +116,20 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
     return torch.corrcoef(both)[0, 1].item()
 
 
-def final_weights(run: RunFolder) -> Tensor:
+def final_weights(run: Run) -> Tensor:
     """Of the auxiliary losses: (100,)."""
     return torch.tensor(run.records[-1].loss_weights[1:], dtype=torch.float64)
 
 
-def _correlations(runs: Sequence[RunFolder]) -> list[float]:
-    return [rank_correlation(final_weights(run), noise_deviations(run.config.task)) for run in runs]
+def _correlations(runs: Sequence[Run]) -> list[float]:
+    return [rank_correlation(final_weights(run), _deviations(run)) for run in runs]
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def _deviations(run: Run) -> Tensor:
+    return noise_deviations(read_config(EXPERIMENT.config, run).task)
+
+
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """The figure that section C.3 gives as a picture."""
     if not (learned := finished(runs, "linear")):
         return []
@@ -142,15 +143,15 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return [Finding(text, max(found) <= -0.9)]
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Figure 6 of the paper: weight against noise, of every auxiliary and seed; to a PNG, if there is a learned run."""
     if not (learned := finished(runs, "linear")):
         return
     figure = new_figure(8.5, 5.2)
     ax = figure.subplots()
     for run in learned:
-        ax.plot(noise_deviations(run.config.task), final_weights(run), ".", color=BLUE, alpha=0.25, markersize=6)
-    deviations, start = noise_deviations(learned[0].config.task), learned[0].config.combiner.initial_weight
+        ax.plot(_deviations(run), final_weights(run), ".", color=BLUE, alpha=0.25, markersize=6)
+    deviations, start = _deviations(learned[0]), read_config(EXPERIMENT.config, learned[0]).combiner.initial_weight
     mean = torch.stack([final_weights(run) for run in learned]).mean(dim=0)
     label = f"mean of {len(learned)} seed{'s' * (len(learned) > 1)} (dots: each)"
     ax.plot(deviations, mean, color=BLUE, linewidth=2, label=label)

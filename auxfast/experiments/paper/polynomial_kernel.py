@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +42,8 @@ from auxfast.experiments.report.statistics import better, estimate, finished
 from auxfast.nn import PolynomialCombiner
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 CLASSES, VALIDATION, TEST = 10, 200, 600
 BATCH, HIDDEN = 64, 64
@@ -143,24 +140,28 @@ def monomial_names(degree: int) -> list[str]:
     return names
 
 
-def monomial_weights(run: RunFolder) -> Tensor:
+def monomial_weights(run: Run) -> Tensor:
     """Of every monomial at every outer step, the skip's 1 of the main loss included: (outer steps, monomials)."""
     weights = torch.tensor([record.phi for record in run.records], dtype=torch.float64)
-    weights[:, 0] += 1.0 * run.config.combiner.skip
+    weights[:, 0] += 1.0 * _combiner(run).skip
     return weights
 
 
-def _learned(runs: Sequence[RunFolder]) -> list[RunFolder]:
+def _combiner(run: Run) -> CombinerConfig:
+    return read_config(EXPERIMENT.config, run).combiner
+
+
+def _learned(runs: Sequence[Run]) -> list[Run]:
     """Whose phi is recorded: of higher degrees it has too many entries."""
     return [run for run in finished(runs, "polynomial") if all(record.phi is not None for record in run.records)]
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """What section C.5 and Figure 8 say, and what it is worth."""
     if not (learned := _learned(runs)):
         return []
     last = torch.stack([monomial_weights(run)[-1] for run in learned]).mean(dim=0)  # (monomials,)
-    names = monomial_names(learned[0].config.combiner.degree)
+    names = monomial_names(_combiner(learned[0]).degree)
     largest = last.topk(3).indices.tolist()
     listed = ", ".join(f"{names[i]} ({last[i]:.2f})" for i in largest)
     products = sum(i >= len(LOSS_NAMES) for i in largest)
@@ -169,12 +170,12 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return [Finding(text, products > 0), _main_grows(learned), *comparisons]
 
 
-def main_share(run: RunFolder) -> list[float]:
+def main_share(run: Run) -> list[float]:
     """The main loss's share of the weights d (training loss) / d (loss), at every outer step."""
     return [record.loss_weights[0] / sum(record.loss_weights) for record in run.records]
 
 
-def _main_grows(runs: Sequence[RunFolder]) -> Finding:
+def _main_grows(runs: Sequence[Run]) -> Finding:
     shares = [main_share(run) for run in runs]
     growth = estimate([100 * (share[-1] - share[0]) for share in shares])
     first, last = (100 * sum(share[at] for share in shares) / len(shares) for at in (0, -1))
@@ -185,7 +186,7 @@ def _main_grows(runs: Sequence[RunFolder]) -> Finding:
     return Finding(text, growth.mean > 0 and growth.beyond_noise() if growth.sem is not None else None)
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """The weight of each monomial over the outer steps, as in Figure 8 of the paper; and the main loss's share; to a
     PNG, if there is a learned run."""
     if not (learned := _learned(runs)):
@@ -194,7 +195,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     figure.suptitle("Weights of the losses, their squares and their products, as they are learned", fontweight="bold")
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     colours = (BLACK, BLUE, GREEN, GREY, RED, ORANGE, SKY, PURPLE)
-    for i, name in enumerate(monomial_names(learned[0].config.combiner.degree)):
+    for i, name in enumerate(monomial_names(_combiner(learned[0]).degree)):
         courses = [monomial_weights(run)[:, i].tolist() for run in learned]
         draw_course(left, courses, colours[i % len(colours)], name, "-" if i < len(LOSS_NAMES) else "--")
     draw_course(right, [[100 * share for share in main_share(run)] for run in learned], BLACK, "digit (main)")

@@ -6,22 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.paper import digits
 from auxfast.experiments.report.score_curve import draw_score_curves
 from auxfast.experiments.report.statistics import better_everywhere, compare, scores
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
+from auxfast.train.run import Run
 
 _METHODS = ("stl", "nonlinear-frozen", "nonlinear")
 _SHOTS = {f"{shots} a class": shots for shots in range(1, 6)}
 _LAYERS = {f"{layers} layer{'s' * (layers > 1)}": layers for layers in range(1, 6)}
 
 
-def draw_sizes(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw_sizes(path: Path, runs: Sequence[Run]) -> None:
     """Scores against the size of the auxiliary set."""
     draw_score_curves(
         path,
@@ -36,7 +33,7 @@ def draw_sizes(path: Path, runs: Sequence[RunFolder]) -> None:
     )
 
 
-def size_findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def size_findings(runs: Sequence[Run]) -> list[Finding]:
     """Learning against the main loss alone and the control, at each size; and whether large sets hurt."""
     first, *_, last = _SHOTS
     small, large = (scores(runs, "nonlinear", setting) for setting in (first, last))
@@ -45,7 +42,7 @@ def size_findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return [*pairs, compare(claim, small, large)]
 
 
-def draw_depths(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw_depths(path: Path, runs: Sequence[Run]) -> None:
     """Scores against the depth of the combiner."""
     draw_score_curves(
         path,
@@ -60,7 +57,7 @@ def draw_depths(path: Path, runs: Sequence[RunFolder]) -> None:
     )
 
 
-def depth_findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def depth_findings(runs: Sequence[Run]) -> list[Finding]:
     """Learning against the control, at each depth; and whether deep is better than shallow."""
     first, *_, last = _LAYERS
     shallow, deep = (scores(runs, "nonlinear", setting) for setting in (first, last))

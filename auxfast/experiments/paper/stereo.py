@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.base import Experiment, Finding
+from auxfast.experiments.base import Experiment, Finding, restore
 from auxfast.experiments.data import StereoData, allocate_auxiliary, draw_batch, load_stereo, split
 from auxfast.experiments.data.stereo import COLOUR_CLASSES, UNKNOWN
 from auxfast.experiments.paper.options import check_range
@@ -29,10 +28,8 @@ from auxfast.experiments.report.loss_image_figure import draw_loss_images
 from auxfast.experiments.report.statistics import better, finished
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 TILE = 24  # pixels, at half the photograph's resolution
 TILES, VALIDATION, TEST = 150, 12, 48  # of the photograph, and of its parts
@@ -158,7 +155,7 @@ def make_task(seed: int, options: StereoOptions, *, hold_out: bool) -> StereoTas
     )
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Loss images of test tiles, and what their pixels weigh by the learned combiners of the first seeds, in turn;
     nothing if there is none."""
     if not (learned := finished(runs, "conv")[:DRAWN]):
@@ -169,9 +166,9 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
 
 
 @torch.no_grad()
-def _drawn(run: RunFolder, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _drawn(run: Run, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Grey levels, losses, weights and mask of a run's first test tiles."""
-    task, combiner = run.restore()
+    task, combiner = restore(EXPERIMENT, run)
     assert isinstance(task, StereoTask)
     assert combiner is not None
     tiles = task.test[:count]
@@ -180,7 +177,7 @@ def _drawn(run: RunFolder, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return task.images[tiles, :1], losses, combiner.loss_weights(losses, mask), mask
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned weights of pixels against the main loss alone, one common weight, and a combiner that stays."""
     return [better(runs, "conv", baseline) for baseline in ("stl", "equal", "conv-frozen")]
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,8 @@ from auxfast.experiments.report.drawing import BLACK, BLUE, GREEN, GREY, RED, dr
 from auxfast.experiments.report.statistics import better, estimate, finished, scores
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.run import Run
 from auxfast.train.task import Batch
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
 
 VALIDATION, TEST = 42, 200  # patients; the other 200 may be labelled
 SEX = 1  # its column among the measurements
@@ -119,13 +116,13 @@ def make_task(seed: int, options: WeightDecayOptions, *, hold_out: bool) -> Weig
     )
 
 
-def decays(run: RunFolder) -> Tensor:
+def decays(run: Run) -> Tensor:
     """Of each group at every outer step, relative to the weight of the error: (outer steps, 4)."""
     weights = torch.tensor([record.loss_weights for record in run.records], dtype=torch.float64)
     return weights[:, 1:] / weights[:, :1]
 
 
-def findings(runs: Sequence[RunFolder]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned decays against none, against one for all by hand, and against where they started; and what they are."""
     found = [better(runs, "linear", baseline) for baseline in ("stl", "equal", "linear-frozen")]
     if learned := finished(runs, "linear"):
@@ -133,7 +130,7 @@ def findings(runs: Sequence[RunFolder]) -> list[Finding]:
     return found
 
 
-def _measurements_decay_least(runs: Sequence[RunFolder]) -> Finding:
+def _measurements_decay_least(runs: Sequence[Run]) -> Finding:
     last = torch.stack([decays(run)[-1] for run in runs])  # (runs, groups)
     lowest = int((last[:, 0] < last[:, 1:].amin(dim=1)).sum())
     means = ", ".join(f"{name} {mean:.2f}" for name, mean in zip(GROUPS, last.mean(dim=0).tolist(), strict=True))
@@ -145,7 +142,7 @@ def _measurements_decay_least(runs: Sequence[RunFolder]) -> Finding:
     return Finding(text, None if difference.sem is None else difference.mean > 0 and difference.beyond_noise())
 
 
-def draw(path: Path, runs: Sequence[RunFolder]) -> None:
+def draw(path: Path, runs: Sequence[Run]) -> None:
     """Decays over the outer steps, and the methods' scores; to a PNG, if there is a learned run."""
     if not (learned := finished(runs, "linear")):
         return
@@ -154,7 +151,7 @@ def draw(path: Path, runs: Sequence[RunFolder]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     for j, (name, colour) in enumerate(zip(GROUPS, (BLACK, BLUE, GREEN, RED), strict=True)):
         draw_course(left, [decays(run)[:, j].tolist() for run in learned], colour, name)
-    by_hand = learned[0].config.weighting["equal"]["auxiliary_weight"]
+    by_hand = learned[0].config["weighting"]["equal"]["auxiliary_weight"]
     left.axhline(by_hand, color=GREY, linestyle=":", label="one for all, chosen by hand")
     left.legend(fontsize=9, framealpha=1, edgecolor="none", title="features", loc="upper left")
     left.set_xlabel("outer step")

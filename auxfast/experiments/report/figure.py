@@ -10,8 +10,8 @@ import numpy as np
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, draw_course, tidy
 from auxfast.experiments.report.rows import Row, Section, methods, rows
-from auxfast.experiments.run_folder import RunFolder
 from auxfast.train.methods import Method
+from auxfast.train.run import Run
 
 _COLOURS = {  # of the families; frozen combiners have their family's, drawn hollow or dashed
     "stl": BLACK,
@@ -195,7 +195,7 @@ def _log_scale(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _residuals(runs: Sequence[RunFolder]) -> np.ndarray:
+def _residuals(runs: Sequence[Run]) -> np.ndarray:
     """(runs, outer steps), cut to the shortest."""
     steps = min(len(run.records) for run in runs)
     known = [[record.residual for record in run.records[:steps]] for run in runs]

@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from auxfast._version import __version__
-from auxfast.experiments.base import Experiment, Finding
+from auxfast.experiments.base import Finding
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.figure import NOTE, draw_sections
-from auxfast.experiments.report.rows import (
-    Section,
-    cautions,
-    describe,
-    describe_findings,
-    findings,
-    rows,
-    sections,
-    table,
-)
-from auxfast.experiments.run_folder import RunFolder
-from auxfast.train.files import write_bytes
-from auxfast.train.serialization import to_table
+from auxfast.experiments.report.rows import Results, Section, cautions, describe, rows, table
+from auxfast.train.files import RunError, write_bytes
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2em auto; padding: 0 1em }
@@ -47,7 +36,7 @@ pre { font-size: 12px; overflow-x: auto }
 _CLASSES = {True: "holds", False: "fails", None: "unknown"}
 
 
-def write_report(runs: Sequence[RunFolder], out: Path) -> str:
+def write_report(all_results: Sequence[Results], out: Path) -> str:
     """Writes a page (`out` ends in .html) or a picture (.png) of finished runs.
 
     Returns:
@@ -61,44 +50,33 @@ def write_report(runs: Sequence[RunFolder], out: Path) -> str:
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"out: got {str(out)!r}, must end in .html or .png")
     import_extra("matplotlib", "matplotlib")
-    all_sections = sections(runs)
-    experiments = list({section.experiment.name: section.experiment for section in all_sections}.values())
-    found = {experiment.name: findings(experiment, runs) for experiment in experiments}
+    finished = [results for results in all_results if results.runs]
+    if not finished:
+        raise RunError("no run is finished yet: `auxfast train` with --resume goes on with them")
     if out.suffix == ".png":
-        write_bytes(out, _png(draw_sections(all_sections)))
+        write_bytes(out, _png(draw_sections([section for results in finished for section in results.sections])))
     else:
-        write_bytes(out, _page(experiments, all_sections, found, runs).encode())
-    texts = []
-    for experiment in experiments:
-        texts += [describe(section) for section in all_sections if section.experiment is experiment]
-        texts += [describe_findings(found[experiment.name])] if found[experiment.name] else []
-    return "\n\n".join(texts)
+        write_bytes(out, _page(finished).encode())
+    return "\n\n".join(map(describe, finished))
 
 
-def _page(
-    experiments: Sequence[Experiment],
-    all_sections: Sequence[Section],
-    found: dict[str, list[Finding]],
-    runs: Sequence[RunFolder],
-) -> str:
+def _page(all_results: Sequence[Results]) -> str:
     body = []
-    for experiment in experiments:
-        own = [section for section in all_sections if section.experiment is experiment]
-        finished = [run for section in own for run in section.runs]
-        unfinished = sum(run.experiment == experiment.name and run.result is None for run in runs)
+    for results in all_results:
+        experiment = results.experiment
         body += [f"<h2>{escape(experiment.title)}</h2>", f"<p>{escape(experiment.about)}</p>"]
-        if unfinished:
-            body.append(f'<p class="caution">{unfinished} unfinished runs are left out.</p>')
-        if found[experiment.name]:
-            body += ["<h3>What it shows</h3>", _list(found[experiment.name])]
+        if results.unfinished:
+            body.append(f'<p class="caution">{results.unfinished} unfinished runs are left out.</p>')
+        if results.findings:
+            body += ["<h3>What it shows</h3>", _list(results.findings)]
         if experiment.draw is not None:
-            body += _own_picture(experiment, finished)
-        for section in own:
+            body += _own_picture(results)
+        for section in results.sections:
             body += [f"<h3>{escape(section.setting or 'Scores')}</h3>", *_cautions(section), _table(section)]
             body.append(_image(_png(draw_sections([section])), f"Scores and courses of {section.title}"))
-        body.append(_configuration(own))
-    body.append(_details("Environment of the first run", runs[0].environment))
-    title = ", ".join(experiment.name for experiment in experiments)
+        body.append(_configuration(results.sections))
+    body.append(_details("Environment of the first run", all_results[0].runs[0].environment))
+    title = ", ".join(results.experiment.name for results in all_results)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>auxfast: {escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>auxfast: {escape(title)}</h1>\n"
@@ -112,13 +90,13 @@ def _list(found: Sequence[Finding]) -> str:
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _own_picture(experiment: Experiment, finished: Sequence[RunFolder]) -> list[str]:
+def _own_picture(results: Results) -> list[str]:
     """What the experiment draws of itself, if its runs suffice for that."""
-    assert experiment.draw is not None
+    assert results.experiment.draw is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
-        experiment.draw(path, finished)
-        return [_image(path.read_bytes(), f"Picture of {experiment.title}")] if path.exists() else []
+        results.experiment.draw(path, results.runs)
+        return [_image(path.read_bytes(), f"Picture of {results.experiment.title}")] if path.exists() else []
 
 
 def _table(section: Section) -> str:
@@ -143,7 +121,7 @@ def _cautions(section: Section) -> list[str]:
 
 def _configuration(own: Sequence[Section]) -> str:
     return "".join(
-        _details(f"Configuration{f', {section.setting}' if section.setting else ''}", to_table(section.runs[0].config))
+        _details(f"Configuration{f', {section.setting}' if section.setting else ''}", section.runs[0].config)
         for section in own
     )
 

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from auxfast.experiments.base import Experiment, Finding
-from auxfast.experiments.paper import get_experiment
+from auxfast.experiments.base import Experiment, Finding, run_config, updated
 from auxfast.experiments.report.statistics import Estimate, estimate, paired_difference, scores
-from auxfast.experiments.run_folder import RunFolder
-from auxfast.experiments.runs import run_config
 from auxfast.train.files import RunError
 from auxfast.train.methods import COMBINERS, WEIGHTINGS, Method
+from auxfast.train.run import Run
 from auxfast.train.serialization import flattened, to_table
 
 BASELINES = ("stl", "equal")
@@ -24,11 +22,25 @@ class Section(NamedTuple):
 
     experiment: Experiment
     setting: str
-    runs: list[RunFolder]
+    runs: list[Run]
 
     @property
     def title(self) -> str:
         return self.experiment.title + (f"; {self.setting}" if self.setting else "")
+
+
+class Results(NamedTuple):
+    """What an experiment's runs show.
+
+    `runs` are the finished ones, in the order in which they were given, and `sections` the same by setting, in the
+    experiment's order.
+    """
+
+    experiment: Experiment
+    runs: list[Run]
+    sections: list[Section]
+    findings: list[Finding]
+    unfinished: int
 
 
 class Row(NamedTuple):
@@ -53,29 +65,23 @@ class Row(NamedTuple):
         return self.outer_seconds / (self.inner_seconds + self.outer_seconds)
 
 
-def sections(runs: Iterable[RunFolder]) -> list[Section]:
-    """The finished runs by experiment and setting, in the experiment's order.
+def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
+    """What these runs of the experiment show.
 
     Raises:
-        RunError: no run is finished, or two are of the same method, setting and seed.
+        RunError: two are of the same method, setting and seed, or one does not fit the experiment (any more).
     """
-    finished = [run for run in runs if run.result is not None]
-    if not finished:
-        raise RunError("no run is finished yet: `auxfast train` with --resume goes on with them")
-    seen: dict[Any, RunFolder] = {}
+    known = [updated(experiment, run) for run in runs]
+    finished = [run for run in known if run.result is not None]
+    seen: dict[Any, Run] = {}
     for run in finished:
-        key = (run.experiment, run.setting, run.method, run.seed)
-        if key in seen:
-            raise RunError(f"{seen[key].path} and {run.path} are the same run: report one of the folders")
-        seen[key] = run
-    found = []
-    for name in dict.fromkeys(run.experiment for run in finished):
-        experiment = get_experiment(name)
-        for setting in experiment.settings:
-            own = [run for run in finished if (run.experiment, run.setting) == (name, setting)]
-            if own:
-                found.append(Section(experiment, setting, own))
-    return found
+        first = seen.setdefault((run.setting, run.method, run.seed), run)
+        if first is not run:
+            raise RunError(f"{first.path} and {run.path} are the same run: report one of the folders")
+    by_setting = {setting: [run for run in finished if run.setting == setting] for setting in experiment.settings}
+    sections = [Section(experiment, setting, own) for setting, own in by_setting.items() if own]
+    findings = experiment.findings(finished) if experiment.findings is not None and finished else []
+    return Results(experiment, finished, sections, findings, len(known) - len(finished))
 
 
 def methods(section: Section) -> list[Method]:
@@ -116,16 +122,9 @@ def _difference(own: Mapping[int, float], theirs: Mapping[int, float]) -> Estima
     return paired_difference([own[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
 
 
-def findings(experiment: Experiment, runs: Sequence[RunFolder]) -> list[Finding]:
-    """What the experiment set out to show, by its finished runs."""
-    if experiment.findings is None:
-        return []
-    return experiment.findings([run for run in runs if run.experiment == experiment.name and run.result is not None])
-
-
 def differing_entries(section: Section) -> dict[str, list[Any]]:
     """Entries of the configuration in which runs differ that should not: by dotted name, the values that were met."""
-    tables = [flattened(to_table(run.config)) for run in section.runs]
+    tables = [flattened(run.config) for run in section.runs]
     values: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for table in tables for key in table):
         met = [table.get(key) for table in tables]
@@ -147,7 +146,7 @@ def table(section: Section, made: Sequence[Row]) -> list[list[str]]:
 def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
     """Entries in which the first run's configuration is not the experiment's: by dotted name, theirs and the run's."""
     defaults = run_config(section.experiment, section.setting)
-    before, after = (flattened(to_table(config)) for config in (defaults, section.runs[0].config))
+    before, after = flattened(to_table(defaults)), flattened(section.runs[0].config)
     return {
         key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
@@ -165,7 +164,13 @@ def cautions(section: Section) -> list[str]:
     return texts
 
 
-def describe(section: Section) -> str:
+def describe(results: Results) -> str:
+    """Tables and findings in plain text."""
+    findings = [_describe_findings(results.findings)] if results.findings else []
+    return "\n\n".join([*map(_describe_section, results.sections), *findings])
+
+
+def _describe_section(section: Section) -> str:
     """The table of a setting in plain text; `*`: best beyond noise."""
     made = rows(section)
     cells = table(section, made)
@@ -189,6 +194,6 @@ def describe(section: Section) -> str:
     return "\n".join([section.title, *lines, note, *remarks])
 
 
-def describe_findings(found: Sequence[Finding]) -> str:
+def _describe_findings(found: Sequence[Finding]) -> str:
     """One line each, with the verdict in front."""
     return "\n".join(f"{_VERDICTS[finding.holds] + ':':14} {finding.text}" for finding in found)

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from auxfast.experiments.report.drawing import BLACK, BLUE, GREEN, GREY, RED, new_figure, tidy
 from auxfast.experiments.report.statistics import Estimate, estimate, scores
 from auxfast.train.methods import Method, parse_method
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
+from auxfast.train.run import Run
 
 _COLOURS = {"equal": GREEN, "linear": BLUE, "nonlinear": RED}
 
 
 def draw_score_curves(
     path: Path,
-    runs: Sequence[RunFolder],
+    runs: Sequence[Run],
     methods: Sequence[str],
     positions: Mapping[str, float],
     *,
@@ -60,7 +58,7 @@ def draw_score_curves(
     figure.savefig(path)
 
 
-def _draw_level(axes: Any, runs: Sequence[RunFolder]) -> None:
+def _draw_level(axes: Any, runs: Sequence[Run]) -> None:
     """Mean and standard error over seeds of STL's scores, each seed's own being its mean over settings."""
     of_seed: dict[int, list[float]] = {}
     for run in runs:

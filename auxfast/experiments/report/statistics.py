@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.data.extras import import_extra
 from auxfast.train.methods import parse_method
-
-if TYPE_CHECKING:
-    from auxfast.experiments.runs import RunFolder
+from auxfast.train.run import Run
 
 
 class Estimate(NamedTuple):
@@ -60,13 +58,13 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     return estimate([value - base for value, base in zip(values, baseline, strict=True)])
 
 
-def finished(runs: Iterable[RunFolder], method: str, setting: str = "") -> list[RunFolder]:
+def finished(runs: Iterable[Run], method: str, setting: str = "") -> list[Run]:
     """The finished runs of a method in a setting, in the seeds' order."""
     own = (run for run in runs if run.result is not None and run.method.name == method and run.setting == setting)
     return sorted(own, key=lambda run: run.seed)
 
 
-def scores(runs: Iterable[RunFolder], method: str, setting: str = "") -> dict[int, float]:
+def scores(runs: Iterable[Run], method: str, setting: str = "") -> dict[int, float]:
     """Test scores of the finished runs of a method in a setting, by seed, in the seeds' order."""
     return dict(
         sorted(
@@ -87,14 +85,14 @@ def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float])
     return Finding(text, _above(difference))
 
 
-def better(runs: Sequence[RunFolder], method: str, baseline: str, setting: str = "") -> Finding:
+def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -> Finding:
     """Whether a method scores above another in a setting (see `compare`)."""
     claim = _claim(method, baseline)
     own, base = scores(runs, method, setting), scores(runs, baseline, setting)
     return compare(f"{setting}: {claim}" if setting else claim, own, base)
 
 
-def better_everywhere(runs: Sequence[RunFolder], method: str, baseline: str, settings: Iterable[str]) -> Finding:
+def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
     """Whether a method scores above another in each of the settings (see `compare`)."""
     parts, holds = [], []
     for setting in settings:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from auxfast.experiments.base import train_run
 from auxfast.experiments.data import load_digits
 from auxfast.experiments.paper.digits import (
     EXPERIMENT,
@@ -14,7 +15,6 @@ from auxfast.experiments.paper.digits import (
     make_task,
 )
 from auxfast.experiments.paper.missing_labels import EXPERIMENT as MISSING_LABELS
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
 from auxfast.train.training_loss import make_training_loss, mean_losses
 from auxfast.weighting import make_weighting

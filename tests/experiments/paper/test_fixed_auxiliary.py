@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from auxfast.experiments.base import restore, train_run
 from auxfast.experiments.paper import digits
 from auxfast.experiments.paper.fixed_auxiliary import EXPERIMENT, draw, findings
-from auxfast.experiments.runs import train_run
 from auxfast.train.files import RunError
 from auxfast.train.methods import parse_method
 
@@ -28,10 +28,10 @@ def test_fixed_trains_with_what_the_first_seed_learned(tmp_path):
         _run("nonlinear-fixed", 1, tmp_path)
     learned = [_run("nonlinear", seed, tmp_path) for seed in (0, 1)]
     fixed, frozen = _run("nonlinear-fixed", 1, tmp_path), _run("nonlinear-frozen", 1, tmp_path)
-    phi = {run: run.restore()[1].phi for run in (*learned, fixed, frozen)}
-    assert torch.equal(phi[fixed], phi[learned[0]])
-    assert not torch.equal(phi[fixed], phi[learned[1]])
-    assert not torch.equal(phi[frozen], phi[learned[1]])
+    first, second, fixed_phi, frozen_phi = (restore(EXPERIMENT, run)[1].phi for run in (*learned, fixed, frozen))
+    assert torch.equal(fixed_phi, first)
+    assert not torch.equal(fixed_phi, second)
+    assert not torch.equal(frozen_phi, second)
 
 
 def test_findings_are_the_paired_differences():

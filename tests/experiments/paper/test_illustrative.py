@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from auxfast.experiments.base import restore, train_run
 from auxfast.experiments.paper.illustrative import (
     EXPERIMENT,
     HARMFUL_WEIGHTS,
@@ -18,8 +19,9 @@ from auxfast.experiments.paper.illustrative import (
     shares,
     weights_of,
 )
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
+from auxfast.train.run import read_config
+from auxfast.train.serialization import to_table
 
 from .handmade import runs_of, unfinished
 
@@ -33,7 +35,7 @@ def _task(hold_out=True, **options):
 def _runs(weights, setting="", seeds=1):
     runs = runs_of("linear", [0.0] * seeds, setting, weights)
     for run in runs:
-        run.config = EXPERIMENT.config
+        run.config = to_table(EXPERIMENT.config)
     return runs
 
 
@@ -109,9 +111,10 @@ def test_a_run_trains_and_its_recorded_weights_are_what_the_model_saw(tmp_path):
     run = train_run(EXPERIMENT, "", parse_method("linear"), 0, tmp_path, overrides=SHORT)
     assert run.records[0].loss_weights == pytest.approx((1, 1, 1))
     assert run.records[-1].loss_weights[2] < 1
-    path = _path_of_weights(run, make_task(0, run.config.task, hold_out=True))
+    config = read_config(EXPERIMENT.config, run)
+    path = _path_of_weights(run, make_task(0, config.task, hold_out=True), config.train)
     assert path.shape == (3 * 4 + 1, 2)
-    trained, _ = run.restore()
+    trained, _ = restore(EXPERIMENT, run)
     torch.testing.assert_close(path[-1], weights_of(trained.model), rtol=1e-5, atol=1e-6)
 
 
@@ -124,6 +127,6 @@ def test_the_picture_needs_a_run_with_the_auxiliary_set(tmp_path, both):
     draw(tmp_path / "none.png", [SimpleNamespace(**{**vars(run), "setting": TRAINING_SET}) for run in runs])
     assert not (tmp_path / "none.png").exists()
     for run in runs:
-        run.config = short
+        run.config = to_table(short)
     draw(tmp_path / "some.png", runs)
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")

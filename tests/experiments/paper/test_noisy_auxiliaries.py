@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from auxfast.experiments.base import train_run
 from auxfast.experiments.paper.noisy_auxiliaries import (
     AUXILIARIES,
     EXPERIMENT,
@@ -14,8 +15,8 @@ from auxfast.experiments.paper.noisy_auxiliaries import (
     rank_correlation,
     ranks,
 )
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
+from auxfast.train.serialization import to_table
 
 from .handmade import runs_of, unfinished
 
@@ -28,7 +29,7 @@ def _runs(*weights):
     runs = []
     for seed, auxiliaries in enumerate(weights):
         (run,) = runs_of("linear", [0.0], weights=[(1.0, *auxiliaries)])
-        run.seed, run.config = seed, EXPERIMENT.config
+        run.seed, run.config = seed, to_table(EXPERIMENT.config)
         runs.append(run)
     return runs
 

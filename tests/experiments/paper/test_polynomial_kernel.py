@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from auxfast.experiments.base import train_run
 from auxfast.experiments.paper.polynomial_kernel import (
     EXPERIMENT,
     PolynomialKernelOptions,
@@ -13,8 +14,8 @@ from auxfast.experiments.paper.polynomial_kernel import (
     monomial_names,
     monomial_weights,
 )
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
+from auxfast.train.serialization import to_table
 
 from .handmade import runs_of, unfinished
 
@@ -27,7 +28,7 @@ def _task(hold_out=True):
 
 def _run(phi, weights, seed=0):
     records = [SimpleNamespace(phi=p, loss_weights=w) for p, w in zip(phi, weights, strict=True)]
-    same = {"method": parse_method("polynomial"), "setting": "", "config": EXPERIMENT.config}
+    same = {"method": parse_method("polynomial"), "setting": "", "config": to_table(EXPERIMENT.config)}
     return SimpleNamespace(**same, seed=seed, records=records, result=SimpleNamespace(score=90.0 + seed))
 
 

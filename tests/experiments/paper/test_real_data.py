@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from auxfast.experiments.base import run_config, train_run
 from auxfast.experiments.paper import deep_supervision, diabetes, digits, missing_labels, sensitivity, stereo
-from auxfast.experiments.runs import run_config, train_run
 from auxfast.train.methods import COMBINERS, WEIGHTINGS, parse_method
 
 pytest.importorskip("sklearn")

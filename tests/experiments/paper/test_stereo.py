@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from auxfast.experiments.base import train_run
 from auxfast.experiments.paper.stereo import BATCH, EXPERIMENT, TILE, UNKNOWN, StereoOptions, draw, findings, make_task
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
 
 from .handmade import runs_of, unfinished

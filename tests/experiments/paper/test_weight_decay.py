@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from auxfast import hypergradient
+from auxfast.experiments.base import train_run
 from auxfast.experiments.paper.weight_decay import (
     EXPERIMENT,
     SEX,
@@ -12,10 +13,10 @@ from auxfast.experiments.paper.weight_decay import (
     grouped_features,
     make_task,
 )
-from auxfast.experiments.runs import train_run
 from auxfast.nn import LinearCombiner
 from auxfast.solvers import Dense
 from auxfast.train.methods import parse_method
+from auxfast.train.serialization import to_table
 
 from .handmade import runs_of, unfinished
 
@@ -30,7 +31,7 @@ def _task(hold_out=True, **options):
 def _runs(weights, scores):
     runs = runs_of("linear", scores, weights=weights)
     for run in runs:
-        run.config = EXPERIMENT.config
+        run.config = to_table(EXPERIMENT.config)
     return runs
 
 

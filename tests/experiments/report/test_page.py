@@ -4,13 +4,12 @@ import re
 from dataclasses import replace
 
 import pytest
-from train.problems import noisy_experiment
 
 from auxfast.cli import main
-from auxfast.experiments.base import Finding
+from auxfast.experiments.base import Finding, train_run
 from auxfast.experiments.paper import EXPERIMENTS
-from auxfast.experiments.runs import train_run
 from auxfast.train.methods import parse_method
+from experiments.problems import noisy_experiment
 
 pytest.importorskip("matplotlib")
 

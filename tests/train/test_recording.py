@@ -1,4 +1,4 @@
-"""Run folders: what is in them, and what is said of those that cannot be made or read."""
+"""Runs are recorded: what is in their folders, and what is said of those that cannot be made."""
 
 import errno
 import json
@@ -13,43 +13,40 @@ from typing import ClassVar
 import pytest
 import torch
 
-from auxfast.experiments import RunFolder, find_runs, train_run
-from auxfast.experiments.paper import EXPERIMENTS
-from auxfast.experiments.run_folder import metrics_line
 from auxfast.nn import LinearCombiner
-from auxfast.train import Component, RunError, parse_method, tensorboard
-from train.problems import Noisy, NoisyOptions, noisy_experiment
-
-EXPERIMENT = noisy_experiment()
-
-
-def run(out: Path, method: str = "linear", seed: int = 0, setting: str = "", experiment=EXPERIMENT, **arguments):
-    return train_run(experiment, setting, parse_method(method), seed, out, **arguments)
+from auxfast.train import Component, RunError, parse_method, read_config, read_run, record_run, tensorboard
+from auxfast.train.recording import check_plans, restore_run
+from train.problems import Noisy, NoisyOptions, noisy_plan, without_seconds
 
 
-def without_seconds(records):
-    return [record._replace(inner_seconds=0.0, outer_seconds=0.0) for record in records]
+def run(out, method="linear", seed=0, *, on_outer_step=None, resume=False, **changes):
+    return record_run(noisy_plan(out, method, seed, **changes), resume=resume, on_outer_step=on_outer_step)
+
+
+def restored(made, plan):
+    return restore_run(made, plan.config, plan.make_task)
 
 
 def test_a_folder_says_everything_of_its_run(tmp_path):
     seen = []
-    made = run(tmp_path, "linear", 3, "more features", overrides={"train.outer_steps": 5}, on_outer_step=seen.append)
-    assert made.path == tmp_path / "noisy-regression" / "more-features" / "linear" / "seed-3"
+    plan = noisy_plan(tmp_path, "linear", 3, "more features", NoisyOptions(features=6), outer_steps=5)
+    made = record_run(plan, on_outer_step=seen.append)
+    assert made.path == plan.path == tmp_path / "noisy-regression" / "more-features" / "linear" / "seed-3"
     files = {path.name for path in made.path.iterdir()} - {"tensorboard"}
     assert files == {"checkpoint.pt", "config.json", "environment.json", "metrics.jsonl", "result.json"}
     assert json.loads((made.path / "config.json").read_text())["config"]["train"]["outer_steps"] == 5
-    for folder in (made, RunFolder(made.path, EXPERIMENT)):
-        assert (folder.experiment, folder.setting, folder.seed) == ("noisy regression", "more features", 3)
-        assert folder.method == parse_method("linear")
-        assert folder.config.task == NoisyOptions(features=6)
-        assert folder.records == seen
-        assert len(seen) == folder.result.outer_steps == 5
-        assert folder.result.inner_seconds == pytest.approx(sum(record.inner_seconds for record in seen))
-        assert folder.result.outer_seconds == pytest.approx(sum(record.outer_seconds for record in seen))
-        assert folder.result.seconds > folder.result.inner_seconds + folder.result.outer_seconds
-        assert not folder.result.stopped_early
-        assert folder.environment["cpu"]["torch threads"] == 1
-    task, combiner = made.restore()
+    assert made == read_run(made.path)
+    assert (made.experiment, made.setting, made.seed) == ("noisy regression", "more features", 3)
+    assert made.method == parse_method("linear")
+    assert read_config(noisy_plan(tmp_path).config, made) == plan.config
+    assert list(made.records) == seen
+    assert len(seen) == made.result.outer_steps == 5
+    assert made.result.inner_seconds == pytest.approx(sum(record.inner_seconds for record in seen))
+    assert made.result.outer_seconds == pytest.approx(sum(record.outer_seconds for record in seen))
+    assert made.result.seconds > made.result.inner_seconds + made.result.outer_seconds
+    assert not made.result.stopped_early
+    assert made.environment["cpu"]["torch threads"] == 1
+    task, combiner = restored(made, plan)
     assert isinstance(task, Noisy)
     assert isinstance(combiner, LinearCombiner)
     assert task.score() == made.result.score
@@ -61,7 +58,7 @@ def test_a_run_depends_on_its_seed_and_nothing_else(tmp_path):
     torch.manual_seed(1234)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     again = run(tmp_path / "b", "nonlinear")
-    other = run(tmp_path / "b", "nonlinear", seed=1)
+    other = run(tmp_path / "b", "nonlinear", 1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
     assert without_seconds(again.records) == without_seconds(first.records)
@@ -72,46 +69,39 @@ def test_a_run_depends_on_its_seed_and_nothing_else(tmp_path):
 def test_the_number_of_threads_is_the_configuration_s_and_comes_back(tmp_path):
     torch.set_num_threads(2)
     seen = []
-    run(tmp_path, on_outer_step=lambda _: seen.append(torch.get_num_threads()), overrides={"train.outer_steps": 1})
+    run(tmp_path, on_outer_step=lambda _: seen.append(torch.get_num_threads()), outer_steps=1)
     assert seen == [1]
     assert torch.get_num_threads() == 2
-
-
-def test_weightings_train_on_the_auxiliary_set_too(tmp_path):
-    held = {method: run(tmp_path, method).restore()[0].training.numel() for method in ("linear-frozen", "stl")}
-    assert held == {"linear-frozen": 40, "stl": 60}
 
 
 def test_frozen_combiners_stay_and_fixed_ones_are_the_learned(tmp_path):
     learned, _ = (run(tmp_path, "linear", seed) for seed in (2, 11))
     frozen, fixed = run(tmp_path, "linear-frozen", 5), run(tmp_path, "linear-fixed", 5)
     assert {record.phi for record in frozen.records} == {(0.0, 1.0, 1.0)}
-    assert {record.phi for record in fixed.records} == {tuple(learned.restore()[1].phi.tolist())}
+    _, combiner = restored(learned, noisy_plan(tmp_path, "linear", 2))
+    assert {record.phi for record in fixed.records} == {tuple(combiner.phi.tolist())}
 
 
 def test_a_fixed_combiner_needs_a_learned_one(tmp_path):
-    with pytest.raises(RunError, match=rf"linear-fixed takes phi from linear, of which {tmp_path} has no finished run"):
+    message = rf"linear-fixed takes phi from linear, of which {tmp_path} has no finished run"
+    with pytest.raises(RunError, match=message):
         run(tmp_path, "linear-fixed")
     assert not any(tmp_path.iterdir())
+    fixed, learned = noisy_plan(tmp_path, "linear-fixed"), noisy_plan(tmp_path, "linear", 3)
+    with pytest.raises(RunError, match=message):
+        check_plans([noisy_plan(tmp_path, "linear", setting="another"), fixed])
+    check_plans([learned, fixed])
+    record_run(learned)
+    check_plans([fixed])
 
 
 def test_early_stopping(tmp_path):
-    stopped = run(tmp_path, overrides={"train.patience": 2, "train.outer_steps": 60})
+    stopped = run(tmp_path, patience=2, outer_steps=60)
     scores = [record.validation_score for record in stopped.records]
     assert stopped.result.stopped_early
     assert stopped.result.outer_steps == len(scores) == scores.index(max(scores)) + 3
     assert stopped.result.validation_score == max(scores)
-    assert stopped.restore()[0].validation_score() == max(scores)
-
-
-def test_numbers_that_json_does_not_have_are_null(tmp_path):
-    made = run(tmp_path)
-    record = made.records[0]._replace(residual=math.inf, loss_weights=(math.nan, 1.0, 2.0))
-    (made.path / "metrics.jsonl").write_bytes(metrics_line(record))
-    (read,) = RunFolder(made.path, EXPERIMENT).records
-    assert read.residual is None
-    assert math.isnan(read.loss_weights[0])
-    assert read.loss_weights[1:] == (1.0, 2.0)
+    assert restored(stopped, noisy_plan(tmp_path, patience=2))[0].validation_score() == max(scores)
 
 
 class Writer:
@@ -149,42 +139,21 @@ def test_scalars_for_tensorboard_if_that_is_installed(tmp_path, monkeypatch):
     assert "validation_score" not in {name for name, _, _ in writer.scalars}
 
 
-def test_runs_are_found_wherever_they_are(tmp_path, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, EXPERIMENT.name, EXPERIMENT)
-    for seed in (10, 2):
-        run(tmp_path, "stl", seed)
-    run(tmp_path, "equal", 2)
-    found = find_runs([tmp_path, tmp_path / "noisy-regression" / "stl"])
-    assert [(folder.method.name, folder.seed) for folder in found] == [("equal", 2), ("stl", 2), ("stl", 10)]
-    with pytest.raises(RunError, match=f"there is no {tmp_path / 'x'}"):
-        find_runs([tmp_path / "x"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=f"no runs in {tmp_path / 'empty'}"):
-        find_runs([tmp_path / "empty"])
-
-
 # ------------------------------------------------------------------------------------------------- what can go wrong
 
 
 def test_another_run_is_not_overwritten(tmp_path):
     made = run(tmp_path)
-    with pytest.raises(
-        RunError, match=rf"{made.path} holds a run already: --resume goes on with it; or choose another"
-    ):
+    message = rf"{made.path} holds a run already: --resume goes on with it; or choose another"
+    with pytest.raises(RunError, match=message):
         run(tmp_path)
-    assert RunFolder(made.path, EXPERIMENT).result == made.result
-
-
-def test_settings_and_entries_that_there_are_not(tmp_path):
-    with pytest.raises(ValueError, match="setting: got 'x' for noisy regression, must be one of 'more features'"):
-        run(tmp_path, setting="x")
-    with pytest.raises(ValueError, match=r"task\.shots: no such entry, must be one of dropout, features"):
-        run(tmp_path, overrides={"task.shots": 3})
-    assert not any(tmp_path.iterdir())
+    with pytest.raises(RunError, match=message):
+        check_plans([noisy_plan(tmp_path, "stl"), noisy_plan(tmp_path)])
+    check_plans([noisy_plan(tmp_path)], resume=True)
+    assert read_run(made.path) == made
 
 
 def test_a_loss_that_is_not_finite_keeps_what_was_saved(tmp_path):
-    experiment = noisy_experiment(inner_optimizer=Component("SGD", {"lr": 0.01}), outer_steps=30)
     steps = []
 
     def explode(record):
@@ -194,15 +163,15 @@ def test_a_loss_that_is_not_finite_keeps_what_was_saved(tmp_path):
                 task.model[0].weight.fill_(math.inf)
 
     task = Noisy(0, NoisyOptions(), hold_out=True)
-    experiment = replace(experiment, make_task=lambda *_, **__: task)
+    plan = noisy_plan(tmp_path, "stl", inner_optimizer=Component("SGD", {"lr": 0.01}), outer_steps=30)
     with pytest.raises(
         RunError, match=r"^noisy regression, stl, seed 0: the training loss is nan at outer step 5: try"
     ):
-        run(tmp_path, "stl", experiment=experiment, on_outer_step=explode)
-    folder = RunFolder(tmp_path / "noisy-regression" / "stl" / "seed-0", experiment)
-    assert len(folder.records) == 5
-    assert folder.result is None
-    assert (folder.path / "checkpoint.pt").exists()
+        record_run(replace(plan, make_task=lambda: task), on_outer_step=explode)
+    kept = read_run(tmp_path / "noisy-regression" / "stl" / "seed-0")
+    assert len(kept.records) == 5
+    assert kept.result is None
+    assert (kept.path / "checkpoint.pt").exists()
 
 
 def test_an_out_that_is_a_file_is_named_before_training(tmp_path):
@@ -234,38 +203,18 @@ def test_with_the_disk_full_what_was_saved_is_kept(tmp_path, monkeypatch, suffix
     assert without_seconds(again.records) == without_seconds(reference.records)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("config.json", None, "cannot read .*config.json: No such file"),
-        ("config.json", b"{", "config.json is corrupt"),
-        ("config.json", b"{}", "config.json does not describe a run of this version"),
-        ("environment.json", b"", "environment.json is corrupt"),
-        ("metrics.jsonl", b'{"step": 0}\n', "metrics.jsonl, line 1, is corrupt"),
-        ("result.json", b'{"score": 1}', "result.json is corrupt"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
-    path = run(tmp_path, "stl").path
-    (path / name).unlink()
-    if content is not None:
-        (path / name).write_bytes(content)
-    with pytest.raises(RunError, match=message):
-        RunFolder(path, EXPERIMENT)
-
-
 def test_a_device_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RunError, match=r"train\.device: this machine has no 'cuda:63'"):
-        run(tmp_path, overrides={"train.device": "cuda:63"})
+        run(tmp_path, device="cuda:63")
 
 
 # --------------------------------------------------------------------------------------- what training cannot survive
 
 
 def test_a_run_whose_parameters_are_not_finite_saves_nothing_of_them(tmp_path):
-    far = {"train.outer_steps": 1, "train.inner_steps": 1, "train.inner_optimizer.lr": 1e38}
+    far = {"outer_steps": 1, "inner_steps": 1, "inner_optimizer": Component("SGD", {"lr": 1e38, "momentum": 0.9})}
     with pytest.raises(RunError, match="the parameters are not finite, with 1 outer steps done: try a smaller lr"):
-        run(tmp_path, "stl", overrides=far)
+        run(tmp_path, "stl", **far)
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
@@ -274,7 +223,7 @@ def test_what_cannot_be_trained_says_so_and_is_not_in_the_way_of_what_can(tmp_pa
     with pytest.raises(RunError, match=r"noisy regression, conv, seed 0 cannot be trained: ValueError: losses must be"):
         run(tmp_path, "conv")
     with pytest.raises(RunError, match="cannot be trained: ValueError: Muon"):
-        run(tmp_path, "stl", overrides={"train.inner_optimizer": {"name": "Muon"}})
+        run(tmp_path, "stl", inner_optimizer=Component("Muon"))
     assert run(tmp_path, "stl").result is not None
 
 
@@ -285,4 +234,4 @@ def test_a_fixed_phi_comes_from_a_run_of_the_same_configuration_and_says_which(t
     run(tmp_path, "linear", 1)
     assert run(tmp_path, "linear-fixed", 4, resume=True).result == fixed.result
     with pytest.raises(RunError, match=r"linear-fixed takes phi from .*seed-1, which has another configuration"):
-        run(tmp_path, "linear-fixed", 5, overrides={"train.inner_steps": 2})
+        run(tmp_path, "linear-fixed", 5, inner_steps=2)

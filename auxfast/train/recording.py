@@ -1,0 +1,347 @@
+"""Runs are trained, scored and written here: one folder for each method and seed, which `resume` goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auxfast.nn import Combiner
+from auxfast.train.config import RunConfig, TrainConfig
+from auxfast.train.environment import environment
+from auxfast.train.files import (
+    RunError,
+    WriteError,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_bytes,
+    write_json,
+    writing,
+)
+from auxfast.train.methods import Method
+from auxfast.train.run import (
+    CHECKPOINT,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RESULT,
+    Run,
+    RunResult,
+    finite,
+    metrics_line,
+    read_config,
+    read_metrics,
+    read_run,
+)
+from auxfast.train.serialization import flattened, to_table
+from auxfast.train.task import Task
+from auxfast.train.tensorboard import tensorboard
+from auxfast.train.trainer import OuterRecord, Trainer
+from auxfast.train.training_loss import CombinedLoss, TrainingLoss, make_training_loss
+
+OnOuterStep = Callable[[OuterRecord], None]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that makes a run, decided before it starts.
+
+    Args:
+        out: the folder of all runs.
+        experiment, setting: names, for the record.
+        make_task: draws the task of this seed and this method.
+    """
+
+    out: Path
+    experiment: str
+    setting: str
+    method: Method
+    seed: int
+    config: RunConfig
+    make_task: Callable[[], Task]
+
+    @property
+    def title(self) -> str:
+        """For the progress bar."""
+        return ", ".join(filter(None, (self.experiment, self.setting, f"seed {self.seed}", self.method.name)))
+
+    @property
+    def path(self) -> Path:
+        """The folder of this run."""
+        names = (self.experiment, self.setting, self.method.name, f"seed-{self.seed}")
+        return self.out.joinpath(*(re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in names if name))
+
+    def description(self) -> dict[str, Any]:
+        """The table that tells this run from others, as its folder keeps it."""
+        return {
+            "experiment": self.experiment,
+            "setting": self.setting,
+            "method": self.method.name,
+            "seed": self.seed,
+            "config": to_table(self.config),
+        }
+
+
+def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
+    """Refuses plans that cannot all be recorded, before any of them is trained.
+
+    Raises:
+        RunError: a folder holds a run already (without `resume`), or a fixed combiner has no learned run to take phi
+            from, neither on disk nor among the plans.
+    """
+    methods = {(plan.setting, plan.method) for plan in plans}
+    for plan in plans:
+        if not resume and _has_begun(plan.path):
+            raise _occupied(plan.path)
+        if plan.method.phi == "fixed" and (plan.setting, replace(plan.method, phi="learned")) not in methods:
+            _learned_run(plan)
+
+
+def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterStep | None = None) -> Run:
+    """Train and score one method from one seed: the same numbers each time, whatever ran or was interrupted before.
+
+    The global random state and torch's number of threads are left as they were.
+
+    Args:
+        resume: go on from the last checkpoint; a finished run is only read. Without, the folder must not hold a run.
+        on_outer_step: called with every record as it is made.
+
+    Raises:
+        RunError: the folder holds a run already, or one of another configuration; a file cannot be written, or read;
+            the loss is not finite any more; or there is no learned run to take phi from. What was saved is kept.
+    """
+    path, description, started = plan.path, plan.description(), _has_begun(plan.path)
+    if started:
+        if not resume:
+            raise _occupied(path)
+        _check_same(path / CONFIG, description)
+        if (path / RESULT).exists():
+            return read_run(path)
+    name = f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
+    with reproducible(plan.seed, plan.config.train):
+        try:
+            trainer = _make_trainer(plan, description)
+            if not started:
+                _begin(plan, description)
+            _train(trainer, path, on_outer_step or (lambda record: None))
+        except WriteError as error:
+            kept = "; what was saved before is kept, and --resume goes on from there" if _has_begun(path) else ""
+            raise RunError(f"{error}{kept}") from error
+        except FloatingPointError as error:
+            raise RunError(f"{name}: {error}. What was saved is kept") from error
+        except (ValueError, RuntimeError) as error:  # the task, the optimizer or a weighting refuses
+            reason = " ".join(str(error).split())
+            raise RunError(f"{name} cannot be trained: {type(error).__name__}: {reason}") from error
+    return read_run(path)
+
+
+def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
+    """Task and combiner as a run's last checkpoint has them, on the CPU; in the end these are the best ones.
+
+    Raises:
+        RunError: there is no checkpoint, or it is corrupt.
+    """
+    checkpoint = run.path / CHECKPOINT
+    state = load_checkpoint(checkpoint, "cpu")
+    with reproducible(run.seed, config.train):
+        task, loss = _start(make_task, run.method, run.seed, config)
+    with _fitting(checkpoint):
+        task.model.load_state_dict(state["trainer"]["model"])
+        loss.load_state_dict(state["trainer"]["training_loss"])
+    return task, loss.combiner if isinstance(loss, CombinedLoss) else None
+
+
+@contextmanager
+def reproducible(seed: int, config: TrainConfig) -> Iterator[None]:
+    """Random state of its own, seeded, and `config.threads` threads; what they were before comes back."""
+    threads = torch.get_num_threads()
+    cuda = range(torch.cuda.device_count()) if torch.device(config.device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+def _make_trainer(plan: RunPlan, description: dict[str, Any]) -> Trainer:
+    """The trainer at the start of the run, on its device. `description` learns where a fixed phi came from."""
+    device = plan.config.train.device
+    _check_device(device)
+    task, loss = _start(plan.make_task, plan.method, plan.seed, plan.config)
+    if plan.method.phi == "fixed" and not (plan.path / CHECKPOINT).exists():
+        description["phi from"] = _take_phi(loss, plan, description["config"])
+    _move(task, device)
+    return Trainer(task, loss.to(device), plan.config.train, plan.seed, learn=plan.method.learned)
+
+
+def _start(make_task: Callable[[], Task], method: Method, seed: int, config: RunConfig) -> tuple[Task, TrainingLoss]:
+    """Task and training loss before the first step, on the CPU."""
+    task = make_task()
+    torch.manual_seed(seed)  # whatever the task has drawn
+    return task, make_training_loss(method, config, task)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the second
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"train.device: this machine has no {name!r}: {reason}") from error
+
+
+def _move(task: Task, device: str) -> None:
+    """Moves the task's tensors and its model, which are its attributes."""
+    for name, value in vars(task).items():
+        if isinstance(value, (Tensor, nn.Module)):
+            setattr(task, name, value.to(device))
+
+
+def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
+    """Sets phi to what the learned method ended with from the first of its seeds, with the same configuration. Returns
+    that run's folder, by name."""
+    source = _learned_run(plan)
+    if read_json(source / CONFIG)["config"] != json.loads(json.dumps(config)):
+        raise RunError(
+            f"{plan.method.name} takes phi from {source}, which has another configuration: choose another --out"
+        )
+    with _fitting(source / CHECKPOINT):
+        loss.load_state_dict(load_checkpoint(source / CHECKPOINT, "cpu")["trainer"]["training_loss"])
+    return source.name
+
+
+def _learned_run(plan: RunPlan) -> Path:
+    """Where a method that is fixed at the learned phi takes it from: the learned method's finished run of the first
+    seed."""
+    learned = replace(plan, method=replace(plan.method, phi="learned"))
+    folders = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
+    if not folders:
+        raise RunError(
+            f"{plan.method.name} takes phi from {learned.method.name}, of which {plan.out} has no finished run: train "
+            "that first"
+        )
+    return min(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run at `path` has anything to lose: a first record."""
+    metrics = path / METRICS
+    return (path / CONFIG).exists() and metrics.exists() and metrics.stat().st_size > 0
+
+
+def _occupied(path: Path) -> RunError:
+    return RunError(f"{path} holds a run already: --resume goes on with it; or choose another --out")
+
+
+def _check_same(path: Path, description: dict[str, Any]) -> None:
+    """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi came from."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again")
+    table.pop("phi from", None)
+    before, now = (flattened(entries) for entries in (table, json.loads(json.dumps(description))))
+    missing = "missing"
+    differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]
+    if differing:
+        changes = "; ".join(
+            f"{key.removeprefix('config.')} was {before.get(key, missing)!r} and is {now.get(key, missing)!r}"
+            for key in differing
+        )
+        raise RunError(
+            f"{path.parent} holds another run, which this cannot go on with ({changes}): choose another --out, or "
+            "delete it"
+        )
+
+
+def _begin(plan: RunPlan, description: dict[str, Any]) -> None:
+    """Makes the folder, and refuses before training what could not be read in the end."""
+    path = plan.path
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    write_json(path / ENVIRONMENT, environment())
+    write_json(path / CONFIG, description)
+    read_config(plan.config, read_run(path))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
+    """Trains from the last checkpoint on, or from the start, and writes everything that comes of it."""
+    start, spent = time.perf_counter(), 0.0
+
+    def save() -> None:
+        state = {"trainer": trainer.state_dict(), "seconds": spent + time.perf_counter() - start}
+        save_checkpoint(path / CHECKPOINT, state)
+
+    def save_record(record: OuterRecord) -> None:
+        with writing(metrics), metrics.open("ab") as file:
+            file.write(metrics_line(record))
+            checkpoint = (record.step + 1) % trainer.config.checkpoint_every == 0
+            if checkpoint:
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint counts on the lines before it
+        if checkpoint:
+            save()
+
+    metrics = path / METRICS
+    if (path / CHECKPOINT).exists():
+        spent = _go_on(trainer, path)
+    write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # what is beyond the checkpoint comes again
+    names, first = trainer.task.loss_names, len(trainer.records)
+    with writing(path / "tensorboard"), tensorboard(path / "tensorboard", names, first) as write_scalars:
+
+        def record_step(record: OuterRecord) -> None:
+            save_record(record)
+            write_scalars(record)
+            on_outer_step(record)
+
+        records = trainer.run(record_step)
+    save()
+    result = RunResult(
+        score=trainer.task.score(),
+        validation_score=trainer.task.validation_score(),
+        outer_steps=len(records),
+        stopped_early=trainer.stopped_early,
+        inner_seconds=sum(record.inner_seconds for record in records),
+        outer_seconds=sum(record.outer_seconds for record in records),
+        seconds=spent + time.perf_counter() - start,
+    )
+    write_json(path / RESULT, finite(result._asdict()))
+
+
+def _go_on(trainer: Trainer, path: Path) -> float:
+    """Brings the trainer to the last checkpoint. Returns the seconds that were spent until then."""
+    state = load_checkpoint(path / CHECKPOINT)
+    with _fitting(path / CHECKPOINT):
+        count: int = state["trainer"]["step"]
+        trainer.load_state_dict(state["trainer"], read_metrics(path / METRICS, count))
+        seconds: float = state["seconds"]
+    return seconds
+
+
+@contextmanager
+def _fitting(checkpoint: Path) -> Iterator[None]:
+    """Turns what goes wrong when a state is loaded that is not one of this run into a RunError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{checkpoint} does not fit this run ({reason}): delete it to start that run again") from error
