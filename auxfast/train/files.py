@@ -86,3 +86,13 @@ def load_checkpoint(path: Path, device: str | None = None) -> Any:
     except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0] or "empty"
         raise RunError(f"{path} is corrupt ({reason}): delete it to start that run again") from error
+
+
+@contextmanager
+def fitting(checkpoint: Path) -> Iterator[None]:
+    """Turns what goes wrong when a state is loaded that is not one of this run into a RunError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{checkpoint} does not fit this run ({reason}): delete it to start that run again") from error

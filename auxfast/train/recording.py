@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from auxfast.train.environment import environment
 from auxfast.train.files import (
     RunError,
     WriteError,
+    fitting,
     load_checkpoint,
     read_json,
     save_checkpoint,
@@ -39,11 +39,10 @@ from auxfast.train.run import (
     RunResult,
     finite,
     metrics_line,
-    read_config,
     read_metrics,
     read_run,
 )
-from auxfast.train.serialization import flattened, to_table
+from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.task import Task
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
@@ -82,13 +81,19 @@ class RunPlan:
         return self.out.joinpath(*(re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in names if name))
 
     def description(self) -> dict[str, Any]:
-        """The table that tells this run from others, as its folder keeps it."""
+        """The table that tells this run from others, as its folder keeps it.
+
+        Raises:
+            ValueError: a table cannot hold the configuration, which could not be read in the end.
+        """
+        config = to_table(self.config)
+        override(self.config, config)
         return {
             "experiment": self.experiment,
             "setting": self.setting,
             "method": self.method.name,
             "seed": self.seed,
-            "config": to_table(self.config),
+            "config": config,
         }
 
 
@@ -121,19 +126,24 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
             the loss is not finite any more; or there is no learned run to take phi from. What was saved is kept.
     """
     path, description, started = plan.path, plan.description(), _has_begun(plan.path)
+    if started and not resume:
+        raise _occupied(path)
     if started:
-        if not resume:
-            raise _occupied(path)
         _check_same(path / CONFIG, description)
-        if (path / RESULT).exists():
-            return read_run(path)
-    name = f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
+    if not (started and (path / RESULT).exists()):
+        _record(plan, description, started, on_outer_step or (lambda record: None))
+    return read_run(path)
+
+
+def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_step: OnOuterStep) -> None:
+    """Makes the run, or what is left of it."""
+    path, name = plan.path, f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
     with reproducible(plan.seed, plan.config.train):
         try:
             trainer = _make_trainer(plan, description)
             if not started:
-                _begin(plan, description)
-            _train(trainer, path, on_outer_step or (lambda record: None))
+                _begin(path, description)
+            _train(trainer, path, on_outer_step)
         except WriteError as error:
             kept = "; what was saved before is kept, and --resume goes on from there" if _has_begun(path) else ""
             raise RunError(f"{error}{kept}") from error
@@ -142,7 +152,6 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
         except (ValueError, RuntimeError) as error:  # the task, the optimizer or a weighting refuses
             reason = " ".join(str(error).split())
             raise RunError(f"{name} cannot be trained: {type(error).__name__}: {reason}") from error
-    return read_run(path)
 
 
 def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
@@ -155,7 +164,7 @@ def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> t
     state = load_checkpoint(checkpoint, "cpu")
     with reproducible(run.seed, config.train):
         task, loss = _start(make_task, run.method, run.seed, config)
-    with _fitting(checkpoint):
+    with fitting(checkpoint):
         task.model.load_state_dict(state["trainer"]["model"])
         loss.load_state_dict(state["trainer"]["training_loss"])
     return task, loss.combiner if isinstance(loss, CombinedLoss) else None
@@ -215,11 +224,11 @@ def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
     """Sets phi to what the learned method ended with from the first of its seeds, with the same configuration. Returns
     that run's folder, by name."""
     source = _learned_run(plan)
-    if read_json(source / CONFIG)["config"] != json.loads(json.dumps(config)):
-        raise RunError(
-            f"{plan.method.name} takes phi from {source}, which has another configuration: choose another --out"
-        )
-    with _fitting(source / CHECKPOINT):
+    with fitting(source / CHECKPOINT):
+        if read_json(source / CONFIG)["config"] != config:
+            raise RunError(
+                f"{plan.method.name} takes phi from {source}, which has another configuration: choose another --out"
+            )
         loss.load_state_dict(load_checkpoint(source / CHECKPOINT, "cpu")["trainer"]["training_loss"])
     return source.name
 
@@ -256,7 +265,7 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
     if not isinstance(table, dict):
         raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again")
     table.pop("phi from", None)
-    before, now = (flattened(entries) for entries in (table, json.loads(json.dumps(description))))
+    before, now = flattened(table), flattened(description)
     missing = "missing"
     differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]
     if differing:
@@ -270,14 +279,11 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _begin(plan: RunPlan, description: dict[str, Any]) -> None:
-    """Makes the folder, and refuses before training what could not be read in the end."""
-    path = plan.path
+def _begin(path: Path, description: dict[str, Any]) -> None:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     write_json(path / ENVIRONMENT, environment())
     write_json(path / CONFIG, description)
-    read_config(plan.config, read_run(path))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -285,11 +291,15 @@ def _begin(plan: RunPlan, description: dict[str, Any]) -> None:
 
 def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
     """Trains from the last checkpoint on, or from the start, and writes everything that comes of it."""
-    start, spent = time.perf_counter(), 0.0
+    start, metrics = time.perf_counter(), path / METRICS
+    spent = _go_on(trainer, path) if (path / CHECKPOINT).exists() else 0.0
+    write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # what is beyond the checkpoint comes again
+
+    def seconds() -> float:
+        return spent + time.perf_counter() - start
 
     def save() -> None:
-        state = {"trainer": trainer.state_dict(), "seconds": spent + time.perf_counter() - start}
-        save_checkpoint(path / CHECKPOINT, state)
+        save_checkpoint(path / CHECKPOINT, {"trainer": trainer.state_dict(), "seconds": seconds()})
 
     def save_record(record: OuterRecord) -> None:
         with writing(metrics), metrics.open("ab") as file:
@@ -301,10 +311,6 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         if checkpoint:
             save()
 
-    metrics = path / METRICS
-    if (path / CHECKPOINT).exists():
-        spent = _go_on(trainer, path)
-    write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # what is beyond the checkpoint comes again
     names, first = trainer.task.loss_names, len(trainer.records)
     with writing(path / "tensorboard"), tensorboard(path / "tensorboard", names, first) as write_scalars:
 
@@ -322,7 +328,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         stopped_early=trainer.stopped_early,
         inner_seconds=sum(record.inner_seconds for record in records),
         outer_seconds=sum(record.outer_seconds for record in records),
-        seconds=spent + time.perf_counter() - start,
+        seconds=seconds(),
     )
     write_json(path / RESULT, finite(result._asdict()))
 
@@ -330,18 +336,8 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
 def _go_on(trainer: Trainer, path: Path) -> float:
     """Brings the trainer to the last checkpoint. Returns the seconds that were spent until then."""
     state = load_checkpoint(path / CHECKPOINT)
-    with _fitting(path / CHECKPOINT):
-        count: int = state["trainer"]["step"]
-        trainer.load_state_dict(state["trainer"], read_metrics(path / METRICS, count))
+    with fitting(path / CHECKPOINT):
+        records = read_metrics(path / METRICS, state["trainer"]["step"])
+        trainer.load_state_dict(state["trainer"], records)
         seconds: float = state["seconds"]
     return seconds
-
-
-@contextmanager
-def _fitting(checkpoint: Path) -> Iterator[None]:
-    """Turns what goes wrong when a state is loaded that is not one of this run into a RunError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{checkpoint} does not fit this run ({reason}): delete it to start that run again") from error

@@ -62,7 +62,8 @@ def read_run(path: Path) -> Run:
     Raises:
         RunError: a file is missing or corrupt; names it.
     """
-    description = read_json(path / CONFIG)
+    description, environment = read_json(path / CONFIG), read_json(path / ENVIRONMENT)
+    result = read_json(path / RESULT) if (path / RESULT).exists() else None
     try:
         for key, kind in _DESCRIPTION.items():
             if not isinstance(description[key], kind):
@@ -78,8 +79,8 @@ def read_run(path: Path) -> Run:
         seed=description["seed"],
         config=description["config"],
         records=tuple(read_metrics(path / METRICS)) if (path / METRICS).exists() else (),
-        result=_read_result(path / RESULT) if (path / RESULT).exists() else None,
-        environment=read_json(path / ENVIRONMENT),
+        result=None if result is None else _result(result, path / RESULT),
+        environment=environment,
     )
 
 
@@ -158,10 +159,9 @@ def _tuple(values: list[float | None] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(math.nan if value is None else value for value in values)
 
 
-def _read_result(path: Path) -> RunResult:
-    result = read_json(path)
+def _result(table: Any, path: Path) -> RunResult:
     try:
-        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in result.items()}
+        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in table.items()}
         return RunResult(**numbers)
     except (TypeError, AttributeError) as error:
         raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again") from error

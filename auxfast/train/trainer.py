@@ -63,9 +63,9 @@ class Trainer:
         self.task, self.training_loss, self.config = task, training_loss, config
         self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self.combiner: Combiner | None = training_loss.combiner if isinstance(training_loss, CombinedLoss) else None
+        self.outer = self._hyper_optimizer() if learn else None
         self.inner = make_optimizer(config.inner_optimizer, self.parameters)
         self.scheduler = None if config.inner_scheduler is None else make_scheduler(config.inner_scheduler, self.inner)
-        self.outer = self._hyper_optimizer() if learn else None
         self.records: list[OuterRecord] = []
         self.best: dict[str, Any] | None = None  # {"step", "score", "model", "training_loss"}
         # Outer steps have batches of their own draw: a frozen control sees the same inner steps.
