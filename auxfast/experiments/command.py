@@ -50,8 +50,9 @@ def plan_comparison(
     Raises:
         ValueError: there is no such experiment, method, setting or entry of the configuration; says which there are.
         OSError: `config` cannot be read.
-        MissingExtraError: the experiment's package or tqdm is not installed.
+        MissingExtraError: the experiment's package, cattrs or tqdm is not installed.
     """
+    import_extra("cattrs", "cattrs")
     experiment = get_experiment(name)
     parsed = dict.fromkeys(parse_method(method) for method in methods or experiment.methods)
     ordered = sorted(parsed, key=lambda method: method.phi == "fixed")  # these need the learned ones
@@ -91,6 +92,7 @@ def report(paths: Iterable[Path], out: Path) -> None:
     Raises:
         ValueError, MissingExtraError, RunError: see `write_report`.
     """
+    import_extra("cattrs", "cattrs")
     print(write_report([results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))], out))
     print(f"\nWrote {out}")
 

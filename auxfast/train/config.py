@@ -122,9 +122,11 @@ class RunConfig:
     task: Any = None
 
     def __post_init__(self) -> None:
-        for name in self.weighting:
+        for name, options in self.weighting.items():
             if name not in WEIGHTINGS:
                 raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTINGS)}")
+            if not isinstance(options, Mapping):
+                raise ValueError(f"weighting.{name}: got {options!r}, must be a table")
 
 
 def _check_count(key: str, value: int) -> None:

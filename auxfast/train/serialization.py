@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from auxfast import solvers
-from auxfast.solvers import Preconditioner, Solver
+from auxfast.train.config import RunConfig
 from auxfast.train.optimizers import Component
 
-SOLVERS = {
-    kind.__name__: kind
-    for kind in (
-        solvers.Neumann,
-        solvers.Chebyshev,
-        solvers.ConjugateGradient,
-        solvers.MINRES,
-        solvers.Nystrom,
-        solvers.Dense,
-        solvers.Identity,
-    )
-}
-PRECONDITIONERS = {kind.__name__: kind for kind in (solvers.Jacobi, solvers.Nystrom)}
-_NAMED: dict[Any, Mapping[str, type]] = {Solver: SOLVERS, Preconditioner: PRECONDITIONERS}
-_NOT_IN_TABLES = "diagonal"  # Jacobi's: tensors
+_SOLVERS = ("Neumann", "Chebyshev", "ConjugateGradient", "MINRES", "Nystrom", "Dense", "Identity")
+SOLVERS: dict[str, type] = {name: getattr(solvers, name) for name in _SOLVERS}
+PRECONDITIONERS: dict[str, type] = {"Jacobi": solvers.Jacobi, "Nystrom": solvers.Nystrom}
+_BY_NAME: dict[Any, Mapping[str, type]] = {solvers.Solver: SOLVERS, solvers.Preconditioner: PRECONDITIONERS}
+_OF_SOLVERS = (*SOLVERS.values(), solvers.Jacobi)
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: '"none"'}
 
 Config = TypeVar("Config")
-Changes = Sequence[tuple[tuple[str, ...], Any]]  # (path below this entry, value), in the order in which they are made
 
 
 def to_table(value: Any) -> Any:
     """Dataclasses as dicts (components and solvers with their `name`), tuples as lists, all else as it is."""
-    if isinstance(value, Component) or type(value) in {*SOLVERS.values(), *PRECONDITIONERS.values()}:
-        return {key: to_table(entry) for key, entry in _entries(value).items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_table(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: to_table(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [to_table(entry) for entry in value]
-    return value
+    return _converter().unstructure(value)
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -55,8 +38,14 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: an unknown key, or a value of a wrong type or out of range; names the key, and says what was given
             and what is allowed.
+        ModuleNotFoundError: cattrs is not installed.
     """
-    changed: Config = _dataclass(config, [(tuple(key.split(".")), value) for key, value in changes.items()], "")
+    table = _changed(config, type(config), (), changes, "")
+    if isinstance(config, RunConfig):  # its task is of a type that the experiment chose
+        if config.task is None and table["task"] not in (None, "none"):
+            raise ValueError("task: this experiment has no options of its own")
+        table["task"] = _structured(table["task"], type(config.task), "task")
+    changed: Config = _structured(table, type(config), "")
     return changed
 
 
@@ -68,144 +57,190 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _dataclass(base: Any, changes: Changes, key: str) -> Any:
-    """All entries at once: a dataclass checks how they fit together."""
-    hints = get_type_hints(type(base))
-    by_field: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
-    for path, value in changes:
-        if not path and not isinstance(value, Mapping):
-            raise _wrong(key, value, "a table")
-        below = [(path, value)] if path else [(tuple(name.split(".")), entry) for name, entry in value.items()]
-        for (name, *rest), entry in below:
-            if name not in hints:
-                raise ValueError(f"{_join(key, name)}: no such entry, must be one of {', '.join(hints)}")
-            by_field.setdefault(name, []).append((tuple(rest), entry))
-    new = {name: _entry(getattr(base, name), hints[name], own, _join(key, name)) for name, own in by_field.items()}
-    return replace(base, **new)
-
-
-def _entry(base: Any, hint: Any, changes: Changes, key: str) -> Any:
-    kinds = _alternatives(hint)
-    if is_dataclass(base) and not isinstance(base, Component) and not set(kinds) & _NAMED.keys():
-        return _dataclass(base, changes, key)
-    if hint is Any and any(value is not None for _, value in changes):
-        raise ValueError(f"{key}: this experiment has no options of its own")
-    for path, value in changes:
-        if not path and (value is None or value == "none") and (type(None) in kinds or hint is Any):
-            base = None
-        elif Component in kinds or set(kinds) & _NAMED.keys():
-            base = _named(base, kinds, path, value, key)
-        elif get_origin(hint) is Mapping:
-            base = _mapping(base, path, value, key)
-        elif path:
-            raise ValueError(f"{'.'.join((key, *path))}: no such entry, {key} has no entries")
+def _changed(entry: Any, hint: Any, path: Sequence[str], change: Any, key: str) -> Any:
+    """The table `entry`, which is at `key` and of the type `hint`, with a change at the `path` below it."""
+    named = _is_named(hint)
+    if not path and (not isinstance(change, Mapping) or (named and "name" in change)):
+        return change
+    table = to_table(entry)  # a copy, and a table if an earlier change was an object
+    if table is None or (named and isinstance(table, str)):
+        table = {} if table is None else {"name": table}
+    if not isinstance(table, dict):
+        if path:
+            raise ValueError(f"{_join(key, path[0])}: no such entry, {key} has no entries")
+        return change
+    steps = [(list(path), change)] if path else [(name.split("."), value) for name, value in change.items()]
+    for (name, *below), value in steps:
+        if named and name == "name":  # the options of another component would not fit this one
+            table = table if table.get("name") == value else {"name": value}
         else:
-            base = _value(hint, value, key)
-    return base
+            hint_below = _hints(hint, table).get(name, Any)
+            table[name] = _changed(table.get(name), hint_below, below, value, _join(key, name))
+    return table
 
 
-def _named(base: Any, kinds: Sequence[Any], path: Sequence[str], value: Any, key: str) -> Any:
-    """A component, solver or preconditioner, changed."""
-    known: Mapping[str, type] = next((_NAMED[kind] for kind in kinds if kind in _NAMED), {})
-    if not path and isinstance(value, tuple(known.values()) or Component):
-        return value
-    entries = {} if base is None else _entries(base)
-    if not path:
-        table = {"name": value} if isinstance(value, str) else value
-        if not isinstance(table, Mapping):
-            raise _wrong(key, value, 'a table {name = "...", ...}')
-        entries = dict(table) if "name" in table else {**entries, **table}
-    elif path[0] == "name":
-        entries = entries if entries.get("name") == value else {"name": value}
-    elif len(path) == 1:
-        entries[path[0]] = value
-    else:
-        entries[path[0]] = _named(entries.get(path[0]), (Preconditioner,), path[1:], value, _join(key, path[0]))
-    name = entries.pop("name", None)
-    if not isinstance(name, str):
-        raise ValueError(f'{key}: got no name, must be a table {{name = "...", ...}}')
-    if Component in kinds:
-        return Component(name, {option: _tupled(given) for option, given in entries.items()})
-    if name not in known:
-        raise ValueError(f"{key}.name: got {name!r}, must be one of {', '.join(known)}")
-    types = get_type_hints(known[name])
-    hints = {field.name: types[field.name] for field in fields(known[name]) if field.name != _NOT_IN_TABLES}
-    for option in entries:
-        if option not in hints:
-            raise ValueError(f"{key}.{option}: not an option of {name}, which has {', '.join(hints)}")
-    options = {
-        option: _entry(None, hints[option], [((), given)], f"{key}.{option}") for option, given in entries.items()
-    }
+def _hints(hint: Any, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The types of the entries below a `table` of the type `hint`, as far as they are known."""
+    kind = _known(hint).get(str(table.get("name"))) if _is_named(hint) else hint
+    return get_type_hints(kind) if is_dataclass(kind) else {}
+
+
+def _is_named(hint: Any) -> bool:
+    """Whether a table of this type has a `name`: that of a component, solver or preconditioner."""
+    return bool({Component, *_BY_NAME} & {*_alternatives(hint)})
+
+
+def _known(hint: Any) -> Mapping[str, type]:
+    """Solvers or preconditioners by name; nothing for a component."""
+    return next((_BY_NAME[kind] for kind in _alternatives(hint) if kind in _BY_NAME), {})
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+# -------------------------------------------------------------------------------------------------- objects of tables
+
+
+def _cattrs() -> Any:
+    """The package cattrs. Only tables need it: a configuration that is made of objects trains without."""
     try:
-        return known[name](**options)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        import cattrs
+    except ModuleNotFoundError as error:
+        message = "cattrs is not installed, and configurations in tables need it. Get it with: pip install cattrs"
+        raise ModuleNotFoundError(message, name="cattrs") from error
+    return cattrs
 
 
-def _entries(value: Any) -> dict[str, Any]:
-    """Of a component, solver or preconditioner, its name among them."""
-    if isinstance(value, Component):
-        return {"name": value.name, **value.options}
-    own = {f.name: getattr(value, f.name) for f in fields(value) if f.name != _NOT_IN_TABLES}
-    return {"name": type(value).__name__, **own}
+@cache
+def _converter() -> Any:
+    converter = _cattrs().Converter(forbid_extra_keys=True, unstruct_collection_overrides={tuple: list})
+    converter.register_structure_hook_func(lambda hint: hint is not Any, _plain)
+    for kind in (bool, int, float, str):  # cattrs would convert what is of another type
+        converter.register_structure_hook(kind, _plain)
+    converter.register_structure_hook_func(_is_mapping, _mapping)
+    converter.register_structure_hook_func(_is_named, _named)
+    converter.register_structure_hook_factory(lambda hint: is_dataclass(hint) and hint is not Component, _dataclass)
+    for named in (Component, *_OF_SOLVERS):
+        converter.register_unstructure_hook(named, _named_table)
+    return converter
 
 
-def _mapping(base: Mapping[str, Any], path: Sequence[str], value: Any, key: str) -> dict[str, Any]:
-    """Tables without a type, such as {"equal": {"auxiliary_weight": 0.2}}."""
-    if path:
-        below = base.get(path[0], {})
-        if path[1:]:
-            value = _mapping(below if isinstance(below, Mapping) else {}, path[1:], value, _join(key, path[0]))
-        return {**base, path[0]: _tupled(value)}
+def _named_table(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, Component):
+        return {"name": entry.name, **to_table(dict(entry.options))}
+    if getattr(entry, "diagonal", None) is not None:
+        raise ValueError("a table cannot hold Jacobi's diagonal, which is of tensors")
+    return {"name": type(entry).__name__} | {name: to_table(getattr(entry, name)) for name in _options(type(entry))}
+
+
+def _options(kind: type) -> list[str]:
+    return [field.name for field in fields(kind) if (kind, field.name) != (solvers.Jacobi, "diagonal")]
+
+
+class _Refused(ValueError):
+    """A value that an entry, or its own entry `below`, cannot have. The message says why, without the key."""
+
+    def __init__(self, message: str, below: str = "") -> None:
+        super().__init__(message)
+        self.below = below
+
+
+def _dataclass(kind: type) -> Callable[[Any, Any], Any]:
+    omitted = {"diagonal": _cattrs().override(omit=True)} if kind is solvers.Jacobi else {}
+    make = _cattrs().gen.make_dict_structure_fn(kind, _converter(), **omitted)
+    return lambda table, hint: make(_mapping(table, hint), hint)
+
+
+def _mapping(value: Any, hint: Any) -> Any:
     if not isinstance(value, Mapping):
-        raise _wrong(key, value, "a table")
-    for name, entry in value.items():
-        base = _mapping(base, tuple(name.split(".")), entry, key)
-    return dict(base)
+        raise _Refused(f"got {value!r}, must be a table")
+    return _with_tuples(value) if _is_mapping(hint) else value
 
 
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type that it should have."""
+def _is_mapping(hint: Any) -> bool:
+    return get_origin(hint) is Mapping
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists become tuples again, which TOML and JSON do not have."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _named(value: Any, hint: Any) -> Any:
+    """A component, or a solver or preconditioner of those that are known."""
+    known = _known(hint)
+    if value in (None, "none") and NoneType in _alternatives(hint):
+        return None
+    if isinstance(value, tuple(known.values()) or Component):
+        return value
+    table = {"name": value} if isinstance(value, str) else value
+    if not isinstance(table, Mapping):
+        raise _Refused(f'got {value!r}, must be a table {{name = "...", ...}}')
+    name, options = table.get("name"), {key: entry for key, entry in table.items() if key != "name"}
+    if not isinstance(name, str):
+        raise _Refused('got no name, must be a table {name = "...", ...}')
+    if not known:
+        return Component(name, _with_tuples(options))
+    if name not in known:
+        raise _Refused(f"got {name!r}, must be one of {', '.join(known)}", below="name")
+    return _converter().structure(options, known[name])
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A number, a string, a choice, or a tuple of such."""
     for kind in _alternatives(hint):
         origin, parts = get_origin(kind), get_args(kind)
+        if kind is NoneType and (value is None or value == "none"):
+            return None
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        if kind in _WORDS and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
         if origin is Literal and any(value == part and type(value) is type(part) for part in parts):
             return value
         if origin is tuple and isinstance(value, (list, tuple)):
             hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
             if len(hints) == len(value):
-                return tuple(_value(part, entry, key) for part, entry in zip(hints, value, strict=True))
-    raise _wrong(key, value, _describe(hint))
+                return tuple(_plain(entry, part) for entry, part in zip(value, hints, strict=True))
+    raise _Refused(f"got {value!r}, must be {_words(hint)}")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _describe(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): '"none"'}
-    texts = []
-    for kind in _alternatives(hint):
-        parts = [part for part in get_args(kind) if part is not Ellipsis]
-        if get_origin(kind) is Literal:
-            texts += [f'"{part}"' for part in parts]
-        elif get_origin(kind) is tuple:
-            texts.append("a list, each entry " + _describe(parts[0]))
-        else:
-            texts.append(names.get(kind, str(kind)))
-    return " or ".join(texts)
+def _words(hint: Any) -> str:
+    """What an entry must be."""
+    if get_origin(hint) is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each entry {_words(get_args(hint)[0])}"
+    return _WORDS.get(hint) or " or ".join(map(_words, get_args(hint))) or str(hint)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _structured(table: Any, kind: type, key: str) -> Any:
+    """The object of a `kind` that the table at `key` describes."""
+    try:
+        return _converter().structure(table, kind)
+    except (_Refused, _cattrs().ClassValidationError) as error:
+        raise _explained(error, key) from error
 
 
-def _wrong(key: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{key}: got {value!r}, must be {allowed}")
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+def _explained(error: Any, key: str, within: type | None = None) -> Exception:
+    """What to say of an error in the table at `key`: the first fault that cattrs found, with the key of the entry."""
+    cattrs = _cattrs()
+    notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, cattrs.AttributeValidationNote)]
+    key = _join(key, notes[0].name) if notes else key
+    if isinstance(error, cattrs.ClassValidationError):
+        return _explained(error.exceptions[0], key, error.cl)
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        unknown, known = _join(key, min(error.extra_fields)), ", ".join(_options(error.cl))
+        if error.cl in _OF_SOLVERS:
+            return ValueError(f"{unknown}: not an option of {error.cl.__name__}, which has {known}")
+        return ValueError(f"{unknown}: no such entry, must be one of {known}")
+    if isinstance(error, _Refused):
+        return ValueError(f"{_join(key, error.below) if error.below else key}: {error}")
+    return ValueError(f"{key}: {error}") if within in _OF_SOLVERS and isinstance(error, ValueError) else error

@@ -197,8 +197,9 @@ def test_experiments_are_listed_and_unknown_ones_refused(capsys):
     assert "auxfast train --list" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["tqdm", "sklearn"])
-def test_a_missing_extra_is_named_before_training(module, no_training, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("module", "package"), [("tqdm", "tqdm"), ("sklearn", "scikit-learn"), ("cattrs", "cattrs")])
+def test_a_missing_extra_is_named_before_training(module, package, no_training, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["train", "diabetes", "--out", str(tmp_path)]) == 1
-    assert "is not installed, and this needs it. Get it with: pip install" in capsys.readouterr().err
+    message = f"auxfast: {package} is not installed, and this needs it. Get it with: pip install {package}\n"
+    assert capsys.readouterr().err == message

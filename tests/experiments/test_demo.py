@@ -109,13 +109,14 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(no_training, t
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")]
+    ("module", "package"),
+    [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm"), ("cattrs", "cattrs")],
 )
 def test_a_missing_extra_is_named_before_training(module, package, no_training, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        f"auxfast: {package} is not installed, and this needs it. Get it with: pip install 'auxfast[demo]'\n"
+        f"auxfast: {package} is not installed, and this needs it. Get it with: pip install {package}\n"
     )
 
 

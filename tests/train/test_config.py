@@ -1,9 +1,14 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 from auxfast.solvers import ConjugateGradient, Dense, Jacobi, Neumann, Nystrom
 from auxfast.train import CombinerConfig, Component, RunConfig
@@ -218,6 +223,10 @@ def test_objects_are_taken_as_they_are():
         ({"combiner.hidden": 3}, "combiner.hidden: got 3, must be a list, each entry an integer"),
         ({"combiner.hidden": ["x"]}, "combiner.hidden: got 'x', must be an integer"),
         ({"weighting": 3}, "weighting: got 3, must be a table"),
+        ({"weighting.equal": 3}, "weighting.equal: got 3, must be a table"),
+        ({"task": "none"}, "task: got 'none', must be a table"),
+        ({"train.solver": None}, r"train.solver: got None, must be a table"),
+        ({"train.device": {}}, "train.device: got {}, must be a string"),
         ({"task.kind": "odd"}, 'task.kind: got \'odd\', must be "easy" or "hard"'),
         ({"task.limit": "x"}, "task.limit: got 'x', must be a number or \"none\""),
     ],
@@ -227,6 +236,12 @@ def test_what_cannot_be_is_refused_by_its_key(given, message):
         override(CONFIG, given)
 
 
+def test_a_diagonal_of_tensors_cannot_be_in_a_table():
+    solver = ConjugateGradient(preconditioner=Jacobi(diagonal=[torch.ones(1)]))
+    with pytest.raises(ValueError, match="a table cannot hold Jacobi's diagonal"):
+        to_table(train_config(solver=solver))
+
+
 def test_an_experiment_without_options_says_so():
     with pytest.raises(ValueError, match="task: this experiment has no options"):
         override(RunConfig(train_config()), {"task.shots": 3})
@@ -234,3 +249,25 @@ def test_an_experiment_without_options_says_so():
 
 def test_flattened():
     assert flattened({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+_WITHOUT_CATTRS = """
+import sys
+sys.modules["cattrs"] = None  # importing it raises
+from auxfast.train import RunConfig, Trainer, make_training_loss, override, parse_method
+from train.problems import OneWeight, train_config
+task, config = OneWeight(), RunConfig(train_config(outer_steps=2))
+Trainer(task, make_training_loss(parse_method("linear"), config, task), config.train, seed=0, learn=True).run()
+override(config, {"train.outer_steps": 3})
+"""
+
+
+def test_without_cattrs_the_trainer_trains_and_tables_say_what_to_install():
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    command = [sys.executable, "-W", "error", "-c", _WITHOUT_CATTRS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: cattrs is not installed, and configurations in tables need it. Get it with: pip install "
+        "cattrs"
+    )

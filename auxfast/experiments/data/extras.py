@@ -22,5 +22,5 @@ def import_extra(module: str, package: str) -> ModuleType:
         if error.name not in (module, module.partition(".")[0]):
             raise  # the package is there, and broken: its own message says more
         raise MissingExtraError(
-            f"{package} is not installed, and this needs it. Get it with: pip install 'auxfast[demo]'"
+            f"{package} is not installed, and this needs it. Get it with: pip install {package}"
         ) from error
