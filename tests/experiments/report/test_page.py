@@ -51,8 +51,8 @@ def test_a_page_needs_no_other_file_and_says_everything(experiment, tmp_path, ca
     assert '<li class="holds">9 finished</li>' in html
     assert '<li class="fails">nothing &lt;else&gt;</li>' in html
     assert "more features" in html
-    assert "&quot;inner_steps&quot;: 3" in html
-    assert "&quot;torch&quot;" in html  # the environment
+    assert "&#34;inner_steps&#34;: 3" in html
+    assert "&#34;torch&#34;" in html  # the environment
     output = capsys.readouterr().out
     assert re.search(r"^Linear, learned +-\d", output, re.MULTILINE)
     assert "NOT SHOWN:     nothing <else>" in output
