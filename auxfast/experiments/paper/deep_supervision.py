@@ -23,7 +23,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask, accuracy
-from auxfast.experiments.report.drawing import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
+from auxfast.experiments.report.plotting import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig

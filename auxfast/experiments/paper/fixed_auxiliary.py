@@ -14,7 +14,7 @@ from pathlib import Path
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.paper import digits
-from auxfast.experiments.report.drawing import BLUE, GREY, ORANGE, RED, draw_course, new_figure, tidy
+from auxfast.experiments.report.plotting import BLUE, GREY, ORANGE, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished, scores
 from auxfast.train.methods import parse_method
 from auxfast.train.run import Run

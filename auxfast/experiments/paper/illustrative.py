@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, split
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.report.drawing import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
+from auxfast.experiments.report.plotting import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import estimate, finished
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig

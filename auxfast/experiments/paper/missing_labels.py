@@ -12,7 +12,7 @@ from pathlib import Path
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.paper import digits
-from auxfast.experiments.report.score_curve import draw_score_curves
+from auxfast.experiments.report.plotting import draw_score_curves
 from auxfast.experiments.report.statistics import better_everywhere, compare, scores
 from auxfast.train.run import Run
 

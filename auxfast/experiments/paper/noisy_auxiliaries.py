@@ -22,7 +22,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, split
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask, explained_variance
-from auxfast.experiments.report.drawing import BLUE, GREY, new_figure, tidy
+from auxfast.experiments.report.plotting import BLUE, GREY, new_figure, tidy
 from auxfast.experiments.report.statistics import finished
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig

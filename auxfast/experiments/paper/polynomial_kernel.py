@@ -25,7 +25,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask, accuracy
-from auxfast.experiments.report.drawing import (
+from auxfast.experiments.report.plotting import (
     BLACK,
     BLUE,
     GREEN,

@@ -24,7 +24,7 @@ from auxfast.experiments.data import StereoData, allocate_auxiliary, draw_batch,
 from auxfast.experiments.data.stereo import COLOUR_CLASSES, UNKNOWN
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask
-from auxfast.experiments.report.loss_image_figure import draw_loss_images
+from auxfast.experiments.report.plotting import draw_loss_images
 from auxfast.experiments.report.statistics import better, finished
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig

@@ -28,7 +28,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, load_diabetes, split, standardise
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask, explained_variance
-from auxfast.experiments.report.drawing import BLACK, BLUE, GREEN, GREY, RED, draw_course, new_figure, tidy
+from auxfast.experiments.report.plotting import BLACK, BLUE, GREEN, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished, scores
 from auxfast.solvers import Dense
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig

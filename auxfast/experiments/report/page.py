@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from auxfast._version import __version__
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.report.figure import NOTE, draw_sections
+from auxfast.experiments.report.plotting import NOTE, draw_sections
 from auxfast.experiments.report.rows import Results, Section, cautions, describe, rows, table
 from auxfast.train.files import RunError, write_bytes
 

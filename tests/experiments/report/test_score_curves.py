@@ -3,10 +3,9 @@
 import pytest
 
 from auxfast.experiments.paper import missing_labels, sensitivity
-from auxfast.experiments.report.score_curve import draw_score_curves
+from auxfast.experiments.report.plotting import draw_score_curves
 from auxfast.train.methods import parse_method
-
-from .handmade import runs_of, unfinished
+from experiments.paper.handmade import runs_of, unfinished
 
 
 @pytest.fixture

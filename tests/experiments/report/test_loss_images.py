@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from auxfast.experiments.report.loss_image_figure import draw_loss_images
+from auxfast.experiments.report.plotting import draw_loss_images
 
 figure_module = pytest.importorskip("matplotlib.figure")
 

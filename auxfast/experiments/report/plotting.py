@@ -1,0 +1,418 @@
+"""Pictures: what all of them share, the experiments' own kinds, and the comparison of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from auxfast.experiments.data.extras import import_extra
+from auxfast.experiments.report.rows import Row, Section, methods, rows
+from auxfast.experiments.report.statistics import Estimate, estimate, scores
+from auxfast.train.methods import Method, parse_method
+from auxfast.train.run import Run
+
+# Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
+BLACK, GREY, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
+    "#000000",
+    "#7f7f7f",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#e69f00",
+    "#cc79a7",
+    "#56b4e9",
+)
+_COLOURS = {  # one for each family of methods; frozen combiners are drawn hollow or dashed
+    "stl": BLACK,
+    "equal": GREY,
+    "uncertainty": SKY,
+    "dwa": "#999933",
+    "gradnorm": "#882255",
+    "gcs": "#44aa99",
+    "mgda": "#aa4499",
+    "linear": BLUE,
+    "deep-linear": GREEN,
+    "nonlinear": RED,
+    "polynomial": PURPLE,
+    "conv": ORANGE,
+}
+
+
+def new_figure(width: float, height: float, dpi: int = 110) -> Any:
+    """A matplotlib Figure of `width` times `height` inches, which no window system has to know of.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    module = import_extra("matplotlib.figure", "matplotlib")
+    return module.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def tidy(axes: Any) -> None:
+    """Removes the frame where there is no axis, and adds a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def draw_course(axes: Any, courses: Sequence[Sequence[float]], colour: str, label: str, dash: str = "-") -> None:
+    """A line over the outer steps: the mean of the runs' `courses`, and their standard deviation as a band.
+
+    Args:
+        courses: (runs, outer steps); cut to the shortest, should runs have stopped early.
+    """
+    steps = min(map(len, courses))
+    values = np.array([course[:steps] for course in courses])
+    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    axes.plot(range(1, steps + 1), mean, dash, color=colour, linewidth=1.8, label=label)
+    axes.fill_between(range(1, steps + 1), mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+
+
+# ------------------------------------------------------------------------------------------------- scores over settings
+
+
+def draw_score_curves(
+    path: Path,
+    runs: Sequence[Run],
+    methods: Sequence[str],
+    positions: Mapping[str, float],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    note: str,
+) -> None:
+    """Draw to a PNG one line a method: mean and standard error of its test scores over seeds, in each setting. Settings
+    and methods without finished runs are left out.
+
+    Args:
+        methods: all but "stl", which is drawn as one level for all settings: they do not concern it.
+        positions: where on the x axis each setting is, by its name.
+        note: below the picture: what a reader should look for.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(7.5, 5)
+    axes = figure.subplots()
+    _draw_level(axes, runs)
+    nudge = 0.012 * (max(positions.values()) - min(positions.values()))  # so that error bars do not hide each other
+    for i, name in enumerate(methods):
+        of_setting = {setting: scores(runs, name, setting) for setting in positions}
+        points = [(positions[s], estimate(list(own.values()))) for s, own in of_setting.items() if own]
+        if points:
+            _draw_line(axes, parse_method(name), points, nudge * (i - (len(methods) - 1) / 2))
+    axes.set_xticks(list(positions.values()))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"test score: {y_label}")
+    axes.set_title(title, fontsize=12, fontweight="bold")
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none")
+    tidy(axes)
+    seeds = len({run.seed for run in runs if run.result})
+    figure.supxlabel(f"{note}\nMean ± standard error over {seeds} seeds.", fontsize=9, color=GREY)
+    figure.savefig(path)
+
+
+def _draw_level(axes: Any, runs: Sequence[Run]) -> None:
+    """Draws mean and standard error over seeds of STL's scores, each seed's own being its mean over settings."""
+    of_seed: dict[int, list[float]] = {}
+    for run in runs:
+        if run.method.name == "stl" and run.result is not None:
+            of_seed.setdefault(run.seed, []).append(run.result.score)
+    if of_seed:
+        mean, sem, _ = estimate([fmean(own) for own in of_seed.values()])
+        axes.axhline(mean, color=BLACK, linestyle=":", linewidth=1.8, label=parse_method("stl").label)
+        axes.axhspan(mean - (sem or 0.0), mean + (sem or 0.0), color=BLACK, alpha=0.08, linewidth=0)
+
+
+def _draw_line(axes: Any, method: Method, points: Sequence[tuple[float, Estimate]], shift: float) -> None:
+    frozen, colour = method.phi == "frozen", _COLOURS[method.family]
+    axes.errorbar(
+        [x + shift for x, _ in points],
+        [e.mean for _, e in points],
+        yerr=[e.sem or 0.0 for _, e in points],
+        fmt="o--" if frozen else "o-" if method.is_combiner else "s-.",
+        color=colour,
+        markerfacecolor="white" if frozen else colour,
+        label=method.label,
+        linewidth=1.8,
+        capsize=4,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- loss images
+
+
+def draw_loss_images(
+    path: str | Path,
+    images: Tensor,
+    losses: Tensor,
+    weights: Tensor,
+    loss_names: Sequence[str],
+    mask: Tensor | None = None,
+) -> None:
+    """Draw to a PNG, one row an image: the image, the channels of its losses, and those of its weights.
+
+    Args:
+        images: (batch, 3, H, W), red, green and blue in [0, 1], or (batch, 1, H, W), grey levels of any range.
+        losses: (batch, num_losses, H, W).
+        weights: (batch, num_losses, H, W), as `auxfast.nn.ConvCombiner.loss_weights` gives them; drawn times the number
+            of pixels, so that 1 is the weight in a mean over all pixels.
+        loss_names: one for each channel.
+        mask: (batch, num_losses, H, W); where it is 0, losses and weights are left grey.
+
+    Colours have one scale for each column.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: shapes do not fit together.
+        OSError: the file cannot be written.
+    """
+    if losses.dim() != 4:
+        raise ValueError(f"losses must be (batch, num_losses, H, W), got {tuple(losses.shape)}")
+    batch, num_losses, height, width = losses.shape
+    channels = images.shape[1] if images.dim() == 4 else 0
+    if channels not in (1, 3) or images.shape != (batch, channels, height, width):
+        raise ValueError(f"images must be ({batch}, 1 or 3, {height}, {width}), got {tuple(images.shape)}")
+    for name, tensor in (("weights", weights), ("mask", mask)):
+        if tensor is not None and tensor.shape != losses.shape:
+            raise ValueError(f"{name} must have the losses' shape {tuple(losses.shape)}, got {tuple(tensor.shape)}")
+    if len(loss_names) != num_losses:
+        raise ValueError(f"loss_names must be {num_losses}, got {len(loss_names)}")
+    columns = 1 + 2 * num_losses
+    figure = new_figure(2.4 * columns, 2.2 * batch + 0.6)
+    axes = figure.subplots(batch, columns, squeeze=False)
+    for row, image in zip(axes, _array(images), strict=True):
+        row[0].imshow(np.moveaxis(image, 0, -1).squeeze(), cmap="gray")
+    axes[0, 0].set_title("image", fontsize=10)
+    for j, name in enumerate(loss_names):
+        known = None if mask is None else _array(mask[:, j]) != 0
+        _draw_column(figure, axes[:, 1 + j], _array(losses[:, j]), known, "viridis", f"{name} loss")
+        scaled = _array(weights[:, j]) * height * width
+        _draw_column(figure, axes[:, 1 + num_losses + j], scaled, known, "magma", f"weight of {name}")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.supxlabel("Grey: unknown, masked. A weight of 1 is that of a plain mean over all pixels.", fontsize=9)
+    figure.savefig(path)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().float().numpy()
+
+
+def _draw_column(
+    figure: Any, column: np.ndarray, values: np.ndarray, known: np.ndarray | None, colours: str, title: str
+) -> None:
+    """Draws `values` (batch, H, W), a picture a row, on one scale of colours. `known` (batch, H, W): what to show."""
+    shown = np.ma.masked_invalid(values if known is None else np.ma.masked_array(values, ~known))
+    low, high = (0.0, 1.0) if shown.count() == 0 else (shown.min(), shown.max())
+    if low == high:  # a scale needs some length
+        low, high = low - 0.5, high + 0.5
+    for axis, picture in zip(column, shown, strict=True):
+        drawn = axis.imshow(picture, cmap=colours, vmin=low, vmax=high)
+        axis.set_facecolor("0.8")
+    figure.colorbar(drawn, ax=list(column), shrink=0.8)
+    column[0].set_title(title, fontsize=10)
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+_DASHES = {"learned": "-", "frozen": "--", "fixed": ":"}
+_FREE_DASH = (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5))  # marks combiners that are not monotone
+_LOSS_COLOURS = (BLACK, BLUE, RED, GREEN)
+_MAX_NAMED_LOSSES = 12  # more lines of a legend would hide the curves
+_COLUMNS = 4  # panels side by side
+NOTE = (
+    "Scores: ticks are seeds; circles, bars and figures are mean ± standard error, hollow where a combiner is not "
+    "learned; dotted line: the first method. Curves: mean over seeds; weights: ± one standard deviation. Residuals: "
+    "median and quartiles."
+)
+
+
+def draw_sections(all_sections: Sequence[Section]) -> Any:
+    """A matplotlib Figure of all sections, one below the other.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    heights = [_height(section) for section in all_sections]
+    figure = new_figure(18, sum(heights) + 0.5, dpi=100)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, section in zip(parts, all_sections, strict=True):
+        _draw_section(part, section)
+    figure.supxlabel(NOTE, fontsize=9.5, color=GREY)
+    return figure
+
+
+def _height(section: Section) -> float:
+    """Height of the figure in inches."""
+    return 0.9 + max(4.0, 0.4 * len(methods(section))) + 4.2 * _weight_rows(section)
+
+
+def _weight_rows(section: Section) -> int:
+    """Rows of panels below the first: weights of each learned method, and residual and cost if there is one."""
+    learned = sum(method.learned for method in methods(section))
+    return -(-(learned + 2) // _COLUMNS) if learned else 0
+
+
+def _draw_section(part: Any, section: Section) -> None:
+    part.suptitle(section.title, fontsize=13, fontweight="bold")
+    weight_rows = _weight_rows(section)
+    ratios = [_height(section) - 0.9 - 4.2 * weight_rows, *[4.2] * weight_rows]
+    top, *bottom = part.subfigures(1 + weight_rows, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    scores, curves = top.subplots(1, 2, width_ratios=(1.3, 1))
+    made = rows(section)
+    _draw_scores(scores, section, made)
+    _draw_curves(curves, section, made)
+    panels = [axes for row in bottom for axes in row.subplots(1, _COLUMNS)]
+    learned = [row.method for row in made if row.method.learned]
+    for axes, method in zip(panels, learned, strict=False):
+        _draw_weights(axes, section, method)
+    if learned:
+        _draw_residuals(panels[len(learned)], section, learned)
+        _draw_cost(panels[len(learned) + 1], made)
+    for axes in panels[len(learned) + 2 :]:
+        axes.set_axis_off()
+
+
+def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
+    """Draws a line a method: its seeds, mean and standard error. Writes these two, and the difference to STL."""
+    for y, row in enumerate(made):
+        colour, filled = _COLOURS[row.method.family], row.method.learned or not row.method.is_combiner
+        style = {"color": colour, "markersize": 7}
+        axes.plot(list(row.scores.values()), [y + 0.22] * len(row.scores), "|", alpha=0.5, **style)
+        face = colour if filled else "white"
+        axes.errorbar(
+            row.mean.mean, y, xerr=row.mean.sem or 0, fmt="o", markerfacecolor=face, capsize=4, linewidth=2, **style
+        )
+        texts = [str(row.mean), *(row.differences[base].signed() for base in ("stl",) if base in row.differences)]
+        _write_columns(
+            axes, y, [text.replace("+-", "±") for text in texts], fontweight="bold" if row.best else "normal"
+        )
+    _write_columns(axes, -0.75, ["score", "minus STL"], color=GREY)
+    axes.axvline(made[0].mean.mean, color=GREY, linewidth=1, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(made)), [_short(row.method) for row in made])
+    axes.set_ylim(len(made) - 0.4, -0.6)
+    axes.set_xlabel(f"test score: {section.experiment.score_name}")
+    axes.set_title("Test score", fontsize=11)
+    tidy(axes)
+
+
+def _write_columns(axes: Any, y: float, texts: Sequence[str], **style: Any) -> None:
+    """Writes up to two columns of text to the right of the axes, at height `y` of the data."""
+    for x, text in zip((1.12, 1.34), texts, strict=False):
+        place = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, y), fontsize=9.5, **place, **style)
+
+
+def _draw_curves(axes: Any, section: Section, made: Sequence[Row]) -> None:
+    """Draws the main loss of training batches, which all methods have; or the validation score, if it was recorded."""
+    watched = all(record.validation_score is not None for run in section.runs for record in run.records)
+    for row in made:
+        records = [run.records for run in section.runs if run.method == row.method]
+        seen = [[r.validation_score if watched else r.main_loss for r in own] for own in records]
+        shortest = min(map(len, seen))
+        values = np.array([own[:shortest] for own in seen], dtype=float)  # None is NaN
+        colour = _COLOURS[row.method.family]
+        dash = _DASHES[row.method.phi] if row.method.monotone else _FREE_DASH
+        axes.plot(range(1, shortest + 1), values.mean(axis=0), linestyle=dash, color=colour, label=_short(row.method))
+    if not watched:
+        _log_scale(axes)
+    _label_steps(axes)
+    axes.set_ylabel("validation score" if watched else "main loss of a training batch")
+    axes.set_title("Validation score" if watched else "Main training loss", fontsize=11)
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    tidy(axes)
+
+
+def _draw_weights(axes: Any, section: Section, method: Method) -> None:
+    """Draws the weight of each loss over the outer steps, for one learned combiner."""
+    runs = [run for run in section.runs if run.method == method]
+    names = section.experiment.loss_names
+    for j, (name, colour) in enumerate(zip(names, _loss_colours(len(names)), strict=True)):
+        label = name if len(names) <= _MAX_NAMED_LOSSES or j in (0, 1, len(names) - 1) else "_"
+        draw_course(axes, [[record.loss_weights[j] for record in run.records] for run in runs], colour, label)
+    if method.monotone:
+        axes.set_ylim(bottom=0)
+    _label_steps(axes)
+    axes.set_ylabel("weight: d training loss / d loss")
+    axes.set_title(f"Loss weights: {method.label}", fontsize=11)
+    axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", loc="best")
+    tidy(axes)
+
+
+def _loss_colours(count: int) -> Sequence[Any]:
+    """Black for the main loss; distinct colours for few losses, a sequence from dark to light for many."""
+    if count <= len(_LOSS_COLOURS):
+        return _LOSS_COLOURS[:count]
+    colour_map = import_extra("matplotlib", "matplotlib").colormaps["viridis"]
+    return [BLACK, *(colour_map(0.1 + 0.8 * j / (count - 2)) for j in range(count - 1))]
+
+
+def _draw_residuals(axes: Any, section: Section, learned: Sequence[Method]) -> None:
+    """Draws the relative residual of the linear solve at each outer step: how far each hypergradient can be trusted."""
+    for method in learned:
+        residual = _residuals([run for run in section.runs if run.method == method])
+        low, middle, high = np.quantile(residual, (0.25, 0.5, 0.75), axis=0, method="nearest")
+        steps, colour = range(1, len(middle) + 1), _COLOURS[method.family]
+        dash = "-" if method.monotone else _FREE_DASH
+        axes.plot(steps, middle, linestyle=dash, color=colour, linewidth=1.8, label=_short(method))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=":")  # a solution of zero has this residual
+    _log_scale(axes)
+    _label_steps(axes)
+    axes.set_ylabel("relative residual  ‖b - Hx‖ / ‖b‖")
+    axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11)
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none")
+    tidy(axes)
+
+
+def _label_steps(axes: Any) -> None:
+    axes.set_xlabel("outer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _log_scale(axes: Any) -> None:
+    """Makes the y axis logarithmic, with plain numbers at its ticks. Call it when everything is drawn."""
+    axes.set_yscale("log")
+    ticker = import_extra("matplotlib.ticker", "matplotlib")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,), numticks=9))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _residuals(runs: Sequence[Run]) -> np.ndarray:
+    """Residuals (runs, outer steps), cut to the shortest run."""
+    steps = min(len(run.records) for run in runs)
+    known = [[record.residual for record in run.records[:steps]] for run in runs]
+    return np.array([[np.inf if residual is None else residual for residual in own] for own in known])
+
+
+def _draw_cost(axes: Any, made: Sequence[Row]) -> None:
+    """Draws the seconds of a run's inner and outer steps, and writes its Hessian-vector products."""
+    for y, row in enumerate(made):
+        inner, outer = row.inner_seconds, row.outer_seconds
+        axes.barh(y, inner, color=GREY, label="inner steps" if y == 0 else "_")
+        axes.barh(y, outer, left=inner, color=ORANGE, label="outer steps" if y == 0 else "_")
+        text = f"{row.outer_share:.0%} outer, {row.matvecs:.0f} products" if row.method.learned else ""
+        axes.annotate(text, (inner + outer, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(made)), [_short(row.method) for row in made], fontsize=8.5)
+    axes.set_ylim(len(made) - 0.4, -0.6)
+    axes.set_xlim(right=1.8 * max(row.inner_seconds + row.outer_seconds for row in made))
+    axes.set_xlabel("seconds of training, mean over seeds")
+    axes.set_title("Cost (products: with the Hessian)", fontsize=11)
+    axes.legend(fontsize=9, frameon=False, loc="upper right")
+    tidy(axes)
+
+
+def _short(method: Method) -> str:
+    """Label without its remark in brackets."""
+    return method.label.partition(" (")[0]
