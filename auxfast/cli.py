@@ -111,7 +111,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _seeds(text: str) -> list[int]:
-    """0..9 (with the 9), or 0,3,5."""
+    """Seeds that a text such as 0..9 (with the 9) or 0,3,5 names."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dots, last = part.strip().partition("..")

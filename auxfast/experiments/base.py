@@ -1,4 +1,4 @@
-"""What an experiment is: a problem, the settings that were chosen for it, and what it is there to show."""
+"""Experiments: a problem, the settings that were chosen for it, and the claims that its runs are to show."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from auxfast.train.task import Task
 class MakeTask(Protocol):
     """Draws a task with the experiment's own options (`RunConfig.task`).
 
-    `hold_out`: keep the auxiliary set from training; without, its samples are trained on like all others, so that
-    every method has the same labels to spend.
+    `hold_out`: whether the auxiliary set is kept from training. Otherwise its samples are trained on like all others,
+    so that every method has the same labels to spend.
     """
 
     def __call__(self, seed: int, options: Any, *, hold_out: bool) -> Task: ...
 
 
 class Finding(NamedTuple):
-    """What an experiment set out to show, with the measured figures, and whether it holds (None: too few runs)."""
+    """A claim of an experiment with the measured figures, and whether it holds (None: too few runs to know)."""
 
     text: str
     holds: bool | None
@@ -39,18 +39,18 @@ class Experiment:
     """A problem, and the settings that were chosen for it.
 
     Args:
-        name: as on the command line.
+        name: name on the command line.
         title: one line for tables and pictures.
-        about: a sentence or two for a reader of the report: what the task is, what the auxiliaries are.
-        score_name: what `Task.score` is, with its unit.
-        loss_names: as the task's, the main loss first.
-        config: how it is trained.
+        about: a sentence or two for a reader of the report, on the task and the auxiliaries.
+        score_name: name of `Task.score`, with its unit.
+        loss_names: names of the task's losses, the main loss first.
+        config: configuration of its runs.
         make_task: draws a task.
-        methods: names of what is compared, in the order of the table.
-        settings: variations, by name: each a change of some of the configuration's entries, {"task.shots": 5}.
-        package: what has to be installed for the data: the module, and its name on the package index.
-        draw: makes a picture of its own, of runs of this experiment.
-        findings: what the runs show of what the experiment set out to show.
+        methods: names of the methods that are compared, in the order of the table.
+        settings: variations by name, each a change of some of the configuration's entries: {"task.shots": 5}.
+        package: module that the data need, and the name of its package on the index.
+        draw: draws the experiment's own picture of its runs to a file.
+        findings: claims of the experiment, as its runs decide them.
     """
 
     name: str

@@ -40,12 +40,12 @@ def plan_comparison(
     out: Path,
     resume: bool = False,
 ) -> Comparison:
-    """What to run. No methods, no settings: all of the experiment's.
+    """The runs to make. No methods, no settings: all of the experiment's.
 
     Args:
-        name: of the experiment.
+        name: name of the experiment.
         config: a TOML file of overrides.
-        changes: further ones, which come last, each "key=value" with a TOML value; a bare word is a string.
+        changes: further overrides, which come last, each "key=value" with a TOML value; a bare word is a string.
 
     Raises:
         ValueError: there is no such experiment, method, setting or entry of the configuration; says which there are.
@@ -55,7 +55,7 @@ def plan_comparison(
     import_extra("cattrs", "cattrs")
     experiment = get_experiment(name)
     parsed = dict.fromkeys(parse_method(method) for method in methods or experiment.methods)
-    ordered = sorted(parsed, key=lambda method: method.phi == "fixed")  # these need the learned ones
+    ordered = sorted(parsed, key=lambda method: method.phi == "fixed")  # fixed ones need the learned ones
     overrides = _overrides(config, changes)
     configs = {setting: run_config(experiment, setting, overrides) for setting in settings or experiment.settings}
     for own in configs.values():
@@ -65,7 +65,7 @@ def plan_comparison(
     for package in (experiment.package, ("tqdm", "tqdm")):
         if package is not None:
             import_extra(*package)
-    plans = (  # seed by seed, so that an interrupted comparison has the same seeds of all methods
+    plans = (  # the order is seed by seed, so that an interrupted comparison has the same seeds of all methods
         plan_run(experiment, setting, method, seed, out, own)
         for setting, own in configs.items()
         for seed in sorted(set(seeds))
@@ -98,7 +98,7 @@ def report(paths: Iterable[Path], out: Path) -> None:
 
 
 def list_experiments() -> None:
-    """One line each."""
+    """Prints one line for each experiment."""
     width = max(map(len, EXPERIMENTS))
     for name, experiment in EXPERIMENTS.items():
         print(f"{name.ljust(width)}  {experiment.title}")
@@ -110,9 +110,9 @@ def _overrides(config: Path | None, changes: Sequence[str]) -> dict[str, Any]:
         toml = _toml()
         try:
             tables = toml.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:  # of TOML, or of the encoding
+        except ValueError as error:  # it is of TOML, or of the encoding
             raise ValueError(f"{config} is not TOML: {error}") from error
-        for section, entries in tables.items():  # dotted, so that a change does not replace a whole section
+        for section, entries in tables.items():  # keys are dotted, so that a change does not replace a section
             dotted = isinstance(entries, dict)
             overrides.update({f"{section}.{key}": e for key, e in entries.items()} if dotted else {section: entries})
     for change in changes:
@@ -157,7 +157,7 @@ def train_all(comparison: Comparison) -> list[Run]:
 
 
 def progress(record: OuterRecord, loss_names: Sequence[str]) -> dict[str, str]:
-    """What the progress bar shows: losses, the two largest weights, and how the outer step went."""
+    """Words of the progress bar: losses, the two largest weights, and how the outer step went."""
     values = {"training": record.training_loss, "outer": record.outer_loss, "residual": record.residual}
     shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
     weights = sorted(zip(record.loss_weights, loss_names, strict=True), key=lambda pair: -pair[0])

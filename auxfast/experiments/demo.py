@@ -27,7 +27,7 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
     """Train everything, print tables and timing, write results.json, report.html and report.png; return the first.
 
     Args:
-        names: of experiments.
+        names: names of experiments.
 
     Raises:
         MissingExtraError: an experiment's package, matplotlib or tqdm is not installed.
@@ -37,7 +37,7 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
     import_extra("matplotlib", "matplotlib")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:  # made there, so that what cannot be written fails now
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # made in `out`, so that one that refuses files fails now
         comparisons = [plan_comparison(name, seeds=seeds, out=Path(folder)) for name in names]
         found = [results_of(comparison.experiment, train_all(comparison)) for comparison in comparisons]
         for page in ("report.png", "report.html"):
@@ -59,7 +59,7 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
 
 
 def _summary(results: Results) -> dict[str, Any]:
-    """What results.json says of an experiment: settings, scores by seed, differences, and what each run did."""
+    """Entry of an experiment in results.json: settings, scores by seed, differences, and each run's records."""
     experiment = results.experiment
     (section,) = results.sections
     methods = {
@@ -85,7 +85,7 @@ def _summary(results: Results) -> dict[str, Any]:
 
 
 def _histories(runs: Sequence[Run], row: Row) -> list[dict[str, Any]]:
-    """Of each run: the fields of `OuterRecord`, each a list over the outer steps."""
+    """Fields of `OuterRecord` of each run, each a list over the outer steps."""
     return [
         {"seed": run.seed, **{name: [getattr(r, name) for r in run.records] for name in OuterRecord._fields}}
         for run in runs

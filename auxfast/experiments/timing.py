@@ -41,7 +41,7 @@ def time_hypergradient(experiment: Experiment) -> dict[str, Any]:
                         task.model.parameters(),
                         training_loss.parameters(),
                         solver=config.train.solver,
-                        warn=False,  # as in training
+                        warn=False,  # training does not warn either
                     )
                     if repeat >= 0:
                         milliseconds[name].append(1e3 * (time.perf_counter() - start))
@@ -58,7 +58,7 @@ def time_hypergradient(experiment: Experiment) -> dict[str, Any]:
 
 
 def describe_timing(timing: dict[str, Any]) -> str:
-    """One sentence, also if the kernels do not win."""
+    """Sentence that tells the times, also where the kernels do not win."""
     native, reference = timing["milliseconds"]["native"], timing["milliseconds"]["reference"]
     outcome = f"{timing['ratio']:.2f} times faster" if timing["ratio"] > 1 else "NOT faster"
     shape = ", ".join(map(str, timing["losses"]))

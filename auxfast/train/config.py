@@ -1,4 +1,4 @@
-"""The configuration of a run: typed, and checked when it is made. `tables` reads and writes it."""
+"""The configuration of a run: typed, and checked when it is made. `serialization` reads and writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from auxfast.solvers import Solver
-from auxfast.train.methods import WEIGHTINGS
+from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
 
@@ -20,18 +20,20 @@ class TrainConfig:
     """How to run Algorithm 1 of the paper: `outer_steps` times N = `inner_steps` inner steps and one outer.
 
     Args:
-        inner_optimizer, outer_optimizer: of `torch.optim`. Without `weight_decay` among their options: see below.
-        solver: of `auxfast.solvers`, for the hypergradient.
-        inner_scheduler: of `torch.optim.lr_scheduler`; steps after every inner step.
+        inner_optimizer, outer_optimizer: classes of `torch.optim`. `weight_decay` is no option of theirs: see below.
+        solver: one of `auxfast.solvers`, for the hypergradient.
+        inner_scheduler: class of `torch.optim.lr_scheduler`; steps after every inner step.
         weight_decay: a part of the inner loss (half of it times the squared norm of the inner parameters), which the
             hypergradient knows: in the optimizer it would not.
-        max_inner_grad_norm, max_outer_grad_norm: gradients, hypergradients of a larger norm are scaled down to it.
-        patience: stop after so many outer steps without a better validation score, and return to the best.
-        amp: compute the losses in bfloat16 where that is safe (`torch.autocast`).
-        device: where tasks and combiners live, as torch names it.
-        outer_set: where the outer loss is measured. "training" is there to show what it leads to (paper, Figure 5).
+        max_inner_grad_norm, max_outer_grad_norm: norm to which larger gradients, larger hypergradients are scaled down.
+        patience: number of outer steps without a better validation score after which training stops, and returns to
+            the best.
+        amp: whether losses are computed in bfloat16 where that is safe (`torch.autocast`).
+        device: device of tasks and combiners, as torch names it.
+        outer_set: samples on which the outer loss is measured. "training" shows what that leads to (paper, Figure 5).
         checkpoint_every: outer steps between checkpoints.
-        threads: of torch on the CPU. More than one pays for large models only, and changes the last digits.
+        threads: number of torch's threads on the CPU. More than one pays for large models only, and changes the last
+            digits.
 
     Raises:
         ValueError: names the entry, what was given and what is allowed: a number that is not finite, negative, or zero
@@ -80,12 +82,12 @@ class CombinerConfig:
     """The combiners at their start.
 
     Args:
-        initial_weight: of every auxiliary loss, at the start; of networks, their mean weight at losses of 1.
+        initial_weight: weight of every auxiliary loss at the start; in networks, their mean weight at losses of 1.
         skip: whether the main loss is added to what the combiner makes of all losses (paper, section 3.2); the linear
             one then gives the main loss no weight of its own at the start.
-        hidden: layers of the nonlinear and the deep linear combiner.
-        channels: of the convolutional one.
-        degree: of the polynomial one.
+        hidden: widths of the hidden layers of the nonlinear and the deep linear combiner.
+        channels: channels of the convolutional combiner's layers.
+        degree: highest degree of the polynomial combiner's terms.
         weight_norm: whether the networks train each row of weights as direction and length.
     """
 
@@ -113,7 +115,7 @@ class RunConfig:
 
     Args:
         weighting: options of the weightings, by their names: {"equal": {"auxiliary_weight": 0.2}}.
-        task: the experiment's own options, a frozen dataclass (None: it has none).
+        task: options of the experiment's own, a frozen dataclass; None if it has none.
     """
 
     train: TrainConfig
@@ -123,8 +125,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, options in self.weighting.items():
-            if name not in WEIGHTINGS:
-                raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTINGS)}")
+            if name not in WEIGHTING_LABELS:
+                raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTING_LABELS)}")
             if not isinstance(options, Mapping):
                 raise ValueError(f"weighting.{name}: got {options!r}, must be a table")
 

@@ -1,4 +1,4 @@
-"""What a bug report, and the reader of a result, need to know of the machine and the versions."""
+"""The machine and the versions, as a bug report and the reader of a result need them."""
 
 from __future__ import annotations
 

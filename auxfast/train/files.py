@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said when one cannot be written or read."""
+"""Files that are written whole or not at all, and the errors that say why one cannot be written or read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write_bytes`.
+    """Write `content` as JSON, whole or not at all.
 
     Raises:
         ValueError: `content` holds a number that JSON does not have (inf, NaN).
@@ -57,7 +57,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises RunError if the file is missing or corrupt."""
+    """The content of a JSON file.
+
+    Raises:
+        RunError: the file is missing or corrupt.
+    """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -67,14 +71,14 @@ def read_json(path: Path) -> Any:
 
 
 def save_checkpoint(path: Path, state: Any) -> None:
-    """As `write_bytes`: the previous checkpoint stays until the new one is safe."""
-    content = io.BytesIO()  # torch's own writer would hide why the disk refused
+    """Write a state whole or not at all: the previous checkpoint stays until the new one is safe."""
+    content = io.BytesIO()  # torch's own writer hides why the disk refuses
     torch.save(state, content)
     write_bytes(path, content.getvalue())
 
 
 def load_checkpoint(path: Path, device: str | None = None) -> Any:
-    """What was saved, on `device` or (None) where it was; runs no code from the file.
+    """The state that was saved, on `device` or, if that is None, where it was. No code from the file is run.
 
     Raises:
         RunError: the file is missing or corrupt.

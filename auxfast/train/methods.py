@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WEIGHTINGS = {
+WEIGHTING_LABELS = {
     "stl": "STL (main loss only)",
     "equal": "Equal (one common weight)",
     "uncertainty": "Uncertainty",
@@ -13,14 +13,14 @@ WEIGHTINGS = {
     "gcs": "GCS",
     "mgda": "MGDA",
 }
-COMBINERS = {
+COMBINER_LABELS = {
     "linear": "Linear",
     "deep-linear": "Deep linear",
     "nonlinear": "Nonlinear",
     "polynomial": "Polynomial",
     "conv": "Convolutional",
 }
-_ENDINGS = {"frozen": "frozen", "fixed": "fixed at the learned"}
+_PHI_LABELS = {"frozen": "frozen", "fixed": "fixed at the learned"}
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Method:
     """A way to combine the losses.
 
     Args:
-        family: a key of WEIGHTINGS or COMBINERS.
+        family: a key of WEIGHTING_LABELS or COMBINER_LABELS.
         monotone: whether a combiner is kept among the monotone ones.
-        phi: what happens to a combiner's parameters: "learned"; "frozen" at their start, which is the control;
-            or "fixed" at those which the learned method ended with from the first seed (paper, C.6).
+        phi: treatment of a combiner's parameters: "learned"; "frozen" at their start, which is the control; or "fixed"
+            at those which the learned method ended with from the first seed (paper, C.6).
     """
 
     family: str
@@ -40,21 +40,21 @@ class Method:
 
     @property
     def name(self) -> str:
-        """As on the command line: the family, then `-free` if not monotone, then `-frozen` or `-fixed`."""
+        """Name on the command line: the family, then `-free` if not monotone, then `-frozen` or `-fixed`."""
         return self.family + "-free" * (not self.monotone) + (f"-{self.phi}" if self.phi != "learned" else "")
 
     @property
     def label(self) -> str:
-        """For tables and pictures."""
+        """Label in tables and pictures."""
         if not self.is_combiner:
-            return WEIGHTINGS[self.family]
+            return WEIGHTING_LABELS[self.family]
         free = "" if self.monotone else ", not monotone"
-        return f"{COMBINERS[self.family]}{free}, {_ENDINGS.get(self.phi, self.phi)}"
+        return f"{COMBINER_LABELS[self.family]}{free}, {_PHI_LABELS.get(self.phi, self.phi)}"
 
     @property
     def is_combiner(self) -> bool:
         """Combiners keep the auxiliary set from training; weightings need none, and train on its labels too."""
-        return self.family in COMBINERS
+        return self.family in COMBINER_LABELS
 
     @property
     def learned(self) -> bool:
@@ -69,14 +69,14 @@ def parse_method(name: str) -> Method:
         ValueError: there is none; says which there are.
     """
     family, phi, monotone = name, "learned", True
-    for ending in _ENDINGS:
+    for ending in _PHI_LABELS:
         if family.endswith(f"-{ending}"):
             family, phi = family.removesuffix(f"-{ending}"), ending
     if family.endswith("-free"):
         family, monotone = family.removesuffix("-free"), False
-    if family in COMBINERS or (family in WEIGHTINGS and family == name):
+    if family in COMBINER_LABELS or (family in WEIGHTING_LABELS and family == name):
         return Method(family, monotone, phi)
     raise ValueError(
-        f"method: got {name!r}, must be one of {', '.join(WEIGHTINGS)}; or one of {', '.join(COMBINERS)}, which may "
-        "end in -free (not monotone) and then in -frozen (the control) or -fixed (at the learned parameters)"
+        f"method: got {name!r}, must be one of {', '.join(WEIGHTING_LABELS)}; or one of {', '.join(COMBINER_LABELS)}, "
+        "which may end in -free (not monotone) and then in -frozen (the control) or -fixed (at the learned parameters)"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-_NOT_FOR_US = {
+_UNSUPPORTED = {
     "LBFGS": "needs a closure",
     "SparseAdam": "is for sparse gradients",
     "LambdaLR": "needs a function",
@@ -25,7 +25,7 @@ _NOT_FOR_US = {
 def _subclasses(module: Any, base: type) -> dict[str, type]:
     named = {name: getattr(module, name) for name in sorted(dir(module)) if not name.startswith("_")}
     kinds = {name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, base)}
-    return {name: kind for name, kind in kinds.items() if kind is not base and name not in _NOT_FOR_US}
+    return {name: kind for name, kind in kinds.items() if kind is not base and name not in _UNSUPPORTED}
 
 
 OPTIMIZERS = _subclasses(torch.optim, torch.optim.Optimizer)
@@ -61,7 +61,7 @@ def check_optimizer(key: str, component: Component) -> None:
 
 
 def check_scheduler(key: str, component: Component, optimizer: Component) -> None:
-    """As `check_optimizer`, for a scheduler of an optimizer that has been checked."""
+    """Raises ValueError, which says what is allowed, unless the scheduler of a checked optimizer can be made."""
     _check_names(key, component, SCHEDULERS, {"optimizer"})
     made = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1, 1))])
     _try(key, component, lambda: make_scheduler(component, made))
@@ -69,7 +69,7 @@ def check_scheduler(key: str, component: Component, optimizer: Component) -> Non
 
 def _check_names(key: str, component: Component, kinds: Mapping[str, type], ours: set[str]) -> None:
     if component.name not in kinds:
-        why = f", which {_NOT_FOR_US[component.name]}" if component.name in _NOT_FOR_US else ""
+        why = f", which {_UNSUPPORTED[component.name]}" if component.name in _UNSUPPORTED else ""
         raise ValueError(f"{key}.name: got {component.name!r}{why}; must be one of {', '.join(kinds)}")
     allowed = [name for name in inspect.signature(kinds[component.name]).parameters if name not in ours]
     for name in component.options:

@@ -71,7 +71,7 @@ class RunPlan:
 
     @property
     def title(self) -> str:
-        """For the progress bar."""
+        """Name in the progress bar."""
         return ", ".join(filter(None, (self.experiment, self.setting, f"seed {self.seed}", self.method.name)))
 
     @property
@@ -149,7 +149,7 @@ def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_
             raise RunError(f"{error}{kept}") from error
         except FloatingPointError as error:
             raise RunError(f"{name}: {error}. What was saved is kept") from error
-        except (ValueError, RuntimeError) as error:  # the task, the optimizer or a weighting refuses
+        except (ValueError, RuntimeError) as error:  # the task, the optimizer or a weighting raised it
             reason = " ".join(str(error).split())
             raise RunError(f"{name} cannot be trained: {type(error).__name__}: {reason}") from error
 
@@ -201,14 +201,14 @@ def _make_trainer(plan: RunPlan, description: dict[str, Any]) -> Trainer:
 def _start(make_task: Callable[[], Task], method: Method, seed: int, config: RunConfig) -> tuple[Task, TrainingLoss]:
     """Task and training loss before the first step, on the CPU."""
     task = make_task()
-    torch.manual_seed(seed)  # whatever the task has drawn
+    torch.manual_seed(seed)  # so that the combiner's start does not depend on what the task has drawn
     return task, make_training_loss(method, config, task)
 
 
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the second
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
         reason = str(error).partition("\n")[0]
         raise RunError(f"train.device: this machine has no {name!r}: {reason}") from error
 
@@ -234,8 +234,8 @@ def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
 
 
 def _learned_run(plan: RunPlan) -> Path:
-    """Where a method that is fixed at the learned phi takes it from: the learned method's finished run of the first
-    seed."""
+    """Folder that a method which is fixed at the learned phi takes it from: that of the learned method's finished run
+    from the first seed."""
     learned = replace(plan, method=replace(plan.method, phi="learned"))
     folders = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
     if not folders:
@@ -293,7 +293,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
     """Trains from the last checkpoint on, or from the start, and writes everything that comes of it."""
     start, metrics = time.perf_counter(), path / METRICS
     spent = _go_on(trainer, path) if (path / CHECKPOINT).exists() else 0.0
-    write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # what is beyond the checkpoint comes again
+    write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # records beyond the checkpoint are made again
 
     def seconds() -> float:
         return spent + time.perf_counter() - start
@@ -307,7 +307,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
             checkpoint = (record.step + 1) % trainer.config.checkpoint_every == 0
             if checkpoint:
                 file.flush()
-                os.fsync(file.fileno())  # a checkpoint counts on the lines before it
+                os.fsync(file.fileno())  # a checkpoint relies on the lines before it
         if checkpoint:
             save()
 

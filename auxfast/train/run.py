@@ -1,4 +1,4 @@
-"""A run as a plain record: what its folder says of it."""
+"""A run as a plain record, read from its folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Run:
         path: the folder.
         config: table of the whole configuration.
         records: one for each outer step that is on disk.
-        result: None while the run is unfinished.
+        result: the result; None while the run is unfinished.
         environment: the machine and the versions that it started with.
     """
 
@@ -100,7 +100,7 @@ def read_config(defaults: RunConfig, run: Run) -> RunConfig:
 
 
 def not_of_this_version(path: Path, error: object) -> RunError:
-    """What to raise of a run whose description makes no sense here."""
+    """The error of a run whose description makes no sense here."""
     return RunError(f"{path / CONFIG} does not describe a run of this version: {error}")
 
 

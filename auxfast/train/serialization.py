@@ -62,7 +62,7 @@ def _changed(entry: Any, hint: Any, path: Sequence[str], change: Any, key: str) 
     named = _is_named(hint)
     if not path and (not isinstance(change, Mapping) or (named and "name" in change)):
         return change
-    table = to_table(entry)  # a copy, and a table if an earlier change was an object
+    table = to_table(entry)  # copies it, and makes a table of what an earlier change gave as an object
     if table is None or (named and isinstance(table, str)):
         table = {} if table is None else {"name": table}
     if not isinstance(table, dict):
@@ -116,7 +116,7 @@ def _cattrs() -> Any:
 def _converter() -> Any:
     converter = _cattrs().Converter(forbid_extra_keys=True, unstruct_collection_overrides={tuple: list})
     converter.register_structure_hook_func(lambda hint: hint is not Any, _plain)
-    for kind in (bool, int, float, str):  # cattrs would convert what is of another type
+    for kind in (bool, int, float, str):  # cattrs would convert values of other types
         converter.register_structure_hook(kind, _plain)
     converter.register_structure_hook_func(_is_mapping, _mapping)
     converter.register_structure_hook_func(_is_named, _named)
@@ -213,7 +213,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _words(hint: Any) -> str:
-    """What an entry must be."""
+    """Words for what an entry must be."""
     if get_origin(hint) is Literal:
         return " or ".join(f'"{choice}"' for choice in get_args(hint))
     if get_origin(hint) is tuple:
@@ -230,7 +230,7 @@ def _structured(table: Any, kind: type, key: str) -> Any:
 
 
 def _explained(error: Any, key: str, within: type | None = None) -> Exception:
-    """What to say of an error in the table at `key`: the first fault that cattrs found, with the key of the entry."""
+    """The error that tells of the first fault that cattrs found in the table at `key`, with the entry's own key."""
     cattrs = _cattrs()
     notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, cattrs.AttributeValidationNote)]
     key = _join(key, notes[0].name) if notes else key

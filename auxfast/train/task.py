@@ -1,4 +1,4 @@
-"""What the trainer needs to know of a problem: a model, its losses, and how good it is."""
+"""A problem as the trainer needs to know it: a model, its losses, and how good it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """losses: (batch, num_losses), or (batch, num_losses, H, W) of pixels, with a graph to the model. mask: None, or of
-    the same shape, of 0 and 1, where 0 marks a loss that the sample does not have (its label is unknown)."""
+    """Losses of a batch.
+
+    losses: (batch, num_losses), or (batch, num_losses, H, W) of pixels, with a graph to the model.
+    mask: None, or 0 and 1 in the same shape, where 0 marks a loss that the sample lacks: its label is unknown.
+    """
 
     losses: Tensor
     mask: Tensor | None
@@ -19,15 +22,15 @@ class Batch(NamedTuple):
 class Task(Protocol):
     """A problem with its four parts: training, auxiliary, validation and test samples, as one seed has drawn them.
 
-    After it is made, a task draws nothing but by the generator that it is given, one of the CPU: a run resumes at the
-    same batches. Its tensors and its model are attributes, and are moved to another device if a run wants that.
+    Once it is made, a task draws only from the generator that it is given, one of the CPU, so that a run resumes with
+    the same batches. Its tensors and its model are attributes, and are moved to another device if a run wants that.
 
-    A task may also have `shared_parameters()`: those of the model that the losses share, without what is one loss's
-    own. In them GradNorm, GCS and MGDA compare the losses' gradients, as their papers do; without it, in all.
+    A task may also have `shared_parameters()`: the model's parameters that the losses share, without those of a single
+    loss. GradNorm, GCS and MGDA compare the losses' gradients in them, as their papers do; otherwise in all parameters.
     """
 
     loss_names: tuple[str, ...]
-    main: int  # column, or channel, of the main loss
+    main: int  # index of the main loss among the losses
     model: nn.Module
 
     def training_batch(self, generator: torch.Generator) -> Batch:

@@ -17,7 +17,7 @@ def tensorboard(path: Path, loss_names: Sequence[str], first_step: int) -> Itera
     """A function that writes a record as event files below `path`; it does nothing if TensorBoard is not installed.
 
     Args:
-        first_step: what was written from this step on, before the run was interrupted, is not shown any more.
+        first_step: TensorBoard no longer shows what was written from this step on, before the run was interrupted.
     """
     if find_spec("tensorboard") is None:
         yield lambda record: None

@@ -20,24 +20,24 @@ from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, main_loss
 
-_FEW = 64  # entries of phi that are worth a record
+_MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
 
 
 class OuterRecord(NamedTuple):
-    """What was seen at one outer step, before it. Where nothing is learned, there is no outer loss and no residual.
+    """Measurements at one outer step, before phi moves. Where nothing is learned, outer loss and residual are None.
 
     Without an outer step, the training loss and its weights are those of the last inner step's batch.
     """
 
-    step: int  # from 0
+    step: int  # counted from 0
     training_loss: float
-    main_loss: float | None  # of the training batch, over the samples that have it; None: none has
+    main_loss: float | None  # mean over the samples of the training batch that have it; None if none has
     outer_loss: float | None
-    validation_score: float | None  # after the inner steps; only with early stopping
-    residual: float | None  # of the linear system behind the hypergradient, relative to its right-hand side
-    matvecs: int | None  # Hessian-vector products that the outer step took
+    validation_score: float | None  # measured after the inner steps, with early stopping only
+    residual: float | None  # relative residual of the linear system behind the hypergradient
+    matvecs: int | None  # Hessian-vector products of the outer step
     loss_weights: tuple[float, ...]  # d (training loss) / d (mean of loss j): see TrainingLoss.mean_weights
-    phi: tuple[float, ...] | None  # of a combiner that has at most 64
+    phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or no combiner
     inner_seconds: float
     outer_seconds: float
 
@@ -53,7 +53,7 @@ class Trainer:
 
     Args:
         task, training_loss: on `config.device`, and at their start.
-        seed: of the batches.
+        seed: seed of the batches.
         learn: whether outer steps move the combiner of `training_loss`, which then has to be a `CombinedLoss`.
     """
 
@@ -68,7 +68,7 @@ class Trainer:
         self.scheduler = None if config.inner_scheduler is None else make_scheduler(config.inner_scheduler, self.inner)
         self.records: list[OuterRecord] = []
         self.best: dict[str, Any] | None = None  # {"step", "score", "model", "training_loss"}
-        # Outer steps have batches of their own draw: a frozen control sees the same inner steps.
+        # Outer steps draw their batches apart, so that a frozen control sees the same inner steps.
         self.generator = torch.Generator().manual_seed(seed)
         outer_seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
         self.outer_generator = torch.Generator().manual_seed(outer_seed)
@@ -81,7 +81,7 @@ class Trainer:
             solver=self.config.solver,
             max_grad_norm=self.config.max_outer_grad_norm,
             project=[self.combiner],
-            warn=False,  # progress bar and report show every residual
+            warn=False,  # the progress bar and the report show every residual
         )
 
     @property
@@ -97,7 +97,7 @@ class Trainer:
         return waited >= self.config.patience and len(self.records) < self.config.outer_steps
 
     def run(self, on_outer_step: Callable[[OuterRecord], None] | None = None) -> list[OuterRecord]:
-        """What is left of the run; then, with early stopping, model and training loss are the best ones.
+        """Trains what is left of the run; then, with early stopping, model and training loss are the best ones.
 
         Args:
             on_outer_step: called with every record as it is made.
@@ -162,7 +162,7 @@ class Trainer:
         self.records = list(records)
 
     def _round(self) -> OuterRecord:
-        """`inner_steps` inner steps, and an outer one."""
+        """Takes `inner_steps` inner steps and an outer one. Returns what was measured."""
         start = time.perf_counter()
         batch, training_loss = self._inner_steps()
         inner_seconds = self._seconds_since(start)
@@ -195,9 +195,9 @@ class Trainer:
         )
 
     def _inner_steps(self) -> tuple[Batch, Tensor]:
-        """The last one's batch, and its training loss."""
+        """Takes the inner steps. Returns the last one's batch, and its training loss."""
         parameters, decay, max_norm = self.parameters, self.config.weight_decay, self.config.max_inner_grad_norm
-        self.training_loss.requires_grad_(False)  # gradients in phi are for the outer step
+        self.training_loss.requires_grad_(False)  # only the outer step needs gradients in phi
         try:
             for _ in range(self.config.inner_steps):
                 self.inner.zero_grad()
@@ -218,7 +218,8 @@ class Trainer:
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         with self._autocast():
             batch = self.task.training_batch(generator)
-        return batch, self.training_loss(batch.losses, batch.mask)  # combining few losses needs their digits
+        # A combiner needs all digits of its few losses: it runs without autocast.
+        return batch, self.training_loss(batch.losses, batch.mask)
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
         """A batch, its training loss, and the outer loss."""
@@ -248,7 +249,7 @@ class Trainer:
         return score
 
     def _phi(self) -> tuple[float, ...] | None:
-        if self.combiner is None or self.combiner.phi.numel() > _FEW:
+        if self.combiner is None or self.combiner.phi.numel() > _MAX_RECORDED_PHI:
             return None
         return tuple(self.combiner.phi.tolist())
 

@@ -1,4 +1,4 @@
-"""From the losses of a batch to one training loss: by a combiner, or by a weighting."""
+"""The training loss: one number from the losses of a batch, by a combiner or by a weighting."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from auxfast.train.methods import Method
 from auxfast.train.task import Batch, Task
 from auxfast.weighting import Equal, SingleTask, make_weighting
 
-_IMAGE = (64, 64)  # pixels, in which a convolutional combiner's mean weight is measured
+_IMAGE = (64, 64)  # size in which a convolutional combiner's mean weight is measured, in pixels
 
 
 class TrainingLoss(nn.Module, ABC):
-    """(losses, mask) -> scalar training loss; shapes as `Batch` has them. All are means over the batch (and pixels)."""
+    """Maps (losses, mask) to a scalar, a mean over the batch (and pixels). Shapes are those of `Batch`."""
 
     @abstractmethod
     def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor: ...
@@ -32,7 +32,7 @@ class TrainingLoss(nn.Module, ABC):
 
 
 class CombinedLoss(TrainingLoss):
-    """By a combiner. Of images of losses, a combiner of samples sees every pixel as a sample."""
+    """Training loss by a combiner. Given images of losses, a combiner of samples sees every pixel as a sample."""
 
     def __init__(self, combiner: Combiner) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class CombinedLoss(TrainingLoss):
         return combined
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
-        """See `TrainingLoss`; taken through the combiner, for the losses of this batch."""
+        """See `TrainingLoss`. They are the gradient through the combiner, at the losses of this batch."""
         with torch.enable_grad():
             losses = full_precision(batch.losses.detach()).requires_grad_()
             (gradient,) = torch.autograd.grad(self(losses, batch.mask), losses)
@@ -57,19 +57,19 @@ class CombinedLoss(TrainingLoss):
 
 
 class WeightedLoss(TrainingLoss):
-    """By a weighting: the weighted sum of the means of each loss, where a sample that lacks a loss counts as 0.
+    """Training loss by a weighting: the weighted sum of each loss's mean, where a sample that lacks a loss counts as 0.
 
     Args:
-        weighting: of `auxfast.weighting`.
-        parameters: of the model, in which some weightings look at the losses' gradients.
+        weighting: one of `auxfast.weighting`.
+        parameters: parameters of the model, in which some weightings compare the losses' gradients.
     """
 
     def __init__(self, weighting: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.weighting = weighting
         self._parameters_of_model = list(parameters)
-        self._constant = isinstance(weighting, (SingleTask, Equal))  # asked once: in a small step a call is 10%
-        self._last: Tensor | None = None  # (num_losses,), of the last batch
+        self._constant = isinstance(weighting, (SingleTask, Equal))  # a call would take 10% of a small step
+        self._last: Tensor | None = None  # (num_losses,), weights of the last batch
 
     def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         means = mean_losses(losses, mask)
@@ -78,13 +78,13 @@ class WeightedLoss(TrainingLoss):
         return torch.dot(self._last, means)
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
-        """See `TrainingLoss`; those of the last batch it was called with, for to ask a weighting is to step it."""
+        """See `TrainingLoss`. They are those of the last call: calling the weighting again would advance its state."""
         assert self._last is not None
         return tuple(self._last.tolist())
 
 
 def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
-    """(num_losses,), in float32 at least: sum over the samples (pixels) that have a loss / number of all."""
+    """Means (num_losses,) in float32 at least: sum over the samples (pixels) that have a loss / number of all."""
     if mask is not None:
         losses = torch.where(mask.bool(), losses, 0.0)
     return full_precision(losses).mean(dim=[0, *range(2, losses.dim())])
@@ -97,7 +97,7 @@ def main_loss(batch: Batch, main: int) -> Tensor:
 
 
 def make_training_loss(method: Method, config: RunConfig, task: Task) -> TrainingLoss:
-    """What `method` trains with, at its start. Combiners draw their weights by torch's random state."""
+    """The training loss of `method` at its start. Combiners draw their weights from torch's random state."""
     num_losses = len(task.loss_names)
     if method.is_combiner:
         return CombinedLoss(make_combiner(method, config.combiner, num_losses, task.main))
@@ -121,7 +121,7 @@ def make_method_weighting(method: Method, config: RunConfig, num_losses: int, ma
 
 @torch.no_grad()
 def make_combiner(method: Method, config: CombinerConfig, num_losses: int, main: int) -> Combiner:
-    """The method's combiner at its start, drawn by torch's random state.
+    """The method's combiner at its start, drawn from torch's random state.
 
     With `config.skip` all start as the main loss + a function of all losses (paper, section 3.2). The linear and the
     polynomial one give every auxiliary `config.initial_weight` (and the main loss no second weight; without the skip:
@@ -151,5 +151,5 @@ def make_combiner(method: Method, config: CombinerConfig, num_losses: int, main:
 
 
 def _samples(losses: Tensor) -> Tensor:
-    """(batch, num_losses, H, W) as (batch * H * W, num_losses)."""
+    """Reshapes (batch, num_losses, H, W) to (batch * H * W, num_losses)."""
     return losses.movedim(1, -1).flatten(0, -2)

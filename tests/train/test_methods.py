@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from auxfast.train import Batch, CombinerConfig, RunConfig, make_training_loss, parse_method
-from auxfast.train.methods import COMBINERS, WEIGHTINGS, Method
+from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, Method
 from auxfast.train.training_loss import CombinedLoss, main_loss, make_combiner, mean_losses
 from train.problems import Noisy, NoisyOptions, train_config
 
@@ -42,13 +42,13 @@ def test_other_names_are_refused_with_what_there_is(name):
 
 def test_labels_differ():
     endings = ("", "-free", "-frozen", "-free-fixed")
-    names = [*WEIGHTINGS, *(family + ending for family in COMBINERS for ending in endings)]
+    names = [*WEIGHTING_LABELS, *(family + ending for family in COMBINER_LABELS for ending in endings)]
     assert len({parse_method(name).label for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("family", COMBINERS)
+@pytest.mark.parametrize("family", COMBINER_LABELS)
 def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip, weight_norm):
     loss = _training_loss(family, initial_weight=0.3, skip=skip, weight_norm=weight_norm)
     main, *others = loss.mean_weights(Batch(torch.ones(1, 3, 64, 64), None))
@@ -60,7 +60,7 @@ def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip,
         assert main > skip
 
 
-@pytest.mark.parametrize("family", COMBINERS)
+@pytest.mark.parametrize("family", COMBINER_LABELS)
 def test_only_monotone_combiners_are_kept_monotone(family):
     for ending, lowest in (("", 0), ("-free", -1)):
         combiner = _training_loss(family + ending).combiner
@@ -73,7 +73,12 @@ def test_only_monotone_combiners_are_kept_monotone(family):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *((name, shape) for name in ("stl", "equal", "uncertainty", *COMBINERS) for shape in SHAPES if name != "conv"),
+        *(
+            (name, shape)
+            for name in ("stl", "equal", "uncertainty", *COMBINER_LABELS)
+            for shape in SHAPES
+            if name != "conv"
+        ),
         ("conv", "pixels"),
     ],
 )

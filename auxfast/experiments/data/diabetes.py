@@ -35,7 +35,7 @@ def load_diabetes() -> DiabetesData:
         MissingExtraError: scikit-learn is not installed.
         ValueError: the data are not what this reader knows (features, shapes, ranges, finite numbers).
     """
-    # Unscaled: the usual scaled copy is centred with statistics of all patients, test patients included.
+    # The usual, scaled copy is not used: it is centred with statistics of all patients, test patients included.
     bunch = import_extra("sklearn.datasets", "scikit-learn").load_diabetes(scaled=False)
     if tuple(bunch.feature_names) != _FEATURES:
         raise ValueError(f"diabetes features: {list(bunch.feature_names)}, expected {list(_FEATURES)}")

@@ -18,7 +18,7 @@ from auxfast.experiments.data.extras import import_extra
 _SCANS = 1797
 _PIXELS = 64
 
-# What somebody who cannot read digits could still say of a scan (of printed forms: handwriting may differ).
+# Somebody who cannot read digits could still see these in a scan. They are those of printed forms: handwriting differs.
 DIGIT_ATTRIBUTES: dict[str, frozenset[int]] = {
     "closed loop": frozenset({0, 6, 8, 9}),
     "long vertical stroke": frozenset({1, 4, 7, 9}),
@@ -55,5 +55,5 @@ def load_digits() -> DigitsData:
     images, labels = np.asarray(bunch.data), np.asarray(bunch.target)
     check_array("digits images", images, shape=(_SCANS, _PIXELS), low=0, high=16, whole=True)
     check_array("digits labels", labels, shape=(_SCANS,), low=0, high=9, whole=True)
-    # A fixed scale, not statistics of the data: nothing of the test part can leak in.
+    # The scale is fixed, and no statistic of the data: nothing of the test part can leak in.
     return DigitsData(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))

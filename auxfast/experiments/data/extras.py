@@ -20,7 +20,7 @@ def import_extra(module: str, package: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in (module, module.partition(".")[0]):
-            raise  # the package is there, and broken: its own message says more
+            raise  # the package is installed but broken, and its own message says more
         raise MissingExtraError(
             f"{package} is not installed, and this needs it. Get it with: pip install {package}"
         ) from error

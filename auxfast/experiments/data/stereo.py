@@ -22,7 +22,7 @@ _FILES = ("motorcycle_left.png", "motorcycle_right.png", "motorcycle_disp.npz")
 _LARGEST_DISPARITY = 64.0
 
 COLOUR_CLASSES = ("grey", "brown", "red")
-UNKNOWN = -100  # F.cross_entropy ignores it
+UNKNOWN = -100  # F.cross_entropy ignores this label
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StereoData:
     valid: Tensor
 
     def halved(self) -> StereoData:
-        """At half the resolution: means of 2 x 2 pixels, whose disparity is known if that of all four is."""
+        """The data at half the resolution: means of 2 x 2 pixels, whose disparity is known if that of all four is."""
         image, disparity = F.avg_pool2d(self.image, 2), F.avg_pool2d(self.disparity[None], 2)[0]
         valid = F.avg_pool2d(self.valid[None].float(), 2)[0] == 1
         return StereoData(image, disparity.where(valid, 0.0), valid)
@@ -50,7 +50,7 @@ class StereoData:
         red, green, blue = self.image
         value, smallest = self.image.amax(dim=0), self.image.amin(dim=0)
         grey = value - smallest < 0.35 * value
-        hue = torch.rad2deg(torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue))  # -180 to 180, red is 0
+        hue = torch.rad2deg(torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue))  # -180 to 180; 0 is red
         classes = torch.full(value.shape, UNKNOWN)
         classes[(hue >= 15) & (hue < 70)] = 1
         classes[hue.abs() < 15] = 2
@@ -69,7 +69,7 @@ def load_stereo() -> StereoData:
     module = import_extra("skimage.data", "scikit-image")
     folder = Path(str(module.__file__)).parent
     missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing:  # scikit-image would download them
+    if missing:  # asking scikit-image for them would start a download
         raise MissingExtraError(f"this scikit-image comes without {', '.join(missing)} in {folder}: try another one")
     image, _, disparity = module.stereo_motorcycle()
     image, disparity = np.asarray(image), np.asarray(disparity)

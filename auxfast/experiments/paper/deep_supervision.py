@@ -34,18 +34,21 @@ from auxfast.train.task import Batch
 CLASSES, VALIDATION, TEST = 10, 200, 600
 BATCH = 64
 STAGES, WIDTH = 3, 32
-GUESS = 0.3  # GoogLeNet's weight of every auxiliary head
+GUESS = 0.3  # weight of every auxiliary head in GoogLeNet
 LOSS_NAMES = ("final head", "head after layer 2", "head after layer 4")
-_DRAWN = ("linear", "nonlinear")  # methods
+_DRAWN_METHODS = ("linear", "nonlinear")
 SMALL, KAIMING = "small initial weights", "Kaiming's initial weights"
 _load = cache(load_digits)
 
 
 @dataclass(frozen=True)
 class DeepSupervisionOptions:
-    """shots, auxiliary_shots: labelled scans a class, and those of them that are the auxiliary set. kaiming: whether
-    weights start so large that signals keep their size from layer to layer (He et al. 2015), or as torch has them:
-    smaller, so that six layers almost lose the signal."""
+    """Options of the experiment.
+
+    shots, auxiliary_shots: number of labelled scans a class, and of those among them that are the auxiliary set.
+    kaiming: whether weights start so large that signals keep their size from layer to layer (He et al. 2015). torch's
+        own start is smaller, and six layers almost lose the signal.
+    """
 
     shots: int = 20
     auxiliary_shots: int = 2
@@ -98,7 +101,7 @@ class DeepSupervisionTask(SplitTask):
         return Batch(F.cross_entropy(logits.movedim(2, 1), labels, reduction="none"), None)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the stages."""
+        """Parameters of the stages."""
         return self.model.get_submodule("stages").parameters()
 
     def outer_loss(self) -> Tensor:
@@ -139,13 +142,13 @@ def make_task(seed: int, options: DeepSupervisionOptions, *, hold_out: bool) -> 
 def draw(path: Path, runs: Sequence[Run]) -> None:
     """The learned weights of the heads' losses over the outer steps, a row a setting, a column a combiner; nothing if
     none was learned."""
-    learned = [run for run in runs if run.method.name in _DRAWN and run.result]
+    learned = [run for run in runs if run.method.name in _DRAWN_METHODS and run.result]
     if not learned:
         return
     figure = new_figure(10, 7.2)
-    all_axes = figure.subplots(len(EXPERIMENT.settings), len(_DRAWN), sharex=True, sharey=True)
+    all_axes = figure.subplots(len(EXPERIMENT.settings), len(_DRAWN_METHODS), sharex=True, sharey=True)
     for row, setting in zip(all_axes, EXPERIMENT.settings, strict=True):
-        for axes, name in zip(row, _DRAWN, strict=True):
+        for axes, name in zip(row, _DRAWN_METHODS, strict=True):
             _draw_weights(axes, finished(runs, name, setting))
             axes.set_title(f"{parse_method(name).label}; {setting}", fontsize=11)
         row[0].set_ylabel("weight: d training loss / d loss")
@@ -171,8 +174,8 @@ def _draw_weights(axes: Any, runs: Sequence[Run]) -> None:
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """In each setting: whether heads with GoogLeNet's weight help at all, whether learned weights help more, and where
-    these went."""
+    """Findings in each setting: do heads with GoogLeNet's weight help at all, do learned weights help more, and where
+    did these go?"""
     pairs = (("equal", "stl"), ("linear", "equal"), ("linear", "linear-frozen"), ("nonlinear", "nonlinear-frozen"))
     found = []
     for setting in EXPERIMENT.settings:

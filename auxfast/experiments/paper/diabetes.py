@@ -40,8 +40,12 @@ _load = cache(load_diabetes)
 
 @dataclass(frozen=True)
 class DiabetesOptions:
-    """labelled: patients to train on, those of the auxiliary set among them. auxiliary: patients assessed with care.
-    main_noise, other_noise: of the labels given in haste, and of the auxiliary ones, in deviations of the target."""
+    """Options of the experiment.
+
+    labelled: number of patients to train on, those of the auxiliary set among them.
+    auxiliary: number of patients assessed with care.
+    main_noise, other_noise: noise of the labels given in haste, and of the auxiliary ones, in deviations of the target.
+    """
 
     labelled: int = 200
     auxiliary: int = 20
@@ -50,7 +54,7 @@ class DiabetesOptions:
 
     def __post_init__(self) -> None:
         check_range("labelled", self.labelled, 3, 200)
-        check_range("auxiliary", self.auxiliary, 1, self.labelled - 2)  # to standardise takes two patients
+        check_range("auxiliary", self.auxiliary, 1, self.labelled - 2)  # standardising takes two patients
         check_range("main_noise", self.main_noise, 0, 1000)
         check_range("other_noise", self.other_noise, 0, 1000)
 
@@ -76,7 +80,7 @@ class DiabetesTask(SplitTask):
         return F.mse_loss(predicted, self.labels[self.auxiliary, self.main])
 
     def score_on(self, rows: Tensor) -> float:
-        """Against the real target."""
+        """Explained variance of the real target."""
         return explained_variance(self.model(self.features[rows]).squeeze(1), self.target[rows])
 
 

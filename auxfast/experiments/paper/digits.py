@@ -28,23 +28,28 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
-CLASSES, VALIDATION, TEST = 10, 90, 600  # classes; scans
+CLASSES = 10
+VALIDATION, TEST = 90, 600  # scans
 LABELLED_BATCH, UNLABELLED_BATCH = 32, 64
 HIDDEN = 64
-FLIPS = torch.linspace(0, 0.3, len(DIGIT_ATTRIBUTES))  # the probability that an attribute is wrong
+FLIPS = torch.linspace(0, 0.3, len(DIGIT_ATTRIBUTES))  # probability that an attribute is wrong
 LOSS_NAMES = (
     "main",
     *(f"{name}, {flip:.0%} wrong" for name, flip in zip(DIGIT_ATTRIBUTES, FLIPS, strict=True)),
 )
-UNKNOWN = -100  # F.cross_entropy ignores it: a main label that is not given cannot leak in
+UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 _load = cache(load_digits)
 
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """shots, auxiliary_shots: scans a class with a main label, and those of them that are the auxiliary set.
-    unlabelled: scans with attributes only. unknown_attributes: the share of attributes, of all scans, that nobody has
-    labelled."""
+    """Options of the experiment.
+
+    shots, auxiliary_shots: number of scans a class with a main label, and of those among them that are the auxiliary
+        set.
+    unlabelled: number of scans with attributes only.
+    unknown_attributes: share of all scans' attributes that nobody has labelled.
+    """
 
     shots: int = 10
     auxiliary_shots: int = 1
@@ -84,7 +89,7 @@ class DigitsTask(SplitTask):
         return Batch(torch.cat([main[:, None], others], dim=1), mask)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """The hidden layer's; in the last one, each loss has rows of its own."""
+        """Parameters of the hidden layer; in the last one, each loss has rows of its own."""
         return self.model.get_submodule("0").parameters()
 
     def outer_loss(self) -> Tensor:

@@ -19,7 +19,7 @@ from auxfast.experiments.report.statistics import better, estimate, finished, sc
 from auxfast.train.methods import parse_method
 from auxfast.train.run import Run
 
-METHODS = {"nonlinear": RED, "nonlinear-fixed": BLUE, "nonlinear-frozen": ORANGE}  # and their colours
+COLOURS = {"nonlinear": RED, "nonlinear-fixed": BLUE, "nonlinear-frozen": ORANGE}  # keyed by method
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
@@ -35,16 +35,16 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 def draw(path: Path, runs: Sequence[Run]) -> None:
     """Scores of the three, seed by seed; and the main loss's share of the weights in their course; to a PNG, if any of
     them has a run."""
-    if not any(scores(runs, name) for name in METHODS):
+    if not any(scores(runs, name) for name in COLOURS):
         return
     figure = new_figure(12, 5)
     figure.suptitle("A combiner that is learned, one that was learned before, and one at its start", fontweight="bold")
     left, right = figure.subplots(1, 2)
-    by_method = {name: scores(runs, name) for name in METHODS}
+    by_method = {name: scores(runs, name) for name in COLOURS}
     complete = [seed for seed in by_method["nonlinear"] if all(seed in own for own in by_method.values())]
     for seed in complete:
         left.plot([own[seed] for own in by_method.values()], color=GREY, linewidth=0.8, alpha=0.5)
-    for x, (name, colour) in enumerate(METHODS.items()):
+    for x, (name, colour) in enumerate(COLOURS.items()):
         own = list(by_method[name].values())
         left.plot([x] * len(own), own, ".", color=colour, alpha=0.6)
         if own:
@@ -54,8 +54,8 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         if shares:
             courses = [[100 * share for share in course] for course in shares]
             draw_course(right, courses, colour, parse_method(name).label)
-    left.set_xticks(range(len(METHODS)), [parse_method(name).label.replace(", ", ",\n") for name in METHODS])
-    left.set_xlim(-0.4, len(METHODS) - 0.6)
+    left.set_xticks(range(len(COLOURS)), [parse_method(name).label.replace(", ", ",\n") for name in COLOURS])
+    left.set_xlim(-0.4, len(COLOURS) - 0.6)
     left.set_ylabel(f"test score: {digits.EXPERIMENT.score_name}")
     left.set_title(f"Scores of {len(complete)} seeds", fontsize=11)
     right.set_xlabel("outer step")
@@ -84,7 +84,7 @@ EXPERIMENT = replace(
         "the combiner that it ended with, which stays as it is. If the learned combiner were all that matters, these "
         "should be as good as models whose combiner is learned along with them."
     ),
-    methods=tuple(METHODS),
+    methods=tuple(COLOURS),
     draw=draw,
     findings=findings,
 )

@@ -7,7 +7,7 @@ A linear model with weights w in R^2, which three regressions share:
     harmful    y = w~ . x + noise of deviation 0.5       w~ = (2, -4)
 
 The paper leaves open how many samples there are. Of ours, 200 are labelled; 20 of them are the auxiliary set, and these
-have been measured with care (no noise), as in the `diabetes` experiment. For with the noise of the others (try
+have been measured with care (no noise), as in the `diabetes` experiment. With the noise of the others (try
 `--set task.careful_noise=4`), 20 labels tell less of w* than the 180 to train on do, and the weights fit that noise:
 of 20 seeds, the harmful weight then goes to zero with 11, and the learned minimum is nearer to w* with 3.
 
@@ -37,16 +37,21 @@ from auxfast.train.optimizers import make_optimizer
 from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
 
-MAIN_WEIGHTS, HARMFUL_WEIGHTS = (1.0, 1.0), (2.0, -4.0)  # w*, w~
+MAIN_WEIGHTS, HARMFUL_WEIGHTS = (1.0, 1.0), (2.0, -4.0)  # w* and w~
 VALIDATION = 100
-TRAINING_SET = "training set"  # the setting
-NEGLIGIBLE, NEARLY_ALL = 0.05, 0.9  # of all weights; at the start, each loss has a third
+TRAINING_SET = "training set"  # name of the setting
+NEGLIGIBLE, NEARLY_ALL = 0.05, 0.9  # shares of all weights; at the start, each loss has a third
 
 
 @dataclass(frozen=True)
 class IllustrativeOptions:
-    """labelled: samples to train on, those of the auxiliary set among them. main_noise, other_noise: deviations of the
-    noise of the main labels and the auxiliary ones. careful_noise: of the main labels in the auxiliary set."""
+    """Options of the experiment.
+
+    labelled: number of samples to train on, those of the auxiliary set among them.
+    auxiliary: number of samples in the auxiliary set.
+    main_noise, other_noise: deviation of the noise of the main labels, and of the auxiliary ones.
+    careful_noise: deviation of the noise of the main labels in the auxiliary set.
+    """
 
     labelled: int = 200
     auxiliary: int = 20
@@ -112,7 +117,7 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def distance(w: Tensor) -> float:
-    """From w (2,) to w*."""
+    """Distance from w (2,) to w*."""
     return math.dist(w.tolist(), MAIN_WEIGHTS)
 
 
@@ -141,7 +146,7 @@ def shares(run: Run) -> Tensor:
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """What section 5.1, Figure 2 and Figure 5 show."""
+    """The claims of section 5.1, Figure 2 and Figure 5."""
     found = []
     if learned := finished(runs, "linear"):
         found += [_harmful_vanishes(learned), _minimum_is_nearer(learned)]
@@ -162,7 +167,7 @@ def _harmful_vanishes(runs: Sequence[Run]) -> Finding:
 
 
 def _distances(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
-    """From w* to the minimum of the main training loss, and to that of the weighted one in the end; of each run."""
+    """Distances from w* to the main training loss's minimum, and to that of the weighted loss in the end; one a run."""
     training, learned = [], []
     for run in runs:
         task = _task(run, read_config(EXPERIMENT.config, run))

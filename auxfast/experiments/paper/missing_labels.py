@@ -35,7 +35,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Whether few attributes still help, and whether all of them help more."""
+    """Findings: do few attributes still help, and do all of them help more?"""
     first, *_, last = _SHARES
     full, few = (scores(runs, "nonlinear", setting) for setting in (first, last))
     return [

@@ -37,8 +37,13 @@ LOSS_NAMES = ("main", *(f"auxiliary {j}" for j in range(1, AUXILIARIES + 1)))
 
 @dataclass(frozen=True)
 class NoisyAuxiliariesOptions:
-    """labelled: samples to train on, those of the auxiliary set among them. main_noise: deviation of the noise of the
-    main labels. auxiliary_noise: the sigma above."""
+    """Options of the experiment.
+
+    labelled: number of samples to train on, those of the auxiliary set among them.
+    auxiliary: number of samples in the auxiliary set.
+    main_noise: deviation of the noise of the main labels.
+    auxiliary_noise: the sigma above.
+    """
 
     labelled: int = 1000
     auxiliary: int = 100
@@ -70,12 +75,12 @@ class NoisyAuxiliariesTask(SplitTask):
         return F.mse_loss(predicted, self.labels[self.auxiliary, self.main])
 
     def score_on(self, rows: Tensor) -> float:
-        """Against the target without noise."""
+        """Explained variance of the target without noise."""
         return explained_variance(self.model(self.features[rows]).squeeze(1), self.target[rows])
 
 
 def noise_deviations(options: NoisyAuxiliariesOptions) -> Tensor:
-    """Of the noise of each auxiliary task, before the absolute value: (100,)."""
+    """Deviations (100,) of the noise of each auxiliary task, before the absolute value."""
     return options.auxiliary_noise * torch.arange(1, AUXILIARIES + 1).sqrt()
 
 
@@ -105,7 +110,7 @@ def make_task(seed: int, options: NoisyAuxiliariesOptions, *, hold_out: bool) ->
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Of the `values` (n,), from 1; those that are equal share the mean of their ranks. (n,), float64."""
+    """Ranks (n,) float64 of the `values` (n,), counted from 1; equal values share the mean of their ranks."""
     below, not_above = (compare(values, values[:, None]).sum(dim=1) for compare in (torch.lt, torch.le))
     return (below + 1 + not_above).double() / 2
 
@@ -117,7 +122,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
 
 
 def final_weights(run: Run) -> Tensor:
-    """Of the auxiliary losses: (100,)."""
+    """Weights (100,) of the auxiliary losses in the end."""
     return torch.tensor(run.records[-1].loss_weights[1:], dtype=torch.float64)
 
 

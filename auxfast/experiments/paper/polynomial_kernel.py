@@ -53,7 +53,10 @@ _load = cache(load_digits)
 
 @dataclass(frozen=True)
 class PolynomialKernelOptions:
-    """shots, auxiliary_shots: labelled scans a class, and those of them that are the auxiliary set."""
+    """Options of the experiment.
+
+    shots, auxiliary_shots: number of labelled scans a class, and of those among them that are the auxiliary set.
+    """
 
     shots: int = 10
     auxiliary_shots: int = 1
@@ -96,7 +99,7 @@ class PolynomialKernelTask(SplitTask):
         return Batch(torch.stack([main, others, error], dim=1), None)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """The hidden layer's; in the last one, each loss has rows of its own."""
+        """Parameters of the hidden layer; in the last one, each loss has rows of its own."""
         return self.model.get_submodule("layers.0").parameters()
 
     def outer_loss(self) -> Tensor:
@@ -132,7 +135,7 @@ def make_task(seed: int, options: PolynomialKernelOptions, *, hold_out: bool) ->
 
 
 def monomial_names(degree: int) -> list[str]:
-    """As the combiner's phi has them: "digit", ..., "digit^2", "digit · attributes", ..."""
+    """Names of the terms in the order of the combiner's phi: "digit", ..., "digit^2", "digit · attributes", ..."""
     names = []
     for monomial in PolynomialCombiner(len(LOSS_NAMES), degree).monomials:
         powers = {LOSS_NAMES[j]: monomial.count(j) for j in monomial}
@@ -141,7 +144,7 @@ def monomial_names(degree: int) -> list[str]:
 
 
 def monomial_weights(run: Run) -> Tensor:
-    """Of every monomial at every outer step, the skip's 1 of the main loss included: (outer steps, monomials)."""
+    """Weights (outer steps, monomials), the skip's 1 of the main loss included."""
     weights = torch.tensor([record.phi for record in run.records], dtype=torch.float64)
     weights[:, 0] += 1.0 * _combiner(run).skip
     return weights
@@ -152,12 +155,12 @@ def _combiner(run: Run) -> CombinerConfig:
 
 
 def _learned(runs: Sequence[Run]) -> list[Run]:
-    """Whose phi is recorded: of higher degrees it has too many entries."""
+    """Runs whose phi is recorded: that of higher degrees has too many entries."""
     return [run for run in finished(runs, "polynomial") if all(record.phi is not None for record in run.records)]
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """What section C.5 and Figure 8 say, and what it is worth."""
+    """The claims of section C.5 and Figure 8, and what they are worth."""
     if not (learned := _learned(runs)):
         return []
     last = torch.stack([monomial_weights(run)[-1] for run in learned]).mean(dim=0)  # (monomials,)

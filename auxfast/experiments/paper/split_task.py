@@ -1,4 +1,4 @@
-"""What most experiments' tasks share: a data set in four parts, and how a model is scored on one of them."""
+"""The task of most experiments: a data set in four parts, and the score of a model on one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(kw_only=True)
 class SplitTask(ABC):
-    """An `auxfast.train.Task` but for the samples and their losses, which are a subclass's own.
+    """An `auxfast.train.Task` without the samples and their losses, which a subclass has.
 
     training, auxiliary, validation, test: the indices of each part's samples, (n,) int64.
     """
@@ -26,7 +26,7 @@ class SplitTask(ABC):
 
     @abstractmethod
     def score_on(self, rows: Tensor) -> float:
-        """How good the model is on the samples of those indices, (n,): more is better. Needs no graph."""
+        """Score of the model on the samples of these indices, (n,): more is better. It needs no graph."""
 
     @torch.no_grad()
     def validation_score(self) -> float:
@@ -38,10 +38,10 @@ class SplitTask(ABC):
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """In percent. logits: (n, classes). labels: (n,) int64."""
+    """Accuracy in percent. logits: (n, classes). labels: (n,) int64."""
     return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 def explained_variance(predicted: Tensor, target: Tensor) -> float:
-    """R2 x 100: the percentage of the target's variance that is explained. Both (n,)."""
+    """R2 x 100: the percentage of the target's variance that is explained. Both are (n,)."""
     return 100 * (1 - F.mse_loss(predicted, target).item() / target.var(correction=0).item())

@@ -31,18 +31,22 @@ from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConf
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
-TILE = 24  # pixels, at half the photograph's resolution
-TILES, VALIDATION, TEST = 150, 12, 48  # of the photograph, and of its parts
-BATCH = 8  # labelled tiles, and as many unlabelled
+TILE = 24  # pixels along an edge, at half the photograph's resolution
+TILES, VALIDATION, TEST = 150, 12, 48  # numbers of tiles: all of the photograph, and two of its parts
+BATCH = 8  # labelled tiles in a batch, which has as many unlabelled ones
 FEATURES = 12
-DRAWN = 4  # test tiles
+DRAWN = 4  # test tiles in the picture
 _load = cache(load_stereo)
 
 
 @dataclass(frozen=True)
 class StereoOptions:
-    """labelled: tiles with a main label, those of the auxiliary set among them. auxiliary: those. unlabelled: tiles
-    with disparity only."""
+    """Options of the experiment.
+
+    labelled: number of tiles with a main label, those of the auxiliary set among them.
+    auxiliary: number of tiles in the auxiliary set.
+    unlabelled: number of tiles with disparity only.
+    """
 
     labelled: int = 40
     auxiliary: int = 4
@@ -83,7 +87,7 @@ class StereoTask(SplitTask):
         return Batch(torch.stack([segmentation, depth], dim=1), known)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """All but the last layer's, in which each loss has channels of its own."""
+        """Parameters of all layers but the last, in which each loss has channels of its own."""
         return [parameter for layer in list(self.model.children())[:-1] for parameter in layer.parameters()]
 
     def outer_loss(self) -> Tensor:

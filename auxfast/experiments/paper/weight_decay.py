@@ -36,14 +36,18 @@ from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
 VALIDATION, TEST = 42, 200  # patients; the other 200 may be labelled
-SEX = 1  # its column among the measurements
+SEX = 1  # column among the measurements
 GROUPS = ("measured", "squares", "products", "a stranger's")
 _load = cache(load_diabetes)
 
 
 @dataclass(frozen=True)
 class WeightDecayOptions:
-    """labelled: patients to train on, those of the auxiliary set among them."""
+    """Options of the experiment.
+
+    labelled: number of patients to train on, those of the auxiliary set among them.
+    auxiliary: number of patients in the auxiliary set.
+    """
 
     labelled: int = 200
     auxiliary: int = 20
@@ -117,7 +121,7 @@ def make_task(seed: int, options: WeightDecayOptions, *, hold_out: bool) -> Weig
 
 
 def decays(run: Run) -> Tensor:
-    """Of each group at every outer step, relative to the weight of the error: (outer steps, 4)."""
+    """Decays (outer steps, 4) of each group, relative to the weight of the error."""
     weights = torch.tensor([record.loss_weights for record in run.records], dtype=torch.float64)
     return weights[:, 1:] / weights[:, :1]
 
@@ -179,7 +183,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     figure.savefig(path)
 
 
-_MEANING = {  # of the methods here; no decay scores so low that it has no place in the picture
+_MEANING = {  # keyed by method; no decay scores so low that it has no place in the picture
     "equal": "one for all,\nby hand",
     "linear-frozen": "the same, without\nthe auxiliary set",
     "linear": "one a group,\nlearned",

@@ -1,1 +1,1 @@
-"""What runs show: statistics over seeds, tables, pictures and the page."""
+"""Reports of runs: statistics over seeds, tables, pictures and the page."""

@@ -67,7 +67,7 @@ def _page(all_results: Sequence[Results]) -> str:
 
 
 def _own_picture(results: Results) -> str | None:
-    """What the experiment draws of itself, in base64; None if its runs do not suffice for that."""
+    """The experiment's own picture in base64; None if its runs do not suffice for one."""
     if results.experiment.draw is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def _own_picture(results: Results) -> str | None:
 
 
 def _courses(section: Section) -> str:
-    """Scores, learning curves and weights, in base64."""
+    """Picture of scores, learning curves and weights, in base64."""
     return _base64(_png(draw_sections([section])))
 
 

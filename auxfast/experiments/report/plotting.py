@@ -27,7 +27,7 @@ BLACK, GREY, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
     "#cc79a7",
     "#56b4e9",
 )
-_COLOURS = {  # one for each family of methods; frozen combiners are drawn hollow or dashed
+_COLOURS = {  # frozen combiners have their family's colour, and are drawn hollow or dashed
     "stl": BLACK,
     "equal": GREY,
     "uncertainty": SKY,
@@ -101,7 +101,7 @@ def draw_score_curves(
     figure = new_figure(7.5, 5)
     axes = figure.subplots()
     _draw_level(axes, runs)
-    nudge = 0.012 * (max(positions.values()) - min(positions.values()))  # so that error bars do not hide each other
+    nudge = 0.012 * (max(positions.values()) - min(positions.values()))  # keeps error bars from hiding each other
     for i, name in enumerate(methods):
         of_setting = {setting: scores(runs, name, setting) for setting in positions}
         points = [(positions[s], estimate(list(own.values()))) for s, own in of_setting.items() if own]
@@ -319,7 +319,7 @@ def _draw_curves(axes: Any, section: Section, made: Sequence[Row]) -> None:
         records = [run.records for run in section.runs if run.method == row.method]
         seen = [[r.validation_score if watched else r.main_loss for r in own] for own in records]
         shortest = min(map(len, seen))
-        values = np.array([own[:shortest] for own in seen], dtype=float)  # None is NaN
+        values = np.array([own[:shortest] for own in seen], dtype=float)  # None becomes NaN
         colour = _COLOURS[row.method.family]
         dash = _DASHES[row.method.phi] if row.method.monotone else _FREE_DASH
         axes.plot(range(1, shortest + 1), values.mean(axis=0), linestyle=dash, color=colour, label=_short(row.method))

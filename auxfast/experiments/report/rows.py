@@ -1,4 +1,4 @@
-"""What runs say: scores, paired differences, findings and cost, in rows and in plain text."""
+"""Results of runs: scores, paired differences, findings and cost, in rows and in plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from auxfast.experiments.base import Experiment, Finding, run_config, updated
 from auxfast.experiments.report.statistics import Estimate, estimate, paired_difference, scores
 from auxfast.train.files import RunError
-from auxfast.train.methods import COMBINERS, WEIGHTINGS, Method
+from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, Method
 from auxfast.train.run import Run
 from auxfast.train.serialization import flattened, to_table
 
@@ -30,7 +30,7 @@ class Section(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What an experiment's runs show.
+    """Results of an experiment's runs.
 
     `runs` are the finished ones, in the order in which they were given, and `sections` the same by setting, in the
     experiment's order.
@@ -47,13 +47,13 @@ class Row(NamedTuple):
     """One method in one setting.
 
     `best`: it scores above every other method there by more than noise (see `Estimate.beyond_noise`).
-    Seconds and Hessian-vector products are of a run, in the mean.
+    Seconds and Hessian-vector products are those of a run, as a mean.
     """
 
     method: Method
-    scores: dict[int, float]  # by seed
+    scores: dict[int, float]  # keyed by seed
     mean: Estimate
-    differences: dict[str, Estimate]  # to each baseline, paired over the seeds that both have
+    differences: dict[str, Estimate]  # keyed by baseline; paired over the seeds that both have
     best: bool
     inner_seconds: float
     outer_seconds: float
@@ -61,12 +61,12 @@ class Row(NamedTuple):
 
     @property
     def outer_share(self) -> float:
-        """Of the training time."""
+        """Share of the training time that is spent in outer steps."""
         return self.outer_seconds / (self.inner_seconds + self.outer_seconds)
 
 
 def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
-    """What these runs of the experiment show.
+    """Results of these runs of the experiment.
 
     Raises:
         RunError: two are of the same method, setting and seed, or one does not fit the experiment (any more).
@@ -85,15 +85,15 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
 
 
 def methods(section: Section) -> list[Method]:
-    """Those that were run: first the experiment's in its order, then the others by families."""
-    families = [*WEIGHTINGS, *COMBINERS]
+    """Methods that were run: first the experiment's in its order, then the others by families."""
+    families = [*WEIGHTING_LABELS, *COMBINER_LABELS]
     order = {name: place for place, name in enumerate(section.experiment.methods)}
     ran = {run.method for run in section.runs}
     return sorted(ran, key=lambda m: (order.get(m.name, len(order)), families.index(m.family), m.name))
 
 
 def rows(section: Section) -> list[Row]:
-    """One for each method that was run."""
+    """Rows, one for each method that was run."""
     all_scores = {m: scores(section.runs, m.name, section.setting) for m in methods(section)}
     made = []
     for method, own in all_scores.items():
@@ -117,7 +117,7 @@ def rows(section: Section) -> list[Row]:
 
 
 def _difference(own: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Over the seeds that both have; None if there are none."""
+    """Paired difference over the seeds that both have; None if there are none."""
     seeds = [seed for seed in own if seed in theirs]
     return paired_difference([own[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
 
@@ -155,7 +155,7 @@ def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def cautions(section: Section) -> list[str]:
-    """What a reader of the table has to know of the runs' configurations."""
+    """Remarks on the runs' configurations that a reader of the table has to know."""
     texts = [
         f"{key} is {run!r} here, and {own!r} in the experiment" for key, (own, run) in changed_entries(section).items()
     ]
@@ -195,5 +195,5 @@ def _describe_section(section: Section) -> str:
 
 
 def _describe_findings(found: Sequence[Finding]) -> str:
-    """One line each, with the verdict in front."""
+    """Lines of text, one for each finding, with the verdict in front."""
     return "\n".join(f"{_VERDICTS[finding.holds] + ':':14} {finding.text}" for finding in found)

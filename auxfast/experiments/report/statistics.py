@@ -1,4 +1,4 @@
-"""Means over seeds, and what runs scored: what findings, tables and pictures are made of."""
+"""Scores of runs and means over seeds, which findings, tables and pictures are made of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        """To the first digit of the standard error, but one decimal at least."""
+        """Text with digits down to the first of the standard error, but one decimal at least."""
         if self.sem is None:
             return f"{self.mean:.4g}"
         decimals = 1 if not 0 < self.sem < math.inf else max(1, -math.floor(math.log10(self.sem)))
@@ -76,8 +76,8 @@ def scores(runs: Iterable[Run], method: str, setting: str = "") -> dict[int, flo
 
 
 def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float]) -> Finding:
-    """Whether `own` scores, by seed, are above `baseline`'s beyond noise, paired over the seeds
-    that both have; `claim` says so in words."""
+    """Finding whether `own` scores, by seed, are above `baseline`'s beyond noise, paired over the seeds that both have.
+    `claim` says so in words."""
     difference, seeds = _over_shared_seeds(own, baseline)
     if difference is None:
         return Finding(f"{claim}: not known; it takes two seeds that both have run.", None)
@@ -86,14 +86,14 @@ def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float])
 
 
 def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -> Finding:
-    """Whether a method scores above another in a setting (see `compare`)."""
+    """Finding whether a method scores above another in a setting (see `compare`)."""
     claim = _claim(method, baseline)
     own, base = scores(runs, method, setting), scores(runs, baseline, setting)
     return compare(f"{setting}: {claim}" if setting else claim, own, base)
 
 
 def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
-    """Whether a method scores above another in each of the settings (see `compare`)."""
+    """Finding whether a method scores above another in each of the settings (see `compare`)."""
     parts, holds = [], []
     for setting in settings:
         difference, seeds = _over_shared_seeds(scores(runs, method, setting), scores(runs, baseline, setting))

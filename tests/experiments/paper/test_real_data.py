@@ -8,7 +8,7 @@ import torch
 
 from auxfast.experiments.base import run_config, train_run
 from auxfast.experiments.paper import deep_supervision, diabetes, digits, missing_labels, sensitivity, stereo
-from auxfast.train.methods import COMBINERS, WEIGHTINGS, parse_method
+from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, parse_method
 
 pytest.importorskip("sklearn")
 
@@ -24,7 +24,7 @@ EXPERIMENTS = {
         deep_supervision.EXPERIMENT,
     )
 }
-OF_SAMPLES = [name for name in (*WEIGHTINGS, *COMBINERS) if name != "conv"]
+OF_SAMPLES = [name for name in (*WEIGHTING_LABELS, *COMBINER_LABELS) if name != "conv"]
 SHORT = {"train.outer_steps": 2, "train.inner_steps": 2}
 # Some settings take large sets on purpose; the warning has a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:the auxiliary set takes:UserWarning")
