@@ -84,7 +84,7 @@ class RunPlan:
         """The table that tells this run from others, as its folder keeps it.
 
         Raises:
-            ValueError: a table cannot hold the configuration, which could not be read in the end.
+            ValueError: a table cannot hold the configuration, so that nobody could read it in the end.
         """
         config = to_table(self.config)
         override(self.config, config)
@@ -122,6 +122,7 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
         on_outer_step: called with every record as it is made.
 
     Raises:
+        ValueError: a table cannot hold the configuration.
         RunError: the folder holds a run already, or one of another configuration; a file cannot be written, or read;
             the loss is not finite any more; or there is no learned run to take phi from. What was saved is kept.
     """

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from auxfast.nn import LinearCombiner
+from auxfast.solvers import Dense
 from auxfast.train import Component, RunError, parse_method, read_config, read_run, record_run, tensorboard
 from auxfast.train.recording import check_plans, restore_run
 from train.problems import Noisy, NoisyOptions, noisy_plan, without_seconds
@@ -201,6 +202,16 @@ def test_with_the_disk_full_what_was_saved_is_kept(tmp_path, monkeypatch, suffix
     reference = run(tmp_path / "other")
     again = run(tmp_path, resume=True)
     assert without_seconds(again.records) == without_seconds(reference.records)
+
+
+def test_a_configuration_that_no_table_can_hold_is_refused_before_training(tmp_path):
+    @dataclass(frozen=True)
+    class OwnSolver(Dense):
+        pass
+
+    with pytest.raises(ValueError, match=r"train\.solver\.name: got 'OwnSolver', must be one of"):
+        run(tmp_path, solver=OwnSolver(), on_outer_step=lambda _: pytest.fail("training started"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
