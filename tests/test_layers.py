@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,89 +16,153 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
-# Python: each layer knows those before it, and the parts of one layer do not know each other. "" is the package itself,
-# that is, what `import auxfast` offers.
-LAYERS = [
-    {"_C", "_version"},
-    {"_native"},
-    {"ops"},
-    {"nn", "solvers"},
-    {"implicit"},
-    {""},
-    {"compat", "train"},
-    {"experiments"},
-    {"cli"},
+# Each room knows those in the rows above it, and the rooms of one row do not know each other. "auxfast" is the package
+# itself: what `import auxfast` offers.
+ROWS = [
+    ["auxfast._C", "auxfast._version"],
+    ["auxfast._native", "auxfast.autograd"],
+    ["auxfast.ops"],
+    ["auxfast.nn", "auxfast.solvers"],
+    ["auxfast.implicit"],
+    ["auxfast"],
+    ["auxfast.compat", "auxfast.train"],
+    ["auxfast.experiments"],
+    ["auxfast.cli"],
+    ["auxfast.__main__"],
 ]
-LEAVES = {"weighting", "models"}  # know themselves alone; who knows `train`'s layer may know them
-RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-WITH_EXTRAS = {"train", "experiments", "cli"}  # may need more than torch and numpy
+# Leaves know themselves alone. Rooms from `train` on may know them.
+LEAVES = ["auxfast.weighting", "auxfast.experiments.data"]
+RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
+WITH_EXTRAS = ("auxfast.train", "auxfast.experiments", "auxfast.cli")  # may need more than torch and numpy
 
-MODULES = sorted((ROOT / "auxfast").rglob("*.py"))
-
-
-def _part(module: str) -> str:
-    """`auxfast.<part>...`; the package itself is ""."""
-    return module.partition(".")[2].partition(".")[0]
+Sources = Mapping[str, str]
+"""The text of each module, by its name; that of a package is its `__init__.py`."""
 
 
-def _own_part(path: Path) -> str:
-    first = path.relative_to(ROOT / "auxfast").parts[0].removesuffix(".py")
-    return {"__init__": "", "__main__": "cli"}.get(first, first)
+def _modules() -> dict[str, str]:
+    sources = {}
+    for path in sorted((ROOT / "auxfast").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return sources
 
 
-def _is_module(part: str) -> bool:
-    return part == "_C" or (ROOT / "auxfast" / part).is_dir() or (ROOT / "auxfast" / f"{part}.py").is_file()
+MODULES = _modules()
 
 
-def _imports(path: Path) -> list[str]:
-    """Absolute names of what a file imports; `from auxfast import nn` is auxfast.nn."""
-    found: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imports(module: str, sources: Sources) -> Iterator[str]:
+    """The modules that a module imports anywhere: within functions and below `if TYPE_CHECKING` too, since a type
+    import is an import. A package's `__init__.py` counts only where one of its own names is taken."""
+    for node in ast.walk(ast.parse(sources[module])):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{module}: relative import"
             assert node.module is not None
-            if node.module == "auxfast":
-                names = [alias.name for alias in node.names if alias.name != "__version__"]
-                found += [f"auxfast.{name}" if _is_module(name) else "auxfast" for name in names]
-            else:
-                found.append(node.module)
-    return found
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in sources or name == "auxfast._C" else node.module
+
+
+def _within(module: str, room: str) -> bool:
+    return module == room or module.startswith(f"{room}.")
+
+
+def _room(module: str) -> str:
+    """The leaf or the room that a module is in."""
+    inside = [room for room in [*LEAVES, *RANK] if room != "auxfast" and _within(module, room)]
+    return inside[0] if inside else "auxfast"
 
 
 def _may_know(importer: str, imported: str) -> bool:
+    importer, imported = _room(importer), _room(imported)
     if importer == imported:
         return True
     if importer in LEAVES:
         return False
     if imported in LEAVES:
-        return RANK[importer] >= RANK["train"]
+        return RANK[importer] >= RANK["auxfast.train"]
     return RANK[imported] < RANK[importer]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_python_layers(path):
-    own = _own_part(path)
-    for name in _imports(path):
-        package = name.partition(".")[0]
-        if package == "auxfast":
-            assert _may_know(own, _part(name)), f"{own or 'auxfast'} imports {name}"
-        elif own not in WITH_EXTRAS:
-            assert package in {"torch", "numpy"} | sys.stdlib_module_names, f"{own or 'auxfast'} imports {name}"
+def _arrows(sources: Sources) -> dict[str, set[str]]:
+    return {
+        module: {name for name in _imports(module, sources) if _within(name, "auxfast")} - {"auxfast._C"}
+        for module in sources
+    }
+
+
+def _cycle(sources: Sources) -> list[str]:
+    """Modules that import each other in a circle; empty if there are none."""
+    try:
+        TopologicalSorter(_arrows(sources)).prepare()
+    except CycleError as error:
+        modules: list[str] = error.args[1]
+        return modules
+    return []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_python_layers(module):
+    others = {"torch", "numpy"} | sys.stdlib_module_names
+    for name in _imports(module, MODULES):
+        if _within(name, "auxfast"):
+            assert name in MODULES or name == "auxfast._C", f"{module} imports {name}, which is no module"
+            assert _may_know(module, name), f"{module} imports {name}"
+        elif _room(module) in LEAVES or not any(_within(module, room) for room in WITH_EXTRAS):
+            assert name.partition(".")[0] in others, f"{module} imports {name}"
+
+
+def test_no_circle_of_files():
+    assert _cycle(MODULES) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_hides(module):
+    assert "TYPE_CHECKING" not in MODULES[module]
+    for node in ast.walk(ast.parse(MODULES[module])):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__", "import_extra"):
+                assert not str(node.args[0].value).startswith("auxfast"), f"{module} imports {node.args[0].value}"
 
 
 def test_the_rules_themselves():
-    assert _may_know("train", "weighting")
-    assert _may_know("cli", "train")
-    for importer, imported in [
-        ("nn", "solvers"),
-        ("ops", "nn"),
-        ("weighting", "ops"),
-        ("train", "experiments"),
-        ("nn", ""),
-    ]:
-        assert not _may_know(importer, imported)
+    allowed = [
+        ("auxfast.train.run", "auxfast.weighting"),
+        ("auxfast.experiments.paper.digits", "auxfast.experiments.data"),
+        ("auxfast.cli", "auxfast.experiments.command"),
+        ("auxfast.implicit.losses", "auxfast.autograd.graph"),
+    ]
+    refused = [
+        ("auxfast.nn", "auxfast.solvers"),
+        ("auxfast.ops.combiner", "auxfast.nn"),
+        ("auxfast.train.run", "auxfast.experiments.base"),
+        ("auxfast.experiments.data.digits", "auxfast.ops"),
+        ("auxfast.experiments.data.digits", "auxfast.experiments.base"),
+        ("auxfast.implicit", "auxfast.weighting"),
+        ("auxfast.nn", "auxfast"),
+        ("auxfast.autograd.engine", "auxfast._native"),
+    ]
+    assert all(_may_know(*pair) for pair in allowed)
+    assert not any(_may_know(*pair) for pair in refused)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from auxfast.a import run",
+        "from auxfast import a",
+        "import auxfast.a",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from auxfast.a import Run",
+        "def f():\n    from auxfast.a import run",
+        "from auxfast import c",
+    ],
+)
+def test_a_circle_is_found_wherever_its_import_stands(back):
+    sources = {"auxfast": "", "auxfast.a": "from auxfast import b", "auxfast.b": back, "auxfast.c": "import auxfast.b"}
+    assert "auxfast.b" in _cycle(sources)
+    assert _cycle({**sources, "auxfast.b": "import torch"}) == []
 
 
 _IMPORT_WITHOUT_EXTRAS = """
