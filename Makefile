@@ -28,7 +28,7 @@ native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* 
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
-  bench docs lint format clean
+  bench docs picture lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
@@ -71,8 +71,11 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)
 
-docs: native $(installed)-docs  ## build the documentation site, build/site
-	$(PYTHON) -m mkdocs build --strict
+docs: $(installed)-docs  ## build the documentation site, build/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+picture: native $(installed)-demo  ## draw the README's picture of three weights again
+	$(PYTHON) tools/docs/draw_weights.py
 
 lint: $(installed)-lint  ## check style and types
 	$(PYTHON) -m ruff check .

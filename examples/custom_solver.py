@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import auxfast
-from auxfast.solvers import MINRES, Dense, Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers import MINRES, Dense, Matvec, Solver, SolverState, SolveStats, StopReason
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -46,8 +46,9 @@ class SteepestDescent:
         product = matvec(x)  # one more, for the true residual
         error = [b - p for b, p in zip(rhs, product, strict=True)]
         relative = dot(error, error) ** 0.5 / initial if initial else 0.0
-        reason = "converged" if norm <= self.tol * initial else "steps"
-        return x, SolveStats(iterations, iterations + 1, relative, reason == "converged", reason)
+        converged = norm <= self.tol * initial
+        reason = StopReason.CONVERGED if converged else StopReason.STEPS
+        return x, SolveStats(iterations, iterations + 1, relative, converged, reason)
 
 
 def main() -> dict[str, tuple[float, int]]:
