@@ -26,8 +26,8 @@ import torch
 from timing import interleaved
 from torch import Tensor, nn
 
+from auxfast.autograd.graph import vjp
 from auxfast.implicit.curvature import GaussNewton, Hessian
-from auxfast.implicit.graph import vjp
 from auxfast.implicit.losses import Evaluation
 from auxfast.nn import NonlinearCombiner
 

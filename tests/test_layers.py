@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 
 # Python: each layer knows those before it, and the parts of one layer do not know each other. "" is the package itself,
 # that is, what `import auxfast` offers.
-LAYERS = [{"_C"}, {"_native"}, {"ops"}, {"nn", "solvers"}, {"implicit"}, {""}, {"compat", "train"}, {"cli"}]
+LAYERS = [{"_C"}, {"_native", "autograd"}, {"ops"}, {"nn", "solvers"}, {"implicit"}, {""}, {"compat", "train"}, {"cli"}]
 LEAVES = {"data", "weighting", "models"}  # know themselves alone; who knows `train`'s layer may know them
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 WITH_EXTRAS = {"data", "train", "cli"}  # may need more than torch and numpy

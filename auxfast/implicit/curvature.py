@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.graph import (
+from auxfast.autograd.graph import (
     SilentBreaks,
     filled,
     functions_of,
@@ -19,8 +18,9 @@ from auxfast.implicit.graph import (
     vjp,
     without_double_backward,
 )
+from auxfast.autograd.pullback import Gradients, OneAtATime, Pullback
+from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import Evaluation, add, check_connected
-from auxfast.implicit.pullback import Gradients, OneAtATime, Pullback
 
 _WAYS_OUT = (
     "Pass inner_loss as a function and curvature='finite-difference', or compute it without that operator: "

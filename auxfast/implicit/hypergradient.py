@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.advice import warn_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_uniform
 from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import Evaluate, Evaluation, Loss, check_connected, evaluations, mean_gradient
-from auxfast.implicit.state_guard import preserved_state
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.implicit.graph import graph_from, vjp
+from auxfast.autograd.graph import graph_from, vjp
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
 """A scalar; a function of no arguments that computes it; or several such functions, whose mean it is. For Gauss-Newton

@@ -11,10 +11,10 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import Evaluation
-from auxfast.implicit.state_guard import preserved_state
 from auxfast.solvers import MINRES, Dense, Solver, SolveStats
 from auxfast.solvers.base import check_positive, check_steps
 

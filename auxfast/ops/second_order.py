@@ -133,7 +133,7 @@ def _unsupported(op: str) -> NotImplementedError:
 
 
 class _Value(torch.autograd.Function):
-    twice_differentiable = True  # which auxfast.implicit.graph need not find out
+    twice_differentiable = True  # which auxfast.autograd.graph need not find out
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, phi: Tensor, record: Record) -> Tensor | None:
@@ -164,7 +164,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward_outside(ctx: Any, wanted: Collection[int], grad: Tensor, several: bool) -> tuple[Tensor | None, ...]:
-        """What auxfast.implicit.node_steps calls outside of the engine, for one gradient or several."""
+        """What auxfast.autograd.node_steps calls outside of the engine, for one gradient or several."""
         record: Record = ctx.record
         losses, phi = _inputs(ctx, record)
         to_losses = _of_each(record.scaled_weights, grad, several) if 0 in wanted else None

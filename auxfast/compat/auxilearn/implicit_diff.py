@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from auxfast.autograd.graph import filled
+from auxfast.autograd.pullback import Pullback
 from auxfast.implicit import hypergradient
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.graph import filled
 from auxfast.implicit.losses import Evaluation
-from auxfast.implicit.pullback import Pullback
 from auxfast.solvers import Identity, Neumann, Solver
 from auxfast.solvers.base import SolverState
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.implicit.gradient_sums import Edge
-from auxfast.implicit.graph import filled, vjp
-from auxfast.implicit.graph_pass import Graph, GraphPass
+from auxfast.autograd.gradient_sums import Edge
+from auxfast.autograd.graph import filled, vjp
+from auxfast.autograd.graph_pass import Graph, GraphPass
 
 Gradients = Sequence[Tensor | None]
 _FEWEST_NUMBERS = 1 << 13  # in outputs and inputs; with fewer, three products do not make up for looking at the graph

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from auxfast.implicit import pullback as module
+from auxfast.autograd import pullback as module
+from auxfast.autograd.graph import vjp
+from auxfast.autograd.pullback import OneAtATime, Pullback
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.graph import vjp
 from auxfast.implicit.losses import Evaluation
-from auxfast.implicit.pullback import OneAtATime, Pullback
 
 WIDTH = 72  # of a layer with enough weights for passes of our own
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd.function import BackwardCFunction
 
-from auxfast.implicit.gradient_sums import Sum, Targets
+from auxfast.autograd.gradient_sums import Sum, Targets
 
 _threshold_backward: Any = torch.ops.aten.threshold_backward.grad_input
 

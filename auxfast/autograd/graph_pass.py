@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from auxfast.implicit.gradient_sums import BlockSum, Edge, Sum, Target, Transposed
-from auxfast.implicit.node_steps import ONE_INPUT, ZERO, Step, step_of
+from auxfast.autograd.gradient_sums import BlockSum, Edge, Sum, Target, Transposed
+from auxfast.autograd.node_steps import ONE_INPUT, ZERO, Step, step_of
 
 
 class Graph:

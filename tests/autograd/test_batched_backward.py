@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from auxfast.implicit.graph import vjp
-from auxfast.implicit.graph_pass import Graph, GraphPass
+from auxfast.autograd.graph import vjp
+from auxfast.autograd.graph_pass import Graph, GraphPass
 from auxfast.nn import ConvCombiner, NonlinearCombiner
 
 
