@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 from auxfast import nn, solvers
 from auxfast._native import build_info, reference_kernels
+from auxfast.autograd.preserved_state import preserved_state
+from auxfast.autograd.pullback import engine_only
 from auxfast.implicit import (
     HypergradientReport,
     HypergradientResult,
@@ -11,7 +13,6 @@ from auxfast.implicit import (
     UsefulnessResult,
     auxiliary_usefulness,
     hypergradient,
-    preserved_state,
     verify_hypergradient,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "auxiliary_usefulness",
     "build_info",
+    "engine_only",
     "hypergradient",
     "nn",
     "preserved_state",

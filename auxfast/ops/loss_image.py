@@ -15,7 +15,7 @@ from torch import Tensor
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
 from auxfast.ops.loss_image_network import LossImageNetwork
 from auxfast.ops.network import REDUCTIONS
-from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value
+from auxfast.ops.second_order import SavedForward, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 # network: see LossImageNetwork.packed. main_weights (batch,): what each image's sum of the main loss is multiplied
@@ -91,7 +91,7 @@ _backward_phi = torch.ops.auxfast.loss_image_backward_phi.default
 _second_order = torch.ops.auxfast.loss_image_second_order.default
 
 
-class _LossImage(Record):
+class _LossImage(SavedForward):
     op = "loss image"
 
     def __init__(self, network: LossImageNetwork, main_weights: Tensor | None, value: Tensor, weights: Tensor) -> None:

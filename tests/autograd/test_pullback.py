@@ -1,197 +1,323 @@
-"""Repeated passes: when the engine is asked, and that passes of our own are its equal."""
+"""Batches of vectors through one graph: what is left to the engine, and that answers are the engine's in any case."""
 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from auxfast.autograd import pullback as module
-from auxfast.autograd.graph import vjp
-from auxfast.autograd.pullback import OneAtATime, Pullback
+import auxfast
+from auxfast.autograd.engine import vjp
+from auxfast.autograd.pullback import Pullback
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.losses import Evaluation
+from auxfast.implicit.losses import LossGraph
 
-WIDTH = 72  # of a layer with enough weights for passes of our own
+K = 8
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch):
+def _seed() -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(module, "_known", {})
 
 
-def net() -> tuple[list[Tensor], nn.Module]:
-    layers = nn.Sequential(nn.Linear(5, WIDTH), nn.Softplus(), nn.Linear(WIDTH, WIDTH)).double()
-    return [*layers.parameters()], layers
+def vectors_like(tensors: list[Tensor], k: int = K) -> list[Tensor]:
+    return [torch.randn(k, *t.shape, dtype=t.dtype) for t in tensors]
 
 
-def gradient(layers: nn.Module, rows: int = 4, scale: Tensor | float = 1.0, hook=None) -> list[Tensor]:
-    hidden = layers[1](layers[0](torch.randn(rows, 5, dtype=torch.float64)))
-    if hook is not None:
-        hidden.register_hook(hook)
-    loss = (scale * layers[2](hidden).square()).mean()
-    return [*torch.autograd.grad(loss, [*layers.parameters()], create_graph=True)]
+def one_by_one(outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    rows = [vjp(outputs, inputs, row) for row in zip(*vectors, strict=True)]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def vectors_like(params: list[Tensor], *many: int) -> list[Tensor]:
-    return [torch.randn(*many, *w.shape, dtype=w.dtype) for w in params]
+def check(pullback: Pullback, outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor] | None = None) -> None:
+    vectors = vectors_like(outputs) if vectors is None else vectors
+    expected = one_by_one(outputs, inputs, vectors)
+    torch.testing.assert_close([*pullback.batched(vectors)], expected, equal_nan=True)
 
 
-def check(pullback: Pullback, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+class Net(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, width).double(), nn.Linear(width, 3).double()
+
+    def gradient(self, rows: int = 4) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient of a loss, with its graph, and the parameters."""
+        loss = self.last(self.first(torch.randn(rows, 5).double()).tanh()).square().mean()
+        return [*torch.autograd.grad(loss, [*self.parameters()], create_graph=True)], [*self.parameters()]
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+Hook = Callable[[Tensor], Any]
+
+
+def _on_node(register: str) -> Callable[[Tensor, Hook], Any]:
+    def add(tensor: Tensor, hook: Hook) -> Any:
+        return getattr(tensor.grad_fn, register)(lambda grads, *others: (hook(grads[0]), *grads[1:]))
+
+    return add
+
+
+PLACES: dict[str, tuple[str, Callable[[Tensor, Hook], Any]]] = {
+    "a leaf": ("w", Tensor.register_hook),
+    "a tensor inside": ("h", Tensor.register_hook),
+    "a tensor that no node saves": ("z", Tensor.register_hook),
+    "a Function's result": ("f", Tensor.register_hook),
+    "before a node": ("h", _on_node("register_prehook")),
+    "after a node": ("z", _on_node("register_hook")),
+    "before a Function": ("f", _on_node("register_prehook")),
+    "after a Function": ("f", _on_node("register_hook")),
+}
+
+
+def hooked(place: str, hook: Hook) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and inputs of a graph with a hook, in which no tensor but the leaves is alive any more."""
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    f = Double.apply(w)
+    z = f @ torch.randn(5, 3, dtype=torch.float64)
+    h = z.tanh()
+    name, register = PLACES[place]
+    register({"w": w, "f": f, "z": z, "h": h}[name], hook)
+    return [h.square(), h.sin().sum()], [w]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hook_is_seen_before_it_changes_anything(place):
+    factor = 1.0
+    outputs, inputs = hooked(place, lambda grad: grad * factor)
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs)
+    assert "hook" in str(pullback.refusal)
+    factor = 0.1
+    check(pullback, outputs, inputs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "hook", [lambda grad: grad.clamp(max=0.1), lambda grad: grad + 1, lambda grad: grad / grad.norm()]
+)
+def test_hooks_that_are_not_linear_act_on_each_vector(place, hook):
+    outputs, inputs = hooked(place, hook)
+    check(Pullback(outputs, inputs), outputs, inputs)
+    check(Pullback(outputs, inputs), outputs, inputs, [torch.zeros(K, *t.shape, dtype=t.dtype) for t in outputs])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hook_that_acts_from_the_second_batch_on_acts(place):
+    scale: list[float] = []
+    outputs, inputs = hooked(place, lambda grad: grad * scale[0] if scale else grad)
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs)
+    scale.append(0.1)
+    check(pullback, outputs, inputs)
+
+
+def test_a_hook_that_was_added_after_the_first_batch_acts():
+    h = torch.randn(4, 5, dtype=torch.float64, requires_grad=True).sin()
+    w = [h.grad_fn.next_functions[0][0].variable]
+    outputs = [h.exp()]
+    pullback = Pullback(outputs, w)
+    check(pullback, outputs, w)
+    assert pullback.refusal is None
+    h.register_hook(lambda grad: grad.clamp(max=0.1))
+    check(pullback, outputs, w)
+
+
+def test_a_hook_that_calls_nothing_of_torch_is_found_by_its_result():
+    """Also if only a vector that is small beside the others gets there."""
+    u, v = (torch.randn(4, requires_grad=True) for _ in range(2))
+    h, nothing = v.sin(), torch.zeros(4)
+    h.register_hook(lambda grad: nothing)
+    outputs, inputs = [u.exp(), h * 2], [u, v]
+    pullback = Pullback(outputs, inputs)
     vectors = vectors_like(outputs)
-    torch.testing.assert_close([*pullback(vectors)], [*vjp(outputs, inputs, vectors)])
+    vectors[1][:-1] = 0
+    vectors[0][-1] = 0
+    vectors[1][-1] *= 1e-6
+    check(pullback, outputs, inputs, vectors)
+    assert pullback.refusal == "the engine finds something else"
 
 
-def is_ours(pullback: Pullback) -> bool:
-    return pullback._single is not None and pullback._single._pass is not None
+def test_a_tensor_that_retains_its_gradient_is_left_to_the_engine():
+    h = torch.randn(4, requires_grad=True).sin()
+    w = [h.grad_fn.next_functions[0][0].variable]
+    h.retain_grad()
+    outputs = [h.exp() @ h.exp().diag()]
+    pullback = Pullback(outputs, w)
+    check(pullback, outputs, w)
+    h = torch.randn(4, 5, requires_grad=True).sin()
+    h.retain_grad()
+    outputs, w = [h @ torch.randn(5, 3, requires_grad=True)], [h.grad_fn.next_functions[0][0].variable]
+    pullback = Pullback([outputs[0].sin(), h], w)
+    check(pullback, [outputs[0].sin(), h], w)
+    assert "hook" in str(pullback.refusal)
 
 
-def test_a_structure_is_compared_with_the_engine_once_and_planned_once(monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "vjp", lambda *args: asked.append(1) or vjp(*args))
-    params, layers = net()
-    plans = set()
-    for rows in (4, 4, 7, 1):
-        grads = gradient(layers, rows)
-        pullback = Pullback(grads, params)
-        for _ in range(2):
-            check(pullback, grads, params)
-        plans.add(id(pullback._single._pass))
-        del pullback
-    assert len(asked) == 1
-    assert len(plans) == 1
+def test_hooks_that_autograd_grad_never_runs_do_not_matter():
+    w = torch.randn(4, requires_grad=True)
+    w.register_post_accumulate_grad_hook(lambda w: pytest.fail("nothing is accumulated"))
+    outputs = [w.exp()]
+    pullback = Pullback(outputs, [w])
+    check(pullback, outputs, [w])
+    assert pullback.refusal is None
 
 
-def test_two_graphs_of_a_structure_at_a_time():
-    params, layers = net()
-    graphs = [gradient(layers) for _ in range(2)]
-    pullbacks = [Pullback(grads, params) for grads in graphs]
-    for _ in range(2):
-        for pullback, grads in zip(pullbacks, graphs, strict=True):
-            check(pullback, grads, params)
-    assert pullbacks[0]._single._pass is not pullbacks[1]._single._pass
-
-
-def test_other_inputs_of_the_same_graph():
-    params, layers = net()
-    scale = torch.rand(WIDTH, dtype=torch.float64, requires_grad=True)
-    grads = gradient(layers, scale=scale)
-    pullback = Pullback(grads, params)
-    check(pullback, grads, params)
-    to_scale = Pullback(grads, [scale], pullback)
-    check(to_scale, grads, [scale])
-    assert is_ours(to_scale)
-    assert to_scale._graph is pullback._graph
-
-
-def test_nothing_of_a_graph_is_kept():
-    params, layers = net()
-    hidden = layers[0](torch.randn(4, 5, dtype=torch.float64)).relu()  # whose result its node saves
-    grads = [*torch.autograd.grad(layers[2](hidden).square().mean(), params, create_graph=True)]
-    pullback = Pullback(grads, params)
-    check(pullback, grads, params)
-    assert is_ours(pullback)
-    reference = weakref.ref(hidden)
-    del hidden, grads
-    assert reference() is not None
-    del pullback
-    gc.collect()
-    assert reference() is None
-
-
-@pytest.mark.parametrize("hook", [lambda grad: grad.clamp(max=0.1), lambda grad: 2 * grad])
-def test_hooks_that_change_gradients_are_not_passed_over(hook):
-    params, layers = net()
-    for _ in range(2):
-        grads = gradient(layers, hook=hook)
-        pullback = Pullback(grads, params)
-        check(pullback, grads, params)
-        assert not is_ours(pullback)
-    grads = gradient(layers)
-    pullback = Pullback(grads, params)
-    check(pullback, grads, params)
-    assert is_ours(pullback)  # the hook shows in the structure: another one
+# ------------------------------------------------------------------------------------------- what is left to the engine
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_vectors_that_say_nothing_decide_nothing(value):
-    params, layers = net()
-    grads = gradient(layers)
-    pullback = Pullback(grads, params)
-    vectors = [torch.full_like(w, value) for w in params]
-    torch.testing.assert_close([*pullback(vectors)], [*vjp(grads, params, vectors)], equal_nan=True)
-    (plans,) = module._known.values()
-    assert [plan.agrees for plan in plans.values()] == [None]
-    check(Pullback(grads, params), grads, params)
-    assert [plan.agrees for plan in plans.values()] == [True]
+@pytest.mark.parametrize("where", ["all", "a vector", "an output"])
+def test_zero_and_nonfinite_vectors_give_what_the_engine_gives(where, value):
+    outputs, inputs = Net().gradient()
+    vectors = vectors_like(outputs)
+    for tensor in vectors if where != "an output" else vectors[:1]:
+        tensor[2 if where == "a vector" else slice(None)] = value
+    check(Pullback(outputs, inputs), outputs, inputs, vectors)
 
 
-def test_zeros_do_not_speak_for_what_they_leave_out():
-    params, layers = net()
-    grads = gradient(layers)
-    pullback = Pullback(grads, params)
-    vectors = vectors_like(params)
-    vectors[2] = torch.zeros_like(params[2])
-    torch.testing.assert_close([*pullback(vectors)], [*vjp(grads, params, vectors)])
-    assert pullback._single._plan.agrees is None
-    check(pullback, grads, params)
-    assert pullback._single._plan.agrees
+def test_few_vectors_go_one_by_one():
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs, vectors_like(outputs, 3))
+    assert pullback.num_batched == 0
 
 
-def test_an_output_may_be_an_input():
-    w, alone = (torch.randn(100, 100, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    outputs = [w.tanh(), alone, w]
-    for inputs in ([w, alone], [alone], [w]):
-        pullback = Pullback(outputs, inputs)
-        for _ in range(2):
-            check(pullback, outputs, inputs)
-        assert is_ours(pullback)
-
-
-def test_nothing_depends_on_nothing():
+def test_no_vectors_are_no_error():
     w = torch.randn(3, requires_grad=True)
-    assert Pullback([], [w])([]) == [None]
-    assert Pullback([], [w]).together([]) == [None]
+    assert Pullback([w.exp()], [w]).batched([torch.empty(0, 3)]) == [None]
+
+
+def test_many_vectors_go_through_a_large_graph_in_parts():
+    outputs, inputs = Net(512).gradient(rows=64)  # 256 KiB
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs, vectors_like(outputs, 19))
+    assert pullback.num_batched == 19
+
+
+def test_graphs_with_larger_activations_are_left_to_the_engine():
+    outputs, inputs = Net(512).gradient(rows=65)
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs)
+    assert "large" in str(pullback.refusal)
 
 
 def test_under_autocast_the_engine_is_asked():
-    params, layers = net()
-    grads = gradient(layers)
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs)
     with torch.autocast("cpu"):
-        pullback = Pullback(grads, params)
-        check(pullback, grads, params)
-        assert not is_ours(pullback)
-        with pytest.raises(OneAtATime):
-            pullback.together(vectors_like(params, 8))
+        check(pullback, outputs, inputs)
+        assert pullback.num_batched == 0
+    check(pullback, outputs, inputs)
+    assert pullback.num_batched == K
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_what_was_overwritten_is_an_error(after):
-    params, layers = net()
-    grads = gradient(layers)
-    pullback = Pullback(grads, params)
-    for _ in range(after):
-        check(pullback, grads, params)
+def test_complex_numbers_are_left_to_the_engine():
+    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    outputs = [(torch.fft.fft2(w) @ (1j * w).exp()).abs().square()]
+    pullback = Pullback(outputs, [w])
+    check(pullback, outputs, [w])
+    assert "complex" in str(pullback.refusal)
+
+
+def test_outputs_of_several_dtypes():
+    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    outputs = [w.sin(), w.exp().float()]
+    check(Pullback(outputs, [w]), outputs, [w])
+
+
+def checkpointed(w: Tensor, calls: list[int]) -> list[Tensor]:
+    def segment(w: Tensor) -> Tensor:
+        calls.append(1)
+        return (w @ w).tanh()
+
+    h = checkpoint(segment, w, use_reentrant=False)
+    return [*torch.autograd.grad(h.square().sum(), [w], create_graph=True)]
+
+
+def test_checkpointed_graphs_are_recomputed_no_more_often_than_by_the_engine():
+    """Whatever was done before with a graph of the same structure."""
+    w = torch.randn(9, 9, dtype=torch.float64, requires_grad=True)
+    plain = [*torch.autograd.grad((w @ w).tanh().square().sum(), [w], create_graph=True)]
+    check(Pullback(plain, [w]), plain, [w])
+    counts = []
+    for within in (auxfast.engine_only, nullcontext):
+        calls: list[int] = []
+        outputs = checkpointed(w, calls)
+        pullback = Pullback(outputs, [w])
+        with within():
+            pullback.batched(vectors_like([w]))
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+    assert "unpacked by hooks" in str(pullback.refusal)
+
+
+def test_engine_only_takes_vectors_one_by_one():
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs)
+    with auxfast.engine_only():
+        check(pullback, outputs, inputs)
+    assert pullback.num_batched == 0
+    check(pullback, outputs, inputs)
+    assert pullback.num_batched == K
+
+
+@pytest.mark.parametrize(("value", "batched"), [("0", 0), ("1", 8)])
+def test_the_environment_switches_batches_off(value, batched):
+    program = (
+        "import torch; from auxfast.autograd.pullback import Pullback\n"
+        "w = torch.randn(3, requires_grad=True); pullback = Pullback([w.exp()], [w])\n"
+        "pullback.batched([torch.ones(8, 3)]); print(pullback.num_batched)"
+    )
+    environment = {**os.environ, "AUXFAST_BATCHED_BACKWARD": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(batched)]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("batches_before", [0, 1])
+def test_a_tensor_that_was_overwritten_is_an_error(batches_before):
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs)
+    for _ in range(batches_before):
+        check(pullback, outputs, inputs)
     with torch.no_grad():
-        params[2].mul_(2)
+        inputs[2].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        pullback(vectors_like(params))
+        pullback.batched(vectors_like(outputs))
 
 
 def test_a_graph_that_was_freed_is_an_error():
-    params, layers = net()
-    grads = gradient(layers)
-    torch.autograd.grad(grads, params, vectors_like(params))
+    outputs, inputs = Net().gradient()
+    torch.autograd.grad(outputs, inputs, outputs)
     with pytest.raises(RuntimeError, match="second time"):
-        Pullback(grads, params)(vectors_like(params))
+        Pullback(outputs, inputs).batched(vectors_like(outputs))
 
 
-def test_an_error_in_a_node_is_the_engines():
+def test_an_error_in_a_function_is_the_engines():
     class Stubborn(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -201,89 +327,107 @@ def test_an_error_in_a_node_is_the_engines():
         def backward(ctx, grad):
             raise ValueError("not today")
 
-    params, _ = net()
-    outputs = [Stubborn.apply(w.sin()) for w in params]
-    pullback = Pullback(outputs, params)
+    w = torch.randn(3, requires_grad=True)
+    pullback = Pullback([Stubborn.apply(w.sin())], [w])
     for _ in range(2):
         with pytest.raises(ValueError, match="not today"):
-            pullback(vectors_like(params))
+            pullback.batched([torch.ones(K, 3)])
 
 
-def test_where_the_engine_is_as_fast_it_is_asked():
-    few = torch.randn(4, 5, requires_grad=True)
-    assert not is_ours(Pullback([few.exp()], [few]))
-    kernels = torch.randn(8, 8, 16, 16, requires_grad=True)
-    assert not is_ours(Pullback([kernels.exp()], [kernels]))
+def test_a_function_that_returns_too_few_gradients_is_the_engines_error():
+    class Short(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    x, y = (torch.randn(3, requires_grad=True) for _ in range(2))
+    with pytest.raises(RuntimeError, match="incorrect number of gradients"):
+        Pullback([Short.apply(x, y)], [x, y]).batched([torch.ones(K, 3)])
 
 
-def test_structures_are_not_kept_without_end(monkeypatch):
-    monkeypatch.setattr(module, "_MOST_STRUCTURES", 3)
-    w = torch.randn(100, 100, dtype=torch.float64, requires_grad=True)
-    value = w
-    for _ in range(8):
-        value = value.sin()
-        check(Pullback([value], [w]), [value], [w])
-        assert len(module._known) <= 3
+def test_a_batched_backward_is_for_functions_of_one_result():
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x, 3 * x
+
+        @staticmethod
+        def backward(ctx, first, second):
+            return 2 * first + 3 * second
+
+        @staticmethod
+        def batched_backward(ctx, wanted, grads):
+            pytest.fail("it would get one of two gradients")
+
+    x = torch.randn(3, requires_grad=True)
+    outputs = [*Pair.apply(x)]
+    pullback = Pullback(outputs, [x])
+    check(pullback, outputs, [x])
+    assert "2 outputs" in str(pullback.refusal)
 
 
-# ------------------------------------------------------------------------------------------- several vectors at once
+# -------------------------------------------------------------------------------------------------- what else must hold
 
 
-def test_several_vectors_through_a_large_graph_go_in_pieces(monkeypatch):
-    monkeypatch.setattr(module, "_TOGETHER_BYTES", 8 * 8 * 4 * WIDTH)
-    params, layers = net()
-    grads = gradient(layers)
-    pullback = Pullback(grads, params)
-    assert pullback._at_once == 8
-    block = vectors_like(params, 19)
-    found = pullback.together(block)
-    for i in range(19):
-        torch.testing.assert_close([t[i] for t in found], [*vjp(grads, params, [t[i] for t in block])])
+def test_an_output_may_be_an_input():
+    w, alone = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outputs = [w.tanh(), alone, w]
+    for inputs in ([w, alone], [w]):
+        pullback = Pullback(outputs, inputs)
+        for _ in range(2):
+            check(pullback, outputs, inputs)
+        assert pullback.num_batched == 2 * K
 
 
-def test_few_vectors_are_taken_one_at_a_time():
-    params, layers = net()
-    with pytest.raises(OneAtATime):
-        Pullback(gradient(layers), params).together(vectors_like(params, 3))
-
-
-@pytest.mark.parametrize("first", ["random", "zeros"])
-def test_a_hook_that_changes_gradients_is_not_passed_over(first):
-    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    h = w.sin() @ torch.randn(5, 3, dtype=torch.float64)
-    h.register_hook(lambda grad: grad.clamp(max=0.1))
-    curvature = Hessian(Evaluation("inner_loss", h.tanh().square().sum()), [w])
-    block = torch.randn(8, 4, 5, dtype=torch.float64)
-    if first == "zeros":  # which agree with anything
-        assert not curvature.batched([torch.zeros_like(block)])[0].any()
-    together = curvature.batched([block])
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
-
-
-def test_checkpoints_are_left_to_the_engine():
-    """Their hooks would keep a segment for every tensor of every pass."""
-    w = torch.randn(100, 100, dtype=torch.float64, requires_grad=True)
-    h = checkpoint(lambda w: (w @ w).tanh(), w, use_reentrant=False)
-    curvature = Hessian(Evaluation("inner_loss", h.square().sum()), [w])
-    block = torch.randn(8, 100, 100, dtype=torch.float64)
-    together = curvature.batched([block])
-    assert curvature._pullback._block is None
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
-    assert not is_ours(curvature._pullback)
+def test_nothing_depends_on_nothing():
+    w = torch.randn(3, requires_grad=True)
+    assert Pullback([], [w])([]) == [None]
+    assert Pullback([], [w]).batched([]) == [None]
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
 def test_parameters_of_any_rank(shape):
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    curvature = Hessian(Evaluation("inner_loss", w.exp().square().sum()), [w])
-    block = torch.randn(6, *shape, dtype=torch.float64)
+    curvature = Hessian(LossGraph("inner_loss", w.exp().square().sum()), [w])
+    block = torch.randn(K, *shape, dtype=torch.float64)
     torch.testing.assert_close(curvature.batched([block])[0], block * 4 * (2 * w.detach()).exp())
-    assert curvature._pullback._block is not None
+    assert curvature.pullback.num_batched == K
 
 
-def test_complex_numbers_are_left_to_the_engine():
-    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    curvature = Hessian(Evaluation("inner_loss", (torch.fft.fft2(w) @ (1j * w).exp()).abs().square().sum()), [w])
-    block = torch.randn(6, 4, 4, dtype=torch.float64)
-    together = curvature.batched([block])
-    torch.testing.assert_close(together[0], torch.stack([curvature([row])[0] for row in block]))
+def test_nothing_of_a_graph_is_kept():
+    """Not even until the garbage collector runs."""
+    net = Net()
+    hidden = net.first(torch.randn(4, 5).double()).relu()  # a tensor that its node saves
+    outputs = [*torch.autograd.grad(net.last(hidden).square().mean(), [*net.parameters()], create_graph=True)]
+    pullback = Pullback(outputs, [*net.parameters()])
+    gc.disable()
+    try:
+        check(pullback, outputs, [*net.parameters()])
+        assert pullback.num_batched == K
+        reference = weakref.ref(hidden)
+        del hidden, outputs
+        assert reference() is not None
+        del pullback
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_filters_of_warnings_are_never_touched(monkeypatch):
+    """Operators without a rule for batches, for which vmap has a warning, are among these."""
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    loss = F.huber_loss(F.mish(w), torch.ones_like(w)) ** 2 + F.cross_entropy(w, torch.tensor([0, 1, 2, 3]))
+    outputs = [*torch.autograd.grad(loss, [w], create_graph=True)]
+    pullback = Pullback(outputs, [w])
+    vectors = vectors_like(outputs)
+    expected = one_by_one(outputs, [w], vectors)
+    monkeypatch.setattr(warnings, "catch_warnings", lambda *args, **options: pytest.fail("filters are touched"))
+    monkeypatch.setattr(warnings, "filters", before := (*warnings.filters,))
+    found = pullback.batched(vectors)
+    assert warnings.filters is before
+    assert pullback.refusal is None
+    torch.testing.assert_close([*found], expected)
