@@ -3,6 +3,8 @@
 from auxfast import nn, solvers
 from auxfast._native import build_info, reference_kernels
 from auxfast._version import __version__
+from auxfast.autograd.preserved_state import preserved_state
+from auxfast.autograd.pullback import engine_only
 from auxfast.implicit import (
     HypergradientReport,
     HypergradientResult,
@@ -10,7 +12,6 @@ from auxfast.implicit import (
     UsefulnessResult,
     auxiliary_usefulness,
     hypergradient,
-    preserved_state,
     verify_hypergradient,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "auxiliary_usefulness",
     "build_info",
+    "engine_only",
     "hypergradient",
     "nn",
     "preserved_state",

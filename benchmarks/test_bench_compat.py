@@ -6,7 +6,7 @@ runs), 1.25 to 1.28, 1.49 to 1.55; 256-512-512: 1.36 to 1.47, 1.33 to 1.48, 1.27
 1.46 to 1.56. In a slower phase of the machine 64-128-128 with one unit came out at 1.235 once.
 
 With 64-128-128 and one unit, of 2300 us the program's losses are 230 and the optimizer's step 110, the same work on
-both sides; two gradients by the engine 370, three Hessian products by our own pass (auxfast/implicit/pullback.py) 350,
+both sides; two gradients by the engine 370, three Hessian products by our own pass (auxfast/autograd/pullback.py) 350,
 260 and 250 with 130 for looking through the graph, the mixed product 220 with it. The engine took 410, 370, 370 and
 250. A pass takes 230 in a loop of its own: what it does first is slow because its code has left the caches, so planning
 a pass anew for each graph (another 150) gave nothing back, and plans are kept by the structure of the graph. Horner's

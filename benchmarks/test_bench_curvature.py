@@ -26,9 +26,9 @@ import torch
 from timing import interleaved
 from torch import Tensor, nn
 
+from auxfast.autograd.engine import vjp
 from auxfast.implicit.curvature import GaussNewton, Hessian
-from auxfast.implicit.graph import vjp
-from auxfast.implicit.losses import Evaluation
+from auxfast.implicit.losses import LossGraph
 from auxfast.nn import NonlinearCombiner
 
 VECTORS, CLASSES = 8, 10
@@ -112,7 +112,7 @@ def test_products(benchmark: Any, name: str) -> None:
     params = list(net.parameters())
     outputs = net(x)
     loss = combined if name.endswith("combiner") else nn.functional.cross_entropy
-    inner = Evaluation("inner_loss", loss(outputs, torch.randint(CLASSES, (len(x),))), outputs)
+    inner = LossGraph("inner_loss", loss(outputs, torch.randint(CLASSES, (len(x),))), outputs)
     hessian, gauss_newton = Hessian(inner, params), GaussNewton(inner, params)
     block = [torch.randn(VECTORS, *w.shape) for w in params]
     rows = [list(row) for row in zip(*block, strict=True)]

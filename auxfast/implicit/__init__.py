@@ -1,8 +1,8 @@
 """Hypergradients by implicit differentiation."""
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.optimizer import HyperOptimizer
-from auxfast.implicit.state_guard import preserved_state
 from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
 from auxfast.implicit.verify import Agreement, HypergradientReport, verify_hypergradient
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.implicit.graph import graph_from
+from auxfast.autograd.graph import graph_from
 
 
 def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -9,18 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxfast.autograd.double_backward import DetachedFunctionDetector, without_double_backward
+from auxfast.autograd.engine import vjp, zeros_for_none
+from auxfast.autograd.graph import functions_of, graph_from, is_compiled
+from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.graph import (
-    SilentBreaks,
-    filled,
-    functions_of,
-    graph_from,
-    is_compiled,
-    vjp,
-    without_double_backward,
-)
-from auxfast.implicit.losses import Evaluation, add, check_connected
-from auxfast.implicit.pullback import Gradients, OneAtATime, Pullback
+from auxfast.implicit.losses import LossGraph, add, check_connected
 
 _WAYS_OUT = (
     "Pass inner_loss as a function and curvature='finite-difference', or compute it without that operator: "
@@ -29,13 +23,13 @@ _WAYS_OUT = (
 )
 
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
-"""`Pullback.__call__`, or `Pullback.together`."""
+"""`Pullback.__call__`, or `Pullback.batched`."""
 
 
 class Curvature(Protocol):
     """A symmetric matrix H (n, n), the second derivative of the inner loss or a stand-in for it, as an operator."""
 
-    coupled: list[bool]
+    in_system: list[bool]
     """Which of the parameters that were given the gradient of the loss depends on: H has only their rows."""
     params: list[Tensor]
     """Those parameters."""
@@ -69,7 +63,7 @@ class Hessian:
             `torch.compile`, a Function that is only once differentiable, an operator without a double backward.
     """
 
-    def __init__(self, inner: Evaluation, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         functions = functions_of(inner.nodes)
         if any(map(is_compiled, functions)):
             raise RuntimeError(
@@ -77,29 +71,26 @@ class Hessian:
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        with SilentBreaks(functions) as breaks:
+        with DetachedFunctionDetector(functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)
-        if breaks.names:
-            raise _missing_derivative(inner.name, breaks.names)
+        if detached.names:
+            raise _missing_derivative(inner.name, detached.names)
         check_connected(inner.name, grads)
-        self.coupled = [grad is not None and grad.requires_grad for grad in grads]
-        self.params = list(compress(params, self.coupled))
+        self.in_system = [grad is not None and grad.requires_grad for grad in grads]
+        self.params = list(compress(params, self.in_system))
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
-        self._pullback = Pullback(self._grads, self.params)
+        self.pullback = Pullback(self._grads, self.params)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
 
-    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        try:
-            return self._product(block, Pullback.together)
-        except OneAtATime:
-            return one_at_a_time(self, block)
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._product(vectors, Pullback.batched)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
-        return filled(self._named(pull, self._pullback, vectors), vectors)
+        return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
@@ -133,7 +124,7 @@ class GaussNewton(Hessian):
         ValueError: as for `Hessian`; outputs that are none, not in the loss's graph, or computed from one another.
     """
 
-    def __init__(self, inner: Evaluation, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         outputs = _check_outputs(inner)
         super().__init__(inner, params, retain_graph)
         self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
@@ -145,18 +136,18 @@ class GaussNewton(Hessian):
         head = inner.gradient(outputs, retain_graph=True, create_graph=True)
         partial = [*head, *_direct_gradient(inner, outputs, self.params)]
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
-        self._pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
+        self.pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
         if not any(self._curved):
             return [torch.zeros_like(v) for v in vectors]
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         many = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
-        tangents = [*filled(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
-        return filled(self._named(pull, self._pullback, list(compress(tangents, self._curved))), vectors)
+        tangents = [*zeros_for_none(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
+        return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
 
 
-def _direct_gradient(inner: Evaluation, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
+def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
     """`d l / d W` with the outputs held fixed, by a backward pass that ends at them."""
     ends: dict[Any, set[int]] = {}
     for z in outputs:
@@ -177,7 +168,7 @@ def _direct_gradient(inner: Evaluation, outputs: Sequence[Tensor], params: Seque
             handle.remove()
 
 
-def _check_outputs(inner: Evaluation) -> Sequence[Tensor]:
+def _check_outputs(inner: LossGraph) -> Sequence[Tensor]:
     given: Any = inner.outputs
     if given is None:
         raise ValueError(
@@ -203,8 +194,8 @@ class MicroBatches:
 
     def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Curvature]], params: Sequence[Tensor]) -> None:
         self._records = records
-        self.coupled = [any(which) for which in zip(*(record(params).coupled for record in records), strict=True)]
-        self.params = list(compress(params, self.coupled))
+        self.in_system = [any(which) for which in zip(*(record(params).in_system for record in records), strict=True)]
+        self.params = list(compress(params, self.in_system))
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._products(vectors, lambda curvature, chosen: curvature(chosen))
@@ -221,14 +212,14 @@ class MicroBatches:
     def _products(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
         total = [torch.zeros_like(v) for v in vectors]
         for i in range(len(self._records)):
-            coupled, terms = self._of_one(i, vectors, product)
-            torch._foreach_add_(list(compress(total, coupled)), terms, alpha=1 / len(self._records))
+            in_system, terms = self._of_one(i, vectors, product)
+            torch._foreach_add_(list(compress(total, in_system)), terms, alpha=1 / len(self._records))
         return total
 
     def _of_one(self, i: int, vectors: Sequence[Tensor], product: Callable[..., Any]) -> tuple[list[bool], Any]:
         """A function of its own, so that one graph is gone before the next is made."""
         curvature = self._records[i](self.params)
-        return curvature.coupled, product(curvature, list(compress(vectors, curvature.coupled)))
+        return curvature.in_system, product(curvature, list(compress(vectors, curvature.in_system)))
 
 
 def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]:

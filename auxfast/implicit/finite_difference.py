@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit.curvature import one_at_a_time
-from auxfast.implicit.losses import Evaluate, check_connected, mean_gradient
+from auxfast.implicit.losses import LossFn, check_connected, mean_gradient
 
 
 class FiniteDifference:
@@ -23,7 +23,7 @@ class FiniteDifference:
     in place and have their old bits back after each product.
 
     Args:
-        evaluates: what computes the loss of each micro-batch; the same function of the parameters at each call.
+        loss_fns: what computes the loss of each micro-batch; the same function of the parameters at each call.
         params: those that it is differentiated in. Left out are those in which the gradient does not depend, which is
             seen by moving all along a random direction.
 
@@ -31,20 +31,20 @@ class FiniteDifference:
         ValueError: the loss depends on none of `params`.
     """
 
-    def __init__(self, evaluates: Sequence[Evaluate], params: Sequence[Tensor]) -> None:
-        self._evaluates = evaluates
-        before = mean_gradient(evaluates, params)
+    def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
+        self._loss_fns = loss_fns
+        before = mean_gradient(loss_fns, params)
         check_connected("inner_loss", before)
         used = [grad is not None for grad in before]
         self.params = list(compress(params, used))
         self._distance = torch.finfo(params[0].dtype).eps ** (1 / 3) * (1 + _norm(self.params))
         direction = [torch.randn_like(w) for w in self.params]
         with self._moved(direction, self._distance / _norm(direction)):
-            after = mean_gradient(evaluates, params)
-        self.coupled = [
+            after = mean_gradient(loss_fns, params)
+        self.in_system = [
             a is not None and b is not None and not torch.equal(a, b) for a, b in zip(before, after, strict=True)
         ]
-        self.params = list(compress(params, self.coupled))
+        self.params = list(compress(params, self.in_system))
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         products = self._difference(vectors, self.params)
@@ -63,9 +63,9 @@ class FiniteDifference:
             return [None] * len(wanted)
         step = self._distance / norm
         with self._moved(vectors, step):
-            ahead = mean_gradient(self._evaluates, wanted)
+            ahead = mean_gradient(self._loss_fns, wanted)
         with self._moved(vectors, -step):
-            behind = mean_gradient(self._evaluates, wanted)
+            behind = mean_gradient(self._loss_fns, wanted)
         return [None if a is None or b is None else (a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
 
     @contextmanager

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.advice import warn_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_uniform
 from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
 from auxfast.implicit.finite_difference import FiniteDifference
-from auxfast.implicit.losses import Evaluate, Evaluation, Loss, check_connected, evaluations, mean_gradient
-from auxfast.implicit.state_guard import preserved_state
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
 
@@ -115,7 +115,7 @@ def hypergradient(
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
         stats = TRIVIAL
         if product.params:
-            pairs = zip(compress(rhs, product.coupled), product.params, strict=True)
+            pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
             b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
                 solution, stats = solver.solve(product, b, state=state)
@@ -143,31 +143,29 @@ def _check_curvature(curvature: str, inner_loss: Loss, outputs: Any) -> None:
 
 def _given(
     name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
-) -> Evaluation | list[Evaluate]:
+) -> LossGraph | list[LossFn]:
     if isinstance(loss, Tensor) or guard is None:
-        return Evaluation(name, loss, outputs)  # whatever it is: that checks
-    return evaluations(name, loss, guard.replay, with_outputs)
+        return LossGraph(name, loss, outputs)  # whatever it is: that checks
+    return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 
 def _outer_gradient(
-    outer: Evaluation | list[Evaluate],
-    inner: Evaluation | list[Evaluate],
+    outer: LossGraph | list[LossFn],
+    inner: LossGraph | list[LossFn],
     params: Sequence[Tensor],
     retain_graph: bool,
 ) -> list[Tensor | None]:
-    if not isinstance(outer, Evaluation):
+    if not isinstance(outer, LossGraph):
         return mean_gradient(outer, params)
-    shared = isinstance(inner, Evaluation) and any(
+    shared = isinstance(inner, LossGraph) and any(
         node.next_functions
         for node in outer.nodes & inner.nodes  # common leaves do not count
     )
     return outer.gradient(params, retain_graph=retain_graph or shared)
 
 
-def _curvature(
-    name: str, inner: Evaluation | list[Evaluate], params: Sequence[Tensor], retain_graph: bool
-) -> Curvature:
-    if isinstance(inner, Evaluation):
+def _curvature(name: str, inner: LossGraph | list[LossFn], params: Sequence[Tensor], retain_graph: bool) -> Curvature:
+    if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":
         return FiniteDifference(inner, params)
@@ -175,10 +173,10 @@ def _curvature(
     if len(inner) == 1:
         return kind(inner[0](), params)
 
-    def recorder(evaluate: Evaluate) -> Any:
-        return lambda params: kind(evaluate(), params)
+    def recorder(loss_fn: LossFn) -> Any:
+        return lambda params: kind(loss_fn(), params)
 
-    return MicroBatches([recorder(evaluate) for evaluate in inner], params)
+    return MicroBatches([recorder(loss_fn) for loss_fn in inner], params)
 
 
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

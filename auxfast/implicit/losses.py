@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.implicit.graph import graph_from, vjp
+from auxfast.autograd.engine import vjp
+from auxfast.autograd.graph import graph_from
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
 """A scalar; a function of no arguments that computes it; or several such functions, whose mean it is. For Gauss-Newton
 products the functions of the inner loss return `(loss, outputs)`."""
 
 
-class Evaluation:
+class LossGraph:
     """One computed loss with its graph.
 
     Raises:
@@ -67,10 +68,10 @@ def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
         )
 
 
-Evaluate = Callable[[], Evaluation]
+LossFn = Callable[[], LossGraph]
 
 
-def evaluations(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[Evaluate]:
+def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
     """What computes each micro-batch's loss anew; `loss` is no tensor.
 
     Raises:
@@ -85,31 +86,31 @@ def evaluations(name: str, loss: Loss, replay: Callable[[Any], Any], with_output
     if not functions:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
     names = [name if callable(loss) else f"{name}[{i}]" for i in range(len(functions))]
-    return [_evaluation(n, replay(f), with_outputs) for n, f in zip(names, functions, strict=True)]
+    return [_loss_fn(n, replay(f), with_outputs) for n, f in zip(names, functions, strict=True)]
 
 
-def _evaluation(name: str, function: Callable[[], Any], with_outputs: bool) -> Evaluate:
-    def evaluate() -> Evaluation:
+def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> LossFn:
+    def compute() -> LossGraph:
         with torch.enable_grad():
             result = function()
         if not with_outputs:
-            return Evaluation(name, result)
+            return LossGraph(name, result)
         if not isinstance(result, tuple) or len(result) != 2:
             what = type(result).__name__
             raise TypeError(f"{name} must return (loss, outputs) for curvature='gauss-newton', not a {what}")
-        return Evaluation(name, *result)
+        return LossGraph(name, *result)
 
-    return evaluate
+    return compute
 
 
-def mean_gradient(evaluates: Sequence[Evaluate], params: Sequence[Tensor]) -> list[Tensor | None]:
+def mean_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient of the mean loss, accumulated one micro-batch after the other."""
     if not params:
         return []
     total: list[Tensor | None] = [None] * len(params)
-    for evaluate in evaluates:
-        total = add(total, evaluate().gradient(params))
-    return total if len(evaluates) == 1 else [grad if grad is None else grad / len(evaluates) for grad in total]
+    for loss_fn in loss_fns:
+        total = add(total, loss_fn().gradient(params))
+    return total if len(loss_fns) == 1 else [grad if grad is None else grad / len(loss_fns) for grad in total]
 
 
 def add(total: Sequence[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxfast.implicit.arguments import as_tuple, check_uniform
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.losses import Evaluation, check_connected
+from auxfast.implicit.losses import LossGraph, check_connected
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
 
@@ -63,13 +63,13 @@ def auxiliary_usefulness(
     active = [w for w in as_tuple("params", params) if w.requires_grad]
     check_uniform(active)
     auxiliaries = _stacked(aux_losses)
-    outer, main = Evaluation("outer_loss", outer_loss), Evaluation("main_loss", main_loss)
+    outer, main = LossGraph("outer_loss", outer_loss), LossGraph("main_loss", main_loss)
     rhs = outer.gradient(active, retain_graph=True)
     check_connected("outer_loss", rhs)
     hessian = Hessian(main, active, retain_graph=True)
     scores, stats = torch.zeros_like(auxiliaries), TRIVIAL
     if hessian.params:
-        pairs = zip(compress(rhs, hessian.coupled), hessian.params, strict=True)
+        pairs = zip(compress(rhs, hessian.in_system), hessian.params, strict=True)
         b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
         solution, stats = solver.solve(hessian, b, state=state)
         scores = _directional_derivatives(auxiliaries, hessian.params, solution)

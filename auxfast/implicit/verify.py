@@ -11,10 +11,10 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.hypergradient import hypergradient
-from auxfast.implicit.losses import Evaluation
-from auxfast.implicit.state_guard import preserved_state
+from auxfast.implicit.losses import LossGraph
 from auxfast.solvers import MINRES, Dense, Solver, SolveStats
 from auxfast.solvers.base import check_positive, check_steps
 
@@ -224,8 +224,8 @@ class _Problem:
         differences need the minimum far more exactly than that."""
         norm = float(_flat(self.inner_gradient()).norm())
         for _ in range(_NEWTON_STEPS):
-            hessian = Hessian(Evaluation("inner_loss", self.inner_loss()), self.inner)
-            gradient = list(compress(self.inner_gradient(), hessian.coupled))
+            hessian = Hessian(LossGraph("inner_loss", self.inner_loss()), self.inner)
+            gradient = list(compress(self.inner_gradient(), hessian.in_system))
             update, _ = _NEWTON_SOLVER.solve(hessian, gradient)
             _add_(hessian.params, update, -1)
             before, norm = norm, float(_flat(self.inner_gradient()).norm())

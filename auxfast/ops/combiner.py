@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from auxfast.autograd.torch_calls import without_frame
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
 from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork, unpacked
-from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value
+from auxfast.ops.second_order import SavedForward, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 # network: see Network.packed. saved: the kernels' own record of the activations, possibly empty. weights: d value / d
@@ -86,14 +87,13 @@ batch_over_tangents("combiner", "second_order", "hessian")
 # are computed again, since beyond that reading them back costs as much as the arithmetic.
 MOST_SAVED_BYTES = 1 << 20
 
-# Without OpOverload's own frame of Python.
-_forward = torch.ops.auxfast.combiner_forward.default._op
-_backward_phi = torch.ops.auxfast.combiner_backward_phi.default._op
-_second_order = torch.ops.auxfast.combiner_second_order.default._op
-_hessian = torch.ops.auxfast.combiner_hessian.default._op
+_forward = without_frame(torch.ops.auxfast.combiner_forward.default)
+_backward_phi = without_frame(torch.ops.auxfast.combiner_backward_phi.default)
+_second_order = without_frame(torch.ops.auxfast.combiner_second_order.default)
+_hessian = without_frame(torch.ops.auxfast.combiner_hessian.default)
 
 
-class _Combination(Record):
+class _Combination(SavedForward):
     """`saved`: the kernels' own record of the activations."""
 
     op = "combiner"

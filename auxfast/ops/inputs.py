@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from auxfast._native import has_kernels, within_reference_kernels
+from auxfast.autograd.transforms import in_transform
 from auxfast.ops.network import Network, Reduction
 
-# Looked up once, as in second_order.py.
-_is_compiling = torch.compiler.is_compiling
-_transforms_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling  # looked up once: ops ask at every call
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -59,7 +57,7 @@ def op_inputs(
     if device != phi.device:
         raise RuntimeError(f"losses are on {device} and phi is on {phi.device}: move one to the other")
     native = (
-        not (_is_compiling() or forward_ad._current_level >= 0 or _transforms_active())
+        not (_is_compiling() or in_transform())
         and has_kernels(device)  # these two: use_native() without its frame
         and not within_reference_kernels()
         and network.fits_kernels

@@ -145,7 +145,7 @@ def _check_matches(op: str, name: str, rows: Tensor, like_name: str, like: Tenso
 
 def _overlaps_in_part(a: Tensor, b: Tensor) -> bool:
     """Whether two contiguous tensors of one shape and dtype share memory, but not element by element."""
-    one_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    one_storage = a.untyped_storage() is b.untyped_storage()
     distance = a.storage_offset() - b.storage_offset()
     return one_storage and distance != 0 and -a.numel() < distance < a.numel()
 

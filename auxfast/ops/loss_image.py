@@ -14,7 +14,7 @@ from torch import Tensor
 
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
 from auxfast.ops.network import LossImageNetwork, unpacked
-from auxfast.ops.second_order import Record, batch_over_tangents, differentiable_value
+from auxfast.ops.second_order import SavedForward, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 # network: see Network.packed. main_weights: (batch,), the factor of each image's sum of the main loss, if that is not
@@ -95,7 +95,7 @@ _second_order = torch.ops.auxfast.loss_image_second_order.default
 _hessian = torch.ops.auxfast.loss_image_hessian.default
 
 
-class _LossImage(Record):
+class _LossImage(SavedForward):
     op = "loss image"
 
     def __init__(self, network: LossImageNetwork, main_weights: Tensor | None, value: Tensor, weights: Tensor) -> None:

@@ -7,21 +7,17 @@ ops run their references anyway. Each takes what it differentiates first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-# At small batches most of the time is Python's, and in a training step, where code has left the caches, all of it costs
-# several times what a loop of its own shows: hence these, looked up once.
-_transforms_active = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_will_execute = torch._C._will_engine_execute_node
+from auxfast.autograd.function import call_backward_directly, direct_apply, reaches
+from auxfast.autograd.transforms import in_batch, in_forward_mode
 
 
-class Record(ABC):
+class SavedForward(ABC):
     """A forward pass, as its kernels left it for the later ones; every op has its own. Of autograd's tensors only the
     op's inputs are in it, so ctx may hold it as it is: `save_for_backward` and `saved_tensors` take 4% of a step.
 
@@ -70,14 +66,14 @@ class Record(ABC):
         return sums if self.per_sample else torch.stack([piece.sum() for piece in sums.split(1 << 14)]).sum()
 
 
-def differentiable_value(losses: Tensor, phi: Tensor, record: Record) -> Tensor:
-    """The value of `record`'s op, differentiable twice in losses and phi."""
+def differentiable_value(losses: Tensor, phi: Tensor, saved: SavedForward) -> Tensor:
+    """The value of `saved`'s op, differentiable twice in losses and phi."""
     if phi.is_leaf and phi.requires_grad:
         phi = phi[...]  # the engine can be asked about inner nodes only; `expand` takes 1.5 us more, `view` 3
-    record.to_phi = phi.grad_fn
-    record.inputs = losses, phi
-    record.versions = losses._version, phi._version
-    value: Tensor = _apply_value(losses, phi, record)
+    saved.to_phi = phi.grad_fn
+    saved.inputs = losses, phi
+    saved.versions = losses._version, phi._version
+    value: Tensor = _apply_value(losses, phi, saved)
     return value
 
 
@@ -99,18 +95,14 @@ def batch_over_tangents(op: str, *passes: str) -> None:
         register(f"{op}_{name}")
 
 
-def _inputs(ctx: Any, record: Record) -> tuple[Tensor, Tensor]:
+def _inputs(ctx: Any, saved: SavedForward) -> tuple[Tensor, Tensor]:
     """Losses and phi. Raises RuntimeError where `save_for_backward` would have: they were written to, or the graph was
     freed."""
     ctx.saved_tensors  # none, but autograd asks whether the graph is still there  # noqa: B018
-    losses, phi = record.inputs
-    if (losses._version, phi._version) != record.versions:
-        raise _overwritten(record.op)
+    losses, phi = saved.inputs
+    if (losses._version, phi._version) != saved.versions:
+        raise _overwritten(saved.op)
     return losses, phi
-
-
-def _of_each(function: Callable[[Tensor], Tensor], gradient: Tensor, several: bool) -> Tensor:
-    return torch.stack([function(each) for each in gradient]) if several else function(gradient)
 
 
 def _overwritten(op: str) -> RuntimeError:
@@ -123,7 +115,7 @@ def _overwritten(op: str) -> RuntimeError:
 
 def _unsupported(op: str) -> NotImplementedError:
     """Where a backward pass would lose derivatives without a word."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         what = "forward-mode AD through their backward pass"
     else:
         what = "batched gradients that have a graph (is_grads_batched=True with create_graph=True)"
@@ -133,42 +125,42 @@ def _unsupported(op: str) -> NotImplementedError:
 
 
 class _Value(torch.autograd.Function):
-    twice_differentiable = True  # which auxfast.implicit.graph need not find out
+    twice_differentiable = True  # which auxfast.autograd.graph need not find out
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, phi: Tensor, record: Record) -> Tensor | None:
-        ctx.record = record
-        value, record.value = record.value, None  # it will hold this node, and the node holds the record
+    def forward(ctx: Any, losses: Tensor, phi: Tensor, saved: SavedForward) -> Tensor | None:
+        ctx.saved = saved
+        value, saved.value = saved.value, None  # it will hold this node, and the node holds the saved
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        record: Record = ctx.record
-        losses, phi = _inputs(ctx, record)
+        saved: SavedForward = ctx.saved
+        losses, phi = _inputs(ctx, saved)
         with_graph = torch.is_grad_enabled()
-        if forward_ad._current_level >= 0 or (with_graph and (_is_batched(grad) or _transforms_active())):
-            raise _unsupported(record.op)
+        if in_forward_mode() or (with_graph and in_batch(grad)):
+            raise _unsupported(saved.op)
         for_losses, for_phi, _ = ctx.needs_input_grad
         if with_graph and ((for_losses and not losses.requires_grad) or (for_phi and not phi.requires_grad)):
-            raise _overwritten(record.op)
+            raise _overwritten(saved.op)
         grad_losses = grad_phi = None
         if for_losses:
-            grad_losses = _apply_gradient(grad, losses, phi, record) if with_graph else record.scaled_weights(grad)
-        if record.to_phi is not None and _will_execute(record.to_phi):
+            grad_losses = _apply_gradient(grad, losses, phi, saved) if with_graph else saved.scaled_weights(grad)
+        if saved.to_phi is not None and reaches(saved.to_phi):
             if with_graph:  # d^2/dphi^2 is nobody's hot path: the reference records it
-                value = record.reference(losses, phi)
+                value = saved.reference(losses, phi)
                 (grad_phi,) = torch.autograd.grad(value, phi, grad, create_graph=True)
             else:
-                grad_phi = record.backward_phi(grad, losses, phi)
+                grad_phi = saved.backward_phi(grad, losses, phi)
         return grad_losses, grad_phi, None
 
     @staticmethod
-    def backward_outside(ctx: Any, wanted: Collection[int], grad: Tensor, several: bool) -> tuple[Tensor | None, ...]:
-        """What auxfast.implicit.node_steps calls outside of the engine, for one gradient or several."""
-        record: Record = ctx.record
-        losses, phi = _inputs(ctx, record)
-        to_losses = _of_each(record.scaled_weights, grad, several) if 0 in wanted else None
-        to_phi = _of_each(lambda g: record.backward_phi(g, losses, phi), grad, several) if 1 in wanted else None
+    def batched_backward(ctx: Any, wanted: Collection[int], grads: Tensor) -> tuple[Tensor | None, ...]:
+        """What auxfast.autograd.batched_backward calls outside of the engine. grads: (k, *shape of the value)."""
+        saved: SavedForward = ctx.saved
+        losses, phi = _inputs(ctx, saved)
+        to_losses = torch.stack([*map(saved.scaled_weights, grads)]) if 0 in wanted else None
+        to_phi = torch.stack([saved.backward_phi(grad, losses, phi) for grad in grads]) if 1 in wanted else None
         return to_losses, to_phi
 
 
@@ -176,37 +168,35 @@ class _Gradient(torch.autograd.Function):
     """grad * d value / d losses, of which the backward is a Hessian-vector and mixed product."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, losses: Tensor, phi: Tensor, record: Record) -> Tensor:
-        ctx.record, ctx.grad, ctx.version = record, grad, grad._version
-        return record.scaled_weights(grad)
+    def forward(ctx: Any, grad: Tensor, losses: Tensor, phi: Tensor, saved: SavedForward) -> Tensor:
+        ctx.saved, ctx.grad, ctx.version = saved, grad, grad._version
+        return saved.scaled_weights(grad)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
-        record: Record = ctx.record
-        grad, (losses, phi) = ctx.grad, _inputs(ctx, record)
+        saved: SavedForward = ctx.saved
+        grad, (losses, phi) = ctx.grad, _inputs(ctx, saved)
         if grad._version != ctx.version:
-            raise _overwritten(record.op)
+            raise _overwritten(saved.op)
         with_grad = ctx.needs_input_grad[0]
-        with_phi = record.to_phi is not None and _will_execute(record.to_phi)
+        with_phi = saved.to_phi is not None and reaches(saved.to_phi)
         with_graph = torch.is_grad_enabled()
-        if forward_ad._current_level >= 0 or (with_graph and (_is_batched(tangent) or _transforms_active())):
-            raise _unsupported(record.op)
+        if in_forward_mode() or (with_graph and in_batch(tangent)):
+            raise _unsupported(saved.op)
         if with_graph:
-            return _apply_second_order(tangent, grad, losses, phi, record, with_grad, with_phi)
-        to_losses, to_phi = record.second_order(tangent, grad, losses, phi, with_phi)
-        return record.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
+            return _apply_second_order(tangent, grad, losses, phi, saved, with_grad, with_phi)
+        to_losses, to_phi = saved.second_order(tangent, grad, losses, phi, with_phi)
+        return saved.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
 
     @staticmethod
-    def backward_outside(
-        ctx: Any, wanted: Collection[int], tangent: Tensor, several: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Likewise; the kernels take several tangents at once."""
-        record: Record = ctx.record
-        grad, (losses, phi) = ctx.grad, _inputs(ctx, record)
+    def batched_backward(ctx: Any, wanted: Collection[int], tangents: Tensor) -> tuple[Tensor | None, ...]:
+        """tangents: (k, *shape of the losses), which the kernels take at once."""
+        saved: SavedForward = ctx.saved
+        grad, (losses, phi) = ctx.grad, _inputs(ctx, saved)
         if grad._version != ctx.version:
-            raise _overwritten(record.op)
-        to_grad = _of_each(record.grad_of_grad, tangent, several) if 0 in wanted else None
-        return to_grad, *record.second_order(tangent, grad, losses, phi, 2 in wanted)
+            raise _overwritten(saved.op)
+        to_grad = torch.stack([*map(saved.grad_of_grad, tangents)]) if 0 in wanted else None
+        return to_grad, *saved.second_order(tangents, grad, losses, phi, 2 in wanted)
 
 
 class _SecondOrder(torch.autograd.Function):
@@ -219,13 +209,13 @@ class _SecondOrder(torch.autograd.Function):
         grad: Tensor,
         losses: Tensor,
         phi: Tensor,
-        record: Record,
+        saved: SavedForward,
         with_grad: bool,
         with_phi: bool,
     ) -> tuple[Tensor | None, ...]:
-        ctx.op = record.op
-        to_losses, to_phi = record.second_order(tangent, grad, losses, phi, with_phi)
-        return record.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
+        ctx.op = saved.op
+        to_losses, to_phi = saved.second_order(tangent, grad, losses, phi, with_phi)
+        return saved.grad_of_grad(tangent) if with_grad else None, to_losses, to_phi, None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -235,11 +225,6 @@ class _SecondOrder(torch.autograd.Function):
         )
 
 
-# apply() without its preparations for torch.func, which the ops have ruled out by then: they take 3.5 us.
-_apply_value, _apply_gradient, _apply_second_order = (
-    super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    for function in (_Value, _Gradient, _SecondOrder)
-)
-# What the engine calls: backward, without two frames that look for a vjp first. They take 3 us each.
+_apply_value, _apply_gradient, _apply_second_order = map(direct_apply, (_Value, _Gradient, _SecondOrder))
 for _function in (_Value, _Gradient, _SecondOrder):
-    _function._backward_cls.apply = _function.backward  # type: ignore[attr-defined]
+    call_backward_directly(_function)

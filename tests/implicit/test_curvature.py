@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from auxfast import _native
 from auxfast.implicit import hypergradient
 from auxfast.implicit.curvature import GaussNewton, Hessian
-from auxfast.implicit.losses import Evaluation
+from auxfast.implicit.losses import LossGraph
 from auxfast.nn import NonlinearCombiner
 
 from .problems import Dense, flat
 
 
 def hessian_of(loss: Tensor, params: list[Tensor], **options) -> Hessian:
-    return Hessian(Evaluation("inner_loss", loss), params, **options)
+    return Hessian(LossGraph("inner_loss", loss), params, **options)
 
 
 def problem() -> tuple[Hessian, list[Tensor], Tensor, Tensor]:
@@ -64,10 +64,10 @@ def test_mixed():
     torch.testing.assert_close(products[1], q @ mixed)
 
 
-def test_parameters_without_curvature_are_not_coupled():
+def test_parameters_without_curvature_are_not_in_the_system():
     w, linear, unused = (torch.ones(3, requires_grad=True) for _ in range(3))
     curvature = hessian_of(w.square().sum() + linear.sum(), [unused, linear, w])
-    assert curvature.coupled == [False, False, True]
+    assert curvature.in_system == [False, False, True]
     torch.testing.assert_close(curvature([torch.ones(3)]), [torch.full((3,), 2.0)])
 
 
@@ -113,12 +113,13 @@ def test_batched_products_of_networks_are_those_one_at_a_time(name, kind):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         outputs = net(x)
     loss = F.cross_entropy(outputs.flatten(1), torch.randint(4, (5,)))
-    curvature = kind(Evaluation("inner_loss", loss, outputs), list(net.parameters()))
-    block = [torch.randn(6, *w.shape, dtype=w.dtype) for w in curvature.params]
+    curvature = kind(LossGraph("inner_loss", loss, outputs), list(net.parameters()))
+    block = [torch.randn(8, *w.shape, dtype=w.dtype) for w in curvature.params]
     together = curvature.batched(block)
     apart = [curvature(vectors) for vectors in zip(*(t.unbind() for t in block), strict=True)]
     for a, *b in zip(together, *apart, strict=True):
         torch.testing.assert_close(a, torch.stack(b), rtol=1e-9, atol=1e-12)
+    assert curvature.pullback.refusal is None
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -129,12 +130,12 @@ def test_batched_products_through_a_combiner(native):
         curvature = hessian_of(combiner(net(torch.randn(8, 4).double()).square()), list(net.parameters()))
         block = [torch.randn(9, *w.shape, dtype=w.dtype) for w in curvature.params]
         together = curvature.batched(block)
-        assert curvature._pullback._block is not None
+        assert curvature.pullback.num_batched == 9
         for i in range(9):
             torch.testing.assert_close([t[i] for t in together], curvature([t[i] for t in block]))
 
 
-def test_operators_without_a_batching_rule_are_taken_one_at_a_time():
+def test_a_function_that_looks_at_values_runs_once_for_each_vector():
     class Opaque(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -159,9 +160,9 @@ def test_operators_without_a_batching_rule_are_taken_one_at_a_time():
 
     w = torch.randn(4, dtype=torch.float64, requires_grad=True)
     curvature = hessian_of(Opaque.apply(w).sum() + (w**2).sum(), [w])
-    block = torch.randn(6, 4, dtype=torch.float64)
+    block = torch.randn(8, 4, dtype=torch.float64)
     torch.testing.assert_close(curvature.batched([block])[0], block * (6 * w.detach() + 2))
-    assert curvature._pullback._block is None
+    assert curvature.pullback.num_batched == 8
 
 
 # ---------------------------------------------------------------------------------- what has no second derivatives
@@ -260,7 +261,7 @@ class TwoLayers:
     def gauss_newton(self, decay: bool) -> GaussNewton:
         z = self.outputs(*self.w)
         loss = self.head(z, *self.w, self.phi) if decay else F.cross_entropy(z, self.y)
-        return GaussNewton(Evaluation("inner_loss", loss, z), self.w)
+        return GaussNewton(LossGraph("inner_loss", loss, z), self.w)
 
 
 @pytest.mark.parametrize("decay", [False, True], ids=["network only", "parameters in the loss too"])
@@ -292,7 +293,7 @@ def test_gauss_newton_hypergradient():
 def test_gauss_newton_of_outputs_that_depend_on_no_parameter():
     w, phi = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     z = torch.randn(5, 3, dtype=torch.float64) @ phi
-    curvature = GaussNewton(Evaluation("inner_loss", z.square().sum() + (w**4).sum(), z), [w])
+    curvature = GaussNewton(LossGraph("inner_loss", z.square().sum() + (w**4).sum(), z), [w])
     block = torch.randn(8, 3, dtype=torch.float64)
     torch.testing.assert_close(curvature.batched([block])[0], block * 12 * w.detach() ** 2)
     torch.testing.assert_close(curvature([block[0]])[0], block[0] * 12 * w.detach() ** 2)
@@ -312,7 +313,7 @@ def test_gauss_newton_with_several_outputs_and_views():
     loss = a.exp().sum() + (a * b).square().sum()
     vector = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     for outputs in ([a, b], [a], [b]):
-        curvature = GaussNewton(Evaluation("inner_loss", loss, outputs), [w], retain_graph=True)
+        curvature = GaussNewton(LossGraph("inner_loss", loss, outputs), [w], retain_graph=True)
         torch.testing.assert_close(curvature([vector])[0].reshape(-1), hessian @ vector.reshape(-1))
 
 

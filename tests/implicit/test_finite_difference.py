@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from auxfast.implicit import hypergradient
 from auxfast.implicit.finite_difference import FiniteDifference
-from auxfast.implicit.losses import evaluations
+from auxfast.implicit.losses import as_loss_fns
 from auxfast.solvers import MINRES
 
 from .problems import Dense, Ridge, flat
 
 
 def finite_difference(loss, params) -> FiniteDifference:
-    return FiniteDifference(evaluations("inner_loss", loss, lambda function: function), params)
+    return FiniteDifference(as_loss_fns("inner_loss", loss, lambda function: function), params)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.float64, 1e-8)])
@@ -58,7 +58,7 @@ def test_the_hypergradient():
 def test_which_parameters_couple():
     w, linear, unused = (torch.ones(3, requires_grad=True) for _ in range(3))
     curvature = finite_difference(lambda: w.square().sum() + linear.sum(), [unused, linear, w])
-    assert curvature.coupled == [False, False, True]
+    assert curvature.in_system == [False, False, True]
 
 
 @pytest.mark.parametrize("fails_at", [None, 1, 3, 4, 7])

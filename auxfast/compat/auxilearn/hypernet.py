@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from auxfast.compat.auxilearn.layers import Layer, clamp, flat_parameters, has_hooks, weight_normalized
+from auxfast.autograd.hooks import module_has_hooks
+from auxfast.compat.auxilearn.layers import Layer, clamp, flat_parameters, weight_normalized
 from auxfast.ops.combiner import combiner
 from auxfast.ops.loss_image import loss_image
 from auxfast.ops.network import Activation, CombinerNetwork, LossImageNetwork
@@ -165,7 +166,7 @@ class NonlinearHyperNet(HyperNet):
         widths = tuple(layer.out_features for layer in linear[:-1])
         bias = linear[0].bias is not None
         network = _combiner_network(linear[0].in_features, widths, activation, bias, self._main(), "mean")
-        return combiner(losses, torch._C._nn.flatten_dense_tensors(flat_parameters(linear)), network)
+        return combiner(losses, _flat(flat_parameters(linear)), network)
 
     def _main(self) -> int:
         _check_main_task(self.main_task, self.input_dim)
@@ -234,7 +235,7 @@ class _ConvHyperNet(HyperNet):
         num_losses, channels = convolutions[0].in_channels, tuple(layer.out_channels for layer in convolutions[:-1])
         main = None if self.main_task is None else self.main_task % num_losses
         network = _loss_image_network(num_losses, channels, "softplus", main, self.reduction, "mean")
-        return loss_image(losses, torch._C._nn.flatten_dense_tensors([*parts, output * border]), network)
+        return loss_image(losses, _flat([*parts, output * border]), network)
 
     def _main_loss(self, losses: Tensor) -> Tensor:
         return losses.mean() if self.reduction == "mean" else losses.sum((1, 2)).mean()
@@ -289,9 +290,15 @@ def _initialized(layer: Layer, bounds: tuple[float, float], weight_normalization
     return weight_normalized(layer) if weight_normalization else layer
 
 
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
 def _is_changed(net: nn.Sequential, layers: Sequence[nn.Module]) -> bool:
     """Whether `net` is no longer just these layers as they were made."""
-    return type(net) is not nn.Sequential or [*net] != layers or any(has_hooks(module) for module in (net, *layers))
+    return (
+        type(net) is not nn.Sequential or [*net] != layers or any(module_has_hooks(module) for module in (net, *layers))
+    )
 
 
 def _border(losses: Tensor, pools: int) -> float | None:

@@ -9,12 +9,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.implicit import hypergradient
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.curvature import Hessian
-from auxfast.implicit.graph import filled
-from auxfast.implicit.losses import Evaluation
-from auxfast.implicit.pullback import Pullback
+from auxfast.implicit.losses import LossGraph
 from auxfast.solvers import Identity, Neumann, Solver
 from auxfast.solvers.base import SolverState
 
@@ -76,7 +75,7 @@ class Hypergrad:
             return list(hypergradient(*losses, inner, outer, solver=solver, state=self._state, retain_graph=True).grads)
         active = [phi for phi in outer if phi.requires_grad]
         grads = iter(self._sum_of_terms(loss_val, loss_train, active, [w for w in inner if w.requires_grad]))
-        return filled([next(grads) if phi.requires_grad else None for phi in outer], outer)
+        return zeros_for_none([next(grads) if phi.requires_grad else None for phi in outer], outer)
 
     def _sum_of_terms(
         self, loss_val: Tensor, loss_train: Tensor, outer: Sequence[Tensor], inner: Sequence[Tensor]
@@ -84,20 +83,20 @@ class Hypergrad:
         """Algorithm 2, for parameters that all require gradients; `None` for those that play no part."""
         val_grads = _gradient("loss_val", loss_val, inner)
         train_grads = _gradient("loss_train", loss_train, inner, create_graph=True)
-        coupled = [grad is not None and grad.requires_grad for grad in train_grads]
-        w = list(compress(inner, coupled))
+        in_system = [grad is not None and grad.requires_grad for grad in train_grads]
+        w = list(compress(inner, in_system))
         grads = [grad for grad in train_grads if grad is not None and grad.requires_grad]
-        b = filled(compress(val_grads, coupled), w)
+        b = zeros_for_none(compress(val_grads, in_system), w)
         if not grads or not outer:
             return [None] * len(outer)
         if not self._has_second_derivatives:
-            Hessian(Evaluation("loss_train", loss_train), w, retain_graph=True)(b)  # its errors say what to do
+            Hessian(LossGraph("loss_train", loss_train), w, retain_graph=True)(b)  # its errors say what to do
             self._has_second_derivatives = True
-        pullback, p = Pullback(grads, w), [t.clone() for t in b]
+        p = [t.clone() for t in b]
         for _ in range(self.truncate_iter):  # Horner's scheme for the same sum: p <- b + (1 - alpha H) p
-            torch._foreach_add_(p, filled(pullback(p), w), alpha=-self.learning_rate)
+            torch._foreach_add_(p, zeros_for_none(vjp(grads, w, p), w), alpha=-self.learning_rate)
             torch._foreach_add_(p, b)
-        return [grad if grad is None else -grad for grad in Pullback(grads, outer, pullback)(p)]
+        return [grad if grad is None else -grad for grad in vjp(grads, outer, p)]
 
     def _check(self) -> None:
         if self.truncate_iter < 0:
@@ -112,7 +111,7 @@ def listed(name: str, params: Iterable[Tensor] | Tensor) -> tuple[Tensor, ...]:
 
 
 def _gradient(name: str, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
-    grads = Evaluation(name, loss).gradient(params, retain_graph=True, create_graph=create_graph)
+    grads = LossGraph(name, loss).gradient(params, retain_graph=True, create_graph=create_graph)
     if all(grad is None for grad in grads):
         raise ValueError(
             f"{name} depends on none of params: were they replaced since it was computed, or do all have "

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from auxfast.autograd.torch_calls import weight_norm
+
 
 class WeightNorm(nn.Module):
     """A layer with `weight = weight_g * weight_v / |weight_v|`, the norm taken over all that leads to one output.
@@ -23,8 +25,7 @@ class WeightNorm(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = torch._weight_norm(self.weight_v, self.weight_g, 0)
-        return weight
+        return weight_norm(self.weight_v, self.weight_g)
 
     def restore_directions(self) -> None:
         """Gives rows of zeros, which have no direction, all of them at length 0: their weights stay 0, and they can
@@ -78,10 +79,3 @@ def clamp(layers: Iterable[nn.Module], clamp_bias: bool) -> None:
 def flat_parameters(layers: Iterable[Layer]) -> list[Tensor]:
     """The weights, normalised in layers that are, and the biases, in the order of an op's flat phi."""
     return [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches or changes what goes through the module: then it must run."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

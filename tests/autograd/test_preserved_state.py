@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import auxfast.implicit.state_guard as state_guard
+import auxfast.autograd.preserved_state as module
 from auxfast.implicit import preserved_state
 
 
@@ -79,7 +79,7 @@ def test_forward_passes_leave_no_trace(net, x):
     assert net.missing is None
     assert len(net.cache) == 6  # of another shape: a cache, which other attributes of the module may rely on
     assert net.registered == 1
-    assert not state_guard._hooks
+    assert not module._hooks
     net(x)
     assert not unchanged()
 
@@ -139,7 +139,7 @@ def test_exceptions(net, x):
     with pytest.raises(KeyboardInterrupt), preserved_state():
         Interrupted()(x)
     assert unchanged()
-    assert not state_guard._active
+    assert not module._active
 
 
 def test_nested_guards(net, x):

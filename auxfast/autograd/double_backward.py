@@ -1,0 +1,85 @@
+"""Which operator of a graph has a gradient and no second derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from auxfast.autograd.graph import function_class, graph_from
+
+_MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
+_ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every function that this decorator has made
+
+
+class DetachedFunctionDetector:
+    """Finds the `torch.autograd.Function`s that drop out of the graph while a gradient is recorded: second derivatives
+    through them would be zeros without a word.
+
+    Either `once_differentiable` says so (autograd's own error is met only by those who ask for every input), or it
+    shows: a backward pass is linear in what comes in, so if that has a graph and what goes out is not zero and has
+    none, it was computed outside of autograd. A Function whose class says `twice_differentiable = True` is believed.
+    Where torch does not tell the class, every nonzero gradient without a graph counts, and every one that ends in an
+    error.
+
+    Attributes:
+        names: of the nodes that were found.
+    """
+
+    def __init__(self, functions: Iterable[Any]) -> None:
+        self.names: list[str] = []
+        unproven = [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
+        self._handles = [node.register_hook(self._hook(node)) for node in unproven]
+
+    def __enter__(self) -> DetachedFunctionDetector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, node: Any) -> Callable[..., None]:
+        name, function = node.name(), function_class(node)
+        once = function is not None and getattr(function.backward, "__code__", None) is _ONCE
+
+        def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+            if function is None:
+                found = any(map(_is_detached, outgoing)) or any(map(_ends_in_an_error, outgoing))
+            else:
+                has_graph = any(grad is not None and grad.requires_grad for grad in incoming)
+                found = once or (has_graph and any(map(_is_detached, outgoing)))
+            if found:
+                self.names.append(name)
+
+        return hook
+
+
+def _is_detached(gradient: Tensor | None) -> bool:
+    return gradient is not None and not gradient.requires_grad and bool(gradient.any())
+
+
+def _ends_in_an_error(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.grad_fn is not None and gradient.grad_fn.name().endswith(_MISSING)
+
+
+def without_double_backward(loss: Tensor, params: Sequence[Tensor]) -> list[str]:
+    """Names of the nodes of `loss`'s graph (retained) that have a gradient and no second derivative."""
+    names: set[str] = set()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(outgoing: Sequence[Tensor | None], incoming: Any) -> None:
+            if any(map(_ends_in_an_error, outgoing)):
+                names.add(name)
+
+        return hook
+
+    handles = [node.register_hook(hook_of(node.name())) for node in graph_from([loss.grad_fn]) if node.next_functions]
+    try:
+        torch.autograd.grad(loss, params, retain_graph=True, create_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(names)

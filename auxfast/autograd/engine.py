@@ -1,0 +1,37 @@
+"""Backward passes by autograd's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# torch.autograd.grad hands to this method after checks in Python that take an eighth of a small Hessian product. The
+# engine itself checks shapes and devices.
+_run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Products `vectors^T d outputs / d inputs`, `None` for an input that plays no part."""
+    if _run_backward is None:
+        return torch.autograd.grad(
+            outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    gradients: tuple[Tensor | None, ...] = _run_backward(
+        tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return gradients
+
+
+def zeros_for_none(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients`, with zeros of the shapes in `like` where there is `None`."""
+    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]

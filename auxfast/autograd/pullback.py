@@ -1,0 +1,183 @@
+"""Backward passes through one recorded graph, again and again: by autograd's engine, and for batches of vectors by
+`BatchedBackward`, where that is faster and the engine agrees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
+from auxfast.autograd.engine import vjp, zeros_for_none
+from auxfast.autograd.hooks import HookDetector
+
+Gradients = Sequence[Tensor | None]
+
+_ENGINE_ONLY: ContextVar[bool] = ContextVar(
+    "auxfast_engine_only", default=os.environ.get("AUXFAST_BATCHED_BACKWARD") == "0"
+)
+
+_MIN_VECTORS = 8
+"""Fewest vectors of a batch, and fewest that must find room at once. To plan a pass takes up to 1.7 of the engine's
+products, and to check a batch 1.5 of them: with fewer vectors, not all networks gain from it."""
+
+_MAX_BYTES_ON_CPU = 1 << 21
+"""Most bytes of an activation's gradients, of all vectors that go through the graph at once. Batches save most of the
+time that autograd and the dispatcher take, and lose to the caches: 8 vectors were 1.4 to 5 times faster in networks
+whose activations had at most 256 KiB, and 0.7 to 1.4 times as fast in networks of larger ones, for which batches are
+not used; large weights do no harm."""
+_MAX_BYTES_ELSEWHERE = 1 << 26
+"""The same for a GPU, whose launches leave more room; not measured."""
+
+
+@contextmanager
+def engine_only() -> Iterator[None]:
+    """Within this context every backward pass is one of autograd's engine: batches of vectors go through a graph one by
+    one, and all hooks run for each of them. The environment variable AUXFAST_BATCHED_BACKWARD=0, set before auxfast is
+    imported, does the same everywhere."""
+    token = _ENGINE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _ENGINE_ONLY.reset(token)
+
+
+class Pullback:
+    """Products `vectors^T d outputs / d inputs` of a retained graph; `None` for an input that plays no part.
+
+    Args:
+        outputs, inputs: tensors of the graph.
+
+    Attributes:
+        num_batched: vectors that went through the graph in batches.
+        refusal: why batches are left to the engine from now on; `None`: they are not.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self._outputs, self._inputs = outputs, inputs
+        self._pass: BatchedBackward | None = None
+        self.num_batched = 0
+        self.refusal: str | None = None
+
+    def __call__(self, vectors: Sequence[Tensor]) -> Gradients:
+        """vectors: one for each output.
+
+        One vector goes through the engine: on a CPU a `BatchedBackward` of one saves nothing (0.97 to 1.06 times the
+        speed of a whole hypergradient). Where launches dominate, on a GPU, it may: this is the place for it, once it
+        is measured.
+        """
+        return vjp(self._outputs, self._inputs, vectors) if self._outputs else [None] * len(self._inputs)
+
+    def batched(self, vectors: Sequence[Tensor]) -> Gradients:
+        """Products of k vectors: all tensors have one more axis of size k in front."""
+        if not self._outputs:
+            return [None] * len(self._inputs)
+        if len(vectors[0]) >= _MIN_VECTORS and self.refusal is None and self._may_batch():
+            try:
+                gradients = self._checked(vectors)
+            except BatchingUnsupported as reason:
+                self._pass, self.refusal = None, str(reason)
+            else:
+                self.num_batched += len(vectors[0])
+                return gradients
+        return self._one_by_one(vectors)
+
+    def _may_batch(self) -> bool:
+        """Autocast changes the dtypes of the engine's operations, and not of ours."""
+        return not (_ENGINE_ONLY.get() or torch.is_autocast_enabled(self._inputs[0].device.type))
+
+    def _one_by_one(self, vectors: Sequence[Tensor]) -> Gradients:
+        count = len(vectors[0])
+        results: list[Tensor | None] = [None] * len(self._inputs)
+        for i, row in enumerate(zip(*vectors, strict=True)):
+            for j, gradient in enumerate(self(row)):
+                if gradient is not None:
+                    result = results[j]
+                    if result is None:
+                        result = results[j] = gradient.new_zeros(count, *gradient.shape)
+                    result[i] = gradient
+        return results
+
+    @torch.no_grad()
+    def _checked(self, vectors: Sequence[Tensor]) -> Gradients:
+        """The products by a `BatchedBackward`. Each batch is compared with one product of the engine, that of a
+        combination of its vectors, so that no answer depends on what an earlier batch has shown.
+
+        Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises its own
+        error. So nothing is hidden but the time that it takes, and `refusal` tells why.
+
+        Raises:
+            BatchingUnsupported: the engine is to be asked for each of the vectors.
+        """
+        try:
+            if self._pass is None:
+                self._pass = BatchedBackward(self._outputs, self._inputs)
+            at_once = self._vectors_at_once(self._pass)
+            weights = _weights(vectors)
+            combination = _combined(weights, vectors)
+        except BatchingUnsupported:
+            raise
+        except Exception as error:  # a graph that was freed, say
+            raise BatchingUnsupported(f"planning a pass raised {error!r}") from error
+        if at_once < _MIN_VECTORS:
+            raise BatchingUnsupported("activations are so large that batches are not faster")
+        with HookDetector(self._pass.nodes) as hooks:
+            expected = vjp(self._outputs, self._inputs, combination)
+        if hooks.found:
+            raise BatchingUnsupported("a hook computes with gradients")
+        try:
+            gradients = _in_parts(self._pass, vectors, at_once)
+            combined = zeros_for_none(_combined(weights, gradients), self._inputs)
+            agrees = _agree(combined, zeros_for_none(expected, self._inputs), self._pass.epsilon**0.5)
+        except Exception as error:  # a Function that cannot run outside of the engine, say
+            raise BatchingUnsupported(f"the pass raised {error!r}") from error
+        if not agrees:
+            raise BatchingUnsupported("the engine finds something else")
+        return gradients
+
+    def _vectors_at_once(self, planned: BatchedBackward) -> int:
+        end = self._inputs[0]
+        most = _MAX_BYTES_ON_CPU if end.device.type == "cpu" else _MAX_BYTES_ELSEWHERE
+        return most // max(1, planned.activation_size * end.element_size())
+
+
+def _in_parts(batched_pass: BatchedBackward, vectors: Sequence[Tensor], at_once: int) -> list[Tensor | None]:
+    if len(vectors[0]) <= at_once:
+        return batched_pass(vectors)
+    parts = [batched_pass(part) for part in zip(*(tensor.split(at_once) for tensor in vectors), strict=True)]
+    return [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _weights(vectors: Sequence[Tensor]) -> Tensor:
+    """(k,): weights of the vectors in the combination that a batch is checked with. No vector is small in it beside
+    the others, unless it is zero, and all have different weights."""
+    count = len(vectors[0])
+    norms = torch.stack([torch.linalg.vector_norm(_rows(tensor), dim=1) for tensor in vectors]).norm(dim=0)
+    weights: Tensor = torch.linspace(1, 2, count, dtype=norms.dtype, device=norms.device) / norms.where(norms > 0, 1)
+    return weights
+
+
+def _combined(weights: Tensor, tensors: Sequence[Any]) -> list[Any]:
+    """Weighted sums over the first axis of each tensor; `None` stays."""
+    return [None if each is None else (weights @ _rows(each)).view(each.shape[1:]) for each in tensors]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(k, n)"""
+    return tensor.reshape(len(tensor), tensor.shape[1:].numel())
+
+
+def _agree(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
+    """Whether two gradients are equal up to rounding, for each input by itself. Numbers that are not finite never
+    are."""
+    norms = torch.stack(torch._foreach_norm(expected)).tolist()
+    errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected))).tolist()
+    largest = max(norms)
+    pairs = zip(errors, norms, strict=True)
+    return isfinite(largest) and all(error <= tolerance * max(norm, 1e-3 * largest) for error, norm in pairs)
