@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxfast.autograd.torch_calls import own_parameter
 from auxfast.nn.combiner_base import Combiner
 from auxfast.ops.combiner_network import CombinerNetwork
 from auxfast.ops.loss_image_network import LossImageNetwork
@@ -54,7 +55,7 @@ class NetworkCombiner(Combiner):
 
     # Combiner.forward without the ways over _combine and Module.__getattr__: 1.5 us each in a training step.
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        phi = self._normalized() if self.weight_norm else self._parameters.get("phi")
+        phi = self._normalized() if self.weight_norm else own_parameter(self, "phi")
         return self.op(losses, self.phi if phi is None else phi, self.network, mask)  # None: parametrized, for one
 
     def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
