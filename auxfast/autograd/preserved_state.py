@@ -1,10 +1,11 @@
-"""Keeps what forward passes change besides their result: buffers of modules, and torch's random states."""
+"""Forward passes that leave no trace in buffers of modules and in torch's random states."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ class preserved_state:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
-        self._calls = threading.local()  # an outermost call for each thread: backward passes may recompute in theirs
+        self._calls = threading.local()  # one outermost call for each thread: backward passes may recompute in theirs
 
     def __enter__(self) -> preserved_state:
         self._random = _random_states()
@@ -52,7 +53,7 @@ class preserved_state:
         if not _active:
             while _hooks:
                 _hooks.pop().remove()
-        if (call := getattr(self._calls, "outermost", None)) is not None:  # cut short by a KeyboardInterrupt
+        if (call := getattr(self._calls, "outermost", None)) is not None:  # a KeyboardInterrupt has cut it short
             self._leave(call.root)
         for module in self._touched.values():
             for name, buffer in module._buffers.items():
@@ -61,8 +62,8 @@ class preserved_state:
         _restore(self._random)
 
     def replay(self, function: Callable[[], Result]) -> Callable[[], Result]:
-        """`function`, such that every call starts from the buffers and the random states of the first call: the same
-        dropout masks. The first call starts from the present random states and moves them on."""
+        """`function`, such that every call starts from the buffers and the random states of the first call, and draws
+        the same dropout masks. The first call starts from the present random states and moves them on."""
         start: list[tuple[torch.Generator, Tensor]] = []
 
         @functools.wraps(function)
@@ -94,7 +95,7 @@ class preserved_state:
                     call.start.append((part, name, stand_in))
 
     def _leave(self, module: Module) -> None:
-        """What an outermost call has put in the place of a buffer is to be replaced by that buffer in the end."""
+        """Notes what an outermost call has put in the place of a buffer: in the end the buffer replaces it."""
         call = getattr(self._calls, "outermost", None)
         if call is None or call.root is not module:
             return
@@ -111,11 +112,22 @@ class preserved_state:
         if torch.nn.parameter.is_lazy(buffer):
             return buffer
         if id(buffer) not in self._copies:
-            # A copy made under inference_mode or a torch.func transform would be of no use after it.
-            with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
-                copy = self._copies[id(buffer)] = buffer.clone()
+            copy = self._copies[id(buffer)] = _plain_copy(buffer)
             self._originals[id(copy)] = (copy, buffer)
         return self._copies[id(buffer)]
+
+
+_without_transforms: Any = getattr(torch._C, "_DisableFuncTorch", None)
+
+
+def _plain_copy(buffer: Tensor) -> Tensor:
+    """A copy outside of inference_mode and of the transforms of torch.func, since one made inside is of no use after
+    them. Where torch has no name for that, another thread makes the copy: both belong to a thread."""
+    if _without_transforms is None:
+        with ThreadPoolExecutor(1) as elsewhere:
+            return elsewhere.submit(buffer.clone).result()
+    with torch.inference_mode(False), torch.no_grad(), _without_transforms():
+        return buffer.clone()
 
 
 class _Call:
@@ -123,11 +135,11 @@ class _Call:
 
     def __init__(self, root: Module) -> None:
         self.root = root
-        self.modules: set[int] = set()  # ids of those whose buffers were looked at
-        self.start: list[tuple[Module, str, Tensor | None]] = []  # their buffers
+        self.modules: set[int] = set()  # ids of the modules whose buffers were looked at
+        self.start: list[tuple[Module, str, Tensor | None]] = []  # their buffers when the call began
 
 
-_active: list[preserved_state] = []  # the innermost, which acts, comes last
+_active: list[preserved_state] = []  # the innermost comes last, and is the one that acts
 _hooks: list[Any] = []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def without_frame(overload: Any) -> Any:
@@ -18,3 +18,9 @@ def weight_norm(v: Tensor, g: Tensor) -> Tensor:
     fused: Any = getattr(torch, "_weight_norm", None)
     normalized: Tensor = v * (g / torch.norm_except_dim(v, 2, 0)) if fused is None else fused(v, g, 0)
     return normalized
+
+
+def own_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`module.name`, without `Module.__getattr__`; `None` where that is no parameter of the module itself."""
+    parameters: dict[str, Tensor | None] = module.__dict__.get("_parameters", {})
+    return parameters.get(name)

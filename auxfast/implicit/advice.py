@@ -10,35 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from auxfast.solvers import Identity
+from auxfast.solvers import Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 _LARGE = 0.5  # relative residual
 _PARALLEL = 0.99  # cosine
-_ELEMENTS = 4096  # looked at
+_ELEMENTS = 4096  # of the largest tensor that are compared: more would cost what a cheap solver saves
 
-# The texts hold no figures of the solve: Python shows a text once for each place that it comes from.
+# Neither these texts nor those of StopReason hold figures of the solve: Python shows a text once for each place that it
+# comes from.
+_IDENTITY = (
+    "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
+    "loss's gradient, while the residual is large. The steps are too few or too small for the curvature to matter: take "
+    "a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
+    "auxfast.solvers.Identity(), which is cheaper."
+)
 _TEXTS = {
-    "diverged": (
-        "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken. A fixed "
-        "step_size must be below 2 / (largest eigenvalue of the inner Hessian): take a smaller one, step_size='auto', "
-        "or the default solver, MINRES(). See result.stats."
-    ),
-    "negative curvature": (
-        "The inner loss curves downwards in some direction: the inner parameters are not at a minimum, and the "
-        "hypergradient is that of a stationary point nearby. Train them further, add damping to the solver, or take "
-        "curvature='gauss-newton', which has no negative curvature."
-    ),
-    "unconverged": (
-        "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
-        "steps, add damping or a preconditioner, or set a larger tol; tol=None says that the number of steps is meant."
-    ),
-    "identity": (
-        "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the "
-        "outer loss's gradient, while the residual is large. The steps are too few or too small for the curvature to "
-        "matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you "
-        "want, auxfast.solvers.Identity(), which is cheaper."
-    ),
+    "diverged": StopReason.DIVERGED.advice,
+    "negative curvature": StopReason.NEGATIVE_CURVATURE.advice,
+    "unconverged": StopReason.STEPS.advice,
+    "identity": _IDENTITY,
 }
 
 
@@ -70,7 +61,7 @@ def _what_is_wrong(solver: Solver, stats: SolveStats) -> str | None:
 def _is_little_more_than_identity(
     solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor]
 ) -> bool:
-    """As far as the first elements of the largest tensor tell: to look at all would cost what the solver saves."""
+    """Judged by the first elements of the largest tensor: to look at all of them would cost what the solver saves."""
     if stats.residual < _LARGE or isinstance(solver, Identity):
         return False
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())

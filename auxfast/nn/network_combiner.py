@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auxfast.autograd.torch_calls import own_parameter
 from auxfast.nn.combiner_base import Combiner
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork, Network, Reduction
 
@@ -52,7 +53,7 @@ class NetworkCombiner(Combiner):
 
     # This is Combiner.forward without the ways over _combine and Module.__getattr__, which take 1.5 us each.
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        phi = self.network_phi() if self.weight_norm else self._parameters.get("phi")
+        phi = self.network_phi() if self.weight_norm else own_parameter(self, "phi")
         return self.op(losses, self.phi if phi is None else phi, self.network, mask)  # None if phi is parametrized
 
     def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
