@@ -21,8 +21,8 @@ _ELEMENTS = 4096  # of the largest tensor that are compared: more would cost wha
 # comes from.
 _IDENTITY = (
     "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
-    "loss's gradient, while the residual is large. The steps are too few or too small for the curvature to matter: take "
-    "a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
+    "loss's gradient, while the residual is large. The steps are too few or too small for the curvature to matter: "
+    "take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
     "auxfast.solvers.Identity(), which is cheaper."
 )
 _TEXTS = {
