@@ -33,7 +33,7 @@ class StopReason(str, Enum):
 
     advice: str
 
-    CONVERGED = "converged", ""
+    CONVERGED = "converged"
     """The residual is within the tolerance."""
     STEPS = (
         "steps",
@@ -61,14 +61,18 @@ class StopReason(str, Enum):
         "damping to the solver, or take parameters of float64.",
     )
     """The residual cannot be made smaller in this precision."""
-    TRIVIAL = "trivial", ""
+    TRIVIAL = "trivial"
     """The right-hand side is zero, and so is the exact solution."""
 
-    def __new__(cls, text: str, advice: str) -> StopReason:
+    def __new__(cls, text: str, advice: str = "") -> StopReason:
         member = str.__new__(cls, text)
         member._value_ = text
         member.advice = advice
         return member
+
+    @classmethod
+    def _missing_(cls, value: object) -> StopReason:
+        raise ValueError(f"stop_reason must be one of {', '.join(cls)}, not {value!r}")
 
     def __str__(self) -> str:
         return str.__str__(self)
@@ -88,8 +92,8 @@ class SolveStats:
         residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, true and not estimated; the largest of
             `residuals`; `inf` if that is not finite. 0 is exact, and 1 is what `x = 0` has.
         converged: whether the residual is within the solver's tolerance (without one: whether it is 0).
-        stop_reason: a `StopReason`, which equals one of these texts. `converged`; `steps`: the allowed number is done;
-            `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
+        stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
+            done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
             `stagnated`: the residual cannot be made smaller in this precision; `trivial`: `b` is zero, and so is the
             exact solution. With several right-hand sides it is the reason of the worst.
         step_size: the step size that was used; `None` where the method has none.
@@ -108,6 +112,9 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
 
 
 @dataclass

@@ -39,6 +39,13 @@ def test_a_stop_reason_is_its_text():
     }
 
 
+def test_a_solver_of_ones_own_may_give_the_text():
+    stats = SolveStats(1, 1, 0.5, False, "steps")
+    assert stats.stop_reason is StopReason.STEPS
+    with pytest.raises(ValueError, match=r"stop_reason must be one of converged, steps, .*, trivial, not 'tired'"):
+        SolveStats(1, 1, 0.5, False, "tired")
+
+
 def test_stop_reasons_say_what_to_do():
     assert {str(reason) for reason in StopReason if not reason.advice} == {"converged", "trivial"}
     assert "damping" in StopReason.STAGNATED.advice
