@@ -12,12 +12,12 @@ from torch import Tensor
 
 Matvec = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """`v -> H v`, one tensor per parameter. It must not keep `v`, which the solver goes on to change. A `LinearOperator` is
-one that also multiplies several vectors at once."""
+one that also multiplies several vectors at once; of any other, a solver multiplies one after the other."""
 
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """A symmetric matrix H, known by its products. Solvers wrap a plain `Matvec` into one that loops."""
+    """A symmetric matrix H, known by its products."""
 
     def __call__(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
         """`H v`, one tensor per parameter."""
@@ -114,7 +114,8 @@ class SolveStats:
     residuals: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
+        if type(self.stop_reason) is not StopReason:
+            object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
 
 
 @dataclass

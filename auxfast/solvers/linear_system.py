@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class LinearSystem:
 
     def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool) -> None:
         check_rhs(rhs, batched)
-        self._operator = matvec if isinstance(matvec, LinearOperator) else _Looped(matvec)
+        self._matvec = matvec
         self._batched = batched
         self._dtype = rhs[0].dtype
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
@@ -77,11 +78,16 @@ class LinearSystem:
             calls: list[_Call] = []
             for part in rows.split(MAX_BATCH) if len(rows) else ():
                 if len(part) > 1:
-                    calls.append((self._operator.batched, self._cut(part, True), len(part)))
+                    calls.append((self._batched_matvec, self._cut(part, True), len(part)))
                 else:
-                    calls.append((self._operator, self._cut(part[0], False), 1))
+                    calls.append((self._matvec, self._cut(part[0], False), 1))
             self._last = rows, calls
         return self._last[1]
+
+    @cached_property
+    def _batched_matvec(self) -> Matvec:
+        matvec = self._matvec
+        return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
         if len(products) != len(operand):
@@ -93,18 +99,10 @@ class LinearSystem:
         return torch.cat([product.reshape(count, -1) for product in products], dim=1).detach().to(self.rhs.dtype)
 
 
-class _Looped:
-    """A plain `Matvec` as a `LinearOperator`: its `batched` multiplies one vector after the other."""
-
-    def __init__(self, matvec: Matvec) -> None:
-        self._matvec = matvec
-
-    def __call__(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._matvec(vectors)
-
-    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        products = [[t.detach() for t in self._matvec(list(vector))] for vector in zip(*vectors, strict=True)]
-        return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
+def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """The products with k vectors, see `LinearOperator.batched`, of a matvec that takes one."""
+    products = [[t.detach() for t in matvec(list(vector))] for vector in zip(*vectors, strict=True)]
+    return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
 
 
 def check_rhs(rhs: Sequence[Tensor], batched: bool = False) -> None:
