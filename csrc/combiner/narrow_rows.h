@@ -1,5 +1,5 @@
-// For the first layer's products when there are few losses: a tile's rows of losses become packs, and packs become
-// rows.
+// Transposition for the first layer's products when there are few losses: a tile's rows of losses become packs, and
+// packs become rows.
 //
 // Rows are read and written in words of 16 bytes, which cost little more than whole vectors: a vector takes the same
 // columns of every fourth sample (AVX-512; every second with AVX2), and as many vectors as a word has columns are then

@@ -1,4 +1,4 @@
-// For the first layer's products when there are many losses: lanes run along the losses, so that rows of losses are
+// Products of the first layer when there are many losses: lanes run along the losses, so that rows of losses are
 // read and written as they lie, instead of being transposed into packs of samples. Rows are longer than one vector.
 //
 // A row's rest that fills no vector is read as the row's last full vector with the part seen before blanked out.
