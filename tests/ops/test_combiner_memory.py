@@ -23,4 +23,4 @@ def test_memory_of_activations_serves_again_once_it_is_free():
     again = saved(67)
     assert again.data_ptr() == free
     again.zero_()
-    assert torch.equal(second, kept)
+    assert torch.equal(second.view(torch.int64), kept.view(torch.int64))  # bits: what no sample fills may be NaN
