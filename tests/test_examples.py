@@ -75,6 +75,7 @@ def test_each_example_has_a_test_here_and_is_about_sixty_lines():
     assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_an_example_runs_as_a_program():
     command = [sys.executable, str(EXAMPLES / "custom_solver.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -283,6 +283,7 @@ def test_engine_only_takes_vectors_one_by_one():
     assert pullback.num_batched == K
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "batched"), [("0", 0), ("1", 8)])
 def test_the_environment_switches_batches_off(value, batched):
     program = (

@@ -30,6 +30,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(demo, "train_all", lambda plan: pytest.fail("training started"))
 
 
+@pytest.mark.slow
 def test_demo_end_to_end(short_demo, tmp_path, capsys):
     threads = torch.get_num_threads()
     first, second = tmp_path / "a", tmp_path / "b" / "nested"
@@ -59,6 +60,7 @@ def test_demo_end_to_end(short_demo, tmp_path, capsys):
     assert _without_times(again["experiments"]) == _without_times(results["experiments"])
 
 
+@pytest.mark.slow
 def test_demo_of_pixel_losses(short_demo, tmp_path, capsys):
     pytest.importorskip("skimage")
     assert main(["demo", "--experiment", "stereo", "--seeds", "1", "--out", str(tmp_path)]) == 0

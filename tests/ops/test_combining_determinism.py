@@ -82,6 +82,7 @@ print(json.dumps([torch.backends.cpu.get_cpu_capability(), auxfast.build_info()[
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["default", "avx2"])
 def test_every_instruction_set_agrees_with_the_reference(limit):
     """The best one that this processor has is what all other tests run on. ATEN_CPU_CAPABILITY limits auxfast as it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .combining_cases import printed_json
 
 # Peak memory in KiB beyond what the process had, of gradient and second order with parameters.
@@ -35,12 +37,14 @@ print(json.dumps([growth(*case) for case in CASES]))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_a_twelfth_of_eager():
     cases = "[(loss_image, 288, 384, 8), (loss_image_reference, 288, 384, 8)]"
     fused, eager = printed_json(_MEMORY.replace("CASES", cases))
     assert fused <= eager / 12
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_row():
     """Beyond the three results of the size of the losses: the weights, the scaled weights, the Hessian product."""
     (tall,) = printed_json(_MEMORY.replace("CASES", "[(loss_image, 4096, 256, 1)]"))

@@ -262,6 +262,7 @@ override(config, {"train.outer_steps": 3})
 """
 
 
+@pytest.mark.slow
 def test_without_cattrs_the_trainer_trains_and_tables_say_what_to_install():
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}

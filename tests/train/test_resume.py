@@ -222,6 +222,7 @@ def _numbers(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in table.items() if "seconds" not in key} for table in tables]
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_numbers(tmp_path):
     whole = _finish(tmp_path / "whole")
     cut = tmp_path / "cut"
