@@ -228,7 +228,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 def _draw_landscapes(axes: Sequence[Any], run: Run) -> None:
     config = read_config(EXPERIMENT.config, run)
     task = _task(run, config)
-    path = _path_of_weights(run, task, config.train)
+    path = path_of_weights(run, task, config.train)
     cases = (
         ("(a) main training loss", "its minimum, w_train", (1.0, 0.0, 0.0)),
         ("(b) weighted loss, at the start", "its minimum", run.records[0].loss_weights),
@@ -260,7 +260,7 @@ def _task(run: Run, config: RunConfig) -> IllustrativeTask:
     return make_task(run.seed, config.task, hold_out=True)
 
 
-def _path_of_weights(run: Run, task: IllustrativeTask, config: TrainConfig) -> Tensor:
+def path_of_weights(run: Run, task: IllustrativeTask, config: TrainConfig) -> Tensor:
     """Trains `task.model` again, with the recorded weights and no scheduler: (inner steps + 1, 2)."""
     optimizer = make_optimizer(config.inner_optimizer, task.model.parameters())
     path = [weights_of(task.model)]

@@ -11,11 +11,11 @@ from auxfast.experiments.paper.illustrative import (
     MAIN_WEIGHTS,
     TRAINING_SET,
     IllustrativeOptions,
-    _path_of_weights,
     distance,
     draw,
     findings,
     make_task,
+    path_of_weights,
     shares,
     weights_of,
 )
@@ -112,7 +112,7 @@ def test_a_run_trains_and_its_recorded_weights_are_what_the_model_saw(tmp_path):
     assert run.records[0].loss_weights == pytest.approx((1, 1, 1))
     assert run.records[-1].loss_weights[2] < 1
     config = read_config(EXPERIMENT.config, run)
-    path = _path_of_weights(run, make_task(0, config.task, hold_out=True), config.train)
+    path = path_of_weights(run, make_task(0, config.task, hold_out=True), config.train)
     assert path.shape == (3 * 4 + 1, 2)
     trained, _ = restore(EXPERIMENT, run)
     torch.testing.assert_close(path[-1], weights_of(trained.model), rtol=1e-5, atol=1e-6)
