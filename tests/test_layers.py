@@ -194,7 +194,7 @@ def _includes(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _everything_included(path: Path) -> tuple[set[Path], set[str]]:
-    """As `_includes`, through all of our own files."""
+    """The files of ours that a file includes, directly or through others, and the names of others."""
     ours, others, pending = {path}, set(), [path]
     while pending:
         mine, foreign = _includes(pending.pop())

@@ -227,7 +227,7 @@ def _transposed(gradient: Tensor) -> Tensor:
 
 
 def _edge_to(tensor: Tensor) -> Edge:
-    """Where the gradients of the tensor come together."""
+    """The edge at which the gradients of the tensor come together."""
     if tensor.grad_fn is not None:
         return tensor.grad_fn, tensor.output_nr
     edge = get_gradient_edge(tensor)

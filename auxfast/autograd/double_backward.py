@@ -1,4 +1,4 @@
-"""Which operator of a graph has a gradient and no second derivative."""
+"""Operators of a graph that have a gradient and no second derivative."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) ->
 
 
 def functions_of(nodes: Iterable[Any]) -> list[Any]:
-    """Those of `nodes` that belong to a `torch.autograd.Function`."""
+    """The nodes that belong to a `torch.autograd.Function`."""
     return [node for node in nodes if isinstance(node, BackwardCFunction)]
 
 

@@ -1,4 +1,4 @@
-"""Where hooks of the user are: what they watch or change must run as torch runs it."""
+"""Hooks of the user, found where they are: what they watch or change must run as torch runs it."""
 
 from __future__ import annotations
 

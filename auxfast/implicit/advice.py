@@ -36,8 +36,8 @@ _TEXTS = {
 def warn_of(
     solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor], state: SolverState | None
 ) -> None:
-    """At most one RuntimeWarning, each kind once with a `state`, and without one as often as Python's filters show the
-    same text from the same line (by default once). `warn=False` or a `warnings` filter turns it off."""
+    """Gives at most one RuntimeWarning: each kind once for a `state`, and without one as often as Python's filters show
+    the same text from the same line (by default once). `warn=False` or a `warnings` filter turns it off."""
     warned = set() if state is None else state.warned
     kind = _what_is_wrong(solver, stats)
     if kind is None and "identity" not in warned and _is_little_more_than_identity(solver, stats, rhs, solution):

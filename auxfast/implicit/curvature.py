@@ -30,9 +30,9 @@ class Curvature(Protocol):
     """A symmetric matrix H (n, n), the second derivative of the inner loss or a stand-in for it, as an operator."""
 
     in_system: list[bool]
-    """Which of the parameters that were given the gradient of the loss depends on: H has only their rows."""
+    """True for each given parameter that the gradient of the loss depends on. H has only the rows of these."""
     params: list[Tensor]
-    """Those parameters."""
+    """The parameters that are in the system."""
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """`H v`; `vectors` and the result: one tensor for each of `params`, of its shape."""
@@ -43,8 +43,8 @@ class Curvature(Protocol):
         ...
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient of `<v, d inner / d params>` in each of `outer_params`; `None` where there is no dependence. To
-        be asked for last: it may free the graph."""
+        """Gradient of `<v, d inner / d params>` in each of `outer_params`; `None` where there is no dependence. Call this
+        last: it may free the graph."""
         ...
 
 

@@ -112,11 +112,11 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The torch optimizer's state, and `state`, what the solver has learnt: going on from here gives the numbers
-        that going on without a break does."""
+        """State of the torch optimizer, and `state`, which the solver keeps. A run that goes on from here gives the
+        same numbers as one without a break."""
         return {**self.optimizer.state_dict(), "solver_state": dict(vars(self.state))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """That of a torch optimizer will do: the solver then knows nothing yet."""
+        """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing."""
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))

@@ -29,7 +29,7 @@ class Agreement:
     """How near one gradient is to another that is held for true."""
 
     cosine: float
-    """Of the angle between them; 1 is the same direction. NaN if one of them is zero."""
+    """Cosine of the angle between them; 1 is the same direction. NaN if one of them is zero."""
     relative_error: float
     """`||gradient - truth|| / ||truth||`; 0 if both are zero."""
 
@@ -58,17 +58,18 @@ class HypergradientReport:
     directions: Tensor
     """(m, n): unit vectors; the coordinate axes if there are few outer parameters, else random and orthogonal."""
     hypergradient: Tensor
-    """(m,): the solver's, at the inner parameters as they were."""
+    """(m,): the solver's hypergradient at the given inner parameters."""
     dense: Tensor | None
-    """(m,): with the linear system solved exactly, at the same parameters; `None` if it was too large."""
+    """(m,): the hypergradient with an exact linear solve at the same parameters; `None` if the system was too large."""
     finite_differences: Tensor
-    """(m,): of the outer loss, with the inner problem solved anew on both sides."""
+    """(m,): differences of the outer loss, with the inner problem solved anew on both sides."""
     stats: SolveStats
-    """Of the solver."""
+    """Statistics of the linear solve."""
     inner_gradient_norm: float
-    """Of the inner loss at the inner parameters as they were: the theorem supposes 0."""
+    """Norm of the inner gradient at the given parameters. The implicit function theorem assumes 0."""
     resolved_gradient_norm: float
-    """The largest that was left where the inner problem was solved anew: what the finite differences are good for."""
+    """Largest norm of the inner gradient where the inner problem was solved anew. It limits how far the finite
+    differences can be trusted."""
 
     @property
     def solver(self) -> Agreement | None:

@@ -114,7 +114,7 @@ def _overwritten(op: str) -> RuntimeError:
 
 
 def _unsupported(op: str) -> NotImplementedError:
-    """Where a backward pass would lose derivatives without a word."""
+    """The error for a backward pass that would lose derivatives without a word."""
     if in_forward_mode():
         what = "forward-mode AD through their backward pass"
     else:

@@ -29,7 +29,7 @@ class Pair(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """With arguments that are not tensors, before and between those that are, of which one needs no gradient."""
+    """A Function with arguments that are not tensors between those that are, one of which needs no gradient."""
 
     @staticmethod
     def forward(ctx, power, constant, factor, x):

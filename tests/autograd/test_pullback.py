@@ -146,7 +146,7 @@ def test_a_hook_that_was_added_after_the_first_batch_acts():
 
 
 def test_a_hook_that_calls_nothing_of_torch_is_found_by_its_result():
-    """Also if only a vector that is small beside the others gets there."""
+    """It is found even if only a vector that is small beside the others gets there."""
     u, v = (torch.randn(4, requires_grad=True) for _ in range(2))
     h, nothing = v.sin(), torch.zeros(4)
     h.register_hook(lambda grad: nothing)
@@ -400,7 +400,7 @@ def test_parameters_of_any_rank(shape):
 
 
 def test_nothing_of_a_graph_is_kept():
-    """Not even until the garbage collector runs."""
+    """Nothing waits for the garbage collector either."""
     net = Net()
     hidden = net.first(torch.randn(4, 5).double()).relu()  # a tensor that its node saves
     outputs = [*torch.autograd.grad(net.last(hidden).square().mean(), [*net.parameters()], create_graph=True)]

@@ -49,7 +49,7 @@ def test_every_method_from_every_seed(train, tmp_path, capsys):
 
 
 def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
-    """By itself: how often a bar is drawn depends on the machine."""
+    """The text is tested by itself, since how often a bar is drawn depends on the machine."""
     learned = OuterRecord(
         3, 0.5, 0.4, 0.25, None, 0.125, 7, (1.0, 0.5, 2.0), None, inner_seconds=3.0, outer_seconds=1.0
     )

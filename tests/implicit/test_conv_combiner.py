@@ -54,7 +54,7 @@ class Problem:
         return self._errors(self.held_out, self.weights)[:, 0].mean()
 
     def expected(self, solver: object) -> Tensor:
-        """From the dense Hessian of plain PyTorch operations."""
+        """The hypergradient from the dense Hessian of plain PyTorch operations."""
         with reference_kernels():
             hessian = torch.autograd.functional.hessian(self.inner_loss, self.weights.detach()).view(12, 12)
             assert torch.linalg.eigvalsh(hessian).min() > 0

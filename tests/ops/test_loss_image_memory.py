@@ -46,7 +46,7 @@ def test_memory_is_a_twelfth_of_eager():
 
 @pytest.mark.slow
 def test_memory_grows_with_the_row():
-    """Beyond the three results of the size of the losses: the weights, the scaled weights, the Hessian product."""
+    """Three results have the size of the losses: weights, scaled weights, Hessian product. The rest is compared."""
     (tall,) = printed_json(_MEMORY.replace("CASES", "[(loss_image, 4096, 256, 1)]"))
     (wide,) = printed_json(_MEMORY.replace("CASES", "[(loss_image, 256, 4096, 1)]"))
     results = 3 * 3 * 4096 * 256 * 4 // 1024

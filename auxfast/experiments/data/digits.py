@@ -39,7 +39,7 @@ class DigitsData:
     labels: Tensor
 
     def attributes(self) -> Tensor:
-        """Which of `DIGIT_ATTRIBUTES` each scan's class has: (1797, 8) float32 of 0 and 1."""
+        """(1797, 8) float32: 1 for each of `DIGIT_ATTRIBUTES` that the scan's class has, else 0."""
         columns = [torch.isin(self.labels, torch.tensor(sorted(d))) for d in DIGIT_ATTRIBUTES.values()]
         return torch.stack(columns, dim=1).float()
 

@@ -41,8 +41,8 @@ class StereoData:
         return StereoData(image, disparity.where(valid, 0.0), valid)
 
     def colour_classes(self) -> Tensor:
-        """Which of `COLOUR_CLASSES` each pixel has: (H, W) int64, UNKNOWN for those too dark to tell and for the few
-        of another colour.
+        """(H, W) int64: the class of each pixel in `COLOUR_CLASSES`, or UNKNOWN for pixels that are too dark to tell and
+        for the few of another colour.
 
         Grey (concrete, metal, rubber) is a saturation below 0.35; of the others, a hue within 15 degrees of red is
         red (paint), up to 70 brown (wood, cardboard). Too dark is a value below 0.15.
