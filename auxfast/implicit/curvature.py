@@ -43,8 +43,8 @@ class Curvature(Protocol):
         ...
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradient of `<v, d inner / d params>` in each of `outer_params`; `None` where there is no dependence. Call this
-        last: it may free the graph."""
+        """Gradient of `<v, d inner / d params>` in each of `outer_params`; `None` where there is no dependence. Call
+        this last: it may free the graph."""
         ...
 
 

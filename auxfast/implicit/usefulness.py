@@ -1,4 +1,4 @@
-"""Scores of auxiliary tasks, which tell whether they would help: the paper's Proposition 1, for all of them from one inverse product."""
+"""Scores that tell which auxiliary tasks would help: the paper's Proposition 1, for all from one inverse product."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class HypergradientReport:
     hypergradient: Tensor
     """(m,): the solver's hypergradient at the given inner parameters."""
     dense: Tensor | None
-    """(m,): the hypergradient with an exact linear solve at the same parameters; `None` if the system was too large."""
+    """(m,): the hypergradient with an exact solve at the same parameters; `None` if the system was too large."""
     finite_differences: Tensor
     """(m,): differences of the outer loss, with the inner problem solved anew on both sides."""
     stats: SolveStats

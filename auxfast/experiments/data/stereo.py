@@ -41,7 +41,7 @@ class StereoData:
         return StereoData(image, disparity.where(valid, 0.0), valid)
 
     def colour_classes(self) -> Tensor:
-        """(H, W) int64: the class of each pixel in `COLOUR_CLASSES`, or UNKNOWN for pixels that are too dark to tell and
+        """(H, W) int64: the class of each pixel in `COLOUR_CLASSES`; UNKNOWN for pixels that are too dark to tell and
         for the few of another colour.
 
         Grey (concrete, metal, rubber) is a saturation below 0.35; of the others, a hue within 15 degrees of red is
