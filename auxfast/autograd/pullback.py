@@ -106,8 +106,9 @@ class Pullback:
 
     @torch.no_grad()
     def _checked(self, vectors: Sequence[Tensor]) -> Gradients:
-        """The products by a `BatchedBackward`. Each batch is compared with one product of the engine, that of a
-        combination of its vectors, so that no answer depends on what an earlier batch has shown.
+        """The products by a `BatchedBackward`. Each batch is compared with one product of the engine, so that no answer
+        depends on what an earlier batch has shown: that of the first vector, if it has no zeros and so reaches whatever
+        another reaches, or that of a combination of all.
 
         Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises its own
         error. So nothing is hidden but the time that it takes, and `refusal` tells why.
@@ -119,8 +120,8 @@ class Pullback:
             if self._pass is None:
                 self._pass = BatchedBackward(self._outputs, self._inputs)
             at_once = self._vectors_at_once(self._pass)
-            weights = _weights(vectors)
-            combination = _combined(weights, vectors)
+            weights = None if _is_dense(vectors) else _weights(vectors)
+            probe = _combined(weights, vectors)
         except BatchingUnsupported:
             raise
         except Exception as error:  # a graph that was freed, say
@@ -128,13 +129,13 @@ class Pullback:
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
         with HookDetector(self._pass.nodes) as hooks:
-            expected = vjp(self._outputs, self._inputs, combination)
+            expected = vjp(self._outputs, self._inputs, probe)
         if hooks.found:
             raise BatchingUnsupported("a hook computes with gradients")
         try:
             gradients = _in_parts(self._pass, vectors, at_once)
-            combined = zeros_for_none(_combined(weights, gradients), self._inputs)
-            agrees = _agree(combined, zeros_for_none(expected, self._inputs), self._pass.epsilon**0.5)
+            found = zeros_for_none(_combined(weights, gradients), self._inputs)
+            agrees = _agree(found, zeros_for_none(expected, self._inputs), self._pass.epsilon**0.5)
         except Exception as error:  # a Function that cannot run outside of the engine, say
             raise BatchingUnsupported(f"the pass raised {error!r}") from error
         if not agrees:
@@ -154,17 +155,24 @@ def _in_parts(batched_pass: BatchedBackward, vectors: Sequence[Tensor], at_once:
     return [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
 
 
+def _is_dense(vectors: Sequence[Tensor]) -> bool:
+    """Whether the first vector has no zero in it."""
+    return bool(torch.stack([tensor[0].all() for tensor in vectors]).all())
+
+
 def _weights(vectors: Sequence[Tensor]) -> Tensor:
-    """(k,): weights of the vectors in the combination that a batch is checked with. No vector is small in it beside
-    the others, unless it is zero, and all have different weights."""
+    """(k,): weights of the vectors in a combination. None is small in it beside the others, unless it is zero, and all
+    have different weights."""
     count = len(vectors[0])
     norms = torch.stack([torch.linalg.vector_norm(_rows(tensor), dim=1) for tensor in vectors]).norm(dim=0)
     weights: Tensor = torch.linspace(1, 2, count, dtype=norms.dtype, device=norms.device) / norms.where(norms > 0, 1)
     return weights
 
 
-def _combined(weights: Tensor, tensors: Sequence[Any]) -> list[Any]:
-    """Weighted sums over the first axis of each tensor; `None` stays."""
+def _combined(weights: Tensor | None, tensors: Sequence[Any]) -> list[Any]:
+    """Weighted sums over the first axis of each tensor, or its first entry; `None` stays."""
+    if weights is None:
+        return [None if each is None else each[0] for each in tensors]
     return [None if each is None else (weights @ _rows(each)).view(each.shape[1:]) for each in tensors]
 
 
