@@ -1,7 +1,7 @@
 """A whole outer step of an AuxiLearn program: the drop-in against its algorithm in plain torch.
 
 The floor is 1.15 for MLPs, 1.0 for others. On a loaded 2-core EPYC, three runs, the three combiners in turn: 16-32 1.34
-to 1.66; 64-128-128 1.19 to 1.23, 1.17 to 1.18, 1.40 to 1.42; 256-512-512, where memory decides, 1.15 to 1.49 in two
+to 1.66; 64-128-128 1.19 to 1.23, 1.17 to 1.18, 1.40 to 1.42; 256-512-512, where memory decides, 1.21 to 1.49 in two
 runs and 1.12 to 1.16 in one; CNN 1.07 to 1.15, pixel losses 1.47. Passes of our own for the single products, which
 auxfast once had, gave the same figures in the same hour.
 

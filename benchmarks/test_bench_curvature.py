@@ -5,12 +5,12 @@ network below 1.0, with the engine's product that each batch is compared with. "
 "unchecked" is the pass alone.
 
 Last word, on a loaded 2-core EPYC: no network is below 1.0, and small ones reach 2 to 7, but the MLP has 1.25 with 8
-vectors (unchecked 1.8) and 1.5 with 20. The goal is out of reach there: of the pass's 1570 us for 8 vectors, 1450 are
-matrix products at the core's 104 GFLOP/s, so that no pass can be more than 1.96 times faster than the engine's 8 times
-356. On a Xeon with twice the matrix products per cycle the pass alone has reached 2.8. The comparison costs the
-engine's 310 us, 140 more because its code and data have left the caches, and 100 for the check; a combination of all
-vectors instead of the first, for batches with zeros, 250 more. Comparing only a graph's first batch would gain nothing
-where most batches are: a Nystrom preconditioner has one for each graph.
+vectors (unchecked 1.8) and 1.2 to 1.5 with 20. The goal is out of reach there: of the pass's 1570 us for 8 vectors,
+1450 are matrix products at the core's 104 GFLOP/s, so that no pass can be more than 1.96 times faster than 8 times the
+356 us of `autograd.grad`. (On a Xeon whose matrix products took a third less, the pass alone was 2.8 times faster.) The
+comparison costs the engine's 310 us, 140 more because its code and data have left the caches, and about 100 for the
+check; a combination of all vectors instead of the first, for batches with zeros, 250 more. To compare only a graph's
+first batch would gain nothing where most batches are: a Nystrom preconditioner has one for each graph.
 
 What did not help: the vectors on another axis, for larger matrix products; nodes in depth-first order; each node in a
 loop over the vectors instead of under vmap (layer norm 1.7 instead of 3.6, GRU 3.4 instead of 4.9).

@@ -32,9 +32,8 @@ def in_transform() -> bool:
 def in_batch(gradient: Tensor) -> bool:
     """Whether a backward pass runs for several gradients at once: in a transform of torch.func, or because
     `torch.autograd.grad` was called with `is_grads_batched=True`."""
-    if _is_legacy_batched is None:
-        return _has_no_storage(gradient)
-    return _is_legacy_batched(gradient) or _transforms_active is None or _transforms_active()
+    batched = _has_no_storage(gradient) if _is_legacy_batched is None else _is_legacy_batched(gradient)
+    return batched or _transforms_active is None or _transforms_active()
 
 
 def _has_no_storage(gradient: Tensor) -> bool:

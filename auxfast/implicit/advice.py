@@ -13,9 +13,9 @@ from torch import Tensor
 from auxfast.solvers import Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
-_LARGE = 0.5  # relative residual
-_PARALLEL = 0.99  # cosine
-_ELEMENTS = 4096  # of the largest tensor that are compared: more would cost what a cheap solver saves
+_LARGE_RESIDUAL = 0.5
+_PARALLEL_COSINE = 0.99
+_MAX_ELEMENTS = 4096  # to compare more of two vectors would cost what a cheap solver saves
 
 # Neither these texts nor those of StopReason hold figures of the solve: Python shows a text once for each place that it
 # comes from.
@@ -61,17 +61,17 @@ def _what_is_wrong(solver: Solver, stats: SolveStats) -> str | None:
 def _is_little_more_than_identity(
     solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor]
 ) -> bool:
-    """Judged by the first elements of the largest tensor: to look at all of them would cost what the solver saves."""
-    if stats.residual < _LARGE or isinstance(solver, Identity):
+    """Whether the solution is nearly parallel to the right-hand side, by the first elements of the largest tensor."""
+    if stats.residual < _LARGE_RESIDUAL or isinstance(solver, Identity):
         return False
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
-    b, x = b.flatten()[:_ELEMENTS], x.flatten()[:_ELEMENTS]
+    b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
     bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
-    return bx > _PARALLEL * math.sqrt(bb * xx)
+    return bx > _PARALLEL_COSINE * math.sqrt(bb * xx)
 
 
 def _frames_of_auxfast() -> int:
-    """The `stacklevel` at which `warn_of` finds the first caller outside of this package."""
+    """`stacklevel` at which `warn_of` finds the first caller outside of this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
         level, frame = level + 1, frame.f_back

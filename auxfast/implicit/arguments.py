@@ -28,7 +28,8 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def check_independent(**lists: Sequence[Tensor]) -> None:
-    """No tensor of the named lists is given twice or computed from another: that would count a dependence twice."""
+    """Raises ValueError where a tensor of the named lists is given twice, or computed from another: that would count a
+    dependence twice."""
     places: dict[int, str] = {}
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):

@@ -35,11 +35,11 @@ class Curvature(Protocol):
     """The parameters that are in the system."""
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """`H v`; `vectors` and the result: one tensor for each of `params`, of its shape."""
+        """`H v`. `vectors` and the result have one tensor for each of `params`, of its shape."""
         ...
 
-    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        """`H v` for k vectors at once: the tensors have one more axis of size k in front."""
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """`H v` for a batch of k vectors: all tensors have one more axis of size k in front."""
         ...
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -49,13 +49,16 @@ class Curvature(Protocol):
 
 
 class Hessian:
-    """The second derivatives by double backward: the graph of the gradient is recorded once, and every product is one
+    """Second derivatives by double backward: the graph of the gradient is recorded once, and every product is one
     backward pass through it.
 
     Args:
-        inner: the evaluated loss.
-        params: those that it is differentiated in.
-        retain_graph: keep the graph when `mixed` is done.
+        inner: the loss and its graph.
+        params: tensors that it is differentiated in.
+        retain_graph: whether to keep the graph when `mixed` is done.
+
+    Attributes:
+        pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -98,7 +101,7 @@ class Hessian:
         return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
 
     def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
-        """Its result; if an operator has no second derivatives, an error that names it."""
+        """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
         try:
             return pass_back(*args, **options)
         except RuntimeError as error:
@@ -142,13 +145,13 @@ class GaussNewton(Hessian):
         if not any(self._curved):
             return [torch.zeros_like(v) for v in vectors]
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
-        many = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
-        tangents = [*zeros_for_none(pulled, [z.expand(*many, *z.shape) for z in self._cotangents]), *vectors]
+        batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
+        tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
         return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
 
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """`d l / d W` with the outputs held fixed, by a backward pass that ends at them."""
+    """`d l / d W` with the outputs held fixed: the backward pass ends at them."""
     ends: dict[Any, set[int]] = {}
     for z in outputs:
         ends.setdefault(z.grad_fn, set()).add(z.output_nr)
@@ -185,11 +188,11 @@ def _check_outputs(inner: LossGraph) -> Sequence[Tensor]:
 
 
 class MicroBatches:
-    """The mean of the curvatures of several micro-batches, each recorded anew for every product, in the memory of one.
+    """Mean of the curvatures of micro-batches, each recorded anew for every product, in the memory of one.
 
     Args:
-        records: what records the curvature of each micro-batch in the parameters that it is given.
-        params: those that the loss is differentiated in.
+        records: functions that record the curvature of a micro-batch in the parameters that they are given.
+        params: tensors that the loss is differentiated in.
     """
 
     def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Curvature]], params: Sequence[Tensor]) -> None:
@@ -200,8 +203,8 @@ class MicroBatches:
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._products(vectors, lambda curvature, chosen: curvature(chosen))
 
-    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        return self._products(block, lambda curvature, chosen: curvature.batched(chosen))
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._products(vectors, lambda curvature, chosen: curvature.batched(chosen))
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(outer_params)
@@ -217,17 +220,18 @@ class MicroBatches:
         return total
 
     def _of_one(self, i: int, vectors: Sequence[Tensor], product: Callable[..., Any]) -> tuple[list[bool], Any]:
-        """A function of its own, so that one graph is gone before the next is made."""
+        """Product with the curvature of micro-batch `i`. This is a function of its own so that its graph is gone before
+        the next is made."""
         curvature = self._records[i](self.params)
         return curvature.in_system, product(curvature, list(compress(vectors, curvature.in_system)))
 
 
-def one_at_a_time(curvature: Curvature, block: Sequence[Tensor]) -> list[Tensor]:
-    """`H v` for each of k vectors: tensors with an axis of size k in front."""
-    products = [torch.empty_like(tensor) for tensor in block]
-    for i, vectors in enumerate(zip(*(tensor.unbind() for tensor in block), strict=True)):
-        for row, product in zip(products, curvature(vectors), strict=True):
-            row[i] = product
+def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """`Curvature.batched` by a product for each vector."""
+    products = [torch.empty_like(tensor) for tensor in vectors]
+    for i, row in enumerate(zip(*(tensor.unbind() for tensor in vectors), strict=True)):
+        for of_all, of_one in zip(products, curvature(row), strict=True):
+            of_all[i] = of_one
     return products
 
 

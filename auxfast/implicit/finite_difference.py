@@ -9,7 +9,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from auxfast.implicit.curvature import one_at_a_time
+from auxfast.implicit.curvature import one_by_one
 from auxfast.implicit.losses import LossFn, check_connected, mean_gradient
 
 
@@ -23,8 +23,8 @@ class FiniteDifference:
     in place and have their old bits back after each product.
 
     Args:
-        loss_fns: what computes the loss of each micro-batch; the same function of the parameters at each call.
-        params: those that it is differentiated in. Left out are those in which the gradient does not depend, which is
+        loss_fns: functions that compute the loss of each micro-batch, the same at each call.
+        params: tensors that it is differentiated in. Those that the gradient does not depend on are left out, which is
             seen by moving all along a random direction.
 
     Raises:
@@ -50,14 +50,14 @@ class FiniteDifference:
         products = self._difference(vectors, self.params)
         return [torch.zeros_like(v) if p is None else p for p, v in zip(products, vectors, strict=True)]
 
-    def batched(self, block: Sequence[Tensor]) -> list[Tensor]:
-        return one_at_a_time(self, block)
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return one_by_one(self, vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         return self._difference(vectors, outer_params)
 
     def _difference(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
-        """The derivative along `vectors` of the gradient in `wanted`."""
+        """Derivative along `vectors` of the gradient in `wanted`."""
         norm = _norm(vectors)
         if norm == 0 or not wanted:
             return [None] * len(wanted)
@@ -70,7 +70,8 @@ class FiniteDifference:
 
     @contextmanager
     def _moved(self, vectors: Sequence[Tensor], step: float) -> Iterator[None]:
-        """`params + step * vectors`. Through `.data`: graphs that the user made before stay valid."""
+        """Moves the parameters to `params + step * vectors`, through `.data`, so that graphs that the user made before
+        stay valid, and back."""
         data = [w.data for w in self.params]
         saved = [tensor.clone() for tensor in data]
         try:

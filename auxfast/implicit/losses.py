@@ -13,8 +13,8 @@ from auxfast.autograd.engine import vjp
 from auxfast.autograd.graph import graph_from
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
-"""A scalar; a function of no arguments that computes it; or several such functions, whose mean it is. For Gauss-Newton
-products the functions of the inner loss return `(loss, outputs)`."""
+"""A scalar, a function of no arguments that computes it, or a sequence of such functions, whose mean it is. For
+Gauss-Newton products the functions of the inner loss return `(loss, outputs)`."""
 
 
 class LossGraph:
@@ -45,7 +45,7 @@ class LossGraph:
     def gradient(
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor | None]:
-        """One for each of `params`, `None` where the loss does not depend on it."""
+        """Gradients of the loss in each of `params`, `None` where it does not depend on it."""
         if not params:
             return []
         try:
@@ -69,10 +69,12 @@ def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
 
 
 LossFn = Callable[[], LossGraph]
+"""Computes the loss of a micro-batch anew."""
 
 
 def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
-    """What computes each micro-batch's loss anew; `loss` is no tensor.
+    """Functions that compute the loss of each micro-batch anew. `loss` is not a tensor; `replay` wraps each function of
+    the user.
 
     Raises:
         TypeError: `loss` is neither a function nor a sequence of functions. ValueError: the sequence is empty.
@@ -104,7 +106,7 @@ def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> Loss
 
 
 def mean_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient of the mean loss, accumulated one micro-batch after the other."""
+    """Gradient of the mean loss, accumulated one micro-batch after the other."""
     if not params:
         return []
     total: list[Tensor | None] = [None] * len(params)

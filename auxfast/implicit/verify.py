@@ -121,8 +121,8 @@ def verify_hypergradient(
         solver: what is verified; `None`: the default, `MINRES()`.
         solve_inner: minimises the inner loss in `inner_params`, in place; called at varied `outer_params`. `None`:
             torch's L-BFGS and then Newton's method, which suits smooth problems of moderate size.
-        step: of the finite differences, relative to max(1, norm of the outer parameters); `None`: the cube root of the
-            precision of the inner parameters' dtype.
+        step: length of the finite differences, relative to max(1, norm of the outer parameters); `None`: the cube root
+            of the precision of the inner parameters' dtype.
         max_directions: up to so many outer parameters are each varied; of more, so many random directions.
         max_dense: systems with more inner parameters are not solved densely.
 
@@ -179,12 +179,12 @@ class _Problem:
     solve_inner: Callable[[], object] | None
 
     def derivatives(self, directions: Tensor, solver: Solver) -> tuple[Tensor, SolveStats]:
-        """The hypergradient along the directions (m, n) -> (m,)."""
+        """Hypergradient along the directions: (m, n) -> (m,)."""
         result = hypergradient(self.outer_loss(), self.inner_loss(), self.inner, self.outer, solver=solver, warn=False)
         return directions @ _flat(result.grads), result.stats
 
     def outer_at(self, point: Sequence[Tensor], outer_values: Tensor) -> tuple[float, float]:
-        """The outer loss where the inner problem is solved for `outer_values` (n,), starting from the inner values
+        """Outer loss where the inner problem is solved for `outer_values` (n,), starting from the inner values
         `point`; and the norm of the inner gradient there."""
         with torch.no_grad():
             for param, value in zip(self.inner, point, strict=True):
@@ -221,8 +221,8 @@ class _Problem:
         self._polish()
 
     def _polish(self) -> None:
-        """Newton's method: a line search stalls where the loss no longer changes in its last digits, and the finite
-        differences need the minimum far more exactly than that."""
+        """Takes steps of Newton's method: a line search stalls where the loss no longer changes in its last digits, and
+        the finite differences need the minimum far more exactly than that."""
         norm = float(_flat(self.inner_gradient()).norm())
         for _ in range(_NEWTON_STEPS):
             hessian = Hessian(LossGraph("inner_loss", self.inner_loss()), self.inner)

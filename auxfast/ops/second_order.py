@@ -1,7 +1,7 @@
 """Autograd of the combiners' ops: value, gradient and second order from three kernels, and an error beyond.
 
-Functions in the old style, without setup_context: that costs 12 us an apply and all it buys is torch.func, where the
-ops run their references anyway. Each takes what it differentiates first.
+The Functions are in the old style, without setup_context: that costs 12 us an apply, and all it buys is torch.func,
+where the ops run their references anyway. Each takes what it differentiates first.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ class SavedForward(ABC):
     op's inputs are in it, so ctx may hold it as it is: `save_for_backward` and `saved_tensors` take 4% of a step.
 
     Attributes:
-        op: what to call it in messages.
+        op: name of the op in messages.
         inputs: losses and phi.
-        versions: of the inputs, which change if they are written to.
-        weights: of the shape of the losses: d value / d losses.
+        versions: version counters of the inputs, which change if they are written to.
+        weights: d value / d losses, of the shape of the losses.
         per_sample: whether the value is (batch,) instead of one number.
         value: what the forward pass returned, until it gets its node.
         to_phi: the node that phi's gradient goes to; `None` if it needs none. The engine is asked whether it will run.
-            `ctx.needs_input_grad` cannot tell: it says what requires grad, and a Hessian product, which asks for the
-            inner parameters only, would pay for phi.
     """
 
     op: str
@@ -60,14 +58,15 @@ class SavedForward(ABC):
         return self.weights * per_sample
 
     def grad_of_grad(self, tangent: Tensor) -> Tensor:
-        """<tangent, weights>, of each sample or of all. Piece by piece: torch divides larger sums among its threads."""
+        """<tangent, weights>, of each sample or of all. The sum is taken piece by piece: torch divides larger sums
+        among its threads."""
         products = (tangent * self.weights).flatten(1)
         sums = torch.stack([piece.sum(-1) for piece in products.split(1 << 14, dim=1)]).sum(0)
         return sums if self.per_sample else torch.stack([piece.sum() for piece in sums.split(1 << 14)]).sum()
 
 
 def differentiable_value(losses: Tensor, phi: Tensor, saved: SavedForward) -> Tensor:
-    """The value of `saved`'s op, differentiable twice in losses and phi."""
+    """Value of `saved`'s op, differentiable twice in losses and phi."""
     if phi.is_leaf and phi.requires_grad:
         phi = phi[...]  # the engine can be asked about inner nodes only; `expand` takes 1.5 us more, `view` 3
     saved.to_phi = phi.grad_fn
@@ -78,7 +77,7 @@ def differentiable_value(losses: Tensor, phi: Tensor, saved: SavedForward) -> Te
 
 
 def batch_over_tangents(op: str, *passes: str) -> None:
-    """Makes `torch.func.vmap` of these passes of `op` over tangents, their first argument, one call with several."""
+    """Makes `torch.func.vmap` of these passes of `op` over tangents, their first argument, one call for all of them."""
 
     def register(name: str) -> None:
         function = getattr(torch.ops.auxfast, name)
@@ -98,7 +97,7 @@ def batch_over_tangents(op: str, *passes: str) -> None:
 def _inputs(ctx: Any, saved: SavedForward) -> tuple[Tensor, Tensor]:
     """Losses and phi. Raises RuntimeError where `save_for_backward` would have: they were written to, or the graph was
     freed."""
-    ctx.saved_tensors  # none, but autograd asks whether the graph is still there  # noqa: B018
+    ctx.saved_tensors  # there are none, but autograd asks whether the graph was freed  # noqa: B018
     losses, phi = saved.inputs
     if (losses._version, phi._version) != saved.versions:
         raise _overwritten(saved.op)
@@ -106,7 +105,7 @@ def _inputs(ctx: Any, saved: SavedForward) -> tuple[Tensor, Tensor]:
 
 
 def _overwritten(op: str) -> RuntimeError:
-    """`detach_()` counts as an inplace operation."""
+    """Error for tensors that were written to; `detach_()` counts as an inplace operation."""
     return RuntimeError(
         f"one of the tensors that auxfast's {op} needs for gradient computation has been modified by an inplace "
         "operation since it was called: the losses, phi, or the gradient that came in"
@@ -125,12 +124,12 @@ def _unsupported(op: str) -> NotImplementedError:
 
 
 class _Value(torch.autograd.Function):
-    twice_differentiable = True  # which auxfast.autograd.graph need not find out
+    twice_differentiable = True  # so that auxfast.autograd.double_backward need not find out
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, phi: Tensor, saved: SavedForward) -> Tensor | None:
         ctx.saved = saved
-        value, saved.value = saved.value, None  # it will hold this node, and the node holds the saved
+        value, saved.value = saved.value, None  # the value will hold this node, which holds `saved`: no cycle
         return value
 
     @staticmethod
@@ -156,7 +155,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def batched_backward(ctx: Any, wanted: Collection[int], grads: Tensor) -> tuple[Tensor | None, ...]:
-        """What auxfast.autograd.batched_backward calls outside of the engine. grads: (k, *shape of the value)."""
+        """`backward` for k gradients, outside of the engine (auxfast.autograd.batched_backward). grads: (k, *value)."""
         saved: SavedForward = ctx.saved
         losses, phi = _inputs(ctx, saved)
         to_losses = torch.stack([*map(saved.scaled_weights, grads)]) if 0 in wanted else None
@@ -190,7 +189,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def batched_backward(ctx: Any, wanted: Collection[int], tangents: Tensor) -> tuple[Tensor | None, ...]:
-        """tangents: (k, *shape of the losses), which the kernels take at once."""
+        """`backward` for k tangents, which the kernels take at once. tangents: (k, *losses)."""
         saved: SavedForward = ctx.saved
         grad, (losses, phi) = ctx.grad, _inputs(ctx, saved)
         if grad._version != ctx.version:
