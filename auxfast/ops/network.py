@@ -157,12 +157,12 @@ class CombinerNetwork(Network):
         return len(self.hidden) <= MAX_DEPTH and max(self.hidden) <= MAX_WIDTH
 
     @cached_property
-    def _saved_per_tile(self) -> int:
+    def _kept_per_tile(self) -> int:
         return 3 * sum(self.hidden) * TILE_SAMPLES
 
     def saved_size(self, batch: int) -> int:
         """Elements that the kernels need to save the activations of `batch` samples (whole tiles)."""
-        return self._saved_per_tile * -(-batch // TILE_SAMPLES)
+        return self._kept_per_tile * -(-batch // TILE_SAMPLES)
 
 
 @dataclass(frozen=True)
