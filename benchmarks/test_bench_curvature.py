@@ -4,7 +4,7 @@ Goal: 8 vectors in a batch 2.0 times faster than 8 of `autograd.grad` on MLP 64-
 network below 1.0, with the engine's product that each batch is compared with. "first batch" plans its pass besides, and
 "unchecked" is the pass alone.
 
-Last word, on a loaded 2-core EPYC: no network is below 1.0, and small ones reach 2 to 7, but the MLP has 1.25 with 8
+Last word, on a loaded 2-core EPYC: no network is below 0.98, and small ones reach 2 to 7, but the MLP has 1.25 with 8
 vectors (unchecked 1.8) and 1.2 to 1.5 with 20. The goal is out of reach there: of the pass's 1570 us for 8 vectors,
 1450 are matrix products at the core's 104 GFLOP/s, so that no pass can be more than 1.96 times faster than 8 times the
 356 us of `autograd.grad`. (On a Xeon whose matrix products took a third less, the pass alone was 2.8 times faster.) The
