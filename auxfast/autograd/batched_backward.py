@@ -138,7 +138,6 @@ class BatchedBackward:
         nodes: those of the graph, each before all that its gradients go to.
         activation_size: elements of the largest gradient of a node that has not the shape of an output or an input,
             nor of one transposed; 0 where there is none.
-        epsilon: the machine precision of the coarsest of the gradients' dtypes.
 
     Raises:
         BatchingUnsupported: complex numbers; a hook that can be seen; saved tensors that are unpacked by hooks, as in
@@ -164,8 +163,6 @@ class BatchedBackward:
         weights = {shape for tensor in (*outputs, *inputs) for shape in (tensor.shape, tensor.shape[::-1])}
         shapes = {shape for each in metadata.values() for shape, _ in each} - weights
         self.activation_size = max((shape.numel() for shape in shapes), default=0)
-        dtypes = {dtype for each in metadata.values() for _, dtype in each if dtype.is_floating_point}
-        self.epsilon = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         accumulators: dict[Edge, Accumulator] = {}
 
         def accumulator(edge: Edge) -> Accumulator:
@@ -369,10 +366,13 @@ def _vmapped(node: Any, targets: Targets, source: Accumulator) -> Backward:
     return backward
 
 
-@_register("NllLossBackward0", "NllLossBackwardBackward0", "NllLoss2DBackward0", "NllLoss2DBackwardBackward0")
+@_register(
+    *("NllLossBackward0", "NllLossBackwardBackward0", "NllLoss2DBackward0", "NllLoss2DBackwardBackward0"),
+    *("CdistBackward0", "RollBackward0"),
+)
 def _one_by_one(node: Any, targets: Targets, source: Accumulator) -> Backward:
-    """A node that runs once for each vector: the operators that vmap has no rule for, and Functions of the user, whose
-    Python may keep what it is given."""
+    """A node that runs once for each vector: the operators that vmap has no rule for, or a wrong one (cdist; roll of a
+    number), and Functions of the user, whose Python may keep what it is given."""
 
     def backward(*gradients: Tensor | None) -> None:
         size = next(len(gradient) for gradient in gradients if gradient is not None)
@@ -494,6 +494,8 @@ def _pointwise(node: Any, targets: Targets, source: Accumulator) -> Backward:
 def _log_softmax(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """`y = log_softmax(x)`: `grad_x = grad - exp(y) sum(grad)`."""
     y = _saved(node, "_saved_result")
+    if not y.dim():  # a number has no axis to count from
+        return _one_by_one(node, targets, source)
     axis = _from_the_end([node._saved_dim], y.shape)
     return lambda grad: targets[0].add(grad - y.exp() * grad.sum(axis, keepdim=True), owned=True)
 
@@ -502,6 +504,8 @@ def _log_softmax(node: Any, targets: Targets, source: Accumulator) -> Backward:
 def _log_softmax_backward(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """`r = h - exp(y) sum(h)`: `grad_h = grad - sum(grad exp(y))`, `grad_y = -grad exp(y) sum(h)`."""
     h, y = _saved(node, "_saved_grad_output"), _saved(node, "_saved_output")
+    if not y.dim():
+        return _one_by_one(node, targets, source)
     axis = _from_the_end([node._saved_dim], y.shape)
 
     def backward(gradient: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType, FrameType
@@ -85,6 +86,7 @@ class HookDetector(TorchFunctionMode):
 def _code_of_backward(functions: Iterable[Any]) -> Iterable[CodeType]:
     for function in map(function_class, functions):
         for name in ("backward", "vjp"):
-            code = getattr(getattr(function, name, None), "__code__", None)
+            # A decorator's own code is shared with everything else that it decorates.
+            code = getattr(inspect.unwrap(getattr(function, name, None)), "__code__", None)  # type: ignore[arg-type]
             if code is not None:
                 yield code

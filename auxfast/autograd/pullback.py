@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +106,9 @@ class Pullback:
     @torch.no_grad()
     def _checked(self, vectors: Sequence[Tensor]) -> Gradients:
         """The products by a `BatchedBackward`. Each batch is compared with one product of the engine, so that no answer
-        depends on what an earlier batch has shown: that of the first vector, if it has no zeros and so reaches whatever
-        another reaches, or that of a combination of all.
+        depends on what an earlier batch has shown: that of a combination of the first vector and the last, if these
+        have no zeros and so reach whatever another reaches, or of all vectors. (One vector alone would not tell a pass
+        that gives the same result, or another one's, to all of them.)
 
         Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises its own
         error. So nothing is hidden but the time that it takes, and `refusal` tells why.
@@ -117,25 +117,25 @@ class Pullback:
             BatchingUnsupported: the engine is to be asked for each of the vectors.
         """
         try:
-            if self._pass is None:
-                self._pass = BatchedBackward(self._outputs, self._inputs)
-            at_once = self._vectors_at_once(self._pass)
-            weights = None if _is_dense(vectors) else _weights(vectors)
-            probe = _combined(weights, vectors)
+            planned = self._pass = self._pass or BatchedBackward(self._outputs, self._inputs)
+            at_once = self._vectors_at_once(planned)
+            rows = _compared_rows(vectors)
+            weights = _weights([tensor[rows] for tensor in vectors])
+            probe = [_combined(weights, tensor[rows]) for tensor in vectors]
         except BatchingUnsupported:
             raise
         except Exception as error:  # a graph that was freed, say
             raise BatchingUnsupported(f"planning a pass raised {error!r}") from error
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
-        with HookDetector(self._pass.nodes) as hooks:
+        with HookDetector(planned.nodes) as hooks:
             expected = vjp(self._outputs, self._inputs, probe)
         if hooks.found:
             raise BatchingUnsupported("a hook computes with gradients")
         try:
-            gradients = _in_parts(self._pass, vectors, at_once)
-            found = zeros_for_none(_combined(weights, gradients), self._inputs)
-            agrees = _agree(found, zeros_for_none(expected, self._inputs), self._pass.epsilon**0.5)
+            gradients = _in_parts(planned, vectors, at_once)
+            found = [None if each is None else _combined(weights, each[rows]) for each in gradients]
+            agrees = _agree(*(zeros_for_none(each, self._inputs) for each in (found, expected)))
         except Exception as error:  # a Function that cannot run outside of the engine, say
             raise BatchingUnsupported(f"the pass raised {error!r}") from error
         if not agrees:
@@ -155,25 +155,27 @@ def _in_parts(batched_pass: BatchedBackward, vectors: Sequence[Tensor], at_once:
     return [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def _is_dense(vectors: Sequence[Tensor]) -> bool:
-    """Whether the first vector has no zero in it."""
-    return bool(torch.stack([tensor[0].all() for tensor in vectors]).all())
+def _compared_rows(vectors: Sequence[Tensor]) -> list[int] | slice:
+    """The vectors whose combination a batch is checked with: the first and the last, or all if one of these has a zero
+    in it."""
+    ends = [0, -1]
+    dense = torch.stack([tensor[ends].all() for tensor in vectors]).all()
+    return ends if bool(dense) else slice(None)
 
 
 def _weights(vectors: Sequence[Tensor]) -> Tensor:
     """(k,): weights of the vectors in a combination. None is small in it beside the others, unless it is zero, and all
-    have different weights."""
-    count = len(vectors[0])
-    norms = torch.stack([torch.linalg.vector_norm(_rows(tensor), dim=1) for tensor in vectors]).norm(dim=0)
-    weights: Tensor = torch.linspace(1, 2, count, dtype=norms.dtype, device=norms.device) / norms.where(norms > 0, 1)
+    have different weights. The combination is as large as the largest vector, so that a hook which acts on large
+    gradients acts on it too. A vector's size is that of its largest element: Euclidean norms can overflow."""
+    sizes = torch.stack([_rows(tensor).abs().amax(dim=1) for tensor in vectors if tensor[0].numel()]).amax(dim=0)
+    ramp = torch.linspace(1, 2, len(sizes), dtype=sizes.dtype, device=sizes.device)
+    weights: Tensor = ramp * (sizes.amax() / sizes.where(sizes > 0, 1))
     return weights
 
 
-def _combined(weights: Tensor | None, tensors: Sequence[Any]) -> list[Any]:
-    """Weighted sums over the first axis of each tensor, or its first entry; `None` stays."""
-    if weights is None:
-        return [None if each is None else each[0] for each in tensors]
-    return [None if each is None else (weights @ _rows(each)).view(each.shape[1:]) for each in tensors]
+def _combined(weights: Tensor, tensor: Tensor) -> Tensor:
+    """The weighted sum over the first axis."""
+    return (weights.to(tensor.dtype) @ _rows(tensor)).view(tensor.shape[1:])
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -181,11 +183,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), tensor.shape[1:].numel())
 
 
-def _agree(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Whether two gradients are equal up to rounding, for each input by itself. Numbers that are not finite never
-    are."""
-    norms = torch.stack(torch._foreach_norm(expected)).tolist()
-    errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected))).tolist()
-    largest = max(norms)
-    pairs = zip(errors, norms, strict=True)
-    return isfinite(largest) and all(error <= tolerance * max(norm, 1e-3 * largest) for error, norm in pairs)
+def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether two gradients are equal up to rounding, for each input by itself, in their largest elements. Numbers that
+    are not finite never are."""
+    epsilon = torch.finfo(expected[0].dtype).eps
+    sizes, errors = (
+        torch.stack(torch._foreach_norm(each, torch.inf)).tolist()
+        for each in (expected, torch._foreach_sub(found, expected))
+    )
+    noise = 3 * epsilon * max(sizes)  # what cancellation may leave of an input whose gradient is zero
+    return isfinite(noise) and all(
+        error <= epsilon**0.5 * size + noise for error, size in zip(errors, sizes, strict=True)
+    )

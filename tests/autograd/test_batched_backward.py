@@ -117,7 +117,11 @@ GRAPHS: dict[str, tuple[Loss, list[tuple[int, ...]]]] = {
         [(4, 5), (4,), (4,)],
     ),
     "convolution": (lambda w: F.conv2d(X.view(1, 1, 5, 6), w).tanh().square().sum(), [(2, 1, 3, 3)]),
-    "another dtype": (lambda w, v: linear(linear(X, w).float().tanh().double(), v).square().sum(), [(4, 5), (3, 4)]),
+    "a number rolled": (lambda u, v: (u.sin().roll(1) * v.sum()).sin() + (u * v).sin().sum(), [(), (4,)]),
+    "log-softmax of a number": (
+        lambda u, v: (F.log_softmax(u.sin(), -1) * v.sum()).sin() + (u * v).sin().sum(),
+        [(), (4,)],
+    ),
     "its gradient is a parameter": (lambda u, v: (u * v).sum(), [(5,), (5,)]),
     "a Function's other arguments": (lambda u: Scaled.apply(3, X[:5], 0.5, u.tanh()).square().sum(), [(5,)]),
     "one of two results": (lambda u: Pair.apply(u)[0].sin().sum() + Pair.apply(u.exp())[1].sum(), [(5,)]),

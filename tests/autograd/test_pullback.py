@@ -68,6 +68,13 @@ class Double(torch.autograd.Function):
         return 2 * grad
 
 
+class Decorated(Double):
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx, grad):
+        return 2 * grad
+
+
 # ------------------------------------------------------------------------------------------------------------- hooks
 
 Hook = Callable[[Tensor], Any]
@@ -160,6 +167,37 @@ def test_a_hook_that_calls_nothing_of_torch_is_found_by_its_result():
     assert pullback.refusal == "the engine finds something else"
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_vectors_whose_norms_overflow_or_underflow_are_compared(scale):
+    u, v = (torch.randn(4, requires_grad=True) for _ in range(2))
+    h, nothing = v.sin(), torch.zeros(4)
+    h.register_hook(lambda grad: nothing)
+    outputs, inputs = [u.exp(), h * 2], [u, v]
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs, [scale * vectors for vectors in vectors_like(outputs)])
+    assert pullback.refusal == "the engine finds something else"
+
+
+def test_products_whose_norms_underflow_are_compared():
+    u, v = (torch.randn(4, requires_grad=True) for _ in range(2))
+    h, nothing = v.sin(), torch.zeros(4)
+    h.register_hook(lambda grad: nothing)
+    outputs, inputs = [1e-30 * u.exp(), 1e-30 * h], [u, v]
+    pullback = Pullback(outputs, inputs)
+    check(pullback, outputs, inputs)
+    assert pullback.refusal == "the engine finds something else"
+
+
+def test_a_hook_with_a_decorator_that_a_backward_pass_has_too_is_seen():
+    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    f = Decorated.apply(w)
+    f.register_hook(torch.no_grad()(lambda grad: grad.clamp(-100, 100)))
+    outputs = [f.exp()]
+    pullback = Pullback(outputs, [w])
+    check(pullback, outputs, [w], [1e3 * vectors for vectors in vectors_like(outputs)])
+    assert "hook" in str(pullback.refusal)
+
+
 def test_a_tensor_that_retains_its_gradient_is_left_to_the_engine():
     h = torch.randn(4, requires_grad=True).sin()
     w = [h.grad_fn.next_functions[0][0].variable]
@@ -233,12 +271,27 @@ def test_under_autocast_the_engine_is_asked():
     assert pullback.num_batched == K
 
 
+def test_distances_whose_vmap_rule_is_wrong_go_one_by_one():
+    u, v = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    pullback = Pullback([torch.cdist(u, v)], [u, v])
+    check(pullback, [torch.cdist(u, v)], [u, v])
+    assert pullback.num_batched == K
+
+
 def test_complex_numbers_are_left_to_the_engine():
     w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     outputs = [(torch.fft.fft2(w) @ (1j * w).exp()).abs().square()]
     pullback = Pullback(outputs, [w])
     check(pullback, outputs, [w])
     assert "complex" in str(pullback.refusal)
+
+
+def test_a_coarser_dtype_within_the_graph_does_not_loosen_the_check():
+    w, v = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outputs = [(w.float().tanh().double() @ v).sin()]
+    pullback = Pullback(outputs, [w, v])
+    check(pullback, outputs, [w, v])
+    assert pullback.refusal == "the engine finds something else"
 
 
 def test_outputs_of_several_dtypes():
