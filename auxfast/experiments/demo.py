@@ -24,10 +24,13 @@ DEFAULT = ("diabetes", "digits")
 
 
 def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) -> dict[str, Any]:
-    """Train everything, print tables and timing, write results.json, report.html and report.png; return the first.
+    """Train the experiments, print tables and timing, and write results.json, report.html and report.png.
 
     Args:
         names: names of experiments.
+
+    Returns:
+        The content of results.json.
 
     Raises:
         MissingExtraError: an experiment's package, matplotlib or tqdm is not installed.
