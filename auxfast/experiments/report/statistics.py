@@ -90,7 +90,8 @@ def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -
 
 def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
     """Finding whether a method scores above another in each of the settings (see `compare`)."""
-    parts, holds = [], []
+    parts: list[str] = []
+    holds: list[bool | None] = []
     for setting in settings:
         difference = paired_difference(scores(runs, method, setting), scores(runs, baseline, setting))
         if difference is None or difference.seeds < 2:
