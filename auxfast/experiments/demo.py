@@ -15,8 +15,8 @@ from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, Row, results_of, rows
 from auxfast.experiments.timing import describe_timing, time_hypergradient
 from auxfast.train.environment import environment
-from auxfast.train.files import write_json, writing
-from auxfast.train.run import Run, finite
+from auxfast.train.files import finite, write_json, writing
+from auxfast.train.run import Run
 from auxfast.train.trainer import OuterRecord
 
 EXPERIMENTS = ("diabetes", "digits", "stereo")

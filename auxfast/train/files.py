@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -50,10 +51,19 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON, whole or not at all.
 
     Raises:
-        ValueError: `content` holds a number that JSON does not have (inf, NaN).
+        ValueError: `content` holds a number that JSON does not have (inf, NaN); see `finite`.
         WriteError: see `write_bytes`.
     """
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` for JSON, which has no inf and NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
