@@ -33,11 +33,12 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
         The content of results.json.
 
     Raises:
-        MissingExtraError: an experiment's package, matplotlib or tqdm is not installed.
+        MissingExtraError: an experiment's package, cattrs, Jinja2, matplotlib or tqdm is not installed.
         RunError: `out` cannot be written to. Both are raised before training starts.
     """
     start = time.perf_counter()
-    import_extra("matplotlib", "matplotlib")
+    for package in ("matplotlib", "jinja2"):
+        import_extra(package, package)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # made in `out`, so that one that refuses files fails now

@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(no_training, t
 
 @pytest.mark.parametrize(
     ("module", "package"),
-    [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm"), ("cattrs", "cattrs")],
+    [("sklearn", "scikit-learn"), *((name, name) for name in ("matplotlib", "jinja2", "tqdm", "cattrs"))],
 )
 def test_a_missing_extra_is_named_before_training(module, package, no_training, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
