@@ -16,7 +16,7 @@ from auxfast.train.files import RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in `arguments` (default: sys.argv).
+    """Runs the command in `arguments` (default: sys.argv).
 
     Returns:
         The exit code: 0 done, 1 failed, 2 asked for what there is not, 130 interrupted. Arguments that argparse refuses

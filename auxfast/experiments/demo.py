@@ -24,7 +24,7 @@ DEFAULT = ("diabetes", "digits")
 
 
 def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) -> dict[str, Any]:
-    """Train the experiments, print tables and timing, and write results.json, report.html and report.png.
+    """Trains the experiments, prints tables and timing, and writes results.json, report.html and report.png.
 
     Args:
         names: names of experiments.

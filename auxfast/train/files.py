@@ -33,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whatever happens in between: kill, disk full or power failure.
+    """Writes a file whole or not at all, whatever happens in between: kill, disk full or power failure.
 
     Raises:
         WriteError: it cannot be written; what was there before is still there.
@@ -48,7 +48,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, whole or not at all.
+    """Writes `content` as JSON, whole or not at all.
 
     Raises:
         ValueError: `content` holds a number that JSON does not have (inf, NaN); see `finite`.
@@ -81,7 +81,7 @@ def read_json(path: Path) -> Any:
 
 
 def save_checkpoint(path: Path, state: Any) -> None:
-    """Write a state whole or not at all: the previous checkpoint stays until the new one is safe."""
+    """Writes a state whole or not at all: the previous checkpoint stays until the new one is safe."""
     content = io.BytesIO()  # torch's own writer hides why the disk refuses
     torch.save(state, content)
     write_bytes(path, content.getvalue())

@@ -113,7 +113,7 @@ def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
 
 
 def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterStep | None = None) -> Run:
-    """Train and score one method from one seed: the same numbers each time, whatever ran or was interrupted before.
+    """Trains and scores one method from one seed: the same numbers each time, whatever ran or was interrupted before.
 
     The global random state and torch's number of threads are left as they were.
 

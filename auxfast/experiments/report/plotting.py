@@ -86,8 +86,9 @@ def draw_score_curves(
     y_label: str,
     note: str,
 ) -> None:
-    """Draw to a PNG one line a method: mean and standard error of its test scores over seeds, in each setting. Settings
-    and methods without finished runs are left out.
+    """Draws to a PNG one line a method: mean and standard error of its test scores over seeds, in each setting.
+
+    Settings and methods without finished runs are left out.
 
     Args:
         methods: all but "stl", which is drawn as one level for all settings: they do not concern it.
@@ -156,7 +157,7 @@ def draw_loss_images(
     loss_names: Sequence[str],
     mask: Tensor | None = None,
 ) -> None:
-    """Draw to a PNG, one row an image: the image, the channels of its losses, and those of its weights.
+    """Draws to a PNG, one row an image: the image, the channels of its losses, and those of its weights.
 
     Args:
         images: (batch, 3, H, W), red, green and blue in [0, 1], or (batch, 1, H, W), grey levels of any range.
