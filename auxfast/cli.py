@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from auxfast._version import __version__
+from auxfast.experiments import command, demo
+from auxfast.experiments.data.extras import MissingExtraError
+from auxfast.train.environment import environment
+from auxfast.train.files import RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in `arguments` (default: sys.argv). Returns the exit code: 0 done, 1 failed, 130
-    interrupted. Bad arguments exit with 2, as argparse does."""
+    """Runs the command in `arguments` (default: sys.argv).
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 asked for what there is not, 130 interrupted. Arguments that argparse refuses
+        raise SystemExit with 2.
+    """
     options = _parser().parse_args(arguments)
     try:
         if options.command == "info":
@@ -37,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"auxfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
+    demonstration = commands.add_parser(
         "demo",
         help="learn loss weights on two real data sets: about a minute on one core",
         description="Trains on scikit-learn's diabetes and digits data with single-task learning, equal "
@@ -45,15 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         "experiment, stereo, takes minutes: segmentation and depth of scikit-image's motorcycle, with a combiner of "
         "pixel losses.",
     )
-    demo.add_argument(
+    demonstration.add_argument(
         "--experiment",
         nargs="+",
-        choices=("diabetes", "digits", "stereo"),
-        default=("diabetes", "digits"),
+        choices=demo.EXPERIMENTS,
+        default=demo.DEFAULT,
         help="what to train on (default: diabetes digits)",
     )
-    demo.add_argument("--seeds", type=_seed_count, default=10, help="seeds for each method (default: 10)")
-    demo.add_argument(
+    demonstration.add_argument("--seeds", type=_seed_count, default=10, help="seeds for each method (default: 10)")
+    demonstration.add_argument(
         "--out", type=Path, default=Path("auxfast-demo"), help="folder to write to (default: ./auxfast-demo)"
     )
     _add_train(commands)
@@ -106,6 +114,12 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--resume", action="store_true", help="go on with unfinished runs, and skip finished ones")
 
 
+def _fail(reason: object, code: int) -> int:
+    """Prints why the command failed, in a line. Returns the exit code."""
+    print(f"auxfast: {reason}", file=sys.stderr)
+    return code
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
@@ -122,18 +136,13 @@ def _seeds(text: str) -> list[int]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from auxfast.experiments.command import list_experiments, plan_comparison, run_comparison
-    from auxfast.experiments.data.extras import MissingExtraError
-    from auxfast.train.files import RunError
-
     if options.list:
-        list_experiments()
+        command.list_experiments()
         return 0
     if options.experiment is None:
-        print("auxfast: which experiment? auxfast train --list names them", file=sys.stderr)
-        return 2
+        return _fail("which experiment? auxfast train --list names them", 2)
     try:
-        comparison = plan_comparison(
+        comparison = command.plan_comparison(
             options.experiment,
             methods=options.method,
             settings=options.setting,
@@ -144,35 +153,25 @@ def _train(options: argparse.Namespace) -> int:
             resume=options.resume,
         )
     except OSError as error:
-        print(f"auxfast: cannot read {options.config}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _fail(f"cannot read {options.config}: {error.strerror}", 2)
     except ValueError as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except MissingExtraError as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 1)
     try:
-        run_comparison(comparison)
+        command.run_comparison(comparison)
     except RunError as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 1)
     return 0
 
 
 def _report(paths: Sequence[Path], out: Path) -> int:
-    from auxfast.experiments.command import report
-    from auxfast.experiments.data.extras import MissingExtraError
-    from auxfast.train.files import RunError
-
     try:
-        report(paths, out)
+        command.report(paths, out)
     except ValueError as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except (MissingExtraError, RunError) as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 1)
     return 0
 
 
@@ -183,21 +182,14 @@ def _seed_count(text: str) -> int:
 
 
 def _demo(seeds: int, out: Path, experiments: Sequence[str]) -> int:
-    from auxfast.experiments.data.extras import MissingExtraError
-    from auxfast.experiments.demo import run_demo
-    from auxfast.train.files import RunError
-
     try:
-        run_demo(range(seeds), out, experiments)
+        demo.run_demo(range(seeds), out, experiments)
     except (MissingExtraError, RunError) as error:
-        print(f"auxfast: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 1)
     return 0
 
 
 def _info() -> int:
-    from auxfast.train.environment import environment
-
     for section, entries in environment().items():
         print(f"{section}:")
         for name, value in entries.items():

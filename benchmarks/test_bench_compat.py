@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from networks import cnn, mlp
 from timing import interleaved
 from torch import Tensor, nn
 
@@ -40,31 +40,17 @@ def _load(path: Path) -> ModuleType:
 transcription = _load(Path(__file__).resolve().parents[1] / "tests" / "compat" / "transcription.py")
 
 
-def mlp(batch: int, *widths: int) -> tuple[nn.Module, Tensor]:
-    layers = [layer for pair in pairwise([*widths, NUM_LOSSES]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]), torch.randn(batch, widths[0])
-
-
-def cnn(batch: int) -> tuple[nn.Module, Tensor]:
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
-        *(nn.Flatten(), nn.Linear(32, NUM_LOSSES)),
-    )
-    return net, torch.randn(batch, 3, 16, 16)
-
-
-def per_pixel(batch: int) -> tuple[nn.Module, Tensor]:
-    """Three tasks."""
+def per_pixel() -> tuple[nn.Module, Tensor]:
+    """Two convolutions, with an output for each pixel and each of three tasks, and two images."""
     net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1))
-    return net, torch.randn(batch, 3, 64, 64)
+    return net, torch.randn(2, 3, 64, 64)
 
 
 NETWORKS = {
-    "MLP 16-32, batch 16": lambda: mlp(16, 16, 32),
-    "MLP 64-128-128, batch 64": lambda: mlp(64, 64, 128, 128),
-    "MLP 256-512-512, batch 32": lambda: mlp(32, 256, 512, 512),
-    "CNN 16-32, batch 16": lambda: cnn(16),
+    "MLP 16-32, batch 16": lambda: mlp(16, 32, NUM_LOSSES, batch=16),
+    "MLP 64-128-128, batch 64": lambda: mlp(64, 128, 128, NUM_LOSSES, batch=64),
+    "MLP 256-512-512, batch 32": lambda: mlp(256, 512, 512, NUM_LOSSES, batch=32),
+    "CNN 16-32, batch 16": lambda: cnn(outputs=NUM_LOSSES),
 }
 HYPERNETS = {
     "linear": (lambda: MonoLinearHyperNet(0, NUM_LOSSES), lambda: transcription.Linear(NUM_LOSSES)),
@@ -88,7 +74,7 @@ def test_outer_step(benchmark: Any, network: str, hypernet: str) -> None:
 @pytest.mark.benchmark(group="AuxiLearn outer step, J = 3, momentum SGD, one thread")
 def test_outer_step_of_pixel_losses(benchmark: Any) -> None:
     torch.manual_seed(0)
-    _compare(benchmark, *per_pixel(2), MonoNoFCCNNHyperNet(0), transcription.Conv(3, (8, 16)), floor=1.0)
+    _compare(benchmark, *per_pixel(), MonoNoFCCNNHyperNet(0), transcription.Conv(3, (8, 16)), floor=1.0)
 
 
 def _compare(benchmark: Any, net: nn.Module, x: Tensor, ours: nn.Module, theirs: nn.Module, floor: float) -> None:

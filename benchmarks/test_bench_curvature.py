@@ -19,11 +19,11 @@ loop over the vectors instead of under vmap (layer norm 1.7 instead of 3.6, GRU 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from networks import cnn, mlp
 from timing import interleaved
 from torch import Tensor, nn
 
@@ -36,23 +36,12 @@ from auxfast.nn import NonlinearCombiner
 CLASSES = 10
 
 
-def mlp(*widths: int, batch: int) -> tuple[nn.Module, Tensor]:
-    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]), torch.randn(batch, widths[0])
-
-
 def normalised(norm: nn.Module) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(32, 64), norm, nn.GELU(), nn.Linear(64, CLASSES)), torch.randn(64, 32)
 
 
-def cnn(*norms: nn.Module) -> tuple[nn.Module, Tensor]:
-    first = [nn.Conv2d(3, 16, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2)]
-    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32, CLASSES)), torch.randn(16, 3, 16, 16)
-
-
 class Attention(nn.Module):
-    """One block: embedding, layer norm, 4 heads by plain products, and a feed-forward layer."""
+    """One transformer block: embedding, layer norm, 4 heads by plain products, and a feed-forward layer."""
 
     def __init__(self, width: int = 32, heads: int = 4) -> None:
         super().__init__()
@@ -89,8 +78,8 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MLP 512-1024-1024-10": lambda: mlp(512, 1024, 1024, CLASSES, batch=16),
     "layer norm": lambda: normalised(nn.LayerNorm(64)),
     "batch norm": lambda: normalised(nn.BatchNorm1d(64)),
-    "CNN": lambda: cnn(),
-    "CNN, batch norm": lambda: cnn(nn.BatchNorm2d(16)),
+    "CNN": lambda: cnn(outputs=CLASSES),
+    "CNN, batch norm": lambda: cnn(nn.BatchNorm2d(16), outputs=CLASSES),
     "attention": lambda: (Attention(), torch.randint(50, (16, 12))),
     "embedding": lambda: (
         nn.Sequential(nn.Embedding(100, 16), nn.Flatten(), nn.Linear(96, CLASSES)),

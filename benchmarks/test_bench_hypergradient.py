@@ -11,12 +11,12 @@ there is no `state` to remember it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from eager import EagerCombiner
+from networks import cnn, mlp
 from timing import interleaved
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from auxfast.implicit import hypergradient
 from auxfast.nn import NonlinearCombiner
 from auxfast.solvers import Neumann
 
-BATCH, OUTPUTS, HIDDEN = 64, 10, (10,) * 5
+OUTPUTS, HIDDEN = 10, (10,) * 5
 STEPS, STEP_SIZE = 3, 0.01
 
 
@@ -41,26 +41,12 @@ def textbook(outer_loss: Tensor, inner_loss: Tensor, w: Sequence[Tensor], phi: S
     return [-STEP_SIZE * g for g in torch.autograd.grad(grads, phi, p)]
 
 
-def mlp(widths: Sequence[int], batch: int) -> tuple[nn.Module, Tensor]:
-    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]), torch.randn(batch, widths[0])
-
-
-def cnn(*norms: nn.Module) -> tuple[nn.Module, Tensor]:
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
-        *(nn.Flatten(), nn.Linear(32, OUTPUTS)),
-    )
-    return net, torch.randn(16, 3, 16, 16)
-
-
 NETWORKS = {
-    "MLP 64-128-128-10": lambda: mlp([64, 128, 128, OUTPUTS], BATCH),
-    "MLP 16-32-10": lambda: mlp([16, 32, OUTPUTS], 16),
-    "MLP 512-1024-1024-10": lambda: mlp([512, 1024, 1024, OUTPUTS], 16),
-    "CNN 16-32": lambda: cnn(),
-    "CNN 16-32, BatchNorm": lambda: cnn(nn.BatchNorm2d(16)),
+    "MLP 64-128-128-10": lambda: mlp(64, 128, 128, OUTPUTS, batch=64),
+    "MLP 16-32-10": lambda: mlp(16, 32, OUTPUTS, batch=16),
+    "MLP 512-1024-1024-10": lambda: mlp(512, 1024, 1024, OUTPUTS, batch=16),
+    "CNN 16-32": lambda: cnn(outputs=OUTPUTS),
+    "CNN 16-32, BatchNorm": lambda: cnn(nn.BatchNorm2d(16), outputs=OUTPUTS),
 }
 FLOORS = {"MLP 64-128-128-10": 1.2}
 

@@ -35,7 +35,7 @@ def test_info_says_what_a_bug_report_needs(capsys):
 def test_as_a_module_and_without_the_extras():
     """`python -m auxfast info`, with every optional package hidden; importing auxfast loads none of them."""
     code = (
-        "import sys; sys.modules.update(sklearn=None, skimage=None, matplotlib=None, tqdm=None); "
+        "import sys; sys.modules.update(dict.fromkeys('sklearn skimage scipy matplotlib tqdm jinja2 cattrs'.split())); "
         "import auxfast, runpy; sys.argv = ['auxfast', 'info']; runpy.run_module('auxfast', run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONWARNINGS": "error"}

@@ -101,7 +101,7 @@ def train_run(
     resume: bool = False,
     on_outer_step: OnOuterStep | None = None,
 ) -> Run:
-    """Train and score one method of an experiment from one seed (see `record_run`).
+    """Trains and scores one method of an experiment from one seed (see `record_run`).
 
     Args:
         setting: one of `experiment.settings`.

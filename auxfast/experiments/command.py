@@ -110,7 +110,7 @@ def _overrides(config: Path | None, changes: Sequence[str]) -> dict[str, Any]:
         toml = _toml()
         try:
             tables = toml.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:  # it is of TOML, or of the encoding
+        except ValueError as error:  # the text is not TOML, or the bytes are not UTF-8
             raise ValueError(f"{config} is not TOML: {error}") from error
         for section, entries in tables.items():  # keys are dotted, so that a change does not replace a section
             dotted = isinstance(entries, dict)

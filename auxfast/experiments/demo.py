@@ -15,8 +15,8 @@ from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, Row, results_of, rows
 from auxfast.experiments.timing import describe_timing, time_hypergradient
 from auxfast.train.environment import environment
-from auxfast.train.files import write_json, writing
-from auxfast.train.run import Run, finite
+from auxfast.train.files import finite, write_json, writing
+from auxfast.train.run import Run
 from auxfast.train.trainer import OuterRecord
 
 EXPERIMENTS = ("diabetes", "digits", "stereo")
@@ -24,17 +24,21 @@ DEFAULT = ("diabetes", "digits")
 
 
 def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) -> dict[str, Any]:
-    """Train everything, print tables and timing, write results.json, report.html and report.png; return the first.
+    """Trains the experiments, prints tables and timing, and writes results.json, report.html and report.png.
 
     Args:
         names: names of experiments.
 
+    Returns:
+        The content of results.json.
+
     Raises:
-        MissingExtraError: an experiment's package, matplotlib or tqdm is not installed.
+        MissingExtraError: an experiment's package, cattrs, Jinja2, matplotlib or tqdm is not installed.
         RunError: `out` cannot be written to. Both are raised before training starts.
     """
     start = time.perf_counter()
-    import_extra("matplotlib", "matplotlib")
+    for package in ("matplotlib", "jinja2"):
+        import_extra(package, package)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # made in `out`, so that one that refuses files fails now

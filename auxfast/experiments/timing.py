@@ -15,7 +15,8 @@ from auxfast.train.methods import parse_method
 from auxfast.train.recording import reproducible
 from auxfast.train.training_loss import CombinedLoss, make_training_loss
 
-WARM_UP, REPEATS = 3, 40
+WARM_UP = 3  # rounds that are not timed: they load code and allocate
+REPEATS = 40  # rounds that are timed, each of one hypergradient on the kernels and one on the reference
 
 
 def time_hypergradient(experiment: Experiment) -> dict[str, Any]:

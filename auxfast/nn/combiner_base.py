@@ -24,7 +24,7 @@ class Combiner(nn.Module, ABC):
         shapes: name and shape of every part of `phi`.
 
     Raises:
-        ValueError: for anything outside of that.
+        ValueError: an argument is outside its range.
     """
 
     phi: nn.Parameter  # (number of parameters,)

@@ -31,7 +31,7 @@ class ConvCombiner(NetworkCombiner):
         weight_norm: train what leads to each channel as direction and length (see `NetworkCombiner`).
 
     Raises:
-        ValueError: for anything outside of that.
+        ValueError: an argument is outside its range.
     """
 
     op = staticmethod(loss_image)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Matvec = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """`v -> H v`, one tensor per parameter. It must not keep `v`, which the solver goes on to change. A `LinearOperator` is
-one that also multiplies several vectors at once; of any other, a solver multiplies one after the other."""
+one that also has batched products; without them a solver multiplies one vector after the other."""
 
 
 @runtime_checkable
@@ -178,6 +178,11 @@ def check_steps(name: str, value: int) -> None:
 def check_damping(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"damping must be a finite number of at least 0, not {value!r}")
+
+
+def check_seed(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {value!r}")
 
 
 def check_tol(value: float | None) -> None:

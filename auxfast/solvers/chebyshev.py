@@ -113,6 +113,9 @@ class _Cycle:
 
     Attributes:
         rows: those that are still iterated.
+        norms: (k,), of the residuals; `first_norms` at the start of the cycle, `saved_norms` of the `saved` iterates.
+        sizes: (k,), the residuals in the norm in which the bounds promise something; `first_sizes` where the recurrence
+            began, `window_sizes` where the window did.
         again: rows that are done but for the drift of the residual that is carried.
         grew: whether the residual of one of `rows` grew.
         lower: the lower bound, as far as it is known by now.
@@ -123,7 +126,7 @@ class _Cycle:
         self.x, self.residual = best.current(rows)  # (k, n)
         self.direction, self.saved = torch.zeros_like(self.x), self.x.clone()  # (k, n)
         self.norms: Floats = best.norms[rows]  # (k,)
-        self.first = self.saved_norms = self.norms
+        self.first_norms = self.saved_norms = self.norms
         self.tolerances = np.maximum(best.tolerances[rows], torch.finfo(self.x.dtype).eps * self.norms)
         self.grew = False
         self.again: list[int] = []
@@ -156,7 +159,7 @@ class _Cycle:
         self.taken = 0
         image = self._preconditioned()
         linear_combination_(self.direction, [image], self._coefficients([(0.0, 1 / self.center)])[0])
-        self.begun = self.sizes = self._sizes(image)
+        self.first_sizes = self.sizes = self._sizes(image)
         self._open_window()
 
     def _advance(self, count: int) -> None:
@@ -196,7 +199,7 @@ class _Cycle:
             return
         done, going = (torch.from_numpy(np.flatnonzero(mask)).to(self.x.device) for mask in (reached, ~reached))
         self.best.update(self.rows[reached], self.x[done])
-        for row, first in zip(self.rows[reached], self.first[reached], strict=True):
+        for row, first in zip(self.rows[reached], self.first_norms[reached], strict=True):
             if self.best.stop_reasons[row] != StopReason.STEPS:
                 continue
             if self.best.norms[row] <= RESTART_GAIN * first:
@@ -205,14 +208,15 @@ class _Cycle:
                 self.best.stop_reasons[row] = StopReason.STAGNATED
         for name in ("x", "residual", "direction", "saved"):
             setattr(self, name, getattr(self, name)[going])
-        for name in ("rows", "first", "norms", "saved_norms", "sizes", "begun", "window_sizes", "tolerances"):
+        norms = ("norms", "first_norms", "saved_norms", "tolerances")
+        for name in ("rows", *norms, "sizes", "first_sizes", "window_sizes"):
             setattr(self, name, getattr(self, name)[~reached])
 
     def _judge(self, adaptive: bool) -> None:
         """Detects eigenvalues outside the bounds: only they leave more of the residual than `1 / T_j(t)`. If it grows
         they are above or negative, and if it falls too slowly, below."""
         promised = _log_cosh(self.taken * self.rate)
-        outside = ~(np.log(self.sizes) < np.log(self.begun) - promised + _ALLOWANCE)  # a NaN is outside too
+        outside = ~(np.log(self.sizes) < np.log(self.first_sizes) - promised + _ALLOWANCE)  # a NaN is outside too
         self.grew = bool((outside & ~(self.sizes <= _GROWTH * self.window_sizes)).any())
         promised -= _log_cosh(self.window_start * self.rate)
         if self.grew or promised < _WINDOW:
@@ -224,6 +228,8 @@ class _Cycle:
             # An eigenvalue below the bounds leaves cosh(j acosh((c - eigenvalue) / h)) / cosh(j acosh t).
             excess = (promised - fallen) / (self.taken - self.window_start)
             slowest = self.center - self.half * math.cosh(excess)
+            # The new bound lies a little below that. It moves by a factor of 1.5 at least, or little would change, and
+            # of 20 at most, for the estimate is rough.
             self._begin(min(max(0.8 * slowest, self.lower / 20), self.lower / 1.5), self.upper)
         else:
             self._open_window()

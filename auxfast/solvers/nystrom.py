@@ -17,12 +17,13 @@ from auxfast.solvers.base import (
     SolveStats,
     StopReason,
     check_damping,
+    check_seed,
     check_steps,
     check_tol,
 )
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
-from auxfast.solvers.preconditioners import check_seed, prepare, private_generator
+from auxfast.solvers.preconditioners import prepare, private_generator
 
 
 @dataclass(frozen=True)

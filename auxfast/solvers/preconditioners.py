@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import SolverState, check_steps
+from auxfast.solvers.base import SolverState, check_seed, check_steps
 from auxfast.solvers.linear_system import LinearSystem
 
 Apply = Callable[[Tensor], Tensor]
@@ -138,11 +138,6 @@ class Jacobi:
         samples = (signs * system.product(signs)).to(dtype)
         mean = samples.mean(dim=0)
         return mean, (samples - mean).square().sum(dim=0).sqrt() / math.sqrt(self.probes * max(self.probes - 1, 1))
-
-
-def check_seed(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {value!r}")
 
 
 def private_generator(device: torch.device, seed: int) -> torch.Generator:

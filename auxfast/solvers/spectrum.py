@@ -110,7 +110,7 @@ class KrylovSpace:
 
 
 def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
-    """`steps` Lanczos steps on every row of `residual` at once, fully reorthogonalised (Paige 1972; the solution is
+    """`steps` Lanczos steps on every row of `residual`, batched and fully reorthogonalised (Paige 1972; the solution is
     that of MINRES, Paige & Saunders 1975).
 
     Costs `steps` products a row, and holds `steps + 1` vectors a row, twice as many with a preconditioner. Nothing

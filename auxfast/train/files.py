@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whatever happens in between: kill, disk full or power failure.
+    """Writes a file whole or not at all, whatever happens in between: kill, disk full or power failure.
 
     Raises:
         WriteError: it cannot be written; what was there before is still there.
@@ -47,13 +48,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, whole or not at all.
+    """Writes `content` as JSON, whole or not at all.
 
     Raises:
-        ValueError: `content` holds a number that JSON does not have (inf, NaN).
+        ValueError: `content` holds a number that JSON does not have (inf, NaN); see `finite`.
         WriteError: see `write_bytes`.
     """
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` for JSON, which has no inf and NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -71,7 +81,7 @@ def read_json(path: Path) -> Any:
 
 
 def save_checkpoint(path: Path, state: Any) -> None:
-    """Write a state whole or not at all: the previous checkpoint stays until the new one is safe."""
+    """Writes a state whole or not at all: the previous checkpoint stays until the new one is safe."""
     content = io.BytesIO()  # torch's own writer hides why the disk refuses
     torch.save(state, content)
     write_bytes(path, content.getvalue())

@@ -41,7 +41,9 @@ class Method:
     @property
     def name(self) -> str:
         """Name on the command line: the family, then `-free` if not monotone, then `-frozen` or `-fixed`."""
-        return self.family + "-free" * (not self.monotone) + (f"-{self.phi}" if self.phi != "learned" else "")
+        free = "" if self.monotone else "-free"
+        phi = "" if self.phi == "learned" else f"-{self.phi}"
+        return self.family + free + phi
 
     @property
     def label(self) -> str:

@@ -67,16 +67,17 @@ def check_scheduler(key: str, component: Component, optimizer: Component) -> Non
     _try(key, component, lambda: make_scheduler(component, made))
 
 
-def _check_names(key: str, component: Component, kinds: Mapping[str, type], ours: set[str]) -> None:
+def _check_names(key: str, component: Component, kinds: Mapping[str, type], reserved: set[str]) -> None:
+    """Raises ValueError unless `kinds` have the component's name, and that class its options; `reserved` are the
+    parameters of the class that the trainer gives."""
     if component.name not in kinds:
         why = f", which {_UNSUPPORTED[component.name]}" if component.name in _UNSUPPORTED else ""
         raise ValueError(f"{key}.name: got {component.name!r}{why}; must be one of {', '.join(kinds)}")
-    allowed = [name for name in inspect.signature(kinds[component.name]).parameters if name not in ours]
+    allowed = [name for name in inspect.signature(kinds[component.name]).parameters if name not in reserved]
     for name in component.options:
         if name == "weight_decay":
-            instead = "; set train.weight_decay, a part of the inner loss, which the hypergradient knows"
-            inner = instead if "inner" in key else ""
-            raise ValueError(f"{key}.weight_decay: the trainer sets it to 0{inner}")
+            remedy = "; set train.weight_decay, a part of the inner loss, which the hypergradient knows"
+            raise ValueError(f"{key}.weight_decay: the trainer sets it to 0{remedy if 'inner' in key else ''}")
         if name not in allowed:
             raise ValueError(f"{key}.{name}: not an option of {component.name}, which has {', '.join(allowed)}")
 

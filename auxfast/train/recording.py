@@ -20,6 +20,7 @@ from auxfast.train.environment import environment
 from auxfast.train.files import (
     RunError,
     WriteError,
+    finite,
     fitting,
     load_checkpoint,
     read_json,
@@ -37,7 +38,6 @@ from auxfast.train.run import (
     RESULT,
     Run,
     RunResult,
-    finite,
     metrics_line,
     read_metrics,
     read_run,
@@ -113,7 +113,7 @@ def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
 
 
 def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterStep | None = None) -> Run:
-    """Train and score one method from one seed: the same numbers each time, whatever ran or was interrupted before.
+    """Trains and scores one method from one seed: the same numbers each time, whatever ran or was interrupted before.
 
     The global random state and torch's number of threads are left as they were.
 
@@ -141,7 +141,9 @@ def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_
     path, name = plan.path, f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
     with reproducible(plan.seed, plan.config.train):
         try:
-            trainer = _make_trainer(plan, description)
+            trainer = _make_trainer(plan)
+            if plan.method.phi == "fixed" and not (path / CHECKPOINT).exists():
+                description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
             if not started:
                 _begin(path, description)
             _train(trainer, path, on_outer_step)
@@ -188,13 +190,11 @@ def reproducible(seed: int, config: TrainConfig) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
-def _make_trainer(plan: RunPlan, description: dict[str, Any]) -> Trainer:
-    """The trainer at the start of the run, on its device. `description` learns where a fixed phi came from."""
+def _make_trainer(plan: RunPlan) -> Trainer:
+    """The trainer at the start of the run, on its device."""
     device = plan.config.train.device
     _check_device(device)
     task, loss = _start(plan.make_task, plan.method, plan.seed, plan.config)
-    if plan.method.phi == "fixed" and not (plan.path / CHECKPOINT).exists():
-        description["phi from"] = _take_phi(loss, plan, description["config"])
     _move(task, device)
     return Trainer(task, loss.to(device), plan.config.train, plan.seed, learn=plan.method.learned)
 
@@ -293,7 +293,7 @@ def _begin(path: Path, description: dict[str, Any]) -> None:
 def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
     """Trains from the last checkpoint on, or from the start, and writes everything that comes of it."""
     start, metrics = time.perf_counter(), path / METRICS
-    spent = _go_on(trainer, path) if (path / CHECKPOINT).exists() else 0.0
+    spent = _load_last_checkpoint(trainer, path) if (path / CHECKPOINT).exists() else 0.0
     write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # records beyond the checkpoint are made again
 
     def seconds() -> float:
@@ -334,7 +334,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
     write_json(path / RESULT, finite(result._asdict()))
 
 
-def _go_on(trainer: Trainer, path: Path) -> float:
+def _load_last_checkpoint(trainer: Trainer, path: Path) -> float:
     """Brings the trainer to the last checkpoint. Returns the seconds that were spent until then."""
     state = load_checkpoint(path / CHECKPOINT)
     with fitting(path / CHECKPOINT):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auxfast.train.config import RunConfig
-from auxfast.train.files import RunError, read_json
+from auxfast.train.files import RunError, finite, read_json
 from auxfast.train.methods import Method, parse_method
 from auxfast.train.serialization import override
 from auxfast.train.trainer import OuterRecord
@@ -123,15 +123,6 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
 def metrics_line(record: OuterRecord) -> bytes:
     """A record as a line of `METRICS`."""
     return (json.dumps(finite(record._asdict()), allow_nan=False) + "\n").encode()
-
-
-def finite(value: Any) -> Any:
-    """`value` for JSON, which has no inf and NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:

@@ -12,11 +12,21 @@ from auxfast import solvers
 from auxfast.train.config import RunConfig
 from auxfast.train.optimizers import Component
 
-_SOLVERS = ("Neumann", "Chebyshev", "ConjugateGradient", "MINRES", "Nystrom", "Dense", "Identity")
-SOLVERS: dict[str, type] = {name: getattr(solvers, name) for name in _SOLVERS}
-PRECONDITIONERS: dict[str, type] = {"Jacobi": solvers.Jacobi, "Nystrom": solvers.Nystrom}
+SOLVERS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        solvers.Neumann,
+        solvers.Chebyshev,
+        solvers.ConjugateGradient,
+        solvers.MINRES,
+        solvers.Nystrom,
+        solvers.Dense,
+        solvers.Identity,
+    )
+}
+PRECONDITIONERS: dict[str, type] = {kind.__name__: kind for kind in (solvers.Jacobi, solvers.Nystrom)}
 _BY_NAME: dict[Any, Mapping[str, type]] = {solvers.Solver: SOLVERS, solvers.Preconditioner: PRECONDITIONERS}
-_OF_SOLVERS = (*SOLVERS.values(), solvers.Jacobi)
+_SOLVERS_AND_PRECONDITIONERS = {*SOLVERS.values(), *PRECONDITIONERS.values()}
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: '"none"'}
 
 Config = TypeVar("Config")
@@ -121,7 +131,7 @@ def _converter() -> Any:
     converter.register_structure_hook_func(_is_mapping, _mapping)
     converter.register_structure_hook_func(_is_named, _named)
     converter.register_structure_hook_factory(lambda hint: is_dataclass(hint) and hint is not Component, _dataclass)
-    for named in (Component, *_OF_SOLVERS):
+    for named in (Component, *_SOLVERS_AND_PRECONDITIONERS):
         converter.register_unstructure_hook(named, _named_table)
     return converter
 
@@ -238,9 +248,11 @@ def _explained(error: Any, key: str, within: type | None = None) -> Exception:
         return _explained(error.exceptions[0], key, error.cl)
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         unknown, known = _join(key, min(error.extra_fields)), ", ".join(_options(error.cl))
-        if error.cl in _OF_SOLVERS:
+        if error.cl in _SOLVERS_AND_PRECONDITIONERS:
             return ValueError(f"{unknown}: not an option of {error.cl.__name__}, which has {known}")
         return ValueError(f"{unknown}: no such entry, must be one of {known}")
     if isinstance(error, _Refused):
         return ValueError(f"{_join(key, error.below) if error.below else key}: {error}")
-    return ValueError(f"{key}: {error}") if within in _OF_SOLVERS and isinstance(error, ValueError) else error
+    # A solver's check of its settings does not know their key; a configuration's check names it.
+    without_key = within in _SOLVERS_AND_PRECONDITIONERS and isinstance(error, ValueError)
+    return ValueError(f"{key}: {error}") if without_key else error

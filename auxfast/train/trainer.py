@@ -139,7 +139,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], records: Sequence[OuterRecord]) -> None:
-        """Go on from `state`; `records` are those of the outer steps before it.
+        """Goes on from `state`; `records` are those of the outer steps before it.
 
         Raises:
             ValueError, RuntimeError, KeyError, TypeError: it is the state of another run.

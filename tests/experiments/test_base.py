@@ -23,7 +23,7 @@ def test_overrides_come_after_the_setting(tmp_path):
     assert (made.experiment, made.setting) == (EXPERIMENT.name, "more features")
 
 
-def test_settings_and_entries_that_there_are_not(tmp_path):
+def test_settings_and_entries_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match="setting: got 'x' for noisy regression, must be one of 'more features'"):
         run(tmp_path, setting="x")
     with pytest.raises(ValueError, match=r"task\.shots: no such entry, must be one of dropout, features"):

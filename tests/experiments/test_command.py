@@ -37,7 +37,7 @@ def found(tmp_path):
     return {(run.setting, run.method.name, run.seed) for run in find_runs([tmp_path])}
 
 
-def test_every_method_from_every_seed(train, tmp_path, capsys):
+def test_every_method_is_trained_from_every_seed(train, tmp_path, capsys):
     assert train("--method", "linear-fixed, stl,linear", "--seeds", "0..1,5") == 0
     assert found(tmp_path) == {("", m, s) for m in ("stl", "linear", "linear-fixed") for s in (0, 1, 5)}
     output = capsys.readouterr()
@@ -64,7 +64,7 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
     assert list(command.progress(weighted, ("main", "a", "b"))) == ["training", "weights"]
 
 
-def test_all_settings_and_the_experiment_s_methods_by_default(train, tmp_path, capsys):
+def test_by_default_all_settings_and_the_experiment_s_methods_are_trained(train, tmp_path, capsys):
     assert train("--seeds", "0", setting=None) == 0
     assert found(tmp_path) == {(s, m, 0) for s in ("", "more features") for m in ("stl", "linear")}
     assert "Noisy; more features" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_p
     assert capsys.readouterr().out == first
 
 
-def test_interrupted_and_resumed(train, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_comparison_goes_on_with_resume(train, tmp_path, capsys, monkeypatch):
     real = command.record_run
 
     def interrupted(*arguments, on_outer_step, **more):

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.register_assert_rewrite(f"{__package__}.asserts")
-
 
 @pytest.fixture
 def set_check_every(monkeypatch) -> Callable[[int], None]:

@@ -46,9 +46,6 @@ class NoisyOptions:
     features: int = 4
 
 
-DEFAULTS = NoisyOptions()
-
-
 class Noisy:
     """Regression with everything that a resumed run could forget: drawn batches, dropout, BatchNorm, and a mask."""
 
@@ -96,6 +93,18 @@ def train_config(**changes) -> TrainConfig:
     return TrainConfig(**settings)
 
 
+def noisy_config(options: NoisyOptions = NoisyOptions(), **changes) -> RunConfig:
+    """A few outer steps, with checkpoints after every second."""
+    settings = {
+        "outer_steps": 7,
+        "inner_steps": 3,
+        "checkpoint_every": 2,
+        "solver": Neumann(steps=3, step_size=0.05),
+        **changes,
+    }
+    return RunConfig(train_config(**settings), CombinerConfig(hidden=(4,)), task=options)
+
+
 def noisy_plan(
     out: Path,
     method: str = "linear",
@@ -104,15 +113,8 @@ def noisy_plan(
     options: NoisyOptions = NoisyOptions(),
     **changes,
 ) -> RunPlan:
-    """A run of a few outer steps, with checkpoints after every second."""
-    settings = {
-        "outer_steps": 7,
-        "inner_steps": 3,
-        "checkpoint_every": 2,
-        "solver": Neumann(steps=3, step_size=0.05),
-        **changes,
-    }
-    config = RunConfig(train_config(**settings), CombinerConfig(hidden=(4,)), task=options)
+    """A run of `Noisy`; `changes` are those of `noisy_config`."""
+    config = noisy_config(options, **changes)
     parsed = parse_method(method)
     make_task = partial(Noisy, seed, options, hold_out=parsed.is_combiner)
     return RunPlan(out, "noisy regression", setting, parsed, seed, config, make_task)

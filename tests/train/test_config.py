@@ -247,7 +247,7 @@ def test_an_experiment_without_options_says_so():
         override(RunConfig(train_config()), {"task.shots": 3})
 
 
-def test_flattened():
+def test_nested_tables_are_flattened_to_dotted_keys():
     assert flattened({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
 
 

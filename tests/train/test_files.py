@@ -80,7 +80,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "checkpoint.pt")
 
 
-def test_json(tmp_path):
+def test_json_comes_back_or_says_why_not(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": [1, None]})
     assert read_json(path) == {"a": [1, None]}

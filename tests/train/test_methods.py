@@ -25,7 +25,7 @@ def _training_loss(name: str, **combiner) -> CombinedLoss:
         ("polynomial-free-fixed", Method("polynomial", monotone=False, phi="fixed")),
     ],
 )
-def test_names_and_back(name, method):
+def test_a_method_has_a_name_that_is_parsed_back(name, method):
     assert parse_method(name) == method
     assert method.name == name
     assert method.is_combiner == (name != "stl")
@@ -120,7 +120,7 @@ def test_the_main_loss_is_a_mean_over_those_who_have_it():
     assert main_loss(Batch(losses, None), 1) == losses[:, 1].mean()
 
 
-def test_options_of_weightings():
+def test_a_weighting_has_its_options_from_the_configuration():
     task, config = (
         Noisy(0, NoisyOptions(), hold_out=True),
         RunConfig(train_config(), weighting={"equal": {"auxiliary_weight": 0.2}}),

@@ -96,7 +96,7 @@ def test_a_fixed_combiner_needs_a_learned_one(tmp_path):
     check_plans([fixed])
 
 
-def test_early_stopping(tmp_path):
+def test_a_run_that_stops_early_is_scored_at_its_best(tmp_path):
     stopped = run(tmp_path, patience=2, outer_steps=60)
     scores = [record.validation_score for record in stopped.records]
     assert stopped.result.stopped_early
@@ -127,7 +127,7 @@ class Writer:
         pass
 
 
-def test_scalars_for_tensorboard_if_that_is_installed(tmp_path, monkeypatch):
+def test_scalars_are_written_for_tensorboard_if_that_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     assert not (run(tmp_path / "without").path / "tensorboard").exists()
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: name)

@@ -83,13 +83,13 @@ def test_what_the_solver_has_learnt_is_kept(solver, tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 6])
-def test_wherever_it_was_interrupted(step, tmp_path):
+def test_a_resumed_run_is_the_same_wherever_it_was_interrupted(step, tmp_path):
     reference = run(tmp_path / "whole")
     _interrupt(tmp_path / "cut", "linear", step)
     _same(run(tmp_path / "cut", resume=True), reference)
 
 
-def test_interrupted_again_and_again(tmp_path):
+def test_a_run_that_is_interrupted_again_and_again_is_the_same(tmp_path):
     reference = run(tmp_path / "whole", patience=3)
     made = 0
 
@@ -109,7 +109,7 @@ def test_interrupted_again_and_again(tmp_path):
     _same(resumed, reference)
 
 
-def test_killed_between_the_last_checkpoint_and_the_result(tmp_path):
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_is_not_trained_again(tmp_path):
     reference = run(tmp_path, patience=3)
     (reference.path / "result.json").unlink()
     again = run(tmp_path, resume=True, on_outer_step=lambda _: pytest.fail("trained again"), patience=3)

@@ -220,7 +220,7 @@ class SeesPrecision(Noisy):
 
 @pytest.mark.parametrize("method", ["linear", "nonlinear", "equal", "uncertainty", "gcs"])
 @pytest.mark.parametrize("amp", [True, False])
-def test_mixed_precision(method, amp):
+def test_amp_runs_the_model_in_bfloat16_and_still_learns(method, amp):
     task = SeesPrecision(0, NoisyOptions(), hold_out=True)
     config = train_config(amp=amp, outer_steps=3, solver=Neumann(steps=3, step_size=0.05))
     method = parse_method(method)

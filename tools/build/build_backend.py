@@ -158,12 +158,12 @@ def cuda_flags(nvcc: str, architectures: list[int]) -> tuple[list[str], list[str
     binary = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
     ptx = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = version.partition("release ")[2].partition(",")[0]
+    toolkit = version.partition("release ")[2].partition(",")[0]
     names = ".".join(str(arch) for arch in known)
     return [*binary, ptx], [
         "-DAUXFAST_WITH_CUDA",
         f"-DAUXFAST_CUDA_ARCHITECTURES={names}",
-        f"-DAUXFAST_CUDA_TOOLKIT={release}",
+        f"-DAUXFAST_CUDA_TOOLKIT={toolkit}",
     ]
 
 

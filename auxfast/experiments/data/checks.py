@@ -8,7 +8,7 @@ import numpy as np
 def check_array(
     name: str, array: np.ndarray, *, shape: tuple[int, ...], low: float, high: float, whole: bool = False
 ) -> None:
-    """Check that `array` has this shape, is within [low, high] and, if `whole`, holds whole numbers.
+    """Checks that `array` has this shape, is within [low, high] and, if `whole`, holds whole numbers.
 
     Raises:
         ValueError: names the array, what was found (and where, for the first bad entry), what is allowed.

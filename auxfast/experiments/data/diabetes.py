@@ -29,7 +29,7 @@ class DiabetesData:
 
 
 def load_diabetes() -> DiabetesData:
-    """Read the data set that is installed with scikit-learn.
+    """Reads the data set that is installed with scikit-learn.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

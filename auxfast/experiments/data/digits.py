@@ -45,7 +45,7 @@ class DigitsData:
 
 
 def load_digits() -> DigitsData:
-    """Read the data set that is installed with scikit-learn.
+    """Reads the data set that is installed with scikit-learn.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -11,7 +11,7 @@ class MissingExtraError(ImportError):
 
 
 def import_extra(module: str, package: str) -> ModuleType:
-    """Import `module` of the optional `package` (its name on the package index).
+    """Imports `module` of the optional `package` (its name on the package index).
 
     Raises:
         MissingExtraError: if the package is not installed.

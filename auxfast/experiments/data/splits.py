@@ -19,7 +19,7 @@ LARGEST_AUXILIARY_SHARE = 0.10
 def split(
     indices: Tensor, sizes: Sequence[int], generator: torch.Generator, labels: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Draw disjoint random parts of these sizes from `indices` (count,), int64; what is left over is dropped.
+    """Draws disjoint random parts of these sizes from `indices` (count,), int64; what is left over is dropped.
 
     With `labels` (count,), int64, aligned with `indices`, the parts are stratified: a part has every class in
     its share of the whole, to within one or two samples a class (exactly, where classes are equally large and
@@ -40,7 +40,7 @@ def split(
 
 
 def _spread_classes(order: Tensor, labels: Tensor) -> Tensor:
-    """Spread every class evenly over `order`: then any contiguous piece of it is stratified."""
+    """Spreads every class evenly over `order`: then any contiguous piece of it is stratified."""
     position = torch.empty(len(order))
     for label in torch.unique(labels):
         members = torch.nonzero(labels[order] == label).squeeze(1)
@@ -49,7 +49,7 @@ def _spread_classes(order: Tensor, labels: Tensor) -> Tensor:
 
 
 def draw_per_class(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw `count` random samples of every class in `labels` (n,), int64: the indices drawn, and the others.
+    """Draws `count` random samples of every class in `labels` (n,), int64: the indices drawn, and the others.
 
     Raises:
         ValueError: a class has fewer than `count` samples.
@@ -69,7 +69,7 @@ def draw_per_class(labels: Tensor, count: int, generator: torch.Generator) -> tu
 def allocate_auxiliary(
     labelled: Tensor, count: int, generator: torch.Generator, labels: Tensor | None = None, *, hold_out: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Allocate `count` of the `labelled` training samples (n,), int64, to the auxiliary set: (training, auxiliary).
+    """Allocates `count` of the `labelled` training samples (n,), int64, to the auxiliary set: (training, auxiliary).
 
     With `labels` (n,), aligned with them, both are stratified, as in `split`. With `hold_out`, training is without the
     auxiliary samples, and a large set is warned of; without, it has them too, at its end: for methods that need no
@@ -88,12 +88,12 @@ def allocate_auxiliary(
 
 
 def draw_batch(indices: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Draw `size` of the `indices` (n,), without repetition; all of them, in random order, if there are fewer."""
+    """Draws `size` of the `indices` (n,), without repetition; all of them, in random order, if there are fewer."""
     return indices[torch.randperm(len(indices), generator=generator)[:size]]
 
 
 def warn_if_auxiliary_set_is_large(auxiliary: int, labelled: int) -> None:
-    """Warn if `auxiliary` samples are more than 10% of all `labelled` ones, themselves included.
+    """Warns if `auxiliary` samples are more than 10% of all `labelled` ones, themselves included.
 
     The labels it takes are missing in training. On the demo's data, learning lost at 20 to 40% and won at
     10%; the paper used about 2%.
@@ -107,7 +107,7 @@ def warn_if_auxiliary_set_is_large(auxiliary: int, labelled: int) -> None:
 
 
 def standardise(values: Tensor, training: Tensor) -> Tensor:
-    """Shift and scale the columns of `values` (n, ...) to mean 0 and deviation 1 over the `training` rows.
+    """Shifts and scales the columns of `values` (n, ...) to mean 0 and deviation 1 over the `training` rows.
 
     Only those rows: statistics of auxiliary or test rows would leak what must stay unseen. A constant column
     is only shifted.

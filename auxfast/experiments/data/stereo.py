@@ -60,7 +60,7 @@ class StereoData:
 
 
 def load_stereo() -> StereoData:
-    """Read the pair's left view and its disparity, which are installed with scikit-image.
+    """Reads the pair's left view and its disparity, which are installed with scikit-image.
 
     Raises:
         MissingExtraError: scikit-image is not installed, or without these files.

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from auxfast._version import __version__
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.plotting import NOTE, draw_sections
@@ -27,7 +25,7 @@ def write_report(all_results: Sequence[Results], out: Path) -> str:
 
     Raises:
         ValueError: `out` has another ending.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib or (for a page) Jinja2 is not installed.
         RunError: no run is finished, or `out` cannot be written.
     """
     if out.suffix not in (".html", ".png"):
@@ -44,16 +42,17 @@ def write_report(all_results: Sequence[Results], out: Path) -> str:
 
 
 def _page(all_results: Sequence[Results]) -> str:
-    pages = Environment(
-        loader=PackageLoader(__package__, ""),
+    jinja2 = import_extra("jinja2", "jinja2")
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
     pages.filters["pretty"] = lambda content: json.dumps(content, indent=1)
     pages.filters["typeset"] = lambda figure: figure.replace("+-", "±").replace("-", "\N{MINUS SIGN}")
-    return pages.get_template("page.html.j2").render(
+    html: str = pages.get_template("page.html.j2").render(
         all_results=all_results,
         title=", ".join(results.experiment.name for results in all_results),
         own_picture=_own_picture,
@@ -64,6 +63,7 @@ def _page(all_results: Sequence[Results]) -> str:
         note=NOTE,
         version=__version__,
     )
+    return html
 
 
 def _own_picture(results: Results) -> str | None:

@@ -86,8 +86,9 @@ def draw_score_curves(
     y_label: str,
     note: str,
 ) -> None:
-    """Draw to a PNG one line a method: mean and standard error of its test scores over seeds, in each setting. Settings
-    and methods without finished runs are left out.
+    """Draws to a PNG one line a method: mean and standard error of its test scores over seeds, in each setting.
+
+    Settings and methods without finished runs are left out.
 
     Args:
         methods: all but "stl", which is drawn as one level for all settings: they do not concern it.
@@ -156,7 +157,7 @@ def draw_loss_images(
     loss_names: Sequence[str],
     mask: Tensor | None = None,
 ) -> None:
-    """Draw to a PNG, one row an image: the image, the channels of its losses, and those of its weights.
+    """Draws to a PNG, one row an image: the image, the channels of its losses, and those of its weights.
 
     Args:
         images: (batch, 3, H, W), red, green and blue in [0, 1], or (batch, 1, H, W), grey levels of any range.
@@ -228,6 +229,7 @@ _FREE_DASH = (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5))  # marks combiners that are not m
 _LOSS_COLOURS = (BLACK, BLUE, RED, GREEN)
 _MAX_NAMED_LOSSES = 12  # more lines of a legend would hide the curves
 _COLUMNS = 4  # panels side by side
+_TITLE_HEIGHT, _PANEL_HEIGHT = 0.9, 4.2  # inches
 NOTE = (
     "Scores: ticks are seeds; circles, bars and figures are mean ± standard error, hollow where a combiner is not "
     "learned; dotted line: the first method. Curves: mean over seeds; weights: ± one standard deviation. Residuals: "
@@ -252,8 +254,13 @@ def draw_sections(all_sections: Sequence[Section]) -> Any:
 
 
 def _height(section: Section) -> float:
-    """Height of the figure in inches."""
-    return 0.9 + max(4.0, 0.4 * len(methods(section))) + 4.2 * _weight_rows(section)
+    """Height of the section's part of the figure, in inches."""
+    return _TITLE_HEIGHT + _scores_height(section) + _PANEL_HEIGHT * _weight_rows(section)
+
+
+def _scores_height(section: Section) -> float:
+    """Height of the first row of panels, in inches: a line of scores takes 0.4."""
+    return max(4.0, 0.4 * len(methods(section)))
 
 
 def _weight_rows(section: Section) -> int:
@@ -265,7 +272,7 @@ def _weight_rows(section: Section) -> int:
 def _draw_section(part: Any, section: Section) -> None:
     part.suptitle(section.title, fontsize=13, fontweight="bold")
     weight_rows = _weight_rows(section)
-    ratios = [_height(section) - 0.9 - 4.2 * weight_rows, *[4.2] * weight_rows]
+    ratios = [_scores_height(section), *[_PANEL_HEIGHT] * weight_rows]
     top, *bottom = part.subfigures(1 + weight_rows, 1, squeeze=False, height_ratios=ratios)[:, 0]
     scores, curves = top.subplots(1, 2, width_ratios=(1.3, 1))
     made = rows(section)
@@ -292,7 +299,9 @@ def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
         axes.errorbar(
             row.mean.mean, y, xerr=row.mean.sem or 0, fmt="o", markerfacecolor=face, capsize=4, linewidth=2, **style
         )
-        texts = [str(row.mean), *(row.differences[base].signed() for base in ("stl",) if base in row.differences)]
+        texts = [str(row.mean)]
+        if "stl" in row.differences:
+            texts.append(row.differences["stl"].signed())
         _write_columns(
             axes, y, [text.replace("+-", "±") for text in texts], fontweight="bold" if row.best else "normal"
         )

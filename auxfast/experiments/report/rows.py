@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -97,8 +97,8 @@ def rows(section: Section) -> list[Row]:
     all_scores = {m: scores(section.runs, m.name, section.setting) for m in methods(section)}
     made = []
     for method, own in all_scores.items():
-        others = {other.name: _difference(own, theirs) for other, theirs in all_scores.items() if other != method}
-        above = [other is not None and other.mean > 0 and other.beyond_noise() for other in others.values()]
+        others = {other.name: paired_difference(own, theirs) for other, theirs in all_scores.items() if other != method}
+        above = [difference is not None and difference.above_noise() for difference in others.values()]
         results = [run.result for run in section.runs if run.method == method and run.result is not None]
         matvecs = [sum(record.matvecs or 0 for record in run.records) for run in section.runs if run.method == method]
         made.append(
@@ -114,12 +114,6 @@ def rows(section: Section) -> list[Row]:
             )
         )
     return made
-
-
-def _difference(own: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Paired difference over the seeds that both have; None if there are none."""
-    seeds = [seed for seed in own if seed in theirs]
-    return paired_difference([own[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
 
 
 def differing_entries(section: Section) -> dict[str, list[Any]]:
@@ -182,7 +176,7 @@ def _describe_section(section: Section) -> str:
     lines = [
         lines[0],
         "-" * len(lines[0]),
-        *(line + "  *" * row.best for line, row in zip(lines[1:], made, strict=True)),
+        *(f"{line}  *" if row.best else line for line, row in zip(lines[1:], made, strict=True)),
     ]
     note = "mean +- SEM over seeds; differences are paired"
     best = next((row.method.label for row in made if row.best), None)

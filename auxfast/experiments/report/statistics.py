@@ -42,6 +42,10 @@ class Estimate(NamedTuple):
         student = import_extra("scipy.stats", "scipy").t
         return bool(abs(self.mean) > student.ppf(0.975, self.seeds - 1) * self.sem)
 
+    def above_noise(self) -> bool:
+        """Whether the mean is above 0, and beyond noise."""
+        return self.mean > 0 and self.beyond_noise()
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of the mean (deviation with n - 1, over sqrt(n))."""
@@ -49,13 +53,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), sem, len(values))
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Mean and standard error of `values - baseline`, seed by seed: what the seeds have in common drops out.
-
-    Raises:
-        ValueError: the two are not of one length.
-    """
-    return estimate([value - base for value, base in zip(values, baseline, strict=True)])
+def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+    """Estimate of `own - baseline` over the seeds that both have, seed by seed: what two scores of one seed have in
+    common drops out. None if there is no such seed."""
+    differences = [own[seed] - baseline[seed] for seed in own if seed in baseline]
+    return estimate(differences) if differences else None
 
 
 def finished(runs: Iterable[Run], method: str, setting: str = "") -> list[Run]:
@@ -66,23 +68,17 @@ def finished(runs: Iterable[Run], method: str, setting: str = "") -> list[Run]:
 
 def scores(runs: Iterable[Run], method: str, setting: str = "") -> dict[int, float]:
     """Test scores of the finished runs of a method in a setting, by seed, in the seeds' order."""
-    return dict(
-        sorted(
-            (run.seed, run.result.score)
-            for run in runs
-            if run.result is not None and run.method.name == method and run.setting == setting
-        )
-    )
+    return {run.seed: run.result.score for run in finished(runs, method, setting) if run.result is not None}
 
 
 def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float]) -> Finding:
     """Finding whether `own` scores, by seed, are above `baseline`'s beyond noise, paired over the seeds that both have.
     `claim` says so in words."""
-    difference, seeds = _over_shared_seeds(own, baseline)
-    if difference is None:
+    difference = paired_difference(own, baseline)
+    if difference is None or difference.seeds < 2:
         return Finding(f"{claim}: not known; it takes two seeds that both have run.", None)
-    text = f"{claim}: the difference is {difference.signed()}, paired over {seeds} seeds."
-    return Finding(text, _above(difference))
+    text = f"{claim}: the difference is {difference.signed()}, paired over {difference.seeds} seeds."
+    return Finding(text, difference.above_noise())
 
 
 def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -> Finding:
@@ -94,26 +90,19 @@ def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -
 
 def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
     """Finding whether a method scores above another in each of the settings (see `compare`)."""
-    parts, holds = [], []
+    parts: list[str] = []
+    holds: list[bool | None] = []
     for setting in settings:
-        difference, seeds = _over_shared_seeds(scores(runs, method, setting), scores(runs, baseline, setting))
-        parts.append(f"{setting}: {'not known' if difference is None else f'{difference.signed()} ({seeds} seeds)'}")
-        holds.append(None if difference is None else _above(difference))
+        difference = paired_difference(scores(runs, method, setting), scores(runs, baseline, setting))
+        if difference is None or difference.seeds < 2:
+            parts.append(f"{setting}: not known")
+            holds.append(None)
+        else:
+            parts.append(f"{setting}: {difference.signed()} ({difference.seeds} seeds)")
+            holds.append(difference.above_noise())
     text = f"{_claim(method, baseline)} in every setting; the paired differences are {'; '.join(parts)}."
     return Finding(text, False if False in holds else None if None in holds else True)
 
 
 def _claim(method: str, baseline: str) -> str:
     return f"{parse_method(method).label} scores above {parse_method(baseline).label}"
-
-
-def _over_shared_seeds(own: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Estimate | None, int]:
-    """The paired difference over the seeds that both have, None if these are fewer than two; and their number."""
-    seeds = [seed for seed in own if seed in baseline]
-    if len(seeds) < 2:
-        return None, len(seeds)
-    return paired_difference([own[seed] for seed in seeds], [baseline[seed] for seed in seeds]), len(seeds)
-
-
-def _above(difference: Estimate) -> bool:
-    return difference.mean > 0 and difference.beyond_noise()

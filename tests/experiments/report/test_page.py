@@ -1,6 +1,7 @@
 """Pages and pictures of runs that were trained: small ones, and only for a few steps."""
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,16 @@ def test_validation_scores_are_drawn_where_they_were_watched(monkeypatch, tmp_pa
     monkeypatch.setitem(EXPERIMENTS, watched.name, watched)
     _train(watched, tmp_path / "runs", ("linear",))
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.png")]) == 0
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "cattrs"])
+def test_a_missing_package_is_named(experiment, tmp_path, monkeypatch, capsys, package):
+    _train(experiment, tmp_path / "runs", ("stl",), (0,))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 1
+    assert capsys.readouterr().err == (
+        f"auxfast: {package} is not installed, and this needs it. Get it with: pip install {package}\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_mean_and_standard_error_by_hand():
 
 def test_the_difference_is_paired_by_seed():
     # differences 1, 2, 3: mean 2, variance 1, SEM sqrt(1 / 3), though both scores spread by tens
-    mean, sem, _ = paired_difference([11.0, 52.0, 93.0], [10.0, 50.0, 90.0])
+    mean, sem, _ = paired_difference({0: 11.0, 1: 52.0, 2: 93.0}, {0: 10.0, 1: 50.0, 2: 90.0})
     assert mean == 2
     assert sem == pytest.approx(math.sqrt(1 / 3))
 
@@ -40,9 +40,9 @@ def test_one_seed_has_no_standard_error():
     assert not only.beyond_noise()
 
 
-def test_different_numbers_of_seeds_cannot_be_paired():
-    with pytest.raises(ValueError, match="zip"):
-        paired_difference([1.0, 2.0], [1.0])
+def test_only_seeds_that_both_have_are_paired():
+    assert paired_difference({0: 1.0, 1: 2.0}, {1: 0.5, 7: 9.0}) == (1.5, None, 1)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,21 @@
+"""The networks that several benchmarks train, each with its inputs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp(*widths: int, batch: int) -> tuple[nn.Module, Tensor]:
+    """Linear layers of these widths, inputs and outputs included, with ReLU between them."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), torch.randn(batch, widths[0])
+
+
+def cnn(*norms: nn.Module, outputs: int) -> tuple[nn.Module, Tensor]:
+    """Two convolutions, of 16 and 32 channels, and a linear layer, for 16 images; `norms` follow the first one."""
+    first = [nn.Conv2d(3, 16, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32, outputs)), torch.randn(16, 3, 16, 16)
