@@ -49,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="learn loss weights on two real data sets: about a minute on one core",
         description="Trains on scikit-learn's diabetes and digits data with single-task learning, equal "
-        "weights, frozen and learned combiners; prints a table, and writes results.json and report.png. The third "
-        "experiment, stereo, takes minutes: segmentation and depth of scikit-image's motorcycle, with a combiner of "
-        "pixel losses.",
+        "weights, frozen and learned combiners; prints a table, and writes report.html, report.png and "
+        "results.json. The third experiment, stereo, takes minutes: segmentation and depth of scikit-image's "
+        "motorcycle, with a combiner of pixel losses.",
     )
     demonstration.add_argument(
         "--experiment",
@@ -130,7 +130,7 @@ def _seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, dots, last = part.strip().partition("..")
         if not first.isdecimal() or (dots and not (last.isdecimal() and int(last) >= int(first))):
-            raise argparse.ArgumentTypeError(f"must be like 0..9 or 0,3,5, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be like 0..9 or 0,3,5, in ascending order, not {text!r}")
         seeds += range(int(first), int(last if dots else first) + 1)
     return seeds
 

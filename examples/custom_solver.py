@@ -1,4 +1,4 @@
-"""A solver of one's own: anything with a method `solve` serves, and its result is judged like all others.
+"""A solver of one's own: anything with a method `solve` serves.
 
 The program writes steepest descent with an exact line search, and compares it with two solvers of auxfast on the
 hypergradient of a ridge regression in the logarithm of its weight decays.

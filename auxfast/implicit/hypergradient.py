@@ -60,13 +60,12 @@ def hypergradient(
     (dropout masks) each time within one call; see `auxfast.preserved_state`.
 
     Args:
-        outer_loss: depends on `inner_params`, and may depend on `outer_params` (whence the direct gradient).
+        outer_loss: depends on `inner_params`, and may depend on `outer_params`, which gives the direct gradient.
         inner_loss: depends on `inner_params` and, to be of any use, on `outer_params`. If both losses are tensors, they
             may share a part of their graph.
-        inner_params: `W`, any iterable of tensors, generators included, of one dtype on one device. Left out
-            of the system, since nothing of `phi` reaches the outer loss through them: those with
-            `requires_grad=False`, those that the inner loss does not use, and those in which its gradient is
-            constant.
+        inner_params: `W`, any iterable of tensors, generators included, of one dtype on one device. Tensors with
+            `requires_grad=False`, tensors that the inner loss does not use, and tensors in which its gradient is
+            constant are no unknowns of the system: nothing of `phi` reaches the outer loss through them.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
         solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most.
@@ -76,8 +75,8 @@ def hypergradient(
             which needs functions for `inner_loss` (see `auxfast.implicit.finite_difference.FiniteDifference`).
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
-        state: what the solver keeps from one call for the next of a slowly changing problem; also of which warnings
-            were given.
+        state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
+            warnings were given.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.

@@ -91,7 +91,7 @@ class SolveStats:
             batched product counts once for each of its vectors.
         residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, true and not estimated; the largest of
             `residuals`; `inf` if that is not finite. 0 is exact, and 1 is what `x = 0` has.
-        converged: whether the residual is within the solver's tolerance (without one: whether it is 0).
+        converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
             done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
             `stagnated`: the residual cannot be made smaller in this precision; `trivial`: `b` is zero, and so is the

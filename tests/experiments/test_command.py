@@ -183,7 +183,7 @@ def test_entries_of_a_file_need_a_section(train, no_training, tmp_path, capsys):
 def test_seeds_that_are_none_are_refused(seeds, train, no_training, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(f"--seeds={seeds}")
-    assert f"must be like 0..9 or 0,3,5, not {seeds!r}" in capsys.readouterr().err
+    assert f"must be like 0..9 or 0,3,5, in ascending order, not {seeds!r}" in capsys.readouterr().err
 
 
 def test_experiments_are_listed_and_unknown_ones_refused(capsys):

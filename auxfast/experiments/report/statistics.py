@@ -76,7 +76,7 @@ def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float])
     `claim` says so in words."""
     difference = paired_difference(own, baseline)
     if difference is None or difference.seeds < 2:
-        return Finding(f"{claim}: not known; it takes two seeds that both have run.", None)
+        return Finding(f"{claim}: not known; it takes two seeds with finished runs of both.", None)
     text = f"{claim}: the difference is {difference.signed()}, paired over {difference.seeds} seeds."
     return Finding(text, difference.above_noise())
 
