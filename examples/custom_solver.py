@@ -52,7 +52,7 @@ class SteepestDescent:
 
 
 def main() -> dict[str, tuple[float, int]]:
-    """For each solver, the relative error of its hypergradient and the products that it took."""
+    """Relative error of the hypergradient, and products that it took, for each solver."""
     torch.manual_seed(0)
     x, held_out = torch.randn(100, 20, dtype=torch.float64), torch.randn(50, 20, dtype=torch.float64)
     y, held_out_y = x[:, :5].sum(1) + torch.randn(100), held_out[:, :5].sum(1)

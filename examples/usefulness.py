@@ -37,7 +37,7 @@ def losses(net: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def main() -> dict[str, tuple[float, float]]:
-    """For each auxiliary, the predicted and the measured change of the held-out loss."""
+    """Predicted and measured change of the held-out loss, for each auxiliary."""
     torch.manual_seed(1)
     x, held_out = torch.randn(100, 10).double(), torch.randn(200, 10).double()  # float64: the changes are small
     truth = x[:, 0].sin()
