@@ -4,13 +4,15 @@ Goal: 8 vectors in a batch 2.0 times faster than 8 of `autograd.grad` on MLP 64-
 network below 1.0, with the engine's product that each batch is compared with. "first batch" plans its pass besides, and
 "unchecked" is the pass alone.
 
-Last word, on a loaded 2-core EPYC: no network is below 0.98, and small ones reach 2 to 7, but the MLP has 1.25 with 8
-vectors (unchecked 1.8) and 1.2 to 1.5 with 20. The goal is out of reach there: of the pass's 1570 us for 8 vectors,
-1450 are matrix products at the core's 104 GFLOP/s, so that no pass can be more than 1.96 times faster than 8 times the
-356 us of `autograd.grad`. (On a Xeon whose matrix products took a third less, the pass alone was 2.8 times faster.) The
-comparison costs the engine's 310 us, 140 more because its code and data have left the caches, and about 100 for the
-check; a combination of all vectors instead of the first, for batches with zeros, 250 more. To compare only a graph's
-first batch would gain nothing where most batches are: a Nystrom preconditioner has one for each graph.
+Last word, on a quiet 2-core EPYC: small networks reach 1.7 to 2.7 with 8 vectors and 3 to 6 with 20, attention 1.2 and
+1.6, but the MLP has 1.17 (unchecked 1.87) and 1.5, through a combiner 1.2 and 1.7. A first batch of 8 is between 0.95
+and 1.7, all else is at least 1.0; with more than a million weights batches begin at 16 vectors. The goal is out of
+reach there: of the pass's 1450 us for 8 vectors nearly all are matrix products at the core's 104 GFLOP/s, so that no
+pass can be more than 1.96 times faster than `autograd.grad`. (On a Xeon whose matrix products took a third less, the
+pass alone was 2.8 times faster.) The comparison costs the engine's 310 us, and 400 more because its code and data have
+left the caches and two gradients are combined, so that a pass which gives one vector's result to all of them is found
+out. To compare only a graph's first batch would gain nothing where most batches are: a Nystrom preconditioner has one
+for each graph.
 
 What did not help: the vectors on another axis, for larger matrix products; nodes in depth-first order; each node in a
 loop over the vectors instead of under vmap (layer norm 1.7 instead of 3.6, GRU 3.4 instead of 4.9).

@@ -242,6 +242,15 @@ def test_few_vectors_go_one_by_one():
     assert pullback.num_batched == 0
 
 
+def test_inputs_of_many_numbers_need_more_vectors():
+    w = torch.randn((1 << 20) + 1, requires_grad=True)
+    pullback = Pullback([w.exp()[:3]], [w])
+    pullback.batched([torch.randn(8, 3)])
+    assert pullback.num_batched == 0
+    check(pullback, [w.exp()[:3]], [w], [torch.randn(16, 3)])
+    assert pullback.num_batched == 16
+
+
 def test_no_vectors_are_no_error():
     w = torch.randn(3, requires_grad=True)
     assert Pullback([w.exp()], [w]).batched([torch.empty(0, 3)]) == [None]
