@@ -4,15 +4,16 @@ Goal: 8 vectors in a batch 2.0 times faster than 8 of `autograd.grad` on MLP 64-
 network below 1.0, with the engine's product that each batch is compared with. "first batch" plans its pass besides, and
 "unchecked" is the pass alone.
 
-Last word, on a quiet 2-core EPYC: small networks reach 1.7 to 2.7 with 8 vectors and 3 to 6 with 20, attention 1.2 and
-1.6, but the MLP has 1.17 (unchecked 1.87) and 1.5, through a combiner 1.2 and 1.7. A first batch of 8 is between 0.95
-and 1.7, all else is at least 1.0; with more than a million weights batches begin at 16 vectors. The goal is out of
-reach there: of the pass's 1450 us for 8 vectors nearly all are matrix products at the core's 104 GFLOP/s, so that no
-pass can be more than 1.96 times faster than `autograd.grad`. (On a Xeon whose matrix products took a third less, the
-pass alone was 2.8 times faster.) The comparison costs the engine's 310 us, and 400 more because its code and data have
-left the caches and two gradients are combined, so that a pass which gives one vector's result to all of them is found
-out. To compare only a graph's first batch would gain nothing where most batches are: a Nystrom preconditioner has one
-for each graph.
+Last word, over two runs on a quiet 2-core EPYC: small networks reach 1.7 to 2.7 with 8 vectors and 3 to 6 with 20,
+attention 1.2 and 1.6, but the MLP has 1.04 to 1.17 with 8 (unchecked 1.81 to 1.87) and 1.5 with 20, through a combiner
+1.1 to 1.2 and 1.5 to 1.7. Two kinds of cells are below 1.0: a first batch of 8 on these two, and with 1024 samples,
+0.85 to 0.97; and 512-1024-1024 with 8, 0.85 to 0.89, whose vectors go one by one, but whose products are written into
+one batch of 50 MB, which `autograd.grad` leaves to the caller. The goal is out of reach there: of the pass's 1450 us
+for 8 vectors nearly all are matrix products at the core's 104 GFLOP/s, so that no pass can be more than 1.96 times
+faster than `autograd.grad`. The comparison costs the engine's 310 us, and 400 more because its code and data have left
+the caches and two gradients are combined, so that a pass which gives one vector's result to all of them is found out.
+To compare only a graph's first batch would gain nothing where most batches are: a Nystrom preconditioner has one for
+each graph.
 
 What did not help: the vectors on another axis, for larger matrix products; nodes in depth-first order; each node in a
 loop over the vectors instead of under vmap (layer norm 1.7 instead of 3.6, GRU 3.4 instead of 4.9).

@@ -1,8 +1,8 @@
 // One operand's share of one element, or of a SIMD vector of elements, of a linear combination.
 //
 // clang-format off
-// With alpha = r.r / p.Hp and beta = r'.r' / r.r, conjugate gradients are three linear combinations, of which the
-// second also gives r'.r':
+// Conjugate gradients are three linear combinations, with alpha = r.r / p.Hp and beta = r'.r' / r.r. The second of them
+// also gives r'.r':
 //   x <- x + alpha p,   r <- r - alpha H p,   p <- beta p + r
 // The Lanczos recurrence of MINRES, and that of its directions, have three operands:
 //   v'' = H v' - a v' - b v,   w'' = (v - d w' - e w) / g
