@@ -61,6 +61,19 @@ class StopReason(str, Enum):
         "damping to the solver, or take parameters of float64.",
     )
     """The residual cannot be made smaller in this precision."""
+    NOT_FINITE = (
+        "not finite",
+        "The products with the inner Hessian hold NaN or inf, so no linear system can be solved: the inner loss, its "
+        "gradient or its second derivatives are not finite at these parameters and data, or overflow in their dtype.",
+    )
+    """Not even the first product was finite."""
+    NOT_SYMMETRIC = (
+        "not symmetric",
+        "The operator is not symmetric, as the second derivatives of a loss are: some backward pass is not the "
+        "derivative of its forward pass (gradient reversal, a straight-through estimator, a hook that changes a "
+        "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
+    )
+    """Products contradict the symmetry of H, by more than rounding."""
     TRIVIAL = "trivial"
     """The right-hand side is zero, and so is the exact solution."""
 
@@ -94,13 +107,18 @@ class SolveStats:
         converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
             done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
-            `stagnated`: the residual cannot be made smaller in this precision; `trivial`: `b` is zero, and so is the
+            `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the first product
+            was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `trivial`: `b` is zero, and so is the
             exact solution. With several right-hand sides it is the reason of the worst.
         step_size: the step size that was used; `None` where the method has none.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H, where the solver makes one.
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
+        symmetry_error: by how much products contradict the symmetry of H, relative to their size; `None` where the
+            solver has no two products that tell.
+        operator_error: an estimate of the relative error of the products themselves, where they are not exact
+            (`curvature="finite-difference"`); `None` where they are.
     """
 
     iterations: int
@@ -112,6 +130,8 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
+    symmetry_error: float | None = None
+    operator_error: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.stop_reason) is not StopReason:
