@@ -35,20 +35,26 @@ class DynamicWeightAverage(Weighting):
         self.register_buffer("sums", torch.zeros(num_losses))
         self.register_buffer("counts", torch.zeros(num_losses))
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
         if self.calls == self.period:
             self._end_period()
         self.calls += 1
-        self.sums += losses
-        self.counts += losses != 0
+        sums = self.sums.add_(losses)
+        largest = torch.finfo(sums.dtype).max
+        if max(map(abs, values)) * 4 * self.period > largest:  # a sum in which there is no such loss stays in range
+            sums.clamp_(-largest / 2, largest / 2)
+        self.counts.add_(losses != 0)
         before, last = self.averages
         ratios = torch.where(before == 0, 1, last / before)
         return self.num_losses * torch.softmax(ratios / self.temperature, dim=0)
 
     def _end_period(self) -> None:
-        last = self.averages[1].clone()
-        self.averages[0] = last
-        self.averages[1] = torch.where(self.counts == 0, last, self.sums / self.counts)
+        before = self.averages[1].clone()
+        last = torch.where(self.counts == 0, before, self.sums / self.counts)
+        # The ratio, divided by the temperature, stays finite: the softmax of inf is NaN.
+        largest = torch.finfo(last.dtype).max * min(self.temperature, 1) / 2
+        self.averages[0] = before.sign() * before.abs().maximum(last.abs() / largest)
+        self.averages[1] = last
         self.sums.zero_()
         self.counts.zero_()
         self.calls = 0
