@@ -59,11 +59,11 @@ class Combiner(nn.Module, ABC):
         self._shapes = shapes
         self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         self.phi = nn.Parameter(torch.zeros(sum(self._sizes)))
-        self.register_state_dict_post_hook(_note_layers)
+        nn.Module.register_state_dict_post_hook(self, _note_layers)
         self._enlist()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self._enlist()
 
     def _enlist(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations_with_replacement, pairwise
 from math import comb, isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class PolynomialCombiner(Combiner):
         count = comb(num_losses + degree, degree) - 1
         if count > MOST_MONOMIALS:
             raise ValueError(
-                f"degree={degree} of {num_losses} losses has {count} monomials, more than {MOST_MONOMIALS}: lower degree"
+                f"degree {degree} of {num_losses} losses has {count} monomials, {MOST_MONOMIALS} at most: lower degree"
             )
         by_degree = [list(combinations_with_replacement(range(num_losses), d)) for d in range(1, degree + 1)]
         all_monomials = [monomial for monomials in by_degree for monomial in monomials]
@@ -185,9 +186,9 @@ class DeepLinearCombiner(NonlinearCombiner):
         )
 
 
-def _check_init_value(value: float) -> None:
-    if not isfinite(value):
-        raise ValueError(f"init_value must be finite, got {value}")
+def _check_init_value(value: Any) -> None:
+    if not (isinstance(value, Real) and isfinite(value)):
+        raise ValueError(f"init_value must be a finite number, got {value!r}")
 
 
 def _linear(features: Tensor, weight: Tensor, main: int | None, losses: Tensor) -> Tensor:

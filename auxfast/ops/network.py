@@ -50,19 +50,22 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def layer_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+def layer_sizes(name: Literal["hidden", "channels"], sizes: Any) -> tuple[int, ...]:
     """The sizes of layers, given as a sequence, as a tuple; `name` is the argument's.
 
     Raises:
-        TypeError: `sizes` is no sequence.
-        ValueError: it is empty, or holds something else than ints of at least 1.
+        TypeError: `sizes` is no sequence of ints.
+        ValueError: it is empty, or one of them is not positive.
     """
+    each = "width for each hidden layer" if name == "hidden" else "number for each convolution"
+    example = sizes if _is_int(sizes) and sizes > 0 else 10
     if not isinstance(sizes, Iterable) or isinstance(sizes, str):
-        example = sizes if _is_int(sizes) and sizes > 0 else 10
-        raise TypeError(f"{name} must be a sequence, one int for each layer, like {name}=({example},), got {sizes!r}")
+        raise TypeError(f"{name} must be a sequence, one {each}, like {name}=({example},), got {sizes!r}")
     found = tuple(sizes)
-    if not found or not all(_is_int(size) and size >= 1 for size in found):
-        raise ValueError(f"{name} must hold one positive int for each layer, got {found!r}")
+    if not all(map(_is_int, found)):
+        raise TypeError(f"{name} must hold ints, got {found!r}")
+    if not found or min(found) < 1:
+        raise ValueError(f"{name} must hold one positive {each}, got {found!r}")
     return found
 
 

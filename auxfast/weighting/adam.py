@@ -34,7 +34,7 @@ class Adam(nn.Module):
         """The step to add to the vector, (size,). It is 0 where `present`, (size,) of bool, is false, whatever
         `gradient` (size,) holds there."""
         mean, square, steps = self.mean, self.square, self.steps
-        largest = math.sqrt(torch.finfo(square.dtype).max)  # a larger gradient's square would stay inf for ever
+        largest = math.sqrt(torch.finfo(square.dtype).max) / 2  # a larger gradient's square would stay inf for ever
         gradient = torch.where(present, gradient, 0).to(mean).clamp_(-largest, largest)
         counted = present.to(mean)
         steps.add_(counted)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _NOT_FINITE = (
     "A loss or its gradient is NaN or inf: {} leaves what it has learned as it is, and returns the weights of the last "
     "batch without."
@@ -77,8 +76,12 @@ class Weighting(nn.Module, ABC):
         Raises:
             ValueError: `losses` is of another shape; or the method needs gradients, and `losses` has no graph or
                 `parameters` nothing to train.
-            TypeError: `parameters` is one tensor.
+            TypeError: `losses` is no tensor, or not floating point; or `parameters` is one tensor.
         """
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be one tensor, got a {type(losses).__name__}: pass torch.stack(losses)")
+        if not losses.dtype.is_floating_point:
+            raise TypeError(f"losses must be floating point, got {losses.dtype}")
         if losses.shape != (self.num_losses,):
             raise ValueError(f"losses must have the shape ({self.num_losses},), got {tuple(losses.shape)}")
         given: Any = parameters
@@ -108,24 +111,37 @@ class Weighting(nn.Module, ABC):
             self._has_warned = True
             warnings.warn(_NOT_FINITE.format(type(self).__name__), RuntimeWarning, stacklevel=_stacklevel())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A state_dict from before 0.2 has no last weights.
-        state_dict.setdefault(f"{prefix}last_weights", self.last_weights)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state_dict.setdefault(f"{prefix}last_weights", self.last_weights)  # before 0.2 there were none
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and isinstance(value, Tensor) and not (value.is_meta or value.isfinite().all()):
+                error_msgs.append(f"{key} holds NaN or inf in the checkpoint: load an older one")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         return f"num_losses={self.num_losses}, main={self.main}"
 
 
 def check_finite(values: Iterable[float]) -> None:
-    """Raises NotFinite if a value is NaN or inf. For few of them `tolist()` takes a tenth of `isfinite().all()`'s time on
-    a CPU, and as long on a GPU."""
+    """Raises NotFinite if a value is NaN or inf. Few of them are best checked as numbers: `tolist()` takes a tenth of
+    the time of `isfinite().all()` on a CPU, and as long on a GPU."""
     if not all(map(math.isfinite, values)):
         raise NotFinite
 
 
 def check_int(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
@@ -140,8 +156,8 @@ def check_non_negative(name: str, value: float) -> None:
 
 
 def _stacklevel() -> int:
-    """The `stacklevel` at which the caller's `warnings.warn` finds the first frame outside of auxfast and of torch, whose
-    modules call `forward`."""
+    """The `stacklevel` at which the caller's `warnings.warn` finds the first frame outside of auxfast, and of torch, by
+    which modules are called."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("auxfast", "torch"):
         level, frame = level + 1, frame.f_back

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxfast.weighting.base import Weighting, check_positive
+from auxfast.weighting.base import Weighting, check_int, check_positive
 
 
 class DynamicWeightAverage(Weighting):
@@ -26,6 +26,7 @@ class DynamicWeightAverage(Weighting):
 
     def __init__(self, num_losses: int, main: int = 0, temperature: float = 2.0, period: int = 100) -> None:
         check_positive("temperature", temperature)
+        check_int("period", period)
         if period < 1:
             raise ValueError(f"period must be at least 1, got {period}")
         super().__init__(num_losses, main)

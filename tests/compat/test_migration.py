@@ -47,7 +47,7 @@ def test_losses_of_pixels(version):
     _, helpful, harmful = losses.grad.sum((0, 2, 3)).tolist()
     assert helpful > harmful
     assert names["outer_loss"]() < 0.5 * names["start"]
-    assert all((p >= 0).all() for n, p in names["combiner"].state_dict().items() if n.endswith("weight"))
+    assert all((p >= 0).all() for n, p in names["combiner"].layers().items() if n.endswith("weight"))
 
 
 @both

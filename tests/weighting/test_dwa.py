@@ -54,8 +54,23 @@ def test_a_loss_absent_for_whole_periods_has_a_ratio_of_1():
     assert weights[4].tolist() == [1, 1]
 
 
+def test_sums_and_ratios_that_overflow():
+    """A loss that rises from 1e-30 to 1e38 has all the weight; two that stay at 3e38 have the same."""
+    weighting = DynamicWeightAverage(2, temperature=0.1, period=4)
+    for losses in [[1e-30, 1.0]] * 4 + [[1e38, 1.0]] * 4:
+        weighting(torch.tensor(losses), [])
+    assert weighting(torch.tensor([1.0, 1.0]), []).tolist() == [2, 0]
+    weighting = DynamicWeightAverage(2, period=4)
+    for _ in range(9):
+        weights = weighting(torch.tensor([3e38, 3e38]), [])
+        assert all(buffer.isfinite().all() for buffer in weighting.buffers())
+    assert weights.tolist() == [1, 1]
+
+
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         DynamicWeightAverage(2, temperature=0)
     with pytest.raises(ValueError, match="period must be at least 1, got 0"):
         DynamicWeightAverage(2, period=0)
+    with pytest.raises(TypeError, match=r"period must be an int, got 2\.5"):
+        DynamicWeightAverage(2, period=2.5)
