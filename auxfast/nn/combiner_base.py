@@ -80,12 +80,12 @@ class Combiner(nn.Module, ABC):
 
         `mask`, of the shape of `losses`, is 0 where a sample does not have a loss: that entry counts as 0 and its
         gradient is 0, whatever it holds. float16 and bfloat16 losses are computed in float32. Twice differentiable in
-        the losses and in `phi`. A mask that is not of bool is read first, which waits for a GPU.
+        the losses and in `phi`.
 
         Raises:
             TypeError: `losses` or `mask` is no dense tensor, or `losses` is not floating point or of another dtype than
                 `phi`.
-            ValueError: a shape is wrong, or `mask` holds something else than 0 and 1.
+            ValueError: a shape is wrong, or `mask` holds something else than 0 and 1 (found on the CPU alone).
         """
         return self._combine(losses, mask, self.reduction)
 

@@ -25,7 +25,7 @@ def present_losses(losses: Tensor, mask: Tensor | None, num_losses: int, image: 
 
     Raises:
         TypeError: `losses` or `mask` is no dense tensor, or `losses` is not floating point.
-        ValueError: a shape is wrong, or `mask` holds something else than 0 and 1.
+        ValueError: a shape is wrong, or `mask` holds something else than 0 and 1 (found on the CPU alone).
         RuntimeError: the two are on different devices.
     """
     try:  # only what is no tensor pays
@@ -55,7 +55,7 @@ def not_a_tensor(losses: Any) -> TypeError:
 
 
 def _as_bool(mask: Tensor, losses: Tensor) -> Tensor:
-    """The mask, checked. One of bool costs nothing; others are read, which waits for a GPU."""
+    """The mask, checked. Only on the CPU are its values: elsewhere that would wait for the device."""
     if not isinstance(mask, Tensor) or mask.layout is not _DENSE:
         given = mask.layout if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise TypeError(f"mask must be a dense tensor, got {given}")
@@ -66,8 +66,8 @@ def _as_bool(mask: Tensor, losses: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         return mask
     present = mask.bool()  # NaN and 0.5 become True
-    if not (_is_compiling() or in_transform()) and not torch.equal(present.to(mask.dtype), mask):
-        other = mask[present.to(mask.dtype) != mask][0].item()
+    if mask.is_cpu and not (_is_compiling() or in_transform()) and not torch.equal(mask * mask, mask):
+        other = mask[mask * mask != mask][0].item()
         raise ValueError(f"mask must hold 1 where a sample has a loss and 0 where it has not, got {other}")
     return present
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _NOT_FINITE = (
     "A loss or its gradient is NaN or inf: {} leaves what it has learned as it is, and returns the weights of the last "
-    "batch without."
+    "good batch."
 )
 
 
@@ -58,7 +58,7 @@ class Weighting(nn.Module, ABC):
             raise ValueError(f"main must be an index 0 to {num_losses - 1}, got {main}")
         super().__init__()
         self.num_losses, self.main = num_losses, main
-        self.register_buffer("last_weights", torch.full((num_losses,), auxiliary))
+        self.register_buffer("last_weights", torch.full((num_losses,), float(auxiliary)))
         self.last_weights[main] = 1
         self._has_warned = False
 

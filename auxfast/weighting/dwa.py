@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class DynamicWeightAverage(Weighting):
         self.register_buffer("counts", torch.zeros(num_losses))
 
     def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
-        if self.calls == self.period:
+        if self.calls >= self.period:  # above it after a checkpoint of a longer period
             self._end_period()
         self.calls += 1
         sums = self.sums.add_(losses)
@@ -64,4 +66,6 @@ class DynamicWeightAverage(Weighting):
         return {"calls": self.calls}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+        calls: Any = state.get("calls") if isinstance(state, dict) else state
+        check_int("calls in the checkpoint", calls)
+        self.calls = calls

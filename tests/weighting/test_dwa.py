@@ -67,6 +67,22 @@ def test_sums_and_ratios_that_overflow():
     assert weights.tolist() == [1, 1]
 
 
+def test_a_checkpoint_of_a_longer_period():
+    """The period that it was in the middle of ends at once."""
+    long, short = DynamicWeightAverage(2, period=9), DynamicWeightAverage(2, period=2)
+    _weights(long.double(), [[2.0, 1.0]] * 5)
+    short.double().load_state_dict(long.state_dict())
+    _weights(short, [[1.0, 1.0]] * 2)
+    assert _weights(short, [[9.0, 9.0]])[0, 0] < 1  # the first loss fell from 2 to 1
+
+
+@pytest.mark.parametrize("state", ["3", {"calls": "3"}, {}, {"calls": 2.5}], ids=str)
+def test_a_checkpoint_that_holds_something_else_than_calls(state):
+    weighting = DynamicWeightAverage(2)
+    with pytest.raises(TypeError, match="calls in the checkpoint must be an int, got"):
+        weighting.load_state_dict({**weighting.state_dict(), "_extra_state": state})
+
+
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         DynamicWeightAverage(2, temperature=0)
