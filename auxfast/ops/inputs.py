@@ -55,7 +55,8 @@ def not_a_tensor(losses: Any) -> TypeError:
 
 
 def _as_bool(mask: Tensor, losses: Tensor) -> Tensor:
-    """The mask, checked. Only on the CPU are its values: elsewhere that would wait for the device."""
+    """The mask, checked. Its values are where reading them is cheap: on the CPU, and not in a subclass of tensors,
+    which may have none."""
     if not isinstance(mask, Tensor) or mask.layout is not _DENSE:
         given = mask.layout if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise TypeError(f"mask must be a dense tensor, got {given}")
@@ -66,7 +67,8 @@ def _as_bool(mask: Tensor, losses: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         return mask
     present = mask.bool()  # NaN and 0.5 become True
-    if mask.is_cpu and not (_is_compiling() or in_transform()) and not torch.equal(mask * mask, mask):
+    readable = type(mask) is Tensor and mask.is_cpu and not (_is_compiling() or in_transform())
+    if readable and not torch.equal(mask * mask, mask):
         other = mask[mask * mask != mask][0].item()
         raise ValueError(f"mask must hold 1 where a sample has a loss and 0 where it has not, got {other}")
     return present

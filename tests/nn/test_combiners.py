@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from auxfast import reference_kernels
 from auxfast.nn import Combiner, ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
@@ -359,6 +360,13 @@ def test_a_mask_of_0_and_1_may_have_any_dtype(make, dtype):
     combiner, losses = disturbed(make(3, main=0)), positive_losses(7)
     mask = normal(7, 3, seed=3) > -0.3
     assert torch.equal(combiner(losses, mask.to(dtype)), combiner(losses, mask))
+
+
+@EVERY
+def test_a_mask_without_values_is_not_read(make):
+    with FakeTensorMode():
+        combiner = make(3, main=0)
+        assert combiner(torch.rand(4, 3), torch.ones(4, 3)).shape == ()
 
 
 @pytest.mark.parametrize("make", [NonlinearCombiner, DeepLinearCombiner])
