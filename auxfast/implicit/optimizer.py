@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.solvers import MINRES
@@ -71,6 +72,7 @@ class HyperOptimizer:
         inner_params: Iterable[Tensor],
         *,
         outputs: Tensor | Sequence[Tensor] | None = None,
+        free: Free | None = None,
         retain_graph: bool = False,
     ) -> SolveStats:
         """One update of the outer parameters; arguments and errors are those of `hypergradient`.
@@ -87,6 +89,7 @@ class HyperOptimizer:
             solver=self.solver,
             curvature=self.curvature,
             outputs=outputs,
+            free=free,
             state=self.state,
             retain_graph=retain_graph,
             warn=self.warn,
