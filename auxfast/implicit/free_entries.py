@@ -1,4 +1,4 @@
-"""Masks of the inner parameters' free entries: where others stay at a kink or a bound, the theorem is about the free."""
+"""Masks of free entries: where some entries stay at a kink or a bound, the theorem is about the others."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from auxfast.implicit.curvature import Curvature
 
 Free = Iterable[Tensor | None]
-"""One entry for each of `inner_params`: a bool tensor of its shape, True where an entry moves with the outer
+"""One tensor of torch.bool for each of `inner_params`, of its shape, True where an entry moves with the outer
 parameters; or `None`, where all do."""
 
 Masks = Sequence[Tensor | None]
 
 
-def free_masks(free: Free | None, inner: Sequence[Tensor]) -> list[Tensor | None]:
-    """The masks of those `inner` parameters that have `requires_grad`.
+def free_masks(free: Free | None, inner: Sequence[Tensor], name: str = "inner_params") -> list[Tensor | None]:
+    """The masks of those `inner` parameters, an argument of this name, that have `requires_grad`.
 
     Raises:
         TypeError: `free` is no iterable of tensors and None.
@@ -29,10 +29,10 @@ def free_masks(free: Free | None, inner: Sequence[Tensor]) -> list[Tensor | None
         return [None for param in inner if param.requires_grad]
     given: Any = free
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
-        raise TypeError(f"free must be a list, one mask or None for each of inner_params, not a {type(given).__name__}")
+        raise TypeError(f"free must be a list, one mask or None for each of {name}, not a {type(given).__name__}")
     masks = list(given)
     if len(masks) != len(inner):
-        raise ValueError(f"free must have one mask or None for each of the {len(inner)} inner_params, not {len(masks)}")
+        raise ValueError(f"free must have one mask or None for each of the {len(inner)} {name}, not {len(masks)}")
     for i, (mask, param) in enumerate(zip(masks, inner, strict=True)):
         if mask is None:
             continue
@@ -42,15 +42,15 @@ def free_masks(free: Free | None, inner: Sequence[Tensor]) -> list[Tensor | None
             raise ValueError(f"free[{i}] must be of torch.bool, not {mask.dtype}: compare, as in w != 0")
         if mask.shape != param.shape:
             raise ValueError(
-                f"free[{i}] must have the shape of inner_params[{i}], {tuple(param.shape)}, not {tuple(mask.shape)}"
+                f"free[{i}] must have the shape of {name}[{i}], {tuple(param.shape)}, not {tuple(mask.shape)}"
             )
         if mask.device != param.device:
-            raise ValueError(f"free[{i}] must be on the device of inner_params[{i}], {param.device}, not {mask.device}")
+            raise ValueError(f"free[{i}] must be on the device of {name}[{i}], {param.device}, not {mask.device}")
     active = [mask for mask, param in zip(masks, inner, strict=True) if param.requires_grad]
     if active and not any(mask is None or bool(mask.any()) for mask in active):
         raise ValueError(
-            "free holds no free entry: nothing of the inner parameters moves with outer_params, and the "
-            "hypergradient is the direct gradient of outer_loss"
+            f"free holds no free entry: all of {name} would be held fixed, and nothing of them move with the outer "
+            "parameters"
         )
     return active
 
