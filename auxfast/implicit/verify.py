@@ -94,7 +94,6 @@ def verify_hypergradient(
                 "lambda: ..."
             )
     check_steps("max_directions", max_directions)
-    check_steps("max_dense", max_dense)
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     masks = free_masks(free, inner)
     for name, params in (("inner_params", inner), ("outer_params", outer)):
