@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Protocol
@@ -106,7 +107,7 @@ class HyperOptimizer:
             )
         except NotFiniteError as error:
             return self._skip(before, _NOT_FINITE, str(error))
-        if result.direct_only:
+        if result.direct_only or math.isinf(result.stats.residual):
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None

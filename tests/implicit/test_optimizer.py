@@ -113,16 +113,18 @@ def test_a_solve_that_found_nothing_changes_nothing_and_says_so_once():
     assert not sgd.state
 
 
-def test_an_uncertified_solve_changes_nothing():
+@pytest.mark.parametrize("value", [1.0, torch.inf, torch.nan])
+def test_an_uncertified_solve_changes_nothing(value):
     class Overflows:
         def solve(self, matvec, rhs, **options):
-            return [torch.full_like(b, torch.inf) for b in rhs], SolveStats(1, 1, torch.inf, False, "diverged")
+            return [torch.full_like(b, value) for b in rhs], SolveStats(1, 1, torch.inf, False, "diverged")
 
     problem = Ridge()
     before = problem.decay.detach().clone()
     optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), solver=Overflows(), warn=False)
     optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
     assert torch.equal(problem.decay.detach(), before)
+    assert optimizer.skipped_steps == 1
 
 
 def test_the_default_solver_and_the_curvature_are_passed_on():
