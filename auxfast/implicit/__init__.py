@@ -1,6 +1,7 @@
 """Hypergradients by implicit differentiation."""
 
 from auxfast.autograd.preserved_state import preserved_state
+from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
@@ -12,6 +13,7 @@ __all__ = [
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",
+    "NotFiniteError",
     "UsefulnessResult",
     "auxiliary_usefulness",
     "hypergradient",

@@ -58,9 +58,10 @@ class HypergradientReport:
     directions: Tensor
     """(m, n): unit vectors; the coordinate axes if there are few outer parameters, else random and orthogonal."""
     hypergradient: Tensor
-    """(m,): the solver's hypergradient at the given inner parameters."""
+    """(m,): the solver's hypergradient at the given inner parameters; NaN if it is not finite."""
     dense: Tensor | None
-    """(m,): the hypergradient with an exact solve at the same parameters; `None` if the system was too large."""
+    """(m,): the hypergradient with an exact solve at the same parameters; `None` if the system was too large or not
+    finite."""
     finite_differences: Tensor
     """(m,): differences of the outer loss, with the inner problem solved anew on both sides."""
     finite_difference_error: float
@@ -114,7 +115,7 @@ class HypergradientReport:
         """Whether the hypergradient is right, by how much it is off, and the first reason that the numbers show."""
         total, fault = self.total, self._fault()
         if not bool(self.hypergradient.isfinite().all()):
-            return "the hypergradient is not finite: a loss has NaN or infinite derivatives at these parameters"
+            return f"not finite: {fault or 'a loss has NaN or infinite derivatives at these parameters'}"
         if not bool(self.hypergradient.any()) and not bool(self.finite_differences.any()):
             return "zero, and so are the finite differences: do outer_params play a part in the losses?"
         if total.relative_error <= RIGHT and self.finite_difference_error <= 1:
@@ -206,7 +207,7 @@ class HypergradientReport:
         )
 
     def __str__(self) -> str:
-        solver = "not done: the system is too large" if self.solver is None else str(self.solver)
+        solver = "not done: the system is too large or not finite" if self.solver is None else str(self.solver)
         error = f"estimated error {self.finite_difference_error:.2e}"
         lines = [
             f"against the dense solve       {solver}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, NamedTuple
@@ -16,19 +16,21 @@ from auxfast.autograd.engine import zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.curvature import Curvature, Hessian
+from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.kinks import find_kinks
 from auxfast.implicit.losses import LossFn, as_loss_fns
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport
-from auxfast.solvers import MINRES, Dense, Solver, SolveStats
+from auxfast.solvers import MINRES, Dense, Solver, SolveStats, StopReason
 from auxfast.solvers.base import check_positive, check_steps
 
 Loss = Callable[[], Any]
 
 _NEWTON_STEPS = 20
 _NEWTON_SOLVER = MINRES(steps=500, tol=1e-6)
+_NOT_FINITE = SolveStats(0, 0, residual=math.inf, converged=False, stop_reason=StopReason.NOT_FINITE)
 _SYMMETRY_PAIRS = 4
 """Pairs of random vectors, which give the norm of the antisymmetric part of H to a factor of about 2."""
 _NEARBY = 1e-4
@@ -86,6 +88,7 @@ def verify_hypergradient(
         ValueError: a setting outside its range; parameters that are none, not leaves or without any
             `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; or what
             `hypergradient` raises.
+        NotFiniteError: as `hypergradient` does, unless entries at kinks explain it, which the report then says.
     """
     for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
         if isinstance(loss, Tensor) or not callable(loss):
@@ -282,17 +285,21 @@ def _verify(problem: _Problem, solver: Solver, step: float, max_directions: int,
     directions = _directions(len(phi), max_directions)
     given = problem
     given_norm = float(_flat(given.inner_gradient()).norm())
-    derivatives, stats = given.derivatives(directions, solver)
-    dense = None
-    if len(w) <= max_dense:
-        dense, _ = given.derivatives(directions, Dense(max_size=max_dense))
-
     is_free, scales = (
         _flat(project([torch.ones_like(param) for param in given.inner], given.masks)).bool(),
         _scales(given.inner),
     )
     held, oblique = find_kinks(given.inner_gradient_at, w, torch.where(is_free, scales, 0), eps)
     _assign(given.inner, w)
+    dense = None
+    try:
+        derivatives, stats = given.derivatives(directions, solver)
+        if len(w) <= max_dense:
+            dense, _ = given.derivatives(directions, Dense(max_size=max_dense))
+    except NotFiniteError:
+        if not bool(held.any()):
+            raise
+        derivatives, stats = torch.full((len(directions),), math.nan, dtype=torch.float64), _NOT_FINITE  # for the kinks
     problem = replace(given, masks=_masks(is_free & ~held, given.inner))
 
     generator = torch.Generator().manual_seed(0)
@@ -309,10 +316,11 @@ def _verify(problem: _Problem, solver: Solver, step: float, max_directions: int,
     if problem.solve_inner is not None:
         held = held | (is_free & found.pushed)
     at_minimum = None
-    if not Agreement.of(derivatives, found.derivatives).relative_error <= RIGHT:
+    if bool(derivatives.isfinite().all()) and not Agreement.of(derivatives, found.derivatives).relative_error <= RIGHT:
         there = problem.solved_at(w, phi)
         if bool(there.gradient.isfinite().all()):
-            at_minimum, _ = given.derivatives(directions, solver)
+            with suppress(NotFiniteError):
+                at_minimum, _ = given.derivatives(directions, solver)
     return HypergradientReport(
         directions=directions,
         hypergradient=derivatives,
