@@ -126,9 +126,10 @@ class HypergradientReport:
         return f"{self._size()}: {fault or self._other_cause()}"
 
     def _fault(self) -> str | None:
-        """What is wrong, by numbers that do not need the finite differences of the outer loss."""
+        """What is wrong, by numbers that do not need the finite differences of the outer loss. An error of NaN tells
+        nothing."""
         by_differences = self.curvature == "finite-difference"
-        if not self.symmetry_error <= (_SYMMETRIC_DIFFERENCES if by_differences else _SYMMETRIC):
+        if self.symmetry_error > (_SYMMETRIC_DIFFERENCES if by_differences else _SYMMETRIC):
             return (
                 f"not symmetric: the inner Hessian differs from its transpose by {_percent(self.symmetry_error)}: some "
                 "backward pass is not the derivative of its forward pass (gradient reversal, a straight-through "
@@ -146,7 +147,7 @@ class HypergradientReport:
                 f"kinks: the inner gradient jumps in {self.oblique} of {self.inner_entries} entries at once, which no "
                 "mask describes: smooth the inner loss (softplus for ReLU, a squared hinge)"
             )
-        if self.recorded_error is not None and not self.recorded_error <= _RECORDED:
+        if self.recorded_error is not None and self.recorded_error > _RECORDED:
             return (
                 f"the recorded second derivatives are {_percent(self.recorded_error)} off those of the inner gradient: "
                 "a detach() that cuts the graph, or a backward pass that is not the derivative of its forward pass "
