@@ -17,6 +17,7 @@ from auxfast.implicit.arguments import as_tuple, check_independent, check_unifor
 from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
@@ -46,6 +47,7 @@ def hypergradient(
     solver: Solver = _DEFAULT_SOLVER,
     curvature: CurvatureName = "hessian",
     outputs: Tensor | Sequence[Tensor] | None = None,
+    free: Free | None = None,
     state: SolverState | None = None,
     retain_graph: bool = False,
     warn: bool = True,
@@ -79,6 +81,9 @@ def hypergradient(
             which needs functions for `inner_loss` (see `auxfast.implicit.finite_difference.FiniteDifference`).
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
+        free: which entries of `inner_params` move with `outer_params`: one tensor of torch.bool for each parameter, of
+            its shape and on its device, or None where all do. The others are held fixed, as those are that stay at a
+            kink (a zero under an L1 penalty: `free=[w != 0]`) or at a bound. `None`: all entries of all are free.
         state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
             warnings were given.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
@@ -97,7 +102,7 @@ def hypergradient(
             iterable of tensors.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
-            of several dtypes or devices; an unknown `curvature`, or `outputs` that do not fit.
+            of several dtypes or devices; an unknown `curvature`, or `outputs` or `free` that do not fit.
         RuntimeError: a graph that was freed before, or an inner loss with something in it that has no second
             derivatives (the message names it): code that went through `torch.compile`, an attention kernel.
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
@@ -107,6 +112,7 @@ def hypergradient(
     check_independent(inner_params=inner, outer_params=outer)
     check_uniform(inner)
     _check_curvature(curvature, inner_loss, outputs)
+    masks = free_masks(free, inner)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
 
@@ -118,6 +124,8 @@ def hypergradient(
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         product = _curvature(curvature, given_inner, active_inner, retain_graph)
+        if free is not None:
+            rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
         stats, problem, direct_only = TRIVIAL, None, False
         if product.params:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auxfast.implicit.advice import warn_once
 from auxfast.implicit.finite import NotFiniteError
+from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.solvers import MINRES, StopReason
@@ -81,6 +82,7 @@ class HyperOptimizer:
         inner_params: Iterable[Tensor],
         *,
         outputs: Tensor | Sequence[Tensor] | None = None,
+        free: Free | None = None,
         retain_graph: bool = False,
     ) -> SolveStats:
         """One update of the outer parameters; arguments and errors are those of `hypergradient`.
@@ -101,6 +103,7 @@ class HyperOptimizer:
                 solver=self.solver,
                 curvature=self.curvature,
                 outputs=outputs,
+                free=free,
                 state=self.state,
                 retain_graph=retain_graph,
                 warn=self.warn,
