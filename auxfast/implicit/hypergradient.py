@@ -127,6 +127,7 @@ def hypergradient(
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
+        solution: Sequence[Tensor] = ()
         stats, problem, direct_only = TRIVIAL, None, False
         if product.params:
             pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
