@@ -24,7 +24,7 @@ def train(method: str) -> tuple[float, list[list[float]]]:
     labels = torch.cat([x[:, :1] + noise, -x[:, :1]], dim=1)  # (100, 3): main, helpful, harmful
     net = torch.nn.Linear(FEATURES, 1)
     inner = torch.optim.SGD(net.parameters(), lr=0.02)
-    combiner = auxfast.nn.LinearCombiner(3)  # the sum of weight * loss; all weights are 1 at first
+    combiner = auxfast.nn.LinearCombiner(3, main=0)  # main loss + a sum of learned weight * loss
     outer = auxfast.HyperOptimizer(torch.optim.Adam(combiner.parameters(), lr=0.03), project=[combiner])
 
     def losses() -> Tensor:  # (batch, num_losses)
@@ -47,7 +47,7 @@ def train(method: str) -> tuple[float, list[list[float]]]:
         inner.step()
         if method == "learned weights" and step % STEPS_PER_OUTER_STEP == 0:
             outer.step(squared_errors(held_out).mean(), combiner(losses()), net.parameters())
-            history.append(combiner.phi.tolist())
+            history.append(combiner.loss_weights(losses())[0].tolist())
     return squared_errors(test).mean().item(), history
 
 

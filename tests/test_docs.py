@@ -76,11 +76,14 @@ def test_the_programs_of_your_own_task_mask_losses_and_take_micro_batches(capsys
     assert "nan" not in capsys.readouterr().out
 
 
-def test_the_program_of_the_certificates_is_told_of_negative_curvature():
+def test_the_programs_of_the_certificates_are_told_of_negative_curvature_and_of_a_kink():
     names = run(DOCS / "certificates.md")
     assert names["result"].stats.negative_curvature
     assert len(names["caught"]) == 1
     assert "curves downwards" in str(names["caught"][0].message)
+    assert names["report"].verdict.startswith("direction right, size 1.67 times too large: kinks: 1 of 2 inner entries")
+    assert names["wrong"].grads[0].item() == pytest.approx(-10 / 3)
+    assert names["right"].grads[0].item() == pytest.approx(-2)
 
 
 def test_the_program_of_the_trainer_trains_a_task_of_ones_own(capsys):

@@ -1,16 +1,19 @@
 """Hypergradients by implicit differentiation."""
 
 from auxfast.autograd.preserved_state import preserved_state
+from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.optimizer import HyperOptimizer
+from auxfast.implicit.report import Agreement, HypergradientReport
 from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
-from auxfast.implicit.verify import Agreement, HypergradientReport, verify_hypergradient
+from auxfast.implicit.verify import verify_hypergradient
 
 __all__ = [
     "Agreement",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",
+    "NotFiniteError",
     "UsefulnessResult",
     "auxiliary_usefulness",
     "hypergradient",

@@ -1,4 +1,4 @@
-"""Warnings about a solve, with what to do about it."""
+"""Warnings about a hypergradient, with what to do about it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from auxfast._callers import stacklevel
+from auxfast.implicit.curvature import Curvature
+from auxfast.implicit.finite import check_finite
 from auxfast.solvers import Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
@@ -25,37 +27,84 @@ _IDENTITY = (
     "take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
     "auxfast.solvers.Identity(), which is cheaper."
 )
+_DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
 _TEXTS = {
-    "diverged": StopReason.DIVERGED.advice,
-    "negative curvature": StopReason.NEGATIVE_CURVATURE.advice,
+    "no part": (
+        "The hypergradient is 0: no outer parameter plays a part in either loss. Was the inner loss computed without "
+        "the combiner, from detached weights, or from parameters that were replaced since, or have they "
+        "requires_grad=False? What acts on the training alone, such as a learning rate, has no hypergradient: the "
+        "minimum does not depend on it."
+    ),
+    "no part in the inner loss": (
+        "The hypergradient is only the direct gradient: no outer parameter plays a part in the gradient of the inner "
+        f"loss, {_DIRECT_ALONE}. Are outer_loss and inner_loss exchanged, or is the combiner in the wrong one?"
+    ),
+    "no curvature": (
+        "The inner loss has no curvature along the outer loss's gradient (H b = 0), and the solver has returned x = 0, "
+        f"{_DIRECT_ALONE}. Are all weights of the losses, or of the samples, at 0? Add damping to the solver, as in "
+        "MINRES(damping=0.1), or keep the main loss in with main=0 of the combiner."
+    ),
+    "no solution": (
+        f"The solver has found nothing better than x = 0, whose residual is 1, {_DIRECT_ALONE}. See "
+        "result.stats.stop_reason; damping makes a system easier to solve."
+    ),
+    **{reason.value: reason.advice for reason in StopReason},
     "unconverged": StopReason.STEPS.advice,
     "identity": _IDENTITY,
 }
 
 
-def warn_of(
-    solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor], state: SolverState | None
-) -> None:
-    """Gives at most one RuntimeWarning: each kind once for a `state`, and without one as often as Python's filters show
-    the same text from the same line (by default once). `warn=False` or a `warnings` filter turns it off."""
+def warn_of(problem: str | None, solver: Solver, state: SolverState | None) -> None:
+    """Gives a RuntimeWarning about the problem, if there is one; see `warn_once`. `warn=False` or a `warnings` filter
+    turns it off."""
+    if problem is not None:
+        warn_once(problem, f"{_TEXTS[problem]} (solver={solver!r})", state)
+
+
+def warn_once(kind: str, text: str, state: SolverState | None) -> None:
+    """Gives a RuntimeWarning once for each kind and `state`; without a state, as often as Python's filters show the
+    same text from the same line (by default once)."""
     warned = set() if state is None else state.warned
-    kind = _what_is_wrong(solver, stats)
-    if kind is None and "identity" not in warned and _is_little_more_than_identity(solver, stats, rhs, solution):
-        kind = "identity"
-    if kind is None or kind in warned:
-        return
-    warned.add(kind)
-    warnings.warn(f"{_TEXTS[kind]} (solver={solver!r})", RuntimeWarning, stacklevel=stacklevel())
+    if kind not in warned:
+        warned.add(kind)
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel())
 
 
-def _what_is_wrong(solver: Solver, stats: SolveStats) -> str | None:
-    if stats.stop_reason == "diverged":
-        return "diverged"
+def missing_dependence(direct: Sequence[Tensor | None], mixed: Sequence[Tensor | None]) -> str | None:
+    """The problem where nothing depends on the outer parameters."""
+    if any(term is not None for term in mixed):
+        return None
+    return "no part" if all(term is None for term in direct) else "no part in the inner loss"
+
+
+def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
+    """Whether the solver returned x = 0 for a right-hand side that is not 0."""
+    return not stats.residual < 1 and not any(bool(x.any()) for x in solution)
+
+
+def problem_of(
+    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], solution: Sequence[Tensor]
+) -> str | None:
+    """The problem with a solve.
+
+    Raises:
+        NotFiniteError: x = 0 was returned because the products are not finite.
+    """
+    if nothing := found_nothing(stats, solution):
+        largest = max(float(b.abs().max()) for b in rhs if b.numel())
+        product = curvature([b / largest for b in rhs])
+        check_finite("The second derivatives of inner_loss in inner_params", product)
+        if not any(bool(p.any()) for p in product):
+            return "no curvature"
+    if stats.stop_reason in (StopReason.DIVERGED, StopReason.NOT_SYMMETRIC):
+        return str(stats.stop_reason)
     if stats.negative_curvature:
-        return "negative curvature"
+        return str(StopReason.NEGATIVE_CURVATURE)
+    if nothing:
+        return "no solution"
     if not stats.converged and getattr(solver, "tol", None) is not None:
-        return "unconverged"
-    return None
+        return "stagnated" if stats.stop_reason is StopReason.STAGNATED else "unconverged"
+    return "identity" if _is_little_more_than_identity(solver, stats, rhs, solution) else None
 
 
 def _is_little_more_than_identity(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.advice import warn_of
+from auxfast.implicit.advice import found_nothing, missing_dependence, problem_of, warn_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_uniform
 from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
+from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
@@ -31,6 +33,9 @@ class HypergradientResult:
 
     grads: tuple[Tensor, ...]
     stats: SolveStats
+    direct_only: bool = False
+    """Whether the solver found nothing better than x = 0: `grads` are then the direct gradients, and no
+    hypergradients."""
 
 
 def hypergradient(
@@ -42,6 +47,7 @@ def hypergradient(
     solver: Solver = _DEFAULT_SOLVER,
     curvature: CurvatureName = "hessian",
     outputs: Tensor | Sequence[Tensor] | None = None,
+    free: Free | None = None,
     state: SolverState | None = None,
     retain_graph: bool = False,
     warn: bool = True,
@@ -75,13 +81,17 @@ def hypergradient(
             which needs functions for `inner_loss` (see `auxfast.implicit.finite_difference.FiniteDifference`).
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
+        free: which entries of `inner_params` move with `outer_params`: one tensor of torch.bool for each parameter, of
+            its shape and on its device, or None where all do. The others are held fixed, as those are that stay at a
+            kink (a zero under an L1 penalty: `free=[w != 0]`) or at a bound. `None`: all entries of all are free.
         state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
             warnings were given.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
-            solver's `tol`, or came out as little more than the identity approximation.
+            solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
+            and where no outer parameter plays a part, or none does in the inner loss.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -92,14 +102,17 @@ def hypergradient(
             iterable of tensors.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
-            of several dtypes or devices; an unknown `curvature`, or `outputs` that do not fit.
+            of several dtypes or devices; an unknown `curvature`, or `outputs` or `free` that do not fit.
         RuntimeError: a graph that was freed before, or an inner loss with something in it that has no second
             derivatives (the message names it): code that went through `torch.compile`, an attention kernel.
+        NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
+            the message says in which. A FloatingPointError.
     """
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
     check_uniform(inner)
     _check_curvature(curvature, inner_loss, outputs)
+    masks = free_masks(free, inner)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
 
@@ -111,21 +124,42 @@ def hypergradient(
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         product = _curvature(curvature, given_inner, active_inner, retain_graph)
+        if free is not None:
+            rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
-        stats = TRIVIAL
+        solution: Sequence[Tensor] = ()
+        stats, problem, direct_only = TRIVIAL, None, False
         if product.params:
             pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
             b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
-                solution, stats = solver.solve(product, b, state=state)
+                solution, stats = _solve(solver, product, b, state)
+                problem = problem_of(solver, stats, product, b, solution)
+                direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
-            if warn:
-                warn_of(solver, stats, b, solution, state)
 
-    total = iter([_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)])
+    grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
+    if not all_finite(grads):
+        check_finite("The gradients of outer_loss in outer_params", direct)
+        check_finite("The solver's solutions", solution)
+        check_finite("The mixed second derivatives of inner_loss, in inner_params and outer_params,", mixed)
+        check_finite("The hypergradients", grads)
+    if warn:
+        warn_of(missing_dependence(direct, mixed) or problem, solver, state)
+    total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer), stats
+        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer), stats, direct_only
     )
+
+
+def _solve(
+    solver: Solver, product: Curvature, rhs: Sequence[Tensor], state: SolverState | None
+) -> tuple[Sequence[Tensor], SolveStats]:
+    try:
+        return solver.solve(product, rhs, state=state)
+    except ValueError:
+        check_finite("The gradients of outer_loss in inner_params", rhs)
+        raise
 
 
 def _check_curvature(curvature: str, inner_loss: Loss, outputs: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Protocol
@@ -11,14 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from auxfast._callers import stacklevel
+from auxfast.implicit.advice import warn_once
+from auxfast.implicit.finite import NotFiniteError
+from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.nn.combiner_base import unprojected
-from auxfast.solvers import MINRES
+from auxfast.solvers import MINRES, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
 
 _DEFAULT_SOLVER = MINRES()
+_NOT_FINITE = SolveStats(
+    iterations=0, matvecs=0, residual=float("inf"), converged=False, stop_reason=StopReason.NOT_FINITE
+)
 
 
 class Projectable(Protocol):
@@ -36,6 +40,10 @@ class HyperOptimizer:
             is kept for the next in `state`.
         max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
         project: modules whose `project_()` is called after each update.
+
+    Attributes:
+        state: what the solver keeps from one step for the next.
+        skipped_steps: the number of steps that changed nothing; see `step`.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
@@ -66,6 +74,7 @@ class HyperOptimizer:
         self.curvature = curvature
         self.warn = warn
         self.state = SolverState()
+        self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
 
     def step(
@@ -75,28 +84,36 @@ class HyperOptimizer:
         inner_params: Iterable[Tensor],
         *,
         outputs: Tensor | Sequence[Tensor] | None = None,
+        free: Free | None = None,
         retain_graph: bool = False,
     ) -> SolveStats:
         """One update of the outer parameters; arguments and errors are those of `hypergradient`.
 
-        The hypergradient replaces their `.grad`. If not even x = 0 could be certified (`stats.residual` is `inf`: the
-        products overflow), the parameters stay as they are.
+        The hypergradient replaces their `.grad`. Where it is not finite, or the solver finds nothing better than x = 0,
+        the step is skipped: parameters, the optimizer's momentum and the solver's state stay as they are,
+        `skipped_steps` counts it, and a warning says why, once. `stats.stop_reason` is then `not finite`, or the
+        solver's.
         """
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        result = hypergradient(
-            outer_loss,
-            inner_loss,
-            inner_params,
-            params,
-            solver=self.solver,
-            curvature=self.curvature,
-            outputs=outputs,
-            state=self.state,
-            retain_graph=retain_graph,
-            warn=self.warn,
-        )
-        if math.isinf(result.stats.residual):
-            return result.stats
+        before = vars(self.state).copy()
+        try:
+            result = hypergradient(
+                outer_loss,
+                inner_loss,
+                inner_params,
+                params,
+                solver=self.solver,
+                curvature=self.curvature,
+                outputs=outputs,
+                free=free,
+                state=self.state,
+                retain_graph=retain_graph,
+                warn=self.warn,
+            )
+        except NotFiniteError as error:
+            return self._skip(before, _NOT_FINITE, str(error))
+        if result.direct_only or math.isinf(result.stats.residual):
+            return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
         self.optimizer.step()
@@ -104,10 +121,24 @@ class HyperOptimizer:
             module.project_()
         return result.stats
 
+    def _skip(self, state: dict[str, Any], stats: SolveStats, reason: str) -> SolveStats:
+        """Counts a step that is not taken, and gives the solver the state back that it had before."""
+        self.skipped_steps += 1
+        vars(self.state).update(state, warned=self.state.warned)
+        if self.warn:
+            warn_once(
+                "skipped",
+                f"An outer step was skipped, and HyperOptimizer.skipped_steps counts it: {reason}",
+                self.state,
+            )
+        return stats
+
     def _clipped(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.max_grad_norm is None:
             return grads
         norm = torch.nn.utils.get_total_norm(grads)
+        if not norm.isfinite():  # the squares have overflowed
+            norm = torch.nn.utils.get_total_norm([grad.double() for grad in grads])
         scale = (self.max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
         return [grad * scale.to(grad.device, grad.dtype) for grad in grads]
 
@@ -116,14 +147,16 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the torch optimizer, and `state`, which the solver keeps. A run that goes on from here gives the
-        same numbers as one without a break."""
-        return {**self.optimizer.state_dict(), "solver_state": dict(vars(self.state))}
+        """State of the torch optimizer, `state`, which the solver keeps, and `skipped_steps`. A run that goes on from
+        here gives the same numbers as one without a break."""
+        solver_state = dict(vars(self.state))
+        return {**self.optimizer.state_dict(), "solver_state": solver_state, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing."""
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
 
 
 def _projectable(project: Any) -> tuple[Projectable, ...]:
@@ -140,9 +173,5 @@ def _projectable(project: Any) -> tuple[Projectable, ...]:
 def _warn_of_unprojected(optimizer: torch.optim.Optimizer, projected: Sequence[Projectable]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if names := {type(combiner).__name__ for combiner in unprojected(params, projected)}:
-        warnings.warn(
-            f"Nothing keeps a monotone {', '.join(sorted(names))} monotone: pass project=[combiner], or make it with "
-            "monotone=False.",
-            RuntimeWarning,
-            stacklevel=stacklevel(),
-        )
+        text = "Nothing keeps a monotone {} monotone: pass project=[combiner], or make it with monotone=False."
+        warn_once("not projected", text.format(", ".join(sorted(names))), None)

@@ -45,7 +45,7 @@ class StopReason(str, Enum):
         "negative curvature",
         "The inner loss curves downwards in some direction: the inner parameters are not at a minimum, and the "
         "hypergradient is that of a stationary point nearby. Train them further, add damping to the solver, or take "
-        "curvature='gauss-newton', which has no negative curvature.",
+        "curvature='gauss-newton' (with outputs=), which has no negative curvature.",
     )
     """A direction of negative curvature ended the method."""
     DIVERGED = (

@@ -186,7 +186,7 @@ class Trainer:
             main_loss=_finite(main_loss(batch, self.task.main).item()),
             outer_loss=None if outer_loss is None else outer_loss.item(),
             validation_score=validation_score,
-            residual=None if stats is None else stats.residual,
+            residual=None if stats is None else _finite(stats.residual),
             matvecs=None if stats is None else stats.matvecs,
             loss_weights=loss_weights,
             phi=phi,

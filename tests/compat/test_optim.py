@@ -29,10 +29,13 @@ class Quadratic:
         self.w, self.phi = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0, 1.0], requires_grad=True)
         self.meta = MetaOptimizer(optimizer([self.phi]), **{"hpo_lr": 0.1, "truncate_iter": 1, **settings})
 
+    def train_loss(self) -> Tensor:
+        return (self.phi.sum() * self.w**2).sum() / 2
+
     def step(self, **changes):
         losses = {
             "val_loss": ((self.w - 1) ** 2).sum() / 2,
-            "train_loss": (self.phi.sum() * self.w**2).sum() / 2,
+            "train_loss": self.train_loss(),
         }
         return self.meta.step(**{**losses, "aux_params": [self.phi], "parameters": [self.w], **changes})
 
@@ -47,6 +50,21 @@ def test_arguments():
     step = inspect.signature(MetaOptimizer.step).parameters
     assert list(step) == ["self", "train_loss", "val_loss", "parameters", "aux_params", "return_grads"]
     assert step["return_grads"].default is False
+
+
+@pytest.mark.parametrize("scale", ["auxilearn", "exact"])
+def test_a_batch_with_nan_changes_nothing_and_is_told_once(scale):
+    problem = Quadratic(lambda params: torch.optim.Adam(params, lr=0.1), scale=scale, truncate_iter=3)
+    problem.step()
+    phi, state = problem.phi.detach().clone(), copy.deepcopy(problem.meta.meta_optimizer.state_dict())
+    with pytest.warns(RuntimeWarning, match="A step of MetaOptimizer was skipped") as caught:
+        grads = [problem.step(return_grads=True, train_loss=problem.train_loss() * torch.nan) for _ in range(2)]
+    assert len(caught) == 1
+    assert all(grad.isnan().all() for (grad,) in grads)
+    assert torch.equal(problem.phi, phi)
+    torch.testing.assert_close(problem.meta.meta_optimizer.state_dict(), state, rtol=0, atol=0)
+    problem.step()
+    assert not torch.equal(problem.phi, phi)
 
 
 def test_a_step():

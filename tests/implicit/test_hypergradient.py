@@ -202,7 +202,7 @@ def test_inner_parameters_that_do_not_couple_are_left_out():
 
 def test_nothing_to_solve_where_the_inner_loss_is_linear():
     w, phi = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    result = hypergradient(w.sum() * phi, w.sum() + phi, [w], [phi], solver=Neumann(3, 1.0))
+    result = hypergradient(w.sum() * phi, w.sum() + phi, [w], [phi], solver=Neumann(3, 1.0), warn=False)
     assert result.grads[0] == 3
     assert (result.stats.matvecs, result.stats.residual, result.stats.stop_reason) == (0, 0.0, "trivial")
 
@@ -289,7 +289,7 @@ def test_gradients_do_not_share_memory():
     w = torch.ones(3, requires_grad=True)
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     outer, inner = (w + a + b).sum(), (w.square()).sum()
-    grads = hypergradient(outer, inner, [w], [a, b], solver=Identity()).grads
+    grads = hypergradient(outer, inner, [w], [a, b], solver=Identity(), warn=False).grads
     assert grads[0].data_ptr() != grads[1].data_ptr()
 
 

@@ -48,7 +48,7 @@ def test_clips_the_total_norm(factor):
 def test_clipping_of_zero_and_of_mixed_dtypes():
     w = torch.ones(2, requires_grad=True)
     a, b = torch.ones(2, requires_grad=True), torch.ones(3, dtype=torch.float64, requires_grad=True)
-    optimizer = HyperOptimizer(torch.optim.SGD([a, b], lr=1.0), solver=Dense(), max_grad_norm=1.0)
+    optimizer = HyperOptimizer(torch.optim.SGD([a, b], lr=1.0), solver=Dense(), max_grad_norm=1.0, warn=False)
     optimizer.step(w.sum(), w.square().sum(), [w])
     assert torch.equal(a.grad, torch.zeros(2))
     assert b.grad.dtype == torch.float64
@@ -82,7 +82,9 @@ class Bounded(nn.Module):
 
 def test_projects_after_the_update():
     w, module = torch.ones(2, requires_grad=True), Bounded(torch.tensor([0.1, 0.2]))
-    optimizer = HyperOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), solver=Dense(), project=[module])
+    optimizer = HyperOptimizer(
+        torch.optim.SGD(module.parameters(), lr=1.0), solver=Dense(), project=[module], warn=False
+    )
     optimizer.step(w.sum() + (module.phi * torch.tensor([1.0, -1.0])).sum(), w.square().sum(), [w])
     torch.testing.assert_close(module.phi.detach(), torch.tensor([0.0, 1.2]))
 
@@ -96,30 +98,36 @@ def test_frozen_outer_parameters_stay():
     assert not torch.equal(phi.detach(), torch.ones(2))
 
 
-def test_a_diverged_solve_gives_a_finite_step_and_one_warning():
+def test_a_solve_that_found_nothing_changes_nothing_and_says_so_once():
     problem = Ridge()
-    optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=0.1), solver=Neumann(500, 1e3))
+    before = problem.decay.detach().clone()
+    sgd = torch.optim.SGD([problem.decay], lr=0.1, momentum=0.9)
+    optimizer = HyperOptimizer(sgd, solver=Neumann(500, 1e3))
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         for _ in range(3):
             stats = optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
-    assert len(record) == 1
+    assert [warning.filename for warning in record] == [__file__, __file__]
     assert "take a smaller one, step_size='auto'" in str(record[0].message)
-    assert record[0].filename == __file__
+    assert "An outer step was skipped" in str(record[1].message)
     assert stats.stop_reason == "diverged"
-    assert problem.decay.isfinite().all()
+    assert torch.equal(problem.decay.detach(), before)
+    assert optimizer.skipped_steps == 3
+    assert not sgd.state
 
 
-def test_an_uncertified_solve_changes_nothing():
+@pytest.mark.parametrize("value", [1.0, torch.inf, torch.nan])
+def test_an_uncertified_solve_changes_nothing(value):
     class Overflows:
         def solve(self, matvec, rhs, **options):
-            return [torch.full_like(b, torch.inf) for b in rhs], SolveStats(1, 1, torch.inf, False, "diverged")
+            return [torch.full_like(b, value) for b in rhs], SolveStats(1, 1, torch.inf, False, "diverged")
 
     problem = Ridge()
     before = problem.decay.detach().clone()
     optimizer = HyperOptimizer(torch.optim.SGD([problem.decay], lr=1.0), solver=Overflows(), warn=False)
     optimizer.step(problem.outer_loss(), problem.inner_loss(), [problem.w])
     assert torch.equal(problem.decay.detach(), before)
+    assert optimizer.skipped_steps == 1
 
 
 def test_the_default_solver_and_the_curvature_are_passed_on():

@@ -68,6 +68,41 @@ def test_it_is_minus_the_hypergradient_in_the_weights():
     torch.testing.assert_close(result.scores, -grad, rtol=1e-3, atol=1e-3)
 
 
+def test_normalized_scores_do_not_depend_on_an_auxiliary_s_scale():
+    problem = Quadratics()
+    scales = torch.tensor([1.0, 1e-3, 1e4, -2.0], dtype=torch.float64)
+    plain, scaled = (
+        auxiliary_usefulness(problem.outer(), problem.main(), aux, [problem.w], solver=Dense())
+        for aux in (problem.auxiliaries(), scales * problem.auxiliaries())
+    )
+    norms = (problem.w.detach() - problem.centers).norm(dim=1)
+    torch.testing.assert_close(plain.normalized_scores, plain.scores / norms)
+    torch.testing.assert_close(scaled.scores, scales * plain.scores)
+    torch.testing.assert_close(scaled.normalized_scores, scales.sign() * plain.normalized_scores)
+
+
+def test_an_auxiliary_without_a_gradient_has_the_normalized_score_0():
+    problem = Quadratics(2)
+    elsewhere = torch.ones((), dtype=torch.float64, requires_grad=True)
+    aux = [problem.auxiliaries()[0], elsewhere * 2, (problem.w * 0).sum(), torch.ones((), dtype=torch.float64)]
+    result = auxiliary_usefulness(problem.outer(), problem.main(), aux, [problem.w], solver=Dense())
+    assert result.scores[0] != 0
+    assert result.scores[1:].tolist() == result.normalized_scores[1:].tolist() == [0, 0, 0]
+
+
+def test_entries_that_are_held_fixed_add_nothing():
+    problem = Quadratics()
+    free = torch.tensor([True, True, False, True, False, True])
+    w, x = problem.w.detach(), problem.x[:, free]
+    newton = torch.linalg.solve(x.T @ x, (w - problem.centers)[:, free].T)
+    result = auxiliary_usefulness(
+        problem.outer(), problem.main(), problem.auxiliaries(), [problem.w], free=[free], solver=Dense()
+    )
+    torch.testing.assert_close(result.scores, (w - problem.target)[free] @ newton)
+    norms = (w - problem.centers)[:, free].norm(dim=1)
+    torch.testing.assert_close(result.normalized_scores, result.scores / norms)
+
+
 def test_many_auxiliaries_cost_no_more_products():
     few, many = (
         auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [problem.w]).stats.matvecs
@@ -91,23 +126,33 @@ def test_losses_that_share_their_graph_or_play_no_part():
 
 
 @pytest.mark.parametrize(
-    ("aux", "message"),
+    ("aux", "error", "message"),
     [
-        (lambda problem: [], r"aux_losses must be \(num_auxiliaries,\), at least one, got shape \(0,\)"),
-        (lambda problem: problem.main(), r"aux_losses must be \(num_auxiliaries,\), at least one, got shape \(\)"),
-        (lambda problem: [problem.main(), problem.w], r"number 1 is of shape \(6,\)"),
-        (lambda problem: [1.0], "number 0 is a float"),
-        (lambda problem: problem.auxiliaries().detach(), "aux_losses have no graph"),
+        (lambda problem: [], ValueError, r"aux_losses must be \(num_auxiliaries,\), at least one, got shape \(0,\)"),
+        (lambda problem: problem.main(), ValueError, r"aux_losses must be \(num_auxiliaries,\), .* got shape \(\)"),
+        (lambda problem: [problem.main(), problem.w], ValueError, r"number 1 is of shape \(6,\)"),
+        (lambda problem: [1.0], TypeError, "number 0 is a float"),
+        (lambda problem: problem.auxiliaries().detach(), ValueError, "aux_losses have no graph"),
+        (lambda problem: problem.auxiliaries, TypeError, r"aux_losses must be .* not a function: pass aux_losses\(\)"),
+        (lambda problem: [problem.main], TypeError, r"number 0 is a method: pass aux_losses\[0\]\(\)"),
     ],
 )
-def test_auxiliaries_that_are_refused(aux, message):
+def test_auxiliaries_that_are_refused(aux, error, message):
     problem = Quadratics()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         auxiliary_usefulness(problem.outer(), problem.main(), aux(problem), [problem.w])
 
 
 def test_other_arguments_that_are_refused():
     problem = Quadratics()
+    with pytest.raises(TypeError, match=r"^outer_loss must be a tensor, not a function: pass outer_loss\(\)$"):
+        auxiliary_usefulness(problem.outer, problem.main(), problem.auxiliaries(), [problem.w])
+    with pytest.raises(TypeError, match=r"^main_loss must be a tensor, not a function: pass main_loss\(\)$"):
+        auxiliary_usefulness(problem.outer(), problem.main, problem.auxiliaries(), [problem.w])
+    with pytest.raises(ValueError, match=r"free\[0\] must have the shape of params\[0\], \(6,\), not \(5,\)"):
+        auxiliary_usefulness(
+            problem.outer(), problem.main(), problem.auxiliaries(), [problem.w], free=[torch.ones(5).bool()]
+        )
     with pytest.raises(ValueError, match="main_loss must be a scalar"):
         auxiliary_usefulness(problem.outer(), problem.auxiliaries(), problem.auxiliaries(), [problem.w])
     with pytest.raises(ValueError, match="outer_loss does not depend on any of"):

@@ -27,19 +27,19 @@ def draw(history: Sequence[Sequence[float]], path: Path) -> None:
     """Writes the picture. history: the weights of the three losses after each outer step."""
     plt.rcParams.update({"svg.hashsalt": "auxfast", "svg.fonttype": "none"})
     figure, ax = plt.subplots(figsize=(7.2, 2.9), layout="constrained")
-    steps = range(len(history) + 1)
+    steps = range(1, len(history) + 1)
     for j, (name, colour) in enumerate(LINES):
-        course = [1.0, *(weights[j] for weights in history)]
+        course = [weights[j] for weights in history]
         ax.plot(steps, course, color=colour, linewidth=2)
         ax.annotate(name, (steps[-1], course[-1]), (6, 0), textcoords="offset points", color=colour, va="center")
-    ax.set_xlim(0, len(history) * 1.36)
+    ax.set_xlim(1, len(history) * 1.36)
     ax.set_xticks(range(0, len(history) + 1, 20))
     ax.set_ylim(-0.15, None)
     ax.set_xlabel("outer step")
     ax.set_ylabel("learned weight")
     ax.set_title("Weights of three losses, learned on 20 held-out samples", fontsize=11, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.spines["bottom"].set_bounds(0, len(history))
+    ax.spines["bottom"].set_bounds(1, len(history))
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     plt.close(figure)
 

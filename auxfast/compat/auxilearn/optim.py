@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from auxfast.compat.auxilearn.implicit_diff import Hypergrad, Scale, listed
+from auxfast.implicit.advice import warn_once
+from auxfast.implicit.finite import NotFiniteError, all_finite
+from auxfast.solvers import SolverState
 
 
 class MetaOptimizer:
@@ -31,6 +34,7 @@ class MetaOptimizer:
         self.meta_optimizer = meta_optimizer
         self.hypergrad = Hypergrad(hpo_lr, truncate_iter, scale)
         self.max_grad_norm = max_grad_norm
+        self._state = SolverState()  # remembers the warning
 
     def step(
         self,
@@ -43,6 +47,9 @@ class MetaOptimizer:
         """One update of the outer parameters `aux_params`; `train_loss`, `val_loss` and `parameters` are `loss_train`,
         `loss_val` and `params` of `Hypergrad.grad`, and go by these names in its errors.
 
+        Where the hypergradient is not finite, parameters and momentum stay as they are, and a RuntimeWarning says so
+        once.
+
         Returns:
             The hypergradients before clipping, with `return_grads`.
         """
@@ -50,12 +57,19 @@ class MetaOptimizer:
         for group in self.meta_optimizer.param_groups:  # zero_grad() profiles itself, 4% of a small step
             for param in group["params"]:
                 param.grad = None
-        grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
+        try:
+            grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
+        except NotFiniteError:  # with scale="exact"
+            grads = [torch.full_like(param, torch.nan) for param in outer]
         unclipped = [grad.clone() for grad in grads] if return_grads else None
-        for param, grad in zip(outer, self._clipped(grads), strict=True):
-            if param.requires_grad:
-                param.grad = grad
-        self.meta_optimizer.step()
+        if all_finite(grads):
+            for param, grad in zip(outer, self._clipped(grads), strict=True):
+                if param.requires_grad:
+                    param.grad = grad
+            self.meta_optimizer.step()
+        else:
+            text = "A step of MetaOptimizer was skipped: the hypergradient holds NaN or inf"
+            warn_once("skipped", text, self._state)
         return unclipped
 
     def _clipped(self, grads: list[Tensor]) -> list[Tensor]:

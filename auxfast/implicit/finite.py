@@ -1,0 +1,32 @@
+"""What is not finite in a hypergradient, told by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class NotFiniteError(FloatingPointError):
+    """A part of the hypergradient holds NaN or inf; the message says which."""
+
+
+def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raises NotFiniteError, which says that `what` holds NaN, or inf."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if all_finite(given):
+        return
+    value = "NaN" if any(bool(tensor.isnan().any()) for tensor in given) else "inf"
+    raise NotFiniteError(
+        f"{what} hold {value}: look for NaN or inf in the batch and in the parameters, for an operator without a "
+        "derivative at these values (the norm of a zero vector, sqrt(0), log(0)), and for values too large for their "
+        "dtype"
+    )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    sums = [tensor.sum(dtype=torch.float64).item() for tensor in tensors]
+    # Numbers of float64 may be finite and their sum not.
+    return all(math.isfinite(s) or bool(t.isfinite().all()) for s, t in zip(sums, tensors, strict=True))
