@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 # Each room knows those in the rows above it, and the rooms of one row do not know each other. "auxfast" is the package
 # itself: what `import auxfast` offers.
 ROWS = [
-    ["auxfast._C", "auxfast._version"],
+    ["auxfast._C", "auxfast._callers", "auxfast._version"],
     ["auxfast._native", "auxfast.autograd"],
     ["auxfast.ops"],
     ["auxfast.nn", "auxfast.solvers"],

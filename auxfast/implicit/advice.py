@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from auxfast._callers import stacklevel
 from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
 from auxfast.solvers import Identity, StopReason
@@ -67,7 +67,7 @@ def warn_once(kind: str, text: str, state: SolverState | None) -> None:
     warned = set() if state is None else state.warned
     if kind not in warned:
         warned.add(kind)
-        warnings.warn(text, RuntimeWarning, stacklevel=_frames_of_auxfast())
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel())
 
 
 def missing_dependence(direct: Sequence[Tensor | None], mixed: Sequence[Tensor | None]) -> str | None:
@@ -117,11 +117,3 @@ def _is_little_more_than_identity(
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
     bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
     return bx > _PARALLEL_COSINE * math.sqrt(bb * xx)
-
-
-def _frames_of_auxfast() -> int:
-    """`stacklevel` at which `warn_once` finds the first caller outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -15,6 +15,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
+from auxfast.nn.combiner_base import unprojected
 from auxfast.solvers import MINRES, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
 
@@ -47,6 +48,8 @@ class HyperOptimizer:
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
         ValueError: `max_grad_norm` is not above 0.
+
+    Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
     """
 
     def __init__(
@@ -63,9 +66,9 @@ class HyperOptimizer:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
-        modules: Any = project
-        if isinstance(modules, torch.nn.Module) or not all(hasattr(module, "project_") for module in modules):
-            raise TypeError("project must be a list of modules that have project_()")
+        self.project = _projectable(project)
+        if warn:
+            _warn_of_unprojected(optimizer, self.project)
         self.optimizer = optimizer
         self.solver = solver
         self.curvature = curvature
@@ -73,7 +76,6 @@ class HyperOptimizer:
         self.state = SolverState()
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
-        self.project = tuple(project)
 
     def step(
         self,
@@ -155,3 +157,21 @@ class HyperOptimizer:
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)
+
+
+def _projectable(project: Any) -> tuple[Projectable, ...]:
+    wanted = "project must be a list of modules that have project_()"
+    if not isinstance(project, Iterable) or isinstance(project, torch.nn.Module):
+        raise TypeError(f"{wanted}, got a {type(project).__name__}")
+    modules = tuple(project)
+    for module in modules:
+        if not hasattr(module, "project_"):
+            raise TypeError(f"{wanted}, got one with a {type(module).__name__}")
+    return modules
+
+
+def _warn_of_unprojected(optimizer: torch.optim.Optimizer, projected: Sequence[Projectable]) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if names := {type(combiner).__name__ for combiner in unprojected(params, projected)}:
+        text = "Nothing keeps a monotone {} monotone: pass project=[combiner], or make it with monotone=False."
+        warn_once("not projected", text.format(", ".join(sorted(names))), None)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import Any, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from auxfast.ops.network import Reduction
+from auxfast.ops.inputs import not_a_tensor
+from auxfast.ops.network import Reduction, check_losses
+
+Shapes = dict[str, tuple[int, ...]]
+
+_MONOTONE: WeakSet[Combiner] = WeakSet()  # all there are: a parameter does not tell whose it is
+_MONOTONE_LOCK = Lock()
 
 
 class Combiner(nn.Module, ABC):
-    """Base of all combiners; subclasses say how `phi` is laid out and what the combined value of a sample is.
+    """Base of all combiners; subclasses say how `phi` is laid out, how it starts (and let it, by `reset_parameters`),
+    and what the combined value of a sample is.
+
+    Its state_dict holds `phi` under its own name, as `torch.func.functional_call` and checkpoints of other tools want
+    it; `layers()` gives the parts by name. A state_dict by layers, as those before 0.2 were, loads too.
 
     Args:
         num_losses: columns of the losses, or channels of the loss image.
@@ -24,6 +36,7 @@ class Combiner(nn.Module, ABC):
         shapes: name and shape of every part of `phi`.
 
     Raises:
+        TypeError: `num_losses` or `main` is no int.
         ValueError: an argument is outside its range.
     """
 
@@ -36,12 +49,9 @@ class Combiner(nn.Module, ABC):
         main: int | None,
         monotone: bool,
         reduction: Reduction,
-        shapes: dict[str, tuple[int, ...]],
+        shapes: Shapes,
     ) -> None:
-        if num_losses < 1:
-            raise ValueError(f"num_losses must be at least 1, got {num_losses}")
-        if main is not None and not 0 <= main < num_losses:
-            raise ValueError(f"main must be None or a column 0 to {num_losses - 1}, got {main}")
+        check_losses(num_losses, main)
         if reduction not in get_args(Reduction):
             raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
         super().__init__()
@@ -49,6 +59,21 @@ class Combiner(nn.Module, ABC):
         self._shapes = shapes
         self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         self.phi = nn.Parameter(torch.zeros(sum(self._sizes)))
+        nn.Module.register_state_dict_post_hook(self, _note_layers)
+        self._enlist()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._enlist()
+
+    def _enlist(self) -> None:
+        if self.monotone:
+            with _MONOTONE_LOCK:
+                _MONOTONE.add(self)
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """The initial values of `phi`, anew, as after `to_empty()`."""
 
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The combined loss of `losses` (batch, num_losses): a scalar, or (batch,) if the reduction is "none".
@@ -56,6 +81,11 @@ class Combiner(nn.Module, ABC):
         `mask`, of the shape of `losses`, is 0 where a sample does not have a loss: that entry counts as 0 and its
         gradient is 0, whatever it holds. float16 and bfloat16 losses are computed in float32. Twice differentiable in
         the losses and in `phi`.
+
+        Raises:
+            TypeError: `losses` or `mask` is no dense tensor, or `losses` is not floating point or of another dtype than
+                `phi`.
+            ValueError: a shape is wrong, or `mask` holds something else than 0 and 1 (found on the CPU alone).
         """
         return self._combine(losses, mask, self.reduction)
 
@@ -86,6 +116,8 @@ class Combiner(nn.Module, ABC):
         These are the paper's alpha (section 3.2), and 1 more in the main loss's column: what each sample's losses are
         multiplied with, to first order. They do not contain the 1 / batch of a mean. Detached.
         """
+        if not isinstance(losses, Tensor):
+            raise not_a_tensor(losses)
         with torch.enable_grad():
             losses = losses.detach().requires_grad_()
             (weights,) = torch.autograd.grad(self._combine(losses, mask, "sum"), losses)
@@ -94,14 +126,9 @@ class Combiner(nn.Module, ABC):
     def extra_repr(self) -> str:
         return f"num_losses={self.num_losses}, main={self.main}, monotone={self.monotone}, reduction={self.reduction!r}"
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, part in self.layers().items():
-            destination[prefix + name] = part if keep_vars else part.detach()
-
-    @torch.no_grad()
     def _load_from_state_dict(
         self,
-        state_dict: dict[str, Tensor],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
         strict: bool,
@@ -109,14 +136,76 @@ class Combiner(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name, part in self.layers().items():
-            given = state_dict.get(prefix + name)
-            if given is None:
-                missing_keys.append(prefix + name)
-            elif given.shape != part.shape:
-                error_msgs.append(
-                    f"{prefix}{name} is {tuple(given.shape)} in the checkpoint and {tuple(part.shape)} here"
-                )
-            else:
-                part.copy_(given)
-        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in self._shapes]
+        key = f"{prefix}phi"
+        if key not in state_dict:
+            faults = self._join_layers(state_dict, prefix, missing_keys)
+        else:
+            saved: Shapes = local_metadata.get("layers", self._shapes)
+            faults = _differences(saved, self._shapes, f"{key}: ")
+            faults = faults or _faults(key, state_dict[key], self.phi.shape, _listed(self._shapes))
+        error_msgs += faults
+        if not faults:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _join_layers(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> list[str]:
+        """Puts `phi` into a state_dict that holds layers by name, in their place, and returns what is wrong with them.
+        Layers that are missing stay as they are."""
+        own = self.layers()
+        given = {name: state_dict.pop(prefix + name) for name in own if prefix + name in state_dict}
+        faults = [fault for name in given for fault in _faults(prefix + name, given[name], own[name].shape)]
+        missing = [prefix + name for name in own if name not in given]
+        if given and not faults:
+            missing_keys += missing
+            if not (missing and self.phi.is_meta):
+                like = next(iter(given.values()))
+                parts = [given[name] if name in given else part.to(like) for name, part in own.items()]
+                state_dict[f"{prefix}phi"] = torch.cat([part.detach().flatten() for part in parts])
+        return faults
+
+
+def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[Combiner]:
+    """The monotone combiners whose `phi` is among `parameters`, and in none of the modules `projected`. There are none
+    if something in `projected` is no module, since that does not tell what it projects."""
+    modules = [*projected]
+    if not all(isinstance(module, nn.Module) for module in modules):
+        return []
+    done = {id(parameter) for module in modules for parameter in module.parameters()}
+    learned = {id(parameter) for parameter in parameters} - done
+    with _MONOTONE_LOCK:
+        combiners = [*_MONOTONE]
+    return [combiner for combiner in combiners if any(id(phi) in learned for phi in combiner.parameters())]
+
+
+def _note_layers(module: Combiner, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Leaves the shapes of the layers in the state_dict's metadata: equal numbers of values can be other networks."""
+    local_metadata["layers"] = dict(module._shapes)
+
+
+def _differences(saved: Shapes, own: Shapes, where: str) -> list[str]:
+    """Parts of `phi` that have other shapes in the checkpoint, or are on one side only."""
+    return [
+        f"{where}{name} is {_shape(saved, name)} in the checkpoint and {_shape(own, name)} here"
+        for name in {**saved, **own}
+        if _shape(saved, name) != _shape(own, name)
+    ]
+
+
+def _faults(key: str, given: Any, shape: torch.Size, layers: str = "") -> list[str]:
+    """What is wrong with an entry of a checkpoint: one message, or none."""
+    if not isinstance(given, Tensor):
+        return [f"{key} is a {type(given).__name__} in the checkpoint, must be a tensor"]
+    if given.shape != shape:
+        return [f"{key} is {tuple(given.shape)} in the checkpoint and {tuple(shape)} here{layers}"]
+    if not given.is_meta and not given.isfinite().all():
+        return [f"{key} holds NaN or inf in the checkpoint: load one from before training diverged"]
+    return []
+
+
+def _shape(shapes: Shapes, name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "absent"
+
+
+def _listed(shapes: Shapes) -> str:
+    return f" ({', '.join(f'{name} {_shape(shapes, name)}' for name in shapes)})"

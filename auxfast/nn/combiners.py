@@ -1,13 +1,16 @@
 """Combiners: modules that turn each sample's losses into one training loss (the paper's g, sections 3.2 and C.5).
 
 Every combiner keeps its parameters in one flat `phi`: an op that visits one tensor instead of eleven is several times
-faster at the batch sizes of training. `layers()` gives the parts by name, and they are what `state_dict` holds.
+faster at the batch sizes of training. `layers()` gives the parts by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
+from math import comb, isfinite
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,9 @@ from auxfast.nn.combiner_base import Combiner
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.combiner import combiner
 from auxfast.ops.inputs import full_precision, present_losses, reduce_values, without_autocast
-from auxfast.ops.network import Activation, CombinerNetwork, Reduction
+from auxfast.ops.network import Activation, CombinerNetwork, Reduction, check_count, layer_sizes
+
+MOST_MONOMIALS = 1_000_000  # a batch of 256 takes 1 GB of them, and the list of them some seconds
 
 
 class LinearCombiner(Combiner):
@@ -37,8 +42,13 @@ class LinearCombiner(Combiner):
         monotone: bool = True,
         reduction: Reduction = "mean",
     ) -> None:
+        _check_init_value(init_value)
         super().__init__(num_losses, main, monotone, reduction, {"weight": (num_losses,)})
-        nn.init.constant_(self.phi, init_value)
+        self.init_value = init_value
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.phi, self.init_value)
 
     def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
@@ -50,7 +60,8 @@ class PolynomialCombiner(Combiner):
 
     Args:
         num_losses, main, monotone, reduction: see `Combiner`.
-        degree: the highest degree, at least 1. There are binomial(num_losses + degree, degree) - 1 monomials.
+        degree: the highest degree, at least 1. There are binomial(num_losses + degree, degree) - 1 monomials, which may
+            be a million at most.
         init_value: weights of the losses themselves at the start; products start at 0.
 
     `monomials` lists, in the order of `phi`, the columns that each monomial multiplies: (0,), (1,), (0, 0), (0, 1)...
@@ -66,19 +77,40 @@ class PolynomialCombiner(Combiner):
         monotone: bool = True,
         reduction: Reduction = "mean",
     ) -> None:
-        if degree < 1:
-            raise ValueError(f"degree must be at least 1, got {degree}")
+        check_count("num_losses", num_losses)
+        check_count("degree", degree)
+        _check_init_value(init_value)
+        count = comb(num_losses + degree, degree) - 1
+        if count > MOST_MONOMIALS:
+            raise ValueError(
+                f"degree {degree} of {num_losses} losses has {count} monomials, {MOST_MONOMIALS} at most: lower degree"
+            )
         by_degree = [list(combinations_with_replacement(range(num_losses), d)) for d in range(1, degree + 1)]
         all_monomials = [monomial for monomials in by_degree for monomial in monomials]
-        super().__init__(num_losses, main, monotone, reduction, {"weight": (len(all_monomials),)})
-        self.degree, self.monomials = degree, all_monomials
-        # A monomial of degree d is one of degree d - 1 times a loss. These are the places of both, for d from 2 on.
-        for d in range(1, degree):
-            place = {monomial: i for i, monomial in enumerate(by_degree[d - 1])}
-            self.register_buffer(f"_lower_{d}", torch.tensor([place[m[:-1]] for m in by_degree[d]]), persistent=False)
-            self.register_buffer(f"_factor_{d}", torch.tensor([m[-1] for m in by_degree[d]]), persistent=False)
-        with torch.no_grad():
-            self.phi[:num_losses] = init_value
+        super().__init__(num_losses, main, monotone, reduction, {"weight": (count,)})
+        self.degree, self.monomials, self.init_value = degree, all_monomials, init_value
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.phi.zero_()
+        self.phi[: self.num_losses] = self.init_value
+        self._write_places()
+
+    def _write_places(self) -> None:
+        """Writes, for d from 2 on, the places of the two factors of each monomial of degree d, on the device of `phi`:
+        a monomial of degree d - 1, and a loss."""
+        ends = [comb(self.num_losses + d, d) - 1 for d in range(self.degree + 1)]
+        by_degree = [self.monomials[start:end] for start, end in pairwise(ends)]
+        for d, (lower, monomials) in enumerate(pairwise(by_degree), start=1):
+            place = {monomial: i for i, monomial in enumerate(lower)}
+            places = {"lower": [place[m[:-1]] for m in monomials], "factor": [m[-1] for m in monomials]}
+            for name, values in places.items():
+                self.register_buffer(f"_{name}_{d}", torch.tensor(values, device=self.phi.device), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._write_places()  # they are lost on the device "meta", and no state_dict holds them
 
     def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
@@ -121,7 +153,7 @@ class NonlinearCombiner(NetworkCombiner):
         weight_norm: bool = False,
         reduction: Reduction = "mean",
     ) -> None:
-        network = CombinerNetwork(num_losses, tuple(hidden), self.activation, bias, main, reduction)
+        network = CombinerNetwork(num_losses, layer_sizes("hidden", hidden), self.activation, bias, main, reduction)
         super().__init__(network, monotone, weight_norm)
         self.reset_parameters()
 
@@ -152,6 +184,11 @@ class DeepLinearCombiner(NonlinearCombiner):
         super().__init__(
             num_losses, hidden, main, monotone=monotone, bias=False, weight_norm=weight_norm, reduction=reduction
         )
+
+
+def _check_init_value(value: Any) -> None:
+    if not (isinstance(value, Real) and isfinite(value)):
+        raise ValueError(f"init_value must be a finite number, got {value!r}")
 
 
 def _linear(features: Tensor, weight: Tensor, main: int | None, losses: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.network import Activation, LossImageNetwork, MainReduction, Reduction
+from auxfast.ops.network import Activation, LossImageNetwork, MainReduction, Reduction, layer_sizes
 
 
 class ConvCombiner(NetworkCombiner):
@@ -31,6 +31,7 @@ class ConvCombiner(NetworkCombiner):
         weight_norm: train what leads to each channel as direction and length (see `NetworkCombiner`).
 
     Raises:
+        TypeError: `num_losses` or `main` is no int, or `channels` no sequence.
         ValueError: an argument is outside its range.
     """
 
@@ -54,7 +55,8 @@ class ConvCombiner(NetworkCombiner):
         if not -inf < low <= high < inf or (monotone and low < 0):
             lowest = "0 <= low" if monotone else "low"
             raise ValueError(f"init_range must be finite (low, high) with {lowest} <= high, got {init_range}")
-        network = LossImageNetwork(num_losses, tuple(channels), activation, main, main_reduction, reduction)
+        sizes = layer_sizes("channels", channels)
+        network = LossImageNetwork(num_losses, sizes, activation, main, main_reduction, reduction)
         super().__init__(network, monotone, weight_norm)
         self.init_range = (low, high)
         self.reset_parameters()

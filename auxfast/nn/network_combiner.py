@@ -6,12 +6,15 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
 
+from auxfast._callers import stacklevel
 from auxfast.autograd.torch_calls import own_parameter
-from auxfast.nn.combiner_base import Combiner
+from auxfast.nn.combiner_base import Combiner, Shapes
+from auxfast.ops.inputs import full_precision
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork, Network, Reduction
 
 
@@ -25,6 +28,8 @@ class NetworkCombiner(Combiner):
         weight_norm: train each row of the weights (what leads to one unit or channel) as direction `weight_v` and
             length `weight_g` (Salimans & Kingma 2016), as the paper's code does. A row whose direction is zero counts
             as zero, with finite gradients.
+
+    Warns of a network that is too large for the kernels.
     """
 
     op: Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]  # (losses, phi, network, mask)
@@ -34,6 +39,12 @@ class NetworkCombiner(Combiner):
         super().__init__(network.num_losses, network.main, monotone, network.reduction, shapes)
         self.network, self.weight_norm = network, weight_norm
         self._summed = replace(network, reduction="sum")
+        if not network.fits_kernels:
+            warn(
+                f"This combiner runs on the slower PyTorch reference: {network.kernels_take}.",
+                RuntimeWarning,
+                stacklevel=stacklevel(),
+            )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -66,7 +77,8 @@ class NetworkCombiner(Combiner):
         if not self.weight_norm:
             return self.phi
         parts = []
-        for (name, shape), part in zip(self._shapes.items(), self.phi.split(self._sizes), strict=True):
+        phi = full_precision(self.phi)  # squares leave the range of float16
+        for (name, shape), part in zip(self._shapes.items(), phi.split(self._sizes), strict=True):
             if name.endswith("bias"):
                 parts.append(part)
             elif name.endswith("weight_v"):
@@ -98,9 +110,9 @@ def _rows(weight: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return weight.view(*lengths, -1)
 
 
-def _raw_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def _raw_shapes(network: Network) -> Shapes:
     """The parts of `phi` under weight normalisation: each weight's rows as directions, then their lengths."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for name, shape in network.shapes.items():
         if name.endswith("weight"):
             shapes[f"{name}_v"] = shape

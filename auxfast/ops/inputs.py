@@ -15,24 +15,63 @@ from auxfast.ops.network import Network, Reduction
 _is_compiling = torch.compiler.is_compiling  # looked up once: ops ask at every call
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+_DENSE = torch.strided
+_EACH_SAMPLES = ", of each sample's own losses, as reduction='none' gives them"
 
 
 def present_losses(losses: Tensor, mask: Tensor | None, num_losses: int, image: bool = False) -> Tensor:
     """The losses (batch, num_losses), or those of an `image` (batch, num_losses, H, W): checked, 0 where the mask is 0,
-    and in float32 if they came in less. The mask's zeros pass no gradient, and nothing of what they hide."""
-    shape, dtype = losses.shape, losses.dtype
+    and in float32 if they came in less. The mask's zeros pass no gradient, and nothing of what they hide.
+
+    Raises:
+        TypeError: `losses` or `mask` is no dense tensor, or `losses` is not floating point.
+        ValueError: a shape is wrong, or `mask` holds something else than 0 and 1 (found on the CPU alone).
+        RuntimeError: the two are on different devices.
+    """
+    try:  # only what is no tensor pays
+        shape, dtype, layout = losses.shape, losses.dtype, losses.layout
+    except AttributeError:
+        raise not_a_tensor(losses) from None
     if len(shape) != (4 if image else 2) or shape[1] != num_losses:
         wanted = f"(batch, {num_losses}, H, W)" if image else f"(batch, {num_losses})"
-        raise ValueError(f"losses must be {wanted}, got {tuple(shape)}")
+        raise ValueError(f"losses must be {wanted}, got {tuple(shape)}{_EACH_SAMPLES if len(shape) < 2 else ''}")
     if not dtype.is_floating_point:
         raise TypeError(f"losses must be floating point, got {dtype}")
+    if layout is not _DENSE:
+        raise TypeError(f"losses must be dense, got {layout}: pass losses.to_dense()")
     if mask is not None:
-        if mask.shape != shape:
-            raise ValueError(f"mask must have the losses' shape {tuple(shape)}, got {tuple(mask.shape)}")
-        if mask.device != losses.device:
-            raise RuntimeError(f"losses are on {losses.device} and mask is on {mask.device}: move one to the other")
-        losses = torch.where(mask.bool(), losses, 0.0)
+        losses = torch.where(_as_bool(mask, losses), losses, 0.0)
     return losses.float() if dtype in _LOW_PRECISION else losses
+
+
+def not_a_tensor(losses: Any) -> TypeError:
+    """The error for losses that are no tensor."""
+    is_list = isinstance(losses, (list, tuple))
+    scalars = is_list and not any(isinstance(loss, Tensor) and loss.dim() for loss in losses)
+    remedy = ": pass torch.stack([...], dim=1)" if is_list else ""
+    return TypeError(
+        f"losses must be one tensor, got a {type(losses).__name__}{remedy}{_EACH_SAMPLES if scalars else ''}"
+    )
+
+
+def _as_bool(mask: Tensor, losses: Tensor) -> Tensor:
+    """The mask, checked. Its values are where reading them is cheap: on the CPU, and not in a subclass of tensors,
+    which may have none."""
+    if not isinstance(mask, Tensor) or mask.layout is not _DENSE:
+        given = mask.layout if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise TypeError(f"mask must be a dense tensor, got {given}")
+    if mask.shape != losses.shape:
+        raise ValueError(f"mask must have the losses' shape {tuple(losses.shape)}, got {tuple(mask.shape)}")
+    if mask.device != losses.device:
+        raise RuntimeError(f"losses are on {losses.device} and mask is on {mask.device}: move one to the other")
+    if mask.dtype is torch.bool:
+        return mask
+    present = mask.bool()  # NaN and 0.5 become True
+    readable = type(mask) is Tensor and mask.is_cpu and not (_is_compiling() or in_transform())
+    if readable and not torch.equal(mask * mask, mask):
+        other = mask[mask * mask != mask][0].item()
+        raise ValueError(f"mask must hold 1 where a sample has a loss and 0 where it has not, got {other}")
+    return present
 
 
 def full_precision(tensor: Tensor) -> Tensor:

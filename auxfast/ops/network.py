@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from numbers import Integral
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +25,61 @@ MAX_CONVOLUTIONS, MAX_CHANNELS = 4, 64
 TILE_SAMPLES = 64  # the combiner's kernels save the activations of whole tiles of samples
 
 
+def check_losses(num_losses: Any, main: Any, main_is: str = "column") -> None:
+    """Refuses a number of losses or an index of the main loss that is none.
+
+    Args:
+        main_is: what `main` counts, in messages.
+
+    Raises:
+        TypeError: `num_losses` is no int, or `main` neither an int nor None.
+        ValueError: they are outside their range.
+    """
+    check_count("num_losses", num_losses)
+    if main is not None and not _is_int(main):
+        raise TypeError(f"main must be None or an int, the index of a {main_is}, got {main!r}")
+    if main is not None and not 0 <= main < num_losses:
+        raise ValueError(f"main must be None or a {main_is} 0 to {num_losses - 1}, got {main}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is no int of at least 1, with TypeError or ValueError."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def layer_sizes(name: Literal["hidden", "channels"], sizes: Any) -> tuple[int, ...]:
+    """The sizes of layers, given as a sequence, as a tuple; `name` is the argument's.
+
+    Raises:
+        TypeError: `sizes` is no sequence of ints.
+        ValueError: it is empty, or one of them is not positive.
+    """
+    each = "width for each hidden layer" if name == "hidden" else "number for each convolution"
+    example = sizes if _is_int(sizes) and sizes > 0 else 10
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
+        raise TypeError(f"{name} must be a sequence, one {each}, like {name}=({example},), got {sizes!r}")
+    found = tuple(sizes)
+    if not all(map(_is_int, found)):
+        raise TypeError(f"{name} must hold ints, got {found!r}")
+    if not found or min(found) < 1:
+        raise ValueError(f"{name} must hold one positive {each}, got {found!r}")
+    return found
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 class Network(ABC):
     """An architecture whose parameters lie in one flat `phi`.
 
     Attributes:
         main_is: what `main` counts, in messages.
         kernel_size: of each layer.
+        kernels_take: which networks the kernels have room for, in messages.
     """
 
     num_losses: int
@@ -39,14 +89,12 @@ class Network(ABC):
     reduction: Reduction
     main_is: ClassVar[str]
     kernel_size: ClassVar[tuple[int, ...]]
+    kernels_take: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.num_losses < 1:
-            raise ValueError(f"num_losses must be at least 1, got {self.num_losses}")
+        check_losses(self.num_losses, self.main, self.main_is)
         self._check_choice("activation", ACTIVATIONS)
         self._check_choice("reduction", REDUCTIONS)
-        if self.main is not None and not 0 <= self.main < self.num_losses:
-            raise ValueError(f"main must be None or a {self.main_is} 0 to {self.num_losses - 1}, got {self.main}")
         # Caches are filled in now: up to Python 3.11 that takes a lock, which torch.compile of 2.11 cannot trace.
         for kind in type(self).__mro__:
             for name, value in vars(kind).items():
@@ -127,7 +175,7 @@ class CombinerNetwork(Network):
         reduction: "mean" or "sum" over the batch, or "none".
 
     Raises:
-        ValueError: for anything outside of that.
+        TypeError, ValueError: for anything outside of that.
     """
 
     num_losses: int
@@ -138,10 +186,10 @@ class CombinerNetwork(Network):
     reduction: Reduction = "mean"
     main_is: ClassVar[str] = "column"
     kernel_size: ClassVar[tuple[int, ...]] = ()
+    kernels_take: ClassVar[str] = f"the kernels take at most {MAX_DEPTH} hidden layers of at most {MAX_WIDTH} units"
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must hold one positive width for each hidden layer, got {self.hidden!r}")
+        layer_sizes("hidden", self.hidden)
         super().__post_init__()
 
     @cached_property
@@ -180,7 +228,7 @@ class LossImageNetwork(Network):
         reduction: "mean" or "sum" over the batch, or "none".
 
     Raises:
-        ValueError: for anything outside of that.
+        TypeError, ValueError: for anything outside of that.
     """
 
     num_losses: int
@@ -191,11 +239,13 @@ class LossImageNetwork(Network):
     reduction: Reduction = "mean"
     main_is: ClassVar[str] = "channel"
     kernel_size: ClassVar[tuple[int, ...]] = (3, 3)
+    kernels_take: ClassVar[str] = (
+        f"the kernels take at most {MAX_CONVOLUTIONS} convolutions, and at most {MAX_CHANNELS} losses and channels"
+    )
     bias: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"channels must hold one positive number for each convolution, got {self.channels!r}")
+        layer_sizes("channels", self.channels)
         self._check_choice("main_reduction", MAIN_REDUCTIONS)
         super().__post_init__()
 

@@ -33,11 +33,14 @@ class Adam(nn.Module):
     def update(self, gradient: Tensor, present: Tensor) -> Tensor:
         """The step to add to the vector, (size,). It is 0 where `present`, (size,) of bool, is false, whatever
         `gradient` (size,) holds there."""
-        gradient = torch.where(present, gradient, 0)
-        self.steps += present
-        self.mean.lerp_(gradient.to(self.mean), (1 - _BETA1) * present.to(self.mean))
-        self.square.lerp_(gradient.square().to(self.square), (1 - _BETA2) * present.to(self.square))
-        steps = self.steps.clamp(min=1)
-        mean = self.mean / -torch.expm1(steps * math.log(_BETA1))
-        square = self.square / -torch.expm1(steps * math.log(_BETA2))
+        mean, square, steps = self.mean, self.square, self.steps
+        largest = math.sqrt(torch.finfo(square.dtype).max) / 2  # a larger gradient's square would stay inf for ever
+        gradient = torch.where(present, gradient, 0).to(mean).clamp_(-largest, largest)
+        counted = present.to(mean)
+        steps.add_(counted)
+        mean.lerp_(gradient, (1 - _BETA1) * counted)
+        square.lerp_(gradient.square(), (1 - _BETA2) * counted)
+        steps = steps.clamp(min=1)
+        mean = mean / -torch.expm1(steps * math.log(_BETA1))
+        square = square / -torch.expm1(steps * math.log(_BETA2))
         return torch.where(present, -self.lr * mean / (square.sqrt() + _EPS), 0)

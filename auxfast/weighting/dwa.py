@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from auxfast.weighting.base import Weighting, check_positive
+from auxfast.weighting.base import Weighting, check_int, check_positive
 
 
 class DynamicWeightAverage(Weighting):
@@ -26,6 +28,7 @@ class DynamicWeightAverage(Weighting):
 
     def __init__(self, num_losses: int, main: int = 0, temperature: float = 2.0, period: int = 100) -> None:
         check_positive("temperature", temperature)
+        check_int("period", period)
         if period < 1:
             raise ValueError(f"period must be at least 1, got {period}")
         super().__init__(num_losses, main)
@@ -35,20 +38,26 @@ class DynamicWeightAverage(Weighting):
         self.register_buffer("sums", torch.zeros(num_losses))
         self.register_buffer("counts", torch.zeros(num_losses))
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        if self.calls == self.period:
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
+        if self.calls >= self.period:  # above it after a checkpoint of a longer period
             self._end_period()
         self.calls += 1
-        self.sums += losses
-        self.counts += losses != 0
+        sums = self.sums.add_(losses)
+        largest = torch.finfo(sums.dtype).max
+        if max(map(abs, values)) * 4 * self.period > largest:  # a sum in which there is no such loss stays in range
+            sums.clamp_(-largest / 2, largest / 2)
+        self.counts.add_(losses != 0)
         before, last = self.averages
         ratios = torch.where(before == 0, 1, last / before)
         return self.num_losses * torch.softmax(ratios / self.temperature, dim=0)
 
     def _end_period(self) -> None:
-        last = self.averages[1].clone()
-        self.averages[0] = last
-        self.averages[1] = torch.where(self.counts == 0, last, self.sums / self.counts)
+        before = self.averages[1].clone()
+        last = torch.where(self.counts == 0, before, self.sums / self.counts)
+        # The ratio, divided by the temperature, stays finite: the softmax of inf is NaN.
+        largest = torch.finfo(last.dtype).max * min(self.temperature, 1) / 2
+        self.averages[0] = before.sign() * before.abs().maximum(last.abs() / largest)
+        self.averages[1] = last
         self.sums.zero_()
         self.counts.zero_()
         self.calls = 0
@@ -57,4 +66,6 @@ class DynamicWeightAverage(Weighting):
         return {"calls": self.calls}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+        calls: Any = state.get("calls") if isinstance(state, dict) else state
+        check_int("calls in the checkpoint", calls)
+        self.calls = calls

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxfast.weighting.base import Weighting
-from auxfast.weighting.gradients import loss_gradient
+from auxfast.weighting.base import Weighting, check_finite
+from auxfast.weighting.gradients import loss_gradient, out_of_range, scaled_gradient
 
 
 class GradientCosineSimilarity(Weighting):
@@ -23,17 +23,28 @@ class GradientCosineSimilarity(Weighting):
         super().__init__(num_losses, main)
         self.weighted = weighted
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        main = _unit(loss_gradient(losses, self.main, parameters))
-        weights = torch.ones_like(losses)
-        for i in range(self.num_losses):
-            if i != self.main:
-                cosine = main @ _unit(loss_gradient(losses, i, parameters))
-                weights[i] = cosine.clamp(min=0) if self.weighted else cosine >= 0
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
+        main, norm = _unit(loss_gradient(losses, self.main, parameters))
+        units = (_unit(loss_gradient(losses, i, parameters)) for i in range(self.num_losses) if i != self.main)
+        pairs = [(main @ unit, norm) for unit, norm in units]
+        pairs.insert(self.main, (norm, norm))  # its own cosine plays no part
+        cosines, norms = (torch.stack(column) for column in zip(*pairs, strict=True))
+        if wrong := out_of_range(norms.tolist(), values, norms.dtype):
+            self._correct(cosines, wrong, losses, parameters)
+        weights = cosines.clamp(min=0) if self.weighted else cosines >= 0
+        weights[self.main] = 1
         return weights
 
+    def _correct(self, cosines: Tensor, wrong: list[int], losses: Tensor, parameters: tuple[Tensor, ...]) -> None:
+        """Writes anew the cosines (num_losses,) of the gradients at the indices `wrong`, whose squares are out of range
+        unless they are scaled."""
+        main, _ = _unit(scaled_gradient(losses, self.main, parameters)[0])
+        for i in range(self.num_losses) if self.main in wrong else wrong:
+            cosines[i] = main @ _unit(scaled_gradient(losses, i, parameters)[0])[0]
+        check_finite(cosines.tolist())
 
-def _unit(gradient: Tensor) -> Tensor:
-    """The gradient scaled to length 1; 0 stays 0."""
-    norm: Tensor = gradient.norm()
-    return gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny)
+
+def _unit(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient scaled to length 1, and its length; 0 stays 0."""
+    norm = gradient.norm()
+    return gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny), norm

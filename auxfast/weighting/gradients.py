@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf, sqrt
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,48 @@ def loss_gradient(losses: Tensor, index: int, parameters: tuple[Tensor, ...]) ->
     return torch.cat([g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in flat])
 
 
+def scaled_gradient(losses: Tensor, index: int, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The gradient of `loss_gradient` as a direction times a scale: (number of values,), the largest of which is 1 or
+    -1, so that their squares stay in range, and (), float64. A gradient of 0 has the scale 1."""
+    gradient = loss_gradient(losses, index, parameters)
+    largest = gradient.abs().max()
+    scale = torch.where(largest == 0, 1, largest)
+    return gradient / scale, scale.double()
+
+
+def out_of_range(norms: Sequence[float], values: Sequence[float], dtype: torch.dtype) -> list[int]:
+    """Indices of norms that are wrong, since squares have left the range of their dtype or vanished. `values` are the
+    losses: a norm of 0 is right if the loss is 0 too, and else a doubt."""
+    smallest = torch.finfo(dtype).tiny ** 0.375  # 6e-15 in float32: the squares of a 1e-4th of it count
+    pairs = zip(norms, values, strict=True)
+    return [i for i, (norm, value) in enumerate(pairs) if not (smallest < norm < inf or norm == value == 0)]
+
+
+def gradient_norms(losses: Tensor, values: Sequence[float], parameters: tuple[Tensor, ...]) -> Tensor:
+    """(num_losses,): the norm of each loss's gradient, as in `loss_gradient`; `values` are the losses in numbers. In
+    float64 where squares leave the range of float32. It waits for a GPU."""
+    norms = torch.stack([loss_gradient(losses, i, parameters).norm() for i in range(len(losses))])
+    if wrong := out_of_range(norms.tolist(), values, norms.dtype):
+        norms = norms.double()
+        for i in wrong:
+            direction, scale = scaled_gradient(losses, i, parameters)
+            norms[i] = direction.norm() * scale
+    return norms
+
+
 def gram_matrix(losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    """(num_losses, num_losses): the inner product of the gradients of every two losses, as in `loss_gradient`."""
+    """(num_losses, num_losses): the inner product of the gradients of every two losses, as in `loss_gradient`. In
+    float64 where squares leave the range of float32. It waits for a GPU."""
     gradients = torch.stack([loss_gradient(losses, i, parameters) for i in range(len(losses))])
-    return torch.stack([gradients @ gradient for gradient in gradients])  # one matmul could round to 1e-3 (TF32)
+    gram = _products(gradients)
+    norms = [sqrt(square) for square in gram.diagonal().tolist()]
+    vanished = 0 in norms and gradients[gram.diagonal() == 0].any()
+    if vanished or out_of_range(norms, norms, gram.dtype):
+        largest = gradients.abs().amax(dim=1)
+        scale = torch.where(largest == 0, 1, largest)
+        gram = _products(gradients / scale[:, None]) * torch.outer(scale.double(), scale.double())
+    return gram
+
+
+def _products(rows: Tensor) -> Tensor:
+    return torch.stack([rows @ row for row in rows])  # one matmul could round to 1e-3 (TF32)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from auxfast.weighting.adam import Adam
-from auxfast.weighting.base import Weighting, check_non_negative
-from auxfast.weighting.gradients import loss_gradient
+from auxfast.weighting.base import Weighting, check_finite, check_non_negative
+from auxfast.weighting.gradients import gradient_norms
 
 _MIN_WEIGHT = 1e-6  # weights must stay positive, and a step of Adam, about lr, can pass 0
 
@@ -39,20 +39,24 @@ class GradNorm(Weighting):
         self.register_buffer("weights", torch.ones(num_losses))
         self.register_buffer("initial_losses", torch.zeros(num_losses))
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        if (losses < 0).any():
-            raise ValueError(f"losses must not be negative for gradnorm, got {losses.tolist()}")
-        weights, present = self.weights.clone(), losses != 0
-        norms = torch.stack([loss_gradient(losses, i, parameters).norm() for i in range(self.num_losses)])
-        self.initial_losses.copy_(torch.where(self.initial_losses == 0, losses, self.initial_losses))
-        rates = torch.where(present, losses / self.initial_losses, 0)
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
+        if min(values) < 0:
+            raise ValueError(f"losses must not be negative for gradnorm, got {values}")
+        weights, initial_losses = self.weights, self.initial_losses
+        present, now = losses != 0, losses.double()
+        norms = gradient_norms(losses, values, parameters)
+        initial = torch.where(initial_losses == 0, now, initial_losses)
+        rates = torch.where(present, now / initial, 0)
         rates = rates / _mean(rates, present)
         weighted = weights * norms
         target = _mean(weighted, present) * rates**self.alpha
-        self.weights += self.adam.update(torch.sign(weighted - target) * norms, present)
-        self.weights.clamp_(min=_MIN_WEIGHT)
-        self.weights *= self.num_losses / self.weights.sum()
-        return weights
+        gradient = torch.where(present, torch.sign(weighted - target) * norms, 0)
+        check_finite(gradient.where(present, norms).tolist())  # the norm of an absent loss must be finite too
+        returned = weights.clone()
+        initial_losses.copy_(initial.clamp(max=torch.finfo(initial_losses.dtype).max))
+        weights.add_(self.adam.update(gradient, present)).clamp_(min=_MIN_WEIGHT)
+        weights.mul_(self.num_losses / weights.sum())
+        return returned
 
 
 def _mean(values: Tensor, present: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from auxfast.weighting.base import Weighting
+from auxfast.weighting.base import Weighting, check_finite
 from auxfast.weighting.gradients import gram_matrix
 from auxfast.weighting.min_norm import min_norm_weights
 
@@ -29,7 +29,7 @@ class MGDA(Weighting):
         normalization: `n_i`: "none": 1, "l2": the gradient's norm, "loss": the loss, "loss+": their product.
         tolerance: the norm found is at most `1 / (1 - tolerance)` times the least; from 0 to below 1.
 
-    A call raises FloatingPointError if a gradient is not finite, and ValueError if a loss that normalises is negative.
+    A call raises ValueError if a loss that normalises is negative.
     """
 
     def __init__(
@@ -40,19 +40,19 @@ class MGDA(Weighting):
             raise ValueError(f"normalization must be one of {allowed}, got {normalization!r}")
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be from 0 to below 1, got {tolerance}")
-        super().__init__(num_losses, main)
+        super().__init__(num_losses, main, auxiliary=0.0)
         self.normalization, self.tolerance = normalization, tolerance
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
         gram = gram_matrix(losses, parameters).cpu().double()
-        values = losses.cpu().double()
-        squares = gram.diagonal()
-        if not gram.isfinite().all():  # the error cannot say whose: 0 times NaN spreads to the gradients of all
-            raise FloatingPointError(f"a gradient holds an inf or NaN, or is too large; the losses: {values.tolist()}")
-        present = (values != 0) | (squares != 0)
-        weights = torch.zeros_like(values)
+        check_finite(gram.flatten().tolist())
+        squares, sizes = gram.diagonal(), torch.tensor(values, dtype=torch.float64)
+        present = sizes != 0
+        if self.normalization in ("none", "l2"):
+            present |= squares != 0
+        weights = torch.zeros_like(sizes)
         if present.any():  # absent losses are left out: their gradients would be the shortest of all
-            scale = self._normalizers(values, squares)[present]
+            scale = self._normalizers(sizes, squares)[present]
             scaled = gram[present][:, present] / torch.outer(scale, scale)
             weights[present] = min_norm_weights(scaled, self.tolerance) / scale
             weights /= weights.sum()
@@ -64,8 +64,7 @@ class MGDA(Weighting):
         if self.normalization in ("l2", "loss+"):
             scale *= torch.where(squares == 0, 1, squares.sqrt())  # a gradient of 0 stays 0
         if self.normalization in ("loss", "loss+"):
-            bad = (values < 0) | ((values == 0) & (squares != 0))
-            if bad.any():
+            if (values < 0).any():
                 raise ValueError(f"normalization {self.normalization!r} needs losses above 0, got {values.tolist()}")
             scale *= values
         return scale

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from auxfast.weighting.adam import Adam
 from auxfast.weighting.base import Weighting
+
+_SMALL = 1e-4  # below it the weight that a loss leads to, 1 / (2 L), could be inf in float16; in float32, below 1e-38
 
 
 class Uncertainty(Weighting):
@@ -30,7 +34,11 @@ class Uncertainty(Weighting):
         self.adam = Adam(num_losses, lr)
         self.register_buffer("log_variances", torch.zeros(num_losses))
 
-    def _weights(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        weights = torch.exp(-self.log_variances)
-        self.log_variances += self.adam.update(0.5 - weights * losses, losses != 0)
+    def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
+        log_variances = self.log_variances
+        weights = torch.exp(-log_variances)
+        log_variances.add_(self.adam.update(0.5 - weights * losses, losses != 0))
+        if min(values) < _SMALL:
+            largest = min(torch.finfo(dtype).max for dtype in (losses.dtype, log_variances.dtype))
+            log_variances.clamp_(min=-math.log(largest / 2))
         return weights

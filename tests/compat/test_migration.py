@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from auxfast.nn import Combiner
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 BEFORE, AFTER = 1, 2
@@ -47,7 +49,9 @@ def test_losses_of_pixels(version):
     _, helpful, harmful = losses.grad.sum((0, 2, 3)).tolist()
     assert helpful > harmful
     assert names["outer_loss"]() < 0.5 * names["start"]
-    assert all((p >= 0).all() for n, p in names["combiner"].state_dict().items() if n.endswith("weight"))
+    combiner = names["combiner"]
+    parts = combiner.layers() if isinstance(combiner, Combiner) else combiner.state_dict()
+    assert all((part >= 0).all() for name, part in parts.items() if name.endswith("weight"))
 
 
 @both

@@ -94,14 +94,14 @@ def test_a_bad_batch_leaves_no_trace(solver: Solver, value: float, which: str):
 
 def test_skipped_steps_warn_once_where_the_step_was_called_and_are_saved():
     problem = Problem()
-    outer = HyperOptimizer(problem.adam)
+    outer = HyperOptimizer(problem.adam, project=[problem.combiner])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for value in (torch.nan, 0.0, torch.nan):
             outer.step(problem.outer_loss(), problem.inner_loss(value), problem.net.parameters())
     assert [warning.filename for warning in caught] == [__file__]
     assert "The second derivatives of inner_loss in inner_params hold NaN" in str(caught[0].message)
-    resumed = HyperOptimizer(problem.adam)
+    resumed = HyperOptimizer(problem.adam, project=[problem.combiner])
     resumed.load_state_dict(copy.deepcopy(outer.state_dict()))
     assert resumed.skipped_steps == 2
     old = outer.state_dict()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from auxfast.implicit import HyperOptimizer, hypergradient
+from auxfast.nn import Combiner, LinearCombiner, NonlinearCombiner
 from auxfast.solvers import MINRES, ConjugateGradient, Jacobi, Neumann, Nystrom, SolveStats
 
 from .problems import Dense, Ridge
@@ -228,6 +231,57 @@ def test_settings_are_checked():
         HyperOptimizer([], solver=Dense())
     with pytest.raises(ValueError, match="max_grad_norm must be a finite number above 0"):
         HyperOptimizer(sgd, solver=Dense(), max_grad_norm=0.0)
-    for project in ([nn.Linear(1, 1)], Bounded(torch.ones(1))):
-        with pytest.raises(TypeError, match="project must be a list of modules"):
+    for project, given in [
+        ([Bounded(torch.ones(1)), nn.Linear(1, 1)], "got one with a Linear"),
+        (Bounded(torch.ones(1)), "got a Bounded"),
+        (3, "got a int"),
+        (None, "got a NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=rf"project must be a list of modules that have project_\(\), {given}"):
             HyperOptimizer(sgd, solver=Dense(), project=project)
+
+
+class _Wrapper(nn.Module):
+    """A module that projects a combiner of its own."""
+
+    def __init__(self, combiner: Combiner) -> None:
+        super().__init__()
+        self.combiner = combiner
+
+    def project_(self) -> None:
+        self.combiner.project_()
+
+
+class _Projection:
+    """Something that is no module, and may project anything."""
+
+    def project_(self) -> None: ...
+
+
+def _loaded_by_assignment(combiner: Combiner) -> Combiner:
+    combiner.load_state_dict(combiner.state_dict(), assign=True)
+    return combiner
+
+
+@pytest.mark.parametrize(
+    "made",
+    [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), nn.Module.double, _loaded_by_assignment],
+    ids=["copy", "deepcopy", "pickle", "double", "assigned"],
+)
+def test_a_monotone_combiner_that_nothing_projects_is_warned_of(made):
+    combiner = made(LinearCombiner(3))
+    with pytest.warns(RuntimeWarning, match=r"monotone LinearCombiner monotone: pass project=\[combiner\]") as caught:
+        HyperOptimizer(torch.optim.SGD([{"params": combiner.parameters()}], lr=1.0), project=[LinearCombiner(2)])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    HyperOptimizer(torch.optim.SGD(combiner.parameters(), lr=1.0), warn=False)
+
+
+def test_other_combiners_are_not_warned_of():
+    """What is projected, by itself or by something else, and what need not be."""
+    combiner, free = NonlinearCombiner(3), NonlinearCombiner(3, monotone=False)
+    others = _Wrapper(combiner), _Projection(), copy.copy(combiner)
+    for project in ([combiner], (combiner,), iter([combiner]), *([other] for other in others)):
+        optimizer = HyperOptimizer(torch.optim.SGD(combiner.parameters(), lr=1.0), project=project)
+        assert len(optimizer.project) == 1
+    HyperOptimizer(torch.optim.SGD(free.parameters(), lr=1.0))

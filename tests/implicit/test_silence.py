@@ -51,7 +51,7 @@ def test_frozen_outer_parameters(setting):
 
 def test_exchanged_losses(setting):
     net, combiner, x, held_out = setting
-    outer = HyperOptimizer(torch.optim.Adam(combiner.parameters(), lr=0.1))
+    outer = HyperOptimizer(torch.optim.Adam(combiner.parameters(), lr=0.1), project=[combiner])
     with pytest.warns(RuntimeWarning, match="only the direct gradient.*Are outer_loss and inner_loss exchanged"):
         outer.step(combiner(losses(net, x)), losses(net, held_out)[:, 0].mean(), net.parameters())
 
@@ -98,7 +98,7 @@ def test_damping_leads_out_of_weights_that_are_all_0(setting):
 def test_the_main_loss_stays_with_main(setting):
     net, _, x, held_out = setting
     combiner = auxfast.nn.LinearCombiner(2, main=0, init_value=0.0)
-    outer = HyperOptimizer(torch.optim.SGD(combiner.parameters(), lr=1.0))
+    outer = HyperOptimizer(torch.optim.SGD(combiner.parameters(), lr=1.0), project=[combiner])
     assert outer.step(losses(net, held_out)[:, 0].mean(), combiner(losses(net, x)), net.parameters()).converged
 
 

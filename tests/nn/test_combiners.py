@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import comb, prod
@@ -10,6 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from auxfast import reference_kernels
 from auxfast.nn import Combiner, ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
@@ -253,6 +255,30 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "reduction": (lambda: LinearCombiner(3, reduction="max"), ValueError, "reduction must be one of .*, got 'max'"),
     "polynomial's": (lambda: PolynomialCombiner(3, reduction="x"), ValueError, "reduction must be one of .*'x'"),
     "network's": (lambda: NonlinearCombiner(3, reduction="max"), ValueError, "reduction must be one of .*'max'"),
+    "text": (lambda: LinearCombiner("3"), TypeError, "num_losses must be an int, got '3'"),
+    "number": (lambda: NonlinearCombiner(2.0), TypeError, "num_losses must be an int, got 2.0"),
+    "flag": (lambda: PolynomialCombiner(True), TypeError, "num_losses must be an int, got True"),
+    "nothing": (lambda: LinearCombiner(None), TypeError, "num_losses must be an int, got None"),
+    "main's type": (lambda: LinearCombiner(3, 1.0), TypeError, "main must be None or an int, .* of a column, got 1.0"),
+    "main's flag": (lambda: NonlinearCombiner(3, main=False), TypeError, "main must be None or an int, .*, got False"),
+    "one width": (
+        *(lambda: NonlinearCombiner(3, hidden=10), TypeError),
+        r"hidden must be a sequence, one width for each hidden layer, like hidden=\(10,\), got 10",
+    ),
+    "no width": (lambda: NonlinearCombiner(3, hidden=None), TypeError, r"like hidden=\(10,\), got None"),
+    "0": (lambda: DeepLinearCombiner(3, hidden=0), TypeError, r"like hidden=\(10,\), got 0"),
+    "digits": (lambda: NonlinearCombiner(3, hidden="10"), TypeError, r"like hidden=\(10,\), got '10'"),
+    "floats": (lambda: NonlinearCombiner(3, (10.0,)), TypeError, r"hidden must hold ints, got \(10\.0,\)"),
+    "flags": (lambda: NonlinearCombiner(3, (True,)), TypeError, r"hidden must hold ints, got \(True,\)"),
+    "negative width": (lambda: NonlinearCombiner(3, (4, -1)), ValueError, r"hidden must hold .*, got \(4, -1\)"),
+    "degree's type": (lambda: PolynomialCombiner(3, 2.5), TypeError, "degree must be an int, got 2.5"),
+    "degree's flag": (lambda: PolynomialCombiner(3, True), TypeError, "degree must be an int, got True"),
+    "endless": (
+        *(lambda: PolynomialCombiner(10, 50), ValueError),
+        "degree 50 of 10 losses has 75394027565 monomials, 1000000 at most: lower degree",
+    ),
+    "NaN": (lambda: LinearCombiner(3, init_value=float("nan")), ValueError, "init_value must be a finite .*, got nan"),
+    "inf": (lambda: PolynomialCombiner(3, init_value=float("inf")), ValueError, "init_value must be .*, got inf"),
 }
 
 
@@ -275,6 +301,100 @@ def test_input_errors(make):
         combiner(torch.ones(5, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"losses are torch\.float64 and phi is torch\.float32"):
         combiner(torch.ones(5, 3).double())
+
+
+NO_LOSSES: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] = {
+    "a list": (lambda t: [*t.T], TypeError, r"one tensor, got a list: pass torch\.stack\(\[\.\.\.\], dim=1\)$"),
+    "a tuple": (lambda t: (*t.T,), TypeError, r"one tensor, got a tuple: pass torch\.stack\(\[\.\.\.\], dim=1\)$"),
+    "a list of scalars": (
+        *(lambda t: [*t.mean(0)], TypeError),
+        r"one tensor, got a list: pass torch\.stack\(.*\), of each sample's own losses, .*reduction='none'",
+    ),
+    "numbers": (Tensor.tolist, TypeError, "one tensor, got a list: pass .*, of each sample's own losses"),
+    "an array": (Tensor.numpy, TypeError, "one tensor, got a ndarray"),
+    "a number": (lambda t: 1.0, TypeError, "one tensor, got a float"),
+    "nothing": (lambda t: None, TypeError, "one tensor, got a NoneType"),
+    "a function": (lambda t: lambda: t, TypeError, "one tensor, got a function"),
+    "a scalar": (Tensor.mean, ValueError, r"\(batch, 3\), got \(\), of each sample's own losses, .*reduction='none'"),
+    "means": (lambda t: t.mean(0), ValueError, r"\(batch, 3\), got \(3,\), of each sample's own losses"),
+    "sparse": (Tensor.to_sparse, TypeError, r"dense, got torch\.sparse_coo: pass losses\.to_dense\(\)"),
+}
+
+
+@EVERY
+@pytest.mark.parametrize(("change", "error", "message"), NO_LOSSES.values(), ids=NO_LOSSES.keys())
+def test_what_is_no_tensor_of_losses_is_refused(change, error, message, make):
+    combiner = make(3, main=0)
+    for call in (combiner, combiner.loss_weights):
+        with pytest.raises(error, match=f"losses must be {message}"):
+            call(change(torch.ones(5, 3)))
+
+
+BAD_MASKS: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] = {
+    "NaN": (lambda t: t.index_fill(1, torch.tensor(1), torch.nan), ValueError, "hold 1 where .* and 0 .*, got nan"),
+    "fractions": (lambda t: 0.5 * t, ValueError, "hold 1 where a sample has a loss and 0 where it has not, got 0.5"),
+    "counts": (lambda t: 2 * t.int(), ValueError, "hold 1 where .* and 0 .*, got 2"),
+    "negative": (lambda t: -t, ValueError, "hold 1 where .* and 0 .*, got -1.0"),
+    "complex": (lambda t: 1j * t, ValueError, "hold 1 where .* and 0 .*, got 1j"),
+    "a list": (Tensor.tolist, TypeError, "be a dense tensor, got a list"),
+    "a flag": (lambda t: True, TypeError, "be a dense tensor, got a bool"),
+    "sparse": (Tensor.to_sparse, TypeError, "be a dense tensor, got torch.sparse_coo"),
+    "one row": (lambda t: t[0], ValueError, r"have the losses' shape \(5, 3\), got \(3,\)"),
+}
+
+
+@EVERY
+@pytest.mark.parametrize(("change", "error", "message"), BAD_MASKS.values(), ids=BAD_MASKS.keys())
+def test_what_is_no_mask_is_refused(change, error, message, make):
+    combiner = make(3, main=0)
+    for call in (combiner, combiner.loss_weights):
+        with pytest.raises(error, match=f"mask must {message}"):
+            call(torch.ones(5, 3), change(torch.ones(5, 3)))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.cfloat]
+)
+def test_a_mask_of_0_and_1_may_have_any_dtype(make, dtype):
+    combiner, losses = disturbed(make(3, main=0)), positive_losses(7)
+    mask = normal(7, 3, seed=3) > -0.3
+    assert torch.equal(combiner(losses, mask.to(dtype)), combiner(losses, mask))
+
+
+@EVERY
+def test_a_mask_without_values_is_not_read(make):
+    with FakeTensorMode():
+        combiner = make(3, main=0)
+        assert combiner(torch.rand(4, 3), torch.ones(4, 3)).shape == ()
+
+
+@pytest.mark.parametrize("make", [NonlinearCombiner, DeepLinearCombiner])
+@pytest.mark.parametrize("hidden", [(65,), (4, 100, 4), (2,) * 9])
+def test_a_network_too_large_for_the_kernels_is_warned_of(make, hidden):
+    with pytest.warns(RuntimeWarning, match="reference: the kernels take at most 8 hidden layers of at most 64") as got:
+        make(3, hidden)
+    assert len(got) == 1
+    assert got[0].filename == __file__
+
+
+def test_the_largest_network_for_the_kernels_is_not_warned_of():
+    NonlinearCombiner(300, (64,) * 8)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_combiners_compute_in_float32(make, dtype):
+    """Also where weights are so large or so small that their squares leave the range of float16."""
+    for size in (1e-3, 1.0, 300.0):
+        combiner = disturbed(make(3, main=0)).to(dtype)
+        with torch.no_grad():
+            combiner.phi *= size
+        twin, losses = copy.deepcopy(combiner).float(), positive_losses(5).to(dtype)
+        torch.testing.assert_close(combiner(losses), twin(losses.float()))
+        for function in (Combiner.project_, Combiner.reset_parameters):
+            function(combiner)
+            assert combiner(losses).isfinite()
 
 
 def test_repr_says_what_it_is():

@@ -241,25 +241,33 @@ def test_initial_values():
     assert 1.9 < wide.max() <= 2
 
 
-def test_state_dict_holds_the_layers_by_name():
-    combiner, other = disturbed(ConvCombiner(3)), ConvCombiner(3).double()
-    state = combiner.state_dict()
-    assert {name: tuple(part.shape) for name, part in state.items()} == {
+def test_layers_name_the_parts_of_phi():
+    combiner = ConvCombiner(3)
+    assert {name: tuple(part.shape) for name, part in combiner.layers().items()} == {
         "0.weight": (8, 3, 3, 3),
         "0.bias": (8,),
         "1.weight": (16, 8, 3, 3),
         "1.bias": (16,),
         "out.weight": (16,),
     }
-    assert [name for name, _ in combiner.named_parameters()] == ["phi"]
-    other.load_state_dict(state)
-    assert torch.equal(other.phi, combiner.phi)
-    normalised = ConvCombiner(3, weight_norm=True).state_dict()
+    normalised = ConvCombiner(3, weight_norm=True).layers()
     assert {name: tuple(normalised[name].shape) for name in normalised if name.endswith("_g")} == {
         "0.weight_g": (8,),
         "1.weight_g": (16,),
         "out.weight_g": (),
     }
+
+
+@NORMALISED
+@pytest.mark.parametrize("by_layers", [False, True], ids=["now", "before 0.2"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_checkpoints_load(device, by_layers, weight_norm):
+    combiner = disturbed(ConvCombiner(3, CHANNELS, weight_norm=weight_norm))
+    with torch.device(device):
+        other = ConvCombiner(3, CHANNELS, weight_norm=weight_norm)
+    assert list(combiner.state_dict()) == [name for name, _ in combiner.named_parameters()] == ["phi"]
+    other.load_state_dict(combiner.layers() if by_layers else combiner.state_dict(), assign=True)
+    assert torch.equal(other(images()), combiner(images()))
 
 
 @NORMALISED
@@ -298,8 +306,32 @@ def test_argument_errors(arguments, message):
         ConvCombiner(**{"num_losses": 3, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 8}, r"channels must be a sequence, one number for each convolution, like channels=\(8,\), got 8"),
+        ({"channels": (8.0, 16)}, r"channels must hold ints, got \(8\.0, 16\)"),
+        ({"num_losses": 2.0}, "num_losses must be an int, got 2.0"),
+        ({"main": True}, "main must be None or an int, the index of a channel, got True"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ConvCombiner(**{"num_losses": 3, **arguments})
+
+
+def test_a_network_too_large_for_the_kernels_is_warned_of():
+    for arguments in ({"channels": (65,)}, {"channels": (2,) * 5}, {"num_losses": 65}):
+        with pytest.warns(RuntimeWarning, match="slower PyTorch reference: the kernels take at most 4 conv"):
+            ConvCombiner(**{"num_losses": 3, **arguments})
+
+
 def test_input_errors():
     combiner = ConvCombiner(3)
+    with pytest.raises(TypeError, match=r"losses must be one tensor, got a list: pass torch\.stack\(\[\.\.\.\]"):
+        combiner([torch.ones(5, 4, 4)] * 3)
+    with pytest.raises(ValueError, match=r"mask must hold 1 where a sample has a loss and 0 where it has not, got nan"):
+        combiner(torch.ones(5, 3, 4, 4), torch.full((5, 3, 4, 4), torch.nan))
     with pytest.raises(ValueError, match=r"losses must be \(batch, 3, H, W\), got \(5, 3\)"):
         combiner(torch.ones(5, 3))
     with pytest.raises(ValueError, match=r"losses must be \(batch, 3, H, W\), got \(5, 2, 4, 4\)"):

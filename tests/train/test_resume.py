@@ -126,6 +126,29 @@ def test_a_line_that_was_being_written_comes_again(tmp_path):
     _same(run(tmp_path / "cut", resume=True), reference)
 
 
+def _as_before_0_2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state_dict of a training loss with a combiner's layers by name and without a weighting's last weights."""
+    old = {key: value for key, value in state.items() if key not in ("combiner.phi", "weighting.last_weights")}
+    if "combiner.phi" in state:
+        shapes = state._metadata["combiner"]["layers"]
+        parts = state["combiner.phi"].split([torch.Size(shape).numel() for shape in shapes.values()])
+        old |= {f"combiner.{name}": part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+    assert len(old) != len(state) or "combiner.weight" in old
+    return old
+
+
+@pytest.mark.parametrize("method", ["nonlinear", "polynomial", "uncertainty", "dwa", "mgda"])
+def test_run_folders_of_before_0_2_resume(method, tmp_path):
+    reference = run(tmp_path / "whole", method, patience=5)
+    _interrupt(tmp_path / "cut", method, 4, patience=5)
+    (path,) = (tmp_path / "cut").rglob("checkpoint.pt")
+    state = load_checkpoint(path)
+    for part in (state["trainer"], state["trainer"]["best"]):
+        part["training_loss"] = _as_before_0_2(part["training_loss"])
+    torch.save(state, path)
+    _same(run(tmp_path / "cut", method, resume=True, patience=5), reference)
+
+
 def test_a_finished_run_is_only_read(tmp_path):
     reference = run(tmp_path)
     again = run(tmp_path, resume=True, on_outer_step=lambda _: pytest.fail("trained again"))

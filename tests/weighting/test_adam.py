@@ -36,6 +36,14 @@ def test_absent_entries_wait():
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
+def test_a_gradient_whose_square_overflows_is_taken_for_the_largest():
+    """Otherwise the running average of squares would be inf, and all later steps 0."""
+    adam, present = Adam(1, lr=0.1), torch.ones(1, dtype=torch.bool)
+    assert adam.update(torch.tensor([1e30]), present).item() == pytest.approx(-0.1)
+    assert adam.square.isfinite().all()
+    assert adam.update(torch.tensor([-1e30]), present).item() > 0
+
+
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan")])
 def test_lr_out_of_range(lr):
     with pytest.raises(ValueError, match="lr must be positive and finite, got"):

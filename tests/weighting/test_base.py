@@ -140,7 +140,21 @@ def test_nothing_to_take_gradients_in(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_losses_that_are_no_tensor_of_numbers(name):
+    losses, parameters = network_losses(3, 0)
+    with pytest.raises(TypeError, match=r"losses must be one tensor, got a list: pass torch\.stack\(losses\)"):
+        made(name)([*losses], parameters)
+    with pytest.raises(TypeError, match=r"losses must be floating point, got torch\.int64"):
+        made(name)(torch.tensor([1, 2, 3]), parameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_num_losses_and_main(name):
+    for num_losses in ("3", 2.0, True):
+        with pytest.raises(TypeError, match=f"num_losses must be an int, got {num_losses!r}"):
+            make_weighting(name, num_losses)
+    with pytest.raises(TypeError, match="main must be an int, got None"):
+        make_weighting(name, 3, main=None)
     with pytest.raises(ValueError, match="num_losses must be at least 1, got 0"):
         make_weighting(name, 0)
     with pytest.raises(ValueError, match="main must be an index 0 to 2, got 3"):

@@ -54,8 +54,39 @@ def test_a_loss_absent_for_whole_periods_has_a_ratio_of_1():
     assert weights[4].tolist() == [1, 1]
 
 
+def test_sums_and_ratios_that_overflow():
+    """A loss that rises from 1e-30 to 1e38 has all the weight; two that stay at 3e38 have the same."""
+    weighting = DynamicWeightAverage(2, temperature=0.1, period=4)
+    for losses in [[1e-30, 1.0]] * 4 + [[1e38, 1.0]] * 4:
+        weighting(torch.tensor(losses), [])
+    assert weighting(torch.tensor([1.0, 1.0]), []).tolist() == [2, 0]
+    weighting = DynamicWeightAverage(2, period=4)
+    for _ in range(9):
+        weights = weighting(torch.tensor([3e38, 3e38]), [])
+        assert all(buffer.isfinite().all() for buffer in weighting.buffers())
+    assert weights.tolist() == [1, 1]
+
+
+def test_a_checkpoint_of_a_longer_period():
+    """The period that it was in the middle of ends at once."""
+    long, short = DynamicWeightAverage(2, period=9), DynamicWeightAverage(2, period=2)
+    _weights(long.double(), [[2.0, 1.0]] * 5)
+    short.double().load_state_dict(long.state_dict())
+    _weights(short, [[1.0, 1.0]] * 2)
+    assert _weights(short, [[9.0, 9.0]])[0, 0] < 1  # the first loss fell from 2 to 1
+
+
+@pytest.mark.parametrize("state", ["3", {"calls": "3"}, {}, {"calls": 2.5}], ids=str)
+def test_a_checkpoint_that_holds_something_else_than_calls(state):
+    weighting = DynamicWeightAverage(2)
+    with pytest.raises(TypeError, match="calls in the checkpoint must be an int, got"):
+        weighting.load_state_dict({**weighting.state_dict(), "_extra_state": state})
+
+
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         DynamicWeightAverage(2, temperature=0)
     with pytest.raises(ValueError, match="period must be at least 1, got 0"):
         DynamicWeightAverage(2, period=0)
+    with pytest.raises(TypeError, match=r"period must be an int, got 2\.5"):
+        DynamicWeightAverage(2, period=2.5)

@@ -45,3 +45,15 @@ def test_tiny_gradients_keep_their_sign():
     """Their inner product, -1e-60, is 0 in float32."""
     losses, parameters = linear_losses([1.0, 1.0], [[1e-15, 0.0], [-1e-18, 0.0]])
     assert GradientCosineSimilarity(2)(losses, parameters).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "scales", [(1e-30, 1.0), (1.0, 1e-30), (1e30, 1.0), (1.0, 1e30), (1e-40, 1e30), (1e-30, 1e-30)]
+)
+def test_squares_outside_of_the_range_of_float32(scales):
+    """The cosine knows no lengths: 3/5 here."""
+    one, two = scales
+    losses, parameters = linear_losses([1.0, 1.0], [[2.0 * one, 0.0], [3.0 * two, 4.0 * two]])
+    weights = GradientCosineSimilarity(2, weighted=True)(losses, parameters)
+    torch.testing.assert_close(weights, torch.tensor([1, 0.6]), rtol=1e-4, atol=0)
+    assert GradientCosineSimilarity(2)(-losses * torch.tensor([1, -1]), parameters).tolist() == [1, 0]

@@ -80,6 +80,18 @@ def test_initial_loss_is_that_of_the_first_presence():
     assert weighting.initial_losses.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_squares_outside_of_the_range_of_float32(scale):
+    """Two steps as those of gradients of 5 and 1: Adam's first step knows no scale, if that is above its eps."""
+    weighting = GradNorm(2, lr=0.1).double()
+    gradients = [[scale * g for g in row] for row in GRADIENTS]
+    norms = []
+    update = weighting.adam.update
+    weighting.adam.update = lambda gradient, present: norms.append(gradient.abs()) or update(gradient, present)
+    weighting(*linear_losses([2.0, 1.0], gradients))
+    torch.testing.assert_close(norms[0] / scale, torch.tensor([5.0, 1.0], dtype=torch.float64))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="alpha must be at least 0 and finite, got -1"):
         GradNorm(2, alpha=-1)

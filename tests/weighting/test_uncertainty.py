@@ -39,6 +39,17 @@ def test_an_absent_loss_stays():
     assert weighting.log_variances[0] > before[0]
 
 
+@pytest.mark.parametrize(("dtype", "loss"), [(torch.float32, 1e-40), (torch.float16, 1e-6)])
+def test_the_weight_of_a_tiny_loss_stays_finite(dtype, loss):
+    """It would settle at 1 / (2 L), which is above the largest number."""
+    weighting = Uncertainty(2, lr=1.0)
+    losses = torch.tensor([loss, 0.5], dtype=dtype)
+    for _ in range(300):
+        weights = weighting(losses, [])
+        assert weights.isfinite().all()
+    assert weights[0] > 1e4
+
+
 def test_lr_out_of_range():
     with pytest.raises(ValueError, match="lr must be positive and finite, got 0"):
         Uncertainty(2, lr=0)

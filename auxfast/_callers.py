@@ -1,0 +1,13 @@
+"""The line of code outside of this package that a warning points to."""
+
+from __future__ import annotations
+
+import sys
+
+
+def stacklevel() -> int:
+    """The `stacklevel` at which `warnings.warn`, called where this is, finds the first caller outside of auxfast."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
+        level, frame = level + 1, frame.f_back
+    return level
