@@ -25,7 +25,7 @@ class Combiner(nn.Module, ABC):
     and what the combined value of a sample is.
 
     Its state_dict holds `phi` under its own name, as `torch.func.functional_call` and checkpoints of other tools want
-    it; `layers()` gives the parts by name. A state_dict by layers, as those before 0.2 were, loads too.
+    it; `layers()` gives the parts by name. A state_dict by layers, as earlier versions saved it, loads too.
 
     Args:
         num_losses: columns of the losses, or channels of the loss image.

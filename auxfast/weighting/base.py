@@ -121,7 +121,7 @@ class Weighting(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        state_dict.setdefault(f"{prefix}last_weights", self.last_weights)  # before 0.2 there were none
+        state_dict.setdefault(f"{prefix}last_weights", self.last_weights)  # earlier versions saved none
         for key, value in state_dict.items():
             if key.startswith(prefix) and isinstance(value, Tensor) and not (value.is_meta or value.isfinite().all()):
                 error_msgs.append(f"{key} holds NaN or inf in the checkpoint: load an older one")

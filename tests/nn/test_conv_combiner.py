@@ -259,7 +259,7 @@ def test_layers_name_the_parts_of_phi():
 
 
 @NORMALISED
-@pytest.mark.parametrize("by_layers", [False, True], ids=["now", "before 0.2"])
+@pytest.mark.parametrize("by_layers", [False, True], ids=["now", "earlier"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_checkpoints_load(device, by_layers, weight_norm):
     combiner = disturbed(ConvCombiner(3, CHANNELS, weight_norm=weight_norm))

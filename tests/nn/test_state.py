@@ -1,4 +1,4 @@
-"""What a combiner keeps: state_dict, layers, checkpoints of before 0.2, copies, and moves between dtypes."""
+"""What a combiner keeps: state_dict, layers, checkpoints of earlier versions, copies, and moves between dtypes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS = {
 
 
 def by_layers(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of before 0.2: a combiner's layers in place of its `phi`."""
+    """The state_dict of earlier versions: a combiner's layers in place of its `phi`."""
     state = {key: value for key, value in module.state_dict().items() if not key.endswith("phi")}
     for prefix, part in module.named_modules():
         if isinstance(part, Combiner):
@@ -86,7 +86,7 @@ def larger_model() -> nn.ModuleDict:
     return nn.ModuleDict({"net": nn.Linear(2, 2), "combiner": NonlinearCombiner(3, (4,)), "other": LinearCombiner(2)})
 
 
-@pytest.mark.parametrize("state_of", [nn.Module.state_dict, by_layers], ids=["now", "before 0.2"])
+@pytest.mark.parametrize("state_of", [nn.Module.state_dict, by_layers], ids=["now", "earlier"])
 def test_part_of_a_larger_model(state_of):
     model = larger_model()
     twin = copy.deepcopy(model)
@@ -185,7 +185,7 @@ def test_broken_checkpoints_are_refused_by_the_name_of_the_entry(change, message
 
 
 @EVERY
-@pytest.mark.parametrize("state_of", [nn.Module.state_dict, by_layers], ids=["now", "before 0.2"])
+@pytest.mark.parametrize("state_of", [nn.Module.state_dict, by_layers], ids=["now", "earlier"])
 def test_a_combiner_on_the_meta_device_is_assigned(make, state_of):
     saved = disturbed(make(3, main=1))
     with torch.device("meta"):
