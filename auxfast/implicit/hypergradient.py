@@ -137,6 +137,8 @@ def hypergradient(
                 problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
+                if isinstance(product, FiniteDifference):
+                    stats = product.certify(stats, getattr(solver, "tol", None))
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):
