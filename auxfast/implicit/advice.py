@@ -50,6 +50,11 @@ _TEXTS = {
     ),
     **{reason.value: reason.advice for reason in StopReason},
     "unconverged": StopReason.STEPS.advice,
+    "detached": (
+        "curvature='finite-difference' differentiates through detach(), which the recorded graph of this inner loss does "
+        "not: the two disagree. Neither need be right, since such a gradient is that of no loss. Compute what is "
+        "detached outside of inner_loss, or take curvature='hessian', which holds it constant."
+    ),
     "identity": _IDENTITY,
 }
 

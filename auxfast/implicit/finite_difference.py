@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,7 +65,8 @@ class FiniteDifference:
         self._loss_fns = loss_fns
         self._eps = max(torch.finfo(w.dtype).eps for w in params)
         self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
-        self._coarse, self._fine = 2 * self._eps ** (1 / 2), self._eps ** (2 / 3)  # errors: of a start, and of the best
+        self._best_error = self._eps ** (2 / 3)
+        self._good_error = _GROWTH * self._best_error
         self.operator_error = 0.0
         self.detached = False
         before = mean_gradient(loss_fns, params)
@@ -72,12 +74,13 @@ class FiniteDifference:
         self.in_system = self._which_vary(params, before)
         self.params = list(compress(params, self.in_system))
         self._gradient = list(compress(before, self.in_system))
+        self._sizes = [_size(w) for w in self.params]
         self._blocks = self._by_size()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         total: _Grads = [None] * len(self.params)
-        for block, unit, norm in self._parts(vectors):
-            total = add(total, _times(norm, self._difference(block, unit).product))
+        for direction in self._directions(vectors):
+            total = add(total, _times(direction.norm, self._difference(direction).product))
         return [torch.zeros_like(v) if p is None else p.to(v.dtype) for p, v in zip(total, vectors, strict=True)]
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -87,28 +90,33 @@ class FiniteDifference:
         product: _Grads = [None] * len(self.params)
         mixed: _Grads = [None] * len(outer_params)
         product_error = mixed_error = mixed_scale = 0.0
-        for block, unit, norm in self._parts(vectors):
-            full = self._difference(block, unit, outer_params)
-            half = self._at(full.distance / 2, block, unit, outer_params)
+        for direction in self._directions(vectors):
+            norm = direction.norm
+            full = self._difference(direction, outer_params)
+            half = self._at(full.distance / 2, direction, outer_params)
             product = add(product, _times(norm, full.product))
-            product_error += norm * _norm(_minus(full.product, half.product))
-            term, error, scale = self._mixed_along(block, unit, outer_params, full, half)
+            product_error += norm * self._product_error(full, half, direction)
+            term, error = self._mixed_along(direction, outer_params, full, half)
             mixed = add(mixed, _times(norm, term))
             mixed_error += norm * error
-            mixed_scale += norm * scale
+            mixed_scale += norm * full.outer_norm / self._longest(direction.block)
         product_error = _ratio(product_error, _norm(product))
-        self.operator_error = max(product_error, _ratio(mixed_error, max(_norm(mixed), self._coarse * mixed_scale)))
+        # A mixed product far below its scale has cancelled: its relative error would mean nothing.
+        mixed_error = _ratio(mixed_error, max(_norm(mixed), self._good_error * mixed_scale))
+        self.operator_error = max(product_error, mixed_error)
         recorded = self._recorded(vectors)
         if recorded is not None:
             difference = _ratio(_norm(_minus(product, recorded)), _norm(recorded))
             self.detached = difference > max(_DETACHED, 10 * product_error)
         return mixed
 
-    def certify(self, stats: SolveStats, tol: float | None) -> SolveStats:
-        """`stats` with the `operator_error` that `mixed` has left; not converged if that is above the tolerance."""
-        if stats.converged and not self.operator_error <= (_ALLOWED_ERROR if tol is None else tol):
-            stats = replace(stats, converged=False, stop_reason=StopReason.STAGNATED)
-        return replace(stats, operator_error=self.operator_error)
+    def certify(self, stats: SolveStats, problem: str | None, tol: float | None) -> tuple[SolveStats, str | None]:
+        """`stats` and the problem with the solve, after `mixed`: `operator_error` stands in the stats, and where it is
+        above both the tolerance and the residual they are not converged, but `inexact`."""
+        stats = replace(stats, operator_error=self.operator_error)
+        if not self.operator_error <= max(_ALLOWED_ERROR if tol is None else tol, stats.residual):
+            stats, problem = replace(stats, converged=False, stop_reason=StopReason.INEXACT), "inexact"
+        return stats, "detached" if self.detached else problem
 
     def _which_vary(self, params: Sequence[Tensor], before: _Grads) -> list[bool]:
         """Whether the gradient in each parameter varies where all are moved by a part of the size of each; and where
@@ -131,122 +139,159 @@ class FiniteDifference:
     def _by_size(self) -> list[_Block]:
         """The parameters in blocks of similar size, the largest first, and those that are 0 last."""
         blocks: list[_Block] = []
-        sizes = [_size(w) for w in self.params]
-        largest = max(sizes, default=0.0) or 1.0
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            is_zero = sizes[i] == 0
-            if not blocks or blocks[-1].is_zero != is_zero or sizes[i] < self._step * blocks[-1].size:
-                size = sizes[i] or (self._step * min(1.0, largest) if blocks else 1.0)
-                blocks.append(_Block([], size, is_zero))
+        largest = max(self._sizes, default=0.0) or 1.0
+        for i in sorted(range(len(self.params)), key=lambda i: -self._sizes[i]):
+            is_zero = self._sizes[i] == 0
+            if is_zero:
+                self._sizes[i] = self._step * min(1.0, largest) if blocks and blocks[0].size else 1.0
+            if not blocks or blocks[-1].is_zero != is_zero or self._sizes[i] < self._step * blocks[-1].size:
+                blocks.append(_Block([], self._sizes[i], is_zero))
             blocks[-1].members.append(i)
             blocks[-1].numel += self.params[i].numel()
-        for block in blocks:
-            block.distance = self._step * block.size * block.numel**0.5
         return blocks
 
-    def _parts(self, vectors: Sequence[Tensor]) -> list[tuple[_Block, list[Tensor], float]]:
-        """The part of `vectors` in each block, as a direction of norm 1 and its norm, where that is not 0."""
+    def _directions(self, vectors: Sequence[Tensor]) -> list[_Direction]:
+        """The parts of `vectors` in each block, where they are not 0."""
         for block in list(self._blocks):
-            if (part := _part(block, vectors)) is not None:
+            if (direction := self._direction(block, vectors)) is not None:
                 if not block.is_ready:
-                    self._choose_distance(block, part[1])
+                    self._choose_distance(direction)
                 if block is not self._blocks[0] and block.is_ready and not block.was_compared:
-                    self._merge(block, part[1])
-        return [part for block in self._blocks if (part := _part(block, vectors)) is not None]
+                    self._merge(direction)
+        directions = [self._direction(block, vectors) for block in self._blocks]
+        return [direction for direction in directions if direction is not None]
 
-    def _choose_distance(self, block: _Block, unit: Sequence[Tensor]) -> None:
-        self._measure_rounding(block)
-        chosen = self._at(block.distance, block, unit)
-        while 0 < chosen.rounding < self._coarse / 2:  # repeated, since far too long a step may see hardly any curvature
-            chosen = self._at(chosen.distance * chosen.rounding / self._coarse, block, unit)
+    def _direction(self, block: _Block, vectors: Sequence[Tensor]) -> _Direction | None:
+        part = block.select(vectors)
+        norms = _norms(part)
+        norm = math.hypot(*norms)
+        if norm == 0:
+            return None
+        relative = math.hypot(*(n / self._sizes[i] for n, i in zip(norms, block.members, strict=True))) / norm
+        return _Direction(block, [v / norm for v in part], norm, relative)
+
+    def _choose_distance(self, direction: _Direction) -> None:
+        block = direction.block
+        self._measure_rounding(direction)
+        chosen, start = self._at(direction.distance(self._step), direction), min(0.25, _GROWTH * self._good_error)
+        while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
+            chosen = self._at(chosen.distance * chosen.rounding / start, direction)
         longest, growth = self._longest(block), _GROWTH
-        while chosen.rounding > self._fine and chosen.distance < longest and growth > 2:
-            longer = self._at(min(longest, chosen.distance * growth), block, unit)
-            if longer.differs_from(chosen) <= 3 * chosen.rounding + self._fine:
+        while chosen.rounding > self._best_error and chosen.distance < longest and growth >= 2:
+            factor = min(growth, max(2, chosen.rounding / self._best_error))
+            longer = self._at(min(longest, chosen.distance * factor), direction)
+            if longer.differs_from(chosen) <= 3 * chosen.rounding + self._best_error:
                 chosen = longer
             else:
                 growth **= 0.5
         if chosen.rounding > 0:  # otherwise this direction tells nothing
-            block.distance, block.is_ready = chosen.distance, True
+            block.distance, block.relative_distance = chosen.distance, chosen.distance * direction.relative
+            block.is_ready = True
 
     def _longest(self, block: _Block) -> float:
         """A distance that moves the elements by as much as the largest parameters measure."""
-        return max(self._blocks[0].size * block.numel**0.5, block.distance)
+        return self._blocks[0].size * block.numel**0.5
 
-    def _measure_rounding(self, block: _Block) -> None:
-        """Measures the gradient's change where the last bits of the block's parameters change, or those of all if these
-        are 0."""
-        moved = self.params if block.is_zero else block.select(self.params)
-        with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
-            after = mean_gradient(self._loss_fns, self.params)
-        block.rounding = max(_norm(_minus(after, self._gradient)), self._eps / 4 * _norm(self._gradient))
+    def _measure_rounding(self, direction: _Direction) -> None:
+        """Measures the gradient's change where the last bits of the block's parameters change; where they are 0, which
+        moves exactly, the bend of a short difference."""
+        block = direction.block
+        if block.is_zero:
+            short = self._at(self._step * direction.distance(self._step), direction)
+            length = 2 * short.distance * _norm(short.product)
+            change = max(short.bend, self._eps) * length
+        else:
+            moved = block.select(self.params)
+            with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
+                after = mean_gradient(self._loss_fns, self.params)
+            change = _norm(_minus(after, self._gradient))
+        block.rounding = max(change, self._eps / 4 * _norm(self._gradient))
 
-    def _merge(self, block: _Block, unit: Sequence[Tensor]) -> None:
-        """Lets a block move with the largest one, if one step serves both: the shorter one, which has the rounding of the
-        largest in any case, or that of the largest if it agrees."""
-        largest = self._blocks[0]
+    def _merge(self, direction: _Direction) -> None:
+        """Lets a block move with the largest one, if one step serves both: the shorter one, since rounding is that of
+        the largest in any case; or that of the largest, if the products agree."""
+        block, largest = direction.block, self._blocks[0]
         if not largest.is_ready:
             return
         block.was_compared = True
-        if block.distance < largest.distance / _NEAR:
-            own, common = (self._at(distance, block, unit) for distance in (block.distance, largest.distance))
-            if not common.differs_from(own) <= 3 * own.rounding + self._coarse:
+        if block.distance < largest.distance / _SHRINKAGE:
+            own, common = (self._at(distance, direction) for distance in (block.distance, largest.distance))
+            if not common.differs_from(own) <= 3 * own.rounding + self._good_error:
                 return
-            block.distance = largest.distance
+        else:
+            largest.distance = min(largest.distance, block.distance)
+        for i in block.members:
+            self._sizes[i] = largest.size
         largest.members += block.members
         largest.numel += block.numel
-        largest.distance = min(largest.distance, block.distance)
         largest.rounding = max(largest.rounding, block.rounding)
         self._blocks.remove(block)
 
-    def _difference(self, block: _Block, unit: Sequence[Tensor], outer_params: Sequence[Tensor] = ()) -> _Difference:
-        """The difference along `unit` over the block's distance, or over a shorter one that crosses fewer kinks."""
-        best = last = self._at(block.distance, block, unit, outer_params)
+    def _difference(self, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+        """The difference over the block's distance; over a shorter one if that has crossed a kink, over a longer one if
+        little but rounding is left."""
+        first = best = last = self._at(direction.distance(self._step), direction, outer_params)
         allowed = self._eps ** (1 / 4) / 2  # a smooth gradient bends by about the relative step
         while last.bend > max(allowed, 4 * last.rounding) and best.bend > _SHRINKAGE * last.rounding:
-            last = self._at(last.distance / _SHRINKAGE, block, unit, outer_params)
+            last = self._at(last.distance / _SHRINKAGE, direction, outer_params)
             best = min(best, last, key=lambda difference: difference.bend)
+            if last.distance < self._eps * first.distance:  # none is finite
+                break
+        ratio = best.distance / first.distance
+        if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
+            direction.block.distance *= ratio
+            direction.block.relative_distance *= ratio
+        while best.rounding > allowed and _NEAR * best.distance < self._longest(direction.block):
+            longer = self._at(_NEAR * best.distance, direction, outer_params)
+            if not longer.bend < best.bend:
+                break
+            best = longer
         return best
 
+    def _product_error(self, full: _Difference, half: _Difference, direction: _Direction) -> float:
+        """Norm of the error of `full.product`: its distance to the product at half the step, or at a far shorter one
+        if half is too long as well."""
+        short, error, length = half, _norm(_minus(full.product, half.product)), _norm(full.product)
+        while error > 2 * _SHRINKAGE * short.rounding * length > 0:  # more than rounding in a shorter one would make
+            short = self._at(short.distance / _SHRINKAGE, direction)
+            if short.bend > max(full.bend, 4 * short.rounding):
+                break
+            error = max(error, _norm(_minus(full.product, short.product)))
+        return error
+
     def _mixed_along(
-        self,
-        block: _Block,
-        unit: Sequence[Tensor],
-        outer_params: Sequence[Tensor],
-        full: _Difference,
-        half: _Difference,
-    ) -> tuple[_Grads, float, float]:
-        """The mixed product along `unit`, the norm of its error, and the norm to expect if nothing cancels. Across kinks the loss is continuous, and with it
-        its gradient in outer parameters: longer steps than those of H serve it, and a few numbers need them."""
-        term, error = full.mixed, max(_norm(_minus(full.mixed, half.mixed)), full.mixed_rounding)
+        self, direction: _Direction, outer_params: Sequence[Tensor], full: _Difference, half: _Difference
+    ) -> tuple[_Grads, float]:
+        """The mixed product along `direction`, and the norm of its error. Across kinks the loss is continuous, and with
+        it its gradient in outer parameters: longer steps than those of H serve it, and a few numbers need them."""
+        rounding = self._eps / 2 * full.outer_norm
+        term, error = full.mixed, max(_norm(_minus(full.mixed, half.mixed)), rounding / full.distance)
         distance = full.distance * _NEAR
-        while error > self._coarse * _norm(term) and distance <= self._longest(block):
-            longer = self._at(distance, block, unit, outer_params)
-            # Rounding falls, and truncation grows, by more than 2: the error is that of the shorter or the longer one.
-            longer_error = max(_norm(_minus(longer.mixed, term)) / 2, longer.mixed_rounding)
+        while error > self._good_error * _norm(term) and distance <= self._longest(direction.block):
+            longer = self._at(distance, direction, outer_params).mixed
+            # Rounding falls and truncation grows by more than 2, so one of the two products has half of the difference.
+            longer_error = max(_norm(_minus(longer, term)) / 2, rounding / distance)
             if not longer_error < error:
                 break
-            term, error, distance = longer.mixed, longer_error, distance * _NEAR
-        return term, error, full.mixed_rounding / self._eps * 2 * full.distance / self._longest(block)
+            term, error, distance = longer, longer_error, distance * _NEAR
+        return term, error
 
-    def _at(
-        self, distance: float, block: _Block, unit: Sequence[Tensor], outer_params: Sequence[Tensor] = ()
-    ) -> _Difference:
-        moved, wanted, n = block.select(self.params), [*self.params, *outer_params], len(self.params)
-        with _moved(moved, unit, distance):
+    def _at(self, distance: float, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+        moved, wanted, n = direction.block.select(self.params), [*self.params, *outer_params], len(self.params)
+        with _moved(moved, direction.unit, distance):
             ahead = mean_gradient(self._loss_fns, wanted)
-        with _moved(moved, unit, -distance):
+        with _moved(moved, direction.unit, -distance):
             behind = mean_gradient(self._loss_fns, wanted)
         derivative = _times(0.5 / distance, _minus(ahead, behind))
-        bend = _norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n]))) / (2 * distance)
-        length = _norm(derivative[:n])
+        length = 2 * distance * _norm(derivative[:n])
+        bend = _norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n])))
         return _Difference(
             distance=distance,
             product=derivative[:n],
             mixed=derivative[n:],
-            bend=_ratio(bend, length),
-            rounding=length and block.rounding / (2 * distance) / length,
-            mixed_rounding=self._eps * _norm(ahead[n:]) / (2 * distance),
+            bend=_ratio(bend, length) if math.isfinite(bend) else math.inf,
+            rounding=length and direction.block.rounding / length if math.isfinite(length) else 0.0,
+            outer_norm=_norm(ahead[n:]),
         )
 
     def _recorded(self, vectors: Sequence[Tensor]) -> _Grads | None:
@@ -271,7 +316,8 @@ class _Block:
         size: root mean square of the elements of the largest of them, or a guess where all are 0.
         is_zero: whether all are 0.
         numel: how many elements they have.
-        distance: norm of a move; a guess until `is_ready`.
+        distance: the most that a move may have in norm; infinite until `is_ready`.
+        relative_distance: the same, with each parameter measured by its own size.
         rounding: norm of the change that rounding makes in the gradient.
         was_compared: whether the distance of the largest block was tried.
     """
@@ -280,13 +326,36 @@ class _Block:
     size: float
     is_zero: bool
     numel: int = 0
-    distance: float = 0.0
+    distance: float = math.inf
+    relative_distance: float = math.inf
     rounding: float = 0.0
     is_ready: bool = False
     was_compared: bool = False
 
     def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[i] for i in self.members]
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """The part of a vector in a block.
+
+    Attributes:
+        unit: that part at norm 1.
+        norm: its norm.
+        relative: norm of `unit` with each parameter measured by its own size.
+    """
+
+    block: _Block
+    unit: list[Tensor]
+    norm: float
+    relative: float
+
+    def distance(self, step: float) -> float:
+        """How far to move; until the block is ready, by about `step` times the size of each element."""
+        if not self.block.is_ready:
+            return step * self.block.numel**0.5 / self.relative
+        return min(self.block.distance, self.block.relative_distance / self.relative)
 
 
 @dataclass(frozen=True)
@@ -298,9 +367,9 @@ class _Difference:
         product: the derivative of the gradient in the parameters.
         mixed: the derivative of the gradient in the outer parameters.
         bend: the difference ahead without the one behind, relative to their sum. For a smooth gradient it is of the
-            order of the step; if it comes from kinks or rounding, of the relative error.
-        rounding: what rounding may make of `product`, relative to it.
-        mixed_rounding: the least that rounding may make of `mixed`, in norm.
+            order of the step; if it comes from kinks or rounding, of the relative error; infinite if not finite.
+        rounding: what rounding may make of `product`, relative to it; 0 where that is 0 or not finite.
+        outer_norm: norm of the gradient in the outer parameters.
     """
 
     distance: float
@@ -308,17 +377,11 @@ class _Difference:
     mixed: _Grads
     bend: float
     rounding: float
-    mixed_rounding: float
+    outer_norm: float
 
     def differs_from(self, other: _Difference) -> float:
         """Distance of the products, relative to the other one."""
         return _ratio(_norm(_minus(self.product, other.product)), _norm(other.product))
-
-
-def _part(block: _Block, vectors: Sequence[Tensor]) -> tuple[_Block, list[Tensor], float] | None:
-    part = block.select(vectors)
-    norm = _norm(part)
-    return None if norm == 0 else (block, [v / norm for v in part], norm)
 
 
 @contextmanager
@@ -349,10 +412,14 @@ def _size(tensor: Tensor) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     """`part / whole`, where 0 / 0 is 0."""
-    return part and (part / whole if whole else float("inf"))
+    return part and (part / whole if whole else math.inf)
 
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:
     """Euclidean norm of all elements together; `None` has none."""
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors if t is not None]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    return math.hypot(*_norms([t for t in tensors if t is not None]))
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
+    return torch.stack(norms).tolist() if norms else []

@@ -138,7 +138,7 @@ def hypergradient(
                 direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
                 if isinstance(product, FiniteDifference):
-                    stats = product.certify(stats, getattr(solver, "tol", None))
+                    stats, problem = product.certify(stats, problem, getattr(solver, "tol", None))
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):
