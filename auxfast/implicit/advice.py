@@ -50,10 +50,11 @@ _TEXTS = {
     ),
     **{reason.value: reason.advice for reason in StopReason},
     "unconverged": StopReason.STEPS.advice,
-    "detached": (
-        "curvature='finite-difference' differentiates through detach(), which the recorded graph of this inner loss does "
-        "not: the two disagree. Neither need be right, since such a gradient is that of no loss. Compute what is "
-        "detached outside of inner_loss, or take curvature='hessian', which holds it constant."
+    "disagreement": (
+        "Finite differences and the recorded graph of the inner loss disagree about its second derivatives. Most often "
+        "that is a detach() on the way from the parameters to the loss: differences go through it, the graph does not, "
+        "and neither need be right, since such a gradient is that of no loss. Compute what is detached outside of "
+        "inner_loss, or take curvature='hessian', which holds it constant. It may also be a narrow dtype."
     ),
     "identity": _IDENTITY,
 }

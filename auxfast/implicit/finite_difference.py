@@ -18,7 +18,7 @@ from auxfast.solvers.base import SolveStats, StopReason
 _GROWTH = 16.0  # of a step that rounding spoils: about as far as agreement to within that rounding vouches for
 _SHRINKAGE = 8  # of a step that has crossed a kink
 _NEAR = 4  # steps whose ratio is below this serve each other's parameters
-_DETACHED = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
+_DISAGREEMENT = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
 _ALLOWED_ERROR = 1e-3  # where the solver has no tolerance: the default of those that have one
 
 _Grads = list[Tensor | None]
@@ -45,7 +45,8 @@ class FiniteDifference:
 
     **Paths through `detach()`** are differentiated as all others are, since the gradient depends on them; H is then the
     derivative of the gradient field, which need not be symmetric. Recorded graphs take them for constants. Where the
-    loss has recorded second derivatives, `mixed` compares one product with theirs; where it has none, nothing tells.
+    loss has recorded second derivatives, `mixed` compares one product with theirs, and a difference counts as an
+    error; where it has none, nothing tells.
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch, the same at each call.
@@ -55,7 +56,7 @@ class FiniteDifference:
     Attributes:
         operator_error: an estimate of the relative error of `H x` and of the mixed product with x, whichever is larger;
             0 before `mixed`.
-        detached: whether `mixed` has found other second derivatives in the recorded graph.
+        disagrees: whether `mixed` has found other second derivatives in the recorded graph.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -63,13 +64,13 @@ class FiniteDifference:
 
     def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
         self._loss_fns = loss_fns
-        self._eps = max(torch.finfo(w.dtype).eps for w in params)
+        before, self._eps = _gradient_and_precision(loss_fns, params)
         self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
         self._best_error = self._eps ** (2 / 3)
         self._good_error = _GROWTH * self._best_error
+        self._allowed_bend = self._eps ** (1 / 4) / 2  # a smooth gradient bends by about the relative step
         self.operator_error = 0.0
-        self.detached = False
-        before = mean_gradient(loss_fns, params)
+        self.disagrees = False
         check_connected("inner_loss", before)
         self.in_system = self._which_vary(params, before)
         self.params = list(compress(params, self.in_system))
@@ -100,14 +101,17 @@ class FiniteDifference:
             mixed = add(mixed, _times(norm, term))
             mixed_error += norm * error
             mixed_scale += norm * full.outer_norm / self._longest(direction.block)
-        product_error = _ratio(product_error, _norm(product))
+        length = _norm(product)
         # A mixed product far below its scale has cancelled: its relative error would mean nothing.
-        mixed_error = _ratio(mixed_error, max(_norm(mixed), self._good_error * mixed_scale))
-        self.operator_error = max(product_error, mixed_error)
-        recorded = self._recorded(vectors)
-        if recorded is not None:
-            difference = _ratio(_norm(_minus(product, recorded)), _norm(recorded))
-            self.detached = difference > max(_DETACHED, 10 * product_error)
+        mixed_length = max(_norm(mixed), self._good_error * mixed_scale)
+        errors = _ratio(product_error, length), _ratio(mixed_error, mixed_length)
+        self.operator_error = max(errors)
+        if (recorded := self._recorded(vectors, outer_params)) is not None:
+            pairs = zip((product, mixed), recorded, (length, mixed_length), errors, strict=True)
+            for found, other, size, error in pairs:
+                distance = _ratio(_norm(add(found, _times(-1.0, other))), size)
+                if distance > max(_DISAGREEMENT, 10 * error):
+                    self.operator_error, self.disagrees = max(self.operator_error, distance), True
         return mixed
 
     def certify(self, stats: SolveStats, problem: str | None, tol: float | None) -> tuple[SolveStats, str | None]:
@@ -116,22 +120,27 @@ class FiniteDifference:
         stats = replace(stats, operator_error=self.operator_error)
         if not self.operator_error <= max(_ALLOWED_ERROR if tol is None else tol, stats.residual):
             stats, problem = replace(stats, converged=False, stop_reason=StopReason.INEXACT), "inexact"
-        return stats, "detached" if self.detached else problem
+        return stats, "disagreement" if self.disagrees else problem
 
     def _which_vary(self, params: Sequence[Tensor], before: _Grads) -> list[bool]:
         """Whether the gradient in each parameter varies where all are moved by a part of the size of each; and where
-        that leaves some as they are, by a part of the largest size, since a short move may be lost in rounding."""
+        that leaves some as they are, by a part of the largest size, and by all of it: a short move may be lost in
+        rounding."""
         used = [w for w, grad in zip(params, before, strict=True) if grad is not None]
         sizes = [_size(w) for w in used]
         largest = max(sizes) or 1.0
         generator = torch.Generator().manual_seed(0)
         varies = [False] * len(params)
-        for scales in ([size or largest for size in sizes], [largest] * len(used)):
+        for step, scales in (
+            (self._step, [size or largest for size in sizes]),
+            (self._step, [largest] * len(used)),
+            (1.0, [max(1.0, largest)] * len(used)),
+        ):
             moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, scales, strict=True)]
-            with _moved(used, moves, self._step):
+            with _moved(used, moves, step):
                 after = mean_gradient(self._loss_fns, params)
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
-                varies[i] |= a is not None and b is not None and not torch.equal(a, b)
+                varies[i] |= a is not None and b is not None and not torch.equal(a, b) and bool(b.isfinite().all())
             if sum(varies) == len(used):
                 break
         return varies
@@ -174,9 +183,17 @@ class FiniteDifference:
         block = direction.block
         self._measure_rounding(direction)
         chosen, start = self._at(direction.distance(self._step), direction), min(0.25, _GROWTH * self._good_error)
+        longest, growth = self._longest(block), _GROWTH
+        while chosen.length == 0 and chosen.distance < longest:  # lost in rounding, or along a null vector
+            chosen = self._at(chosen.distance * growth, direction)
         while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
             chosen = self._at(chosen.distance * chosen.rounding / start, direction)
-        longest, growth = self._longest(block), _GROWTH
+        while chosen.bend > max(self._allowed_bend, 4 * chosen.rounding):  # a kink, or there is more rounding
+            shorter = self._at(chosen.distance / _GROWTH, direction)
+            if shorter.second > chosen.second / 4:  # which does not depend on the distance
+                block.rounding = max(shorter.second, chosen.second)
+                break
+            chosen = shorter
         while chosen.rounding > self._best_error and chosen.distance < longest and growth >= 2:
             factor = min(growth, max(2, chosen.rounding / self._best_error))
             longer = self._at(min(longest, chosen.distance * factor), direction)
@@ -189,8 +206,8 @@ class FiniteDifference:
             block.is_ready = True
 
     def _longest(self, block: _Block) -> float:
-        """A distance that moves the elements by as much as the largest parameters measure."""
-        return self._blocks[0].size * block.numel**0.5
+        """A distance that moves the elements by as much as the largest parameters measure, or 1."""
+        return max(1.0, self._blocks[0].size) * block.numel**0.5
 
     def _measure_rounding(self, direction: _Direction) -> None:
         """Measures the gradient's change where the last bits of the block's parameters change; where they are 0, which
@@ -198,8 +215,7 @@ class FiniteDifference:
         block = direction.block
         if block.is_zero:
             short = self._at(self._step * direction.distance(self._step), direction)
-            length = 2 * short.distance * _norm(short.product)
-            change = max(short.bend, self._eps) * length
+            change = max(short.second, self._eps * short.length)
         else:
             moved = block.select(self.params)
             with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
@@ -231,8 +247,7 @@ class FiniteDifference:
         """The difference over the block's distance; over a shorter one if that has crossed a kink, over a longer one if
         little but rounding is left."""
         first = best = last = self._at(direction.distance(self._step), direction, outer_params)
-        allowed = self._eps ** (1 / 4) / 2  # a smooth gradient bends by about the relative step
-        while last.bend > max(allowed, 4 * last.rounding) and best.bend > _SHRINKAGE * last.rounding:
+        while last.bend > max(self._allowed_bend, 4 * last.rounding) and best.bend > _SHRINKAGE * last.rounding:
             last = self._at(last.distance / _SHRINKAGE, direction, outer_params)
             best = min(best, last, key=lambda difference: difference.bend)
             if last.distance < self._eps * first.distance:  # none is finite
@@ -241,7 +256,7 @@ class FiniteDifference:
         if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
             direction.block.distance *= ratio
             direction.block.relative_distance *= ratio
-        while best.rounding > allowed and _NEAR * best.distance < self._longest(direction.block):
+        while best.rounding > self._allowed_bend and _NEAR * best.distance < self._longest(direction.block):
             longer = self._at(_NEAR * best.distance, direction, outer_params)
             if not longer.bend < best.bend:
                 break
@@ -282,29 +297,32 @@ class FiniteDifference:
             ahead = mean_gradient(self._loss_fns, wanted)
         with _moved(moved, direction.unit, -distance):
             behind = mean_gradient(self._loss_fns, wanted)
-        derivative = _times(0.5 / distance, _minus(ahead, behind))
-        length = 2 * distance * _norm(derivative[:n])
-        bend = _norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n])))
+        change = _minus(ahead, behind)
+        derivative = _times(0.5 / distance, change)
         return _Difference(
+            block=direction.block,
             distance=distance,
             product=derivative[:n],
             mixed=derivative[n:],
-            bend=_ratio(bend, length) if math.isfinite(bend) else math.inf,
-            rounding=length and direction.block.rounding / length if math.isfinite(length) else 0.0,
+            length=_norm(change[:n]),
+            second=_norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n]))),
             outer_norm=_norm(ahead[n:]),
         )
 
-    def _recorded(self, vectors: Sequence[Tensor]) -> _Grads | None:
-        """The product with the recorded second derivatives, or `None` where there are none."""
-        total: _Grads = [None] * len(self.params)
+    def _recorded(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[_Grads, _Grads] | None:
+        """The product and the mixed product with the recorded second derivatives, or `None` where there are none."""
+        product: _Grads = [None] * len(self.params)
+        mixed: _Grads = [None] * len(outer_params)
         try:
             for loss_fn in self._loss_fns:
                 hessian = Hessian(loss_fn(), self.params)
-                terms = iter(hessian(list(compress(vectors, hessian.in_system))))
-                total = add(total, [next(terms) if is_in else None for is_in in hessian.in_system])
+                chosen = list(compress(vectors, hessian.in_system))
+                terms = iter(hessian(chosen))
+                product = add(product, [next(terms) if is_in else None for is_in in hessian.in_system])
+                mixed = add(mixed, hessian.mixed(chosen, outer_params))
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
             return None
-        return _times(1 / len(self._loss_fns), total)
+        return _times(1 / len(self._loss_fns), product), _times(1 / len(self._loss_fns), mixed)
 
 
 @dataclass(eq=False)
@@ -363,25 +381,52 @@ class _Difference:
     """Derivatives along a direction of norm 1, by a central difference.
 
     Attributes:
-        distance: half the length of the difference.
+        block: the parameters that are moved.
+        distance: by how much, in both directions.
         product: the derivative of the gradient in the parameters.
         mixed: the derivative of the gradient in the outer parameters.
-        bend: the difference ahead without the one behind, relative to their sum. For a smooth gradient it is of the
-            order of the step; if it comes from kinks or rounding, of the relative error; infinite if not finite.
-        rounding: what rounding may make of `product`, relative to it; 0 where that is 0 or not finite.
+        length: norm of the difference.
+        second: norm of the second difference: the difference ahead without the one behind.
         outer_norm: norm of the gradient in the outer parameters.
     """
 
+    block: _Block
     distance: float
     product: _Grads
     mixed: _Grads
-    bend: float
-    rounding: float
+    length: float
+    second: float
     outer_norm: float
+
+    @property
+    def bend(self) -> float:
+        """The second difference, relative. For a smooth gradient it is of the order of the step; if it comes from kinks
+        or rounding, of the relative error; infinite if not finite."""
+        return _ratio(self.second, self.length) if math.isfinite(self.second) else math.inf
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may make of `product`, relative to it; 0 where that is 0 or not finite."""
+        return self.block.rounding / self.length if 0 < self.length < math.inf else 0.0
 
     def differs_from(self, other: _Difference) -> float:
         """Distance of the products, relative to the other one."""
         return _ratio(_norm(_minus(self.product, other.product)), _norm(other.product))
+
+
+def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[_Grads, float]:
+    """The gradient, and the coarsest machine precision of `params` and of what the graphs keep: under autocast, a
+    gradient in float32 has the rounding of a narrower dtype."""
+    dtypes = {w.dtype for w in params}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            dtypes.add(tensor.dtype)
+        return tensor.detach()  # a tensor would keep its own graph alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradient = mean_gradient(loss_fns, params)
+    return gradient, max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 @contextmanager
