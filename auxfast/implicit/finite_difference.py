@@ -181,11 +181,12 @@ class FiniteDifference:
 
     def _choose_distance(self, direction: _Direction) -> None:
         block = direction.block
-        self._measure_rounding(direction)
+        block.rounding = self._rounding(block)
         chosen, start = self._at(direction.distance(self._step), direction), min(0.25, _GROWTH * self._good_error)
         longest, growth = self._longest(block), _GROWTH
         while chosen.length == 0 and chosen.distance < longest:  # lost in rounding, or along a null vector
             chosen = self._at(chosen.distance * growth, direction)
+        block.rounding = max(block.rounding, self._eps * chosen.length)
         while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
             chosen = self._at(chosen.distance * chosen.rounding / start, direction)
         while chosen.bend > max(self._allowed_bend, 4 * chosen.rounding):  # a kink, or there is more rounding
@@ -209,19 +210,22 @@ class FiniteDifference:
         """A distance that moves the elements by as much as the largest parameters measure, or 1."""
         return max(1.0, self._blocks[0].size) * block.numel**0.5
 
-    def _measure_rounding(self, direction: _Direction) -> None:
-        """Measures the gradient's change where the last bits of the block's parameters change; where they are 0, which
-        moves exactly, the bend of a short difference."""
-        block = direction.block
-        if block.is_zero:
-            short = self._at(self._step * direction.distance(self._step), direction)
-            change = max(short.second, self._eps * short.length)
-        else:
-            moved = block.select(self.params)
-            with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
-                after = mean_gradient(self._loss_fns, self.params)
-            change = _norm(_minus(after, self._gradient))
-        block.rounding = max(change, self._eps / 4 * _norm(self._gradient))
+    def _noise(self) -> float:
+        """Norm of what rounding within the computation makes of the gradient: the second difference where the last bits
+        of all parameters change, in which what the gradient owes to them cancels."""
+        values = [w.detach() for w in self.params]
+        with _moved(self.params, values, 2 * self._eps):
+            ahead = _minus(mean_gradient(self._loss_fns, self.params), self._gradient)
+        with _moved(self.params, values, -2 * self._eps):
+            behind = _minus(self._gradient, mean_gradient(self._loss_fns, self.params))
+        return max(_norm(_minus(ahead, behind)), self._eps / 4 * _norm(self._gradient))
+
+    def _rounding(self, block: _Block) -> float:
+        """Norm of what rounding makes of the gradient where the block is moved: in the computation, or in the moves."""
+        moved = block.select(self.params)
+        with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
+            after = mean_gradient(self._loss_fns, self.params)
+        return max(_norm(_minus(after, self._gradient)), self._noise())
 
     def _merge(self, direction: _Direction) -> None:
         """Lets a block move with the largest one, if one step serves both: the shorter one, since rounding is that of
