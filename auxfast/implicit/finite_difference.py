@@ -75,8 +75,8 @@ class FiniteDifference:
         self.in_system = self._which_vary(params, before)
         self.params = list(compress(params, self.in_system))
         self._gradient = list(compress(before, self.in_system))
-        self._sizes = [_size(w) for w in self.params]
-        self._blocks = self._by_size()
+        self._sizes = self._scales(self.params)
+        self._blocks = self._by_scale()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         total: _Grads = [None] * len(self.params)
@@ -127,34 +127,34 @@ class FiniteDifference:
         that leaves some as they are, by a part of the largest size, and by all of it: a short move may be lost in
         rounding."""
         used = [w for w, grad in zip(params, before, strict=True) if grad is not None]
-        sizes = [_size(w) for w in used]
-        largest = max(sizes) or 1.0
-        generator = torch.Generator().manual_seed(0)
+        scales = self._scales(used)
+        largest, generator = max(scales), torch.Generator().manual_seed(0)
         varies = [False] * len(params)
-        for step, scales in (
-            (self._step, [size or largest for size in sizes]),
-            (self._step, [largest] * len(used)),
-            (1.0, [max(1.0, largest)] * len(used)),
-        ):
-            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, scales, strict=True)]
-            with _moved(used, moves, step):
+        for attempt in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
+            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, attempt, strict=True)]
+            with _moved(used, moves, self._step):
                 after = mean_gradient(self._loss_fns, params)
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
-                varies[i] |= a is not None and b is not None and not torch.equal(a, b) and bool(b.isfinite().all())
+                if a is not None and b is not None and (attempt is scales or bool(b.isfinite().all())):
+                    varies[i] |= not torch.equal(a, b)
             if sum(varies) == len(used):
                 break
         return varies
 
-    def _by_size(self) -> list[_Block]:
-        """The parameters in blocks of similar size, the largest first, and those that are 0 last."""
+    def _scales(self, params: Sequence[Tensor]) -> list[float]:
+        """The root mean square of the elements of each, or a guess where all are 0."""
+        sizes = [_norm([w]) / max(w.numel(), 1) ** 0.5 for w in params]
+        largest = max(sizes, default=0.0)
+        return [size or (self._step * min(1.0, largest) or 1.0) for size in sizes]
+
+    def _by_scale(self) -> list[_Block]:
+        """The parameters in blocks of similar scale, the largest first, and those that are 0 last."""
         blocks: list[_Block] = []
-        largest = max(self._sizes, default=0.0) or 1.0
-        for i in sorted(range(len(self.params)), key=lambda i: -self._sizes[i]):
-            is_zero = self._sizes[i] == 0
-            if is_zero:
-                self._sizes[i] = self._step * min(1.0, largest) if blocks and blocks[0].size else 1.0
-            if not blocks or blocks[-1].is_zero != is_zero or self._sizes[i] < self._step * blocks[-1].size:
-                blocks.append(_Block([], self._sizes[i], is_zero))
+        is_zero = [not bool(w.any()) for w in self.params]
+        for i in sorted(range(len(self.params)), key=lambda i: (is_zero[i], -self._sizes[i])):
+            block = blocks[-1] if blocks else None
+            if block is None or block.is_zero != is_zero[i] or self._sizes[i] < self._step * block.size:
+                blocks.append(_Block([], self._sizes[i], is_zero[i]))
             blocks[-1].members.append(i)
             blocks[-1].numel += self.params[i].numel()
         return blocks
@@ -452,11 +452,6 @@ def _minus(tensors: _Grads, others: _Grads) -> _Grads:
 
 def _times(factor: float, tensors: _Grads) -> _Grads:
     return [None if t is None else factor * t for t in tensors]
-
-
-def _size(tensor: Tensor) -> float:
-    """Root mean square of the elements."""
-    return _norm([tensor]) / max(tensor.numel(), 1) ** 0.5
 
 
 def _ratio(part: float, whole: float) -> float:
