@@ -268,9 +268,10 @@ class FiniteDifference:
         return best
 
     def _product_error(self, full: _Difference, half: _Difference, direction: _Direction) -> float:
-        """Norm of the error of `full.product`: its distance to the product at half the step, or at a far shorter one
-        if half is too long as well."""
-        short, error, length = half, _norm(_minus(full.product, half.product)), _norm(full.product)
+        """Norm of the error of `full.product`: its distance to the product at half the step, or at a far shorter one if
+        half is too long as well; and not less than half of what rounding may make, which may be the same in both."""
+        short, length = half, _norm(full.product)
+        error = max(_norm(_minus(full.product, half.product)), full.rounding * length / 2)
         while error > 2 * _SHRINKAGE * short.rounding * length > 0:  # more than rounding in a shorter one would make
             short = self._at(short.distance / _SHRINKAGE, direction)
             if short.bend > max(full.bend, 4 * short.rounding):
