@@ -17,7 +17,7 @@ from auxfast.solvers.base import SolveStats, StopReason
 
 _GROWTH = 16.0  # of a step that rounding spoils: about as far as agreement to within that rounding vouches for
 _SHRINKAGE = 8  # of a step that has crossed a kink
-_NEAR = 4  # steps whose ratio is below this serve each other's parameters
+_LENGTHENING = 4  # of a step that leaves much rounding, and no kink
 _DISAGREEMENT = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
 _ALLOWED_ERROR = 1e-3  # where the solver has no tolerance: the default of those that have one
 
@@ -143,7 +143,7 @@ class FiniteDifference:
 
     def _scales(self, params: Sequence[Tensor]) -> list[float]:
         """The root mean square of the elements of each, or a guess where all are 0."""
-        sizes = [_norm([w]) / max(w.numel(), 1) ** 0.5 for w in params]
+        sizes = [_norm([w]) / math.sqrt(max(w.numel(), 1)) for w in params]
         largest = max(sizes, default=0.0)
         return [size or (self._step * min(1.0, largest) or 1.0) for size in sizes]
 
@@ -208,7 +208,7 @@ class FiniteDifference:
 
     def _longest(self, block: _Block) -> float:
         """A distance that moves the elements by as much as the largest parameters measure, or 1."""
-        return max(1.0, self._blocks[0].size) * block.numel**0.5
+        return max(1.0, self._blocks[0].size) * math.sqrt(block.numel)
 
     def _noise(self) -> float:
         """Norm of what rounding within the computation makes of the gradient: the second difference where the last bits
@@ -260,8 +260,8 @@ class FiniteDifference:
         if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
             direction.block.distance *= ratio
             direction.block.relative_distance *= ratio
-        while best.rounding > self._allowed_bend and _NEAR * best.distance < self._longest(direction.block):
-            longer = self._at(_NEAR * best.distance, direction, outer_params)
+        while best.rounding > self._allowed_bend and _LENGTHENING * best.distance < self._longest(direction.block):
+            longer = self._at(_LENGTHENING * best.distance, direction, outer_params)
             if not longer.bend < best.bend:
                 break
             best = longer
@@ -286,14 +286,14 @@ class FiniteDifference:
         it its gradient in outer parameters: longer steps than those of H serve it, and a few numbers need them."""
         rounding = self._eps / 2 * full.outer_norm
         term, error = full.mixed, max(_norm(_minus(full.mixed, half.mixed)), rounding / full.distance)
-        distance = full.distance * _NEAR
+        distance = full.distance * _LENGTHENING
         while error > self._good_error * _norm(term) and distance <= self._longest(direction.block):
             longer = self._at(distance, direction, outer_params).mixed
             # Rounding falls and truncation grows by more than 2, so one of the two products has half of the difference.
             longer_error = max(_norm(_minus(longer, term)) / 2, rounding / distance)
             if not longer_error < error:
                 break
-            term, error, distance = longer, longer_error, distance * _NEAR
+            term, error, distance = longer, longer_error, distance * _LENGTHENING
         return term, error
 
     def _at(self, distance: float, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
@@ -325,6 +325,7 @@ class FiniteDifference:
                 terms = iter(hessian(chosen))
                 product = add(product, [next(terms) if is_in else None for is_in in hessian.in_system])
                 mixed = add(mixed, hessian.mixed(chosen, outer_params))
+                del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
             return None
         return _times(1 / len(self._loss_fns), product), _times(1 / len(self._loss_fns), mixed)
@@ -377,7 +378,7 @@ class _Direction:
     def distance(self, step: float) -> float:
         """How far to move; until the block is ready, by about `step` times the size of each element."""
         if not self.block.is_ready:
-            return step * self.block.numel**0.5 / self.relative
+            return step * math.sqrt(self.block.numel) / self.relative
         return min(self.block.distance, self.block.relative_distance / self.relative)
 
 
@@ -429,7 +430,12 @@ def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]
             dtypes.add(tensor.dtype)
         return tensor.detach()  # a tensor would keep its own graph alive
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            gradient = mean_gradient(loss_fns, params)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # which transforms of torch.func refuse
+            raise
         gradient = mean_gradient(loss_fns, params)
     return gradient, max(torch.finfo(dtype).eps for dtype in dtypes)
 
@@ -466,5 +472,6 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Euclidean norms, brought to the first one's device to wait for all at once."""
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
-    return torch.stack(norms).tolist() if norms else []
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
