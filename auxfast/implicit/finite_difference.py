@@ -391,7 +391,7 @@ class _Difference:
         distance: by how much, in both directions.
         product: the derivative of the gradient in the parameters.
         mixed: the derivative of the gradient in the outer parameters.
-        length: norm of the difference.
+        length: norm of the difference of the gradient in the parameters.
         second: norm of the second difference: the difference ahead without the one behind.
         outer_norm: norm of the gradient in the outer parameters.
     """
@@ -472,6 +472,13 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Euclidean norms, brought to the first one's device to wait for all at once."""
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    """Euclidean norms, brought to the first one's device to wait for all at once. Squares that may leave the range of
+    float32 are added in float64, which takes longer."""
+
+    def norms(at_least: torch.dtype) -> list[float]:
+        dtypes = [torch.promote_types(t.dtype, at_least) for t in tensors]
+        found = [torch.linalg.vector_norm(t.detach(), dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        return torch.stack([norm.to(found[0]) for norm in found]).tolist() if found else []
+
+    found = norms(torch.float32)
+    return found if all(1e-15 < norm < 1e15 for norm in found) else norms(torch.float64)
