@@ -126,6 +126,7 @@ def hypergradient(
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         product = _curvature(curvature, given_inner, active_inner, retain_graph)
+        differences = product if isinstance(product, FiniteDifference) else None
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
@@ -139,8 +140,8 @@ def hypergradient(
                 problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
-                if isinstance(product, FiniteDifference):
-                    stats, problem = product.certify(stats, problem, getattr(solver, "tol", None))
+                if differences is not None:
+                    stats, problem = differences.certify(stats, problem, getattr(solver, "tol", None))
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):

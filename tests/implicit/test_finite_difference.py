@@ -377,6 +377,20 @@ def test_bfloat16_is_not_called_converged(compute):
     torch.testing.assert_close(result.grads[0], exact, rtol=3 * result.stats.operator_error, atol=0)
 
 
+def test_the_error_is_told_of_free_entries_too():
+    w = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    phi = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def inner() -> Tensor:
+        return (w - phi / 2).square().sum() + 3 * w.abs().sum() + w[0] ** 4
+
+    args = (lambda: w.exp().sum(), inner, [w], [phi])
+    exact = hypergradient(*args, free=[w != 0])
+    found = hypergradient(*args, free=[w != 0], curvature="finite-difference")
+    torch.testing.assert_close(found.grads, exact.grads, rtol=1e-7, atol=0)
+    assert 0 < found.stats.operator_error < 1e-6
+
+
 class MetaWeights:
     """Samples that are weighted by their own detached losses, as in Meta-Weight-Net."""
 
