@@ -50,6 +50,13 @@ _TEXTS = {
     ),
     **{reason.value: reason.advice for reason in StopReason},
     "unconverged": StopReason.STEPS.advice,
+    "disagreement": (
+        "Finite differences and the recorded graph of the inner loss disagree about its second derivatives. Is there a "
+        "detach() on the way from the parameters to the loss? Differences go through it, the graph does not, and "
+        "neither need be right, since such a gradient is that of no loss: compute what is detached outside of "
+        "inner_loss, or take curvature='hessian', which holds it constant. If not, the dtype is too narrow for the "
+        "curvature: take parameters of float64, or curvature='hessian'."
+    ),
     "identity": _IDENTITY,
 }
 

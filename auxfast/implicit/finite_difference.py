@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
 from torch import Tensor
 
-from auxfast.implicit.curvature import one_by_one
-from auxfast.implicit.losses import LossFn, check_connected, mean_gradient
+from auxfast.implicit.curvature import Hessian, one_by_one
+from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient
+from auxfast.solvers.base import SolveStats, StopReason
+
+_GROWTH = 16.0  # of a step that rounding spoils: about as far as agreement to within that rounding vouches for
+_SHRINKAGE = 8  # of a step that has crossed a kink
+_LENGTHENING = 4  # of a step that leaves much rounding, and no kink
+_DISAGREEMENT = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
+_ALLOWED_ERROR = 1e-3  # where the solver has no tolerance: the default of those that have one
+
+_Grads = list[Tensor | None]
 
 
 class FiniteDifference:
     """`H v` as a central difference of gradients, `(g(W + h v) - g(W - h v)) / 2h`, and the mixed product likewise.
 
-    Only first derivatives are taken. The step `h` moves the parameters by `eps^(1/3) (1 + ||W||)` in norm, with the
-    machine precision `eps` of their dtype: there the errors of truncation, about `h^2`, and of rounding, about
-    `eps / h`, balance, at a relative error of the order of `eps^(2/3)` (2e-5 in float32, 4e-11 in float64) times what
-    the third derivatives make of it. Parameters whose natural scale is far below 1 should be rescaled. They are moved
-    in place and have their old bits back after each product.
+    Only first derivatives are taken, two gradients for a product. The parameters are moved in place and have their old
+    bits back after each product.
+
+    **The step.** With machine precision `eps`, a relative error of about `eps^(2/3)` (2e-5 in float32, 4e-11 in
+    float64) is the best there is: from there on a longer step loses by truncation what it gains in rounding. At the
+    first product the step starts so short that rounding shows, and grows for as long as the products agree within that
+    rounding; so no scale need be known. Parameters that are zero, or smaller than the largest by more than
+    `eps^(-1/3)`, may have a scale of their own: they are moved on their own, at two more gradients for a product,
+    unless the step of the largest is seen to serve them too.
+
+    **Kinks.** A step across a kink, such as that of a ReLU, makes the differences ahead and behind unequal, which every
+    product looks at: it takes a shorter step then, as far as rounding allows.
+
+    **The error.** `mixed` takes the products with the solution at half the step too, and leaves the difference in
+    `operator_error`. What float32 does not allow, near kinks above all, needs float64.
+
+    **Paths through `detach()`** are differentiated as all others are, since the gradient depends on them; H is then the
+    derivative of the gradient field, which need not be symmetric. Recorded graphs take them for constants. Where the
+    loss has recorded second derivatives, `mixed` compares one product with theirs, and a difference counts as an
+    error; where it has none, nothing tells.
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch, the same at each call.
         params: tensors that it is differentiated in. Those that the gradient does not depend on are left out, which is
-            seen by moving all along a random direction.
+            seen by moving all along a pseudo-random direction, the same in every call.
+
+    Attributes:
+        operator_error: an estimate of the relative error of `H x` and of the mixed product with x, whichever is larger;
+            0 before `mixed`.
+        disagrees: whether `mixed` has found other second derivatives in the recorded graph.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -33,53 +64,421 @@ class FiniteDifference:
 
     def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
         self._loss_fns = loss_fns
-        before = mean_gradient(loss_fns, params)
+        before, self._eps = _gradient_and_precision(loss_fns, params)
+        self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
+        self._best_error = self._eps ** (2 / 3)
+        self._good_error = _GROWTH * self._best_error
+        self._allowed_bend = self._eps ** (1 / 4) / 2  # a smooth gradient bends by about the relative step
+        self.operator_error = 0.0
+        self.disagrees = False
         check_connected("inner_loss", before)
-        used = [grad is not None for grad in before]
-        self.params = list(compress(params, used))
-        self._distance = torch.finfo(params[0].dtype).eps ** (1 / 3) * (1 + _norm(self.params))
-        direction = [torch.randn_like(w) for w in self.params]
-        with self._moved(direction, self._distance / _norm(direction)):
-            after = mean_gradient(loss_fns, params)
-        self.in_system = [
-            a is not None and b is not None and not torch.equal(a, b) for a, b in zip(before, after, strict=True)
-        ]
+        self.in_system = self._which_vary(params, before)
         self.params = list(compress(params, self.in_system))
+        self._gradient = list(compress(before, self.in_system))
+        self._sizes = self._scales(self.params)
+        self._blocks = self._by_scale()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        products = self._difference(vectors, self.params)
-        return [torch.zeros_like(v) if p is None else p for p, v in zip(products, vectors, strict=True)]
+        total: _Grads = [None] * len(self.params)
+        for direction in self._directions(vectors):
+            total = add(total, _times(direction.norm, self._difference(direction).product))
+        return [torch.zeros_like(v) if p is None else p.to(v.dtype) for p, v in zip(total, vectors, strict=True)]
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return one_by_one(self, vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        return self._difference(vectors, outer_params)
+        product: _Grads = [None] * len(self.params)
+        mixed: _Grads = [None] * len(outer_params)
+        product_error = mixed_error = mixed_scale = 0.0
+        for direction in self._directions(vectors):
+            norm = direction.norm
+            full = self._difference(direction, outer_params)
+            half = self._at(full.distance / 2, direction, outer_params)
+            product = add(product, _times(norm, full.product))
+            product_error += norm * self._product_error(full, half, direction)
+            term, error = self._mixed_along(direction, outer_params, full, half)
+            mixed = add(mixed, _times(norm, term))
+            mixed_error += norm * error
+            mixed_scale += norm * full.outer_norm / self._longest(direction.block)
+        length = _norm(product)
+        # A mixed product far below its scale has cancelled: its relative error would mean nothing.
+        mixed_length = max(_norm(mixed), self._good_error * mixed_scale)
+        errors = _ratio(product_error, length), _ratio(mixed_error, mixed_length)
+        self.operator_error = max(errors)
+        if (recorded := self._recorded(vectors, outer_params)) is not None:
+            pairs = zip((product, mixed), recorded, (length, mixed_length), errors, strict=True)
+            for found, other, size, error in pairs:
+                distance = _ratio(_norm(add(found, _times(-1.0, other))), size)
+                if distance > max(_DISAGREEMENT, 10 * error):
+                    self.operator_error, self.disagrees = max(self.operator_error, distance), True
+        return mixed
 
-    def _difference(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
-        """Derivative along `vectors` of the gradient in `wanted`."""
-        norm = _norm(vectors)
-        if norm == 0 or not wanted:
-            return [None] * len(wanted)
-        step = self._distance / norm
-        with self._moved(vectors, step):
+    def certify(self, stats: SolveStats, problem: str | None, tol: float | None) -> tuple[SolveStats, str | None]:
+        """`stats` and the problem with the solve, after `mixed`: `operator_error` stands in the stats, and where it is
+        above both the tolerance and the residual they are not converged, but `inexact`."""
+        stats = replace(stats, operator_error=self.operator_error)
+        if not self.operator_error <= max(_ALLOWED_ERROR if tol is None else tol, stats.residual):
+            stats, problem = replace(stats, converged=False, stop_reason=StopReason.INEXACT), "inexact"
+        return stats, "disagreement" if self.disagrees else problem
+
+    def _which_vary(self, params: Sequence[Tensor], before: _Grads) -> list[bool]:
+        """Whether the gradient in each parameter varies where all are moved by a part of the size of each; and where
+        that leaves some as they are, by a part of the largest size, and by all of it: a short move may be lost in
+        rounding."""
+        used = [w for w, grad in zip(params, before, strict=True) if grad is not None]
+        scales = self._scales(used)
+        largest, generator = max(scales), torch.Generator().manual_seed(0)
+        varies = [False] * len(params)
+        for attempt in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
+            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, attempt, strict=True)]
+            with _moved(used, moves, self._step):
+                after = mean_gradient(self._loss_fns, params)
+            for i, (a, b) in enumerate(zip(before, after, strict=True)):
+                if a is not None and b is not None and (attempt is scales or bool(b.isfinite().all())):
+                    varies[i] |= not torch.equal(a, b)
+            if sum(varies) == len(used):
+                break
+        return varies
+
+    def _scales(self, params: Sequence[Tensor]) -> list[float]:
+        """The root mean square of the elements of each, or a guess where all are 0."""
+        sizes = [_norm([w]) / math.sqrt(max(w.numel(), 1)) for w in params]
+        largest = max(sizes, default=0.0)
+        return [size or (self._step * min(1.0, largest) or 1.0) for size in sizes]
+
+    def _by_scale(self) -> list[_Block]:
+        """The parameters in blocks of similar scale, the largest first, and those that are 0 last."""
+        blocks: list[_Block] = []
+        is_zero = [not bool(w.any()) for w in self.params]
+        for i in sorted(range(len(self.params)), key=lambda i: (is_zero[i], -self._sizes[i])):
+            block = blocks[-1] if blocks else None
+            if block is None or block.is_zero != is_zero[i] or self._sizes[i] < self._step * block.size:
+                blocks.append(_Block([], self._sizes[i], is_zero[i]))
+            blocks[-1].members.append(i)
+            blocks[-1].numel += self.params[i].numel()
+        return blocks
+
+    def _directions(self, vectors: Sequence[Tensor]) -> list[_Direction]:
+        """The parts of `vectors` in each block, where they are not 0."""
+        for block in list(self._blocks):
+            if (direction := self._direction(block, vectors)) is not None:
+                if not block.is_ready:
+                    self._choose_distance(direction)
+                if block is not self._blocks[0] and block.is_ready and not block.was_compared:
+                    self._merge(direction)
+        directions = [self._direction(block, vectors) for block in self._blocks]
+        return [direction for direction in directions if direction is not None]
+
+    def _direction(self, block: _Block, vectors: Sequence[Tensor]) -> _Direction | None:
+        part = block.select(vectors)
+        norms = _norms(part)
+        norm = math.hypot(*norms)
+        if norm == 0:
+            return None
+        relative = math.hypot(*(n / self._sizes[i] for n, i in zip(norms, block.members, strict=True))) / norm
+        return _Direction(block, [v / norm for v in part], norm, relative)
+
+    def _choose_distance(self, direction: _Direction) -> None:
+        block = direction.block
+        block.rounding = self._rounding(block)
+        chosen, start = self._at(direction.distance(self._step), direction), min(0.25, _GROWTH * self._good_error)
+        longest, growth = self._longest(block), _GROWTH
+        while chosen.length == 0 and chosen.distance < longest:  # lost in rounding, or along a null vector
+            chosen = self._at(chosen.distance * growth, direction)
+        block.rounding = max(block.rounding, self._eps * chosen.length)
+        while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
+            chosen = self._at(chosen.distance * chosen.rounding / start, direction)
+        while chosen.bend > max(self._allowed_bend, 4 * chosen.rounding):  # a kink, or there is more rounding
+            shorter = self._at(chosen.distance / _GROWTH, direction)
+            if shorter.second > chosen.second / 4:  # which does not depend on the distance
+                block.rounding = max(shorter.second, chosen.second)
+                break
+            chosen = shorter
+        while chosen.rounding > self._best_error and chosen.distance < longest and growth >= 2:
+            factor = min(growth, max(2, chosen.rounding / self._best_error))
+            longer = self._at(min(longest, chosen.distance * factor), direction)
+            if longer.differs_from(chosen) <= 3 * chosen.rounding + self._best_error:
+                chosen = longer
+            else:
+                growth **= 0.5
+        if chosen.rounding > 0:  # otherwise this direction tells nothing
+            block.distance, block.relative_distance = chosen.distance, chosen.distance * direction.relative
+            block.is_ready = True
+
+    def _longest(self, block: _Block) -> float:
+        """A distance that moves the elements by as much as the largest parameters measure, or 1."""
+        return max(1.0, self._blocks[0].size) * math.sqrt(block.numel)
+
+    def _noise(self) -> float:
+        """Norm of what rounding within the computation makes of the gradient: the second difference where the last bits
+        of all parameters change, in which what the gradient owes to them cancels."""
+        values = [w.detach() for w in self.params]
+        with _moved(self.params, values, 2 * self._eps):
+            ahead = _minus(mean_gradient(self._loss_fns, self.params), self._gradient)
+        with _moved(self.params, values, -2 * self._eps):
+            behind = _minus(self._gradient, mean_gradient(self._loss_fns, self.params))
+        return max(_norm(_minus(ahead, behind)), self._eps / 4 * _norm(self._gradient))
+
+    def _rounding(self, block: _Block) -> float:
+        """Norm of what rounding makes of the gradient where the block is moved: in the computation, or in the moves."""
+        moved = block.select(self.params)
+        with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
+            after = mean_gradient(self._loss_fns, self.params)
+        return max(_norm(_minus(after, self._gradient)), self._noise())
+
+    def _merge(self, direction: _Direction) -> None:
+        """Lets a block move with the largest one, if one step serves both: the shorter one, since rounding is that of
+        the largest in any case; or that of the largest, if the products agree."""
+        block, largest = direction.block, self._blocks[0]
+        if not largest.is_ready:
+            return
+        block.was_compared = True
+        if block.distance < largest.distance / _SHRINKAGE:
+            own, common = (self._at(distance, direction) for distance in (block.distance, largest.distance))
+            if not common.differs_from(own) <= 3 * own.rounding + self._good_error:
+                return
+        else:
+            largest.distance = min(largest.distance, block.distance)
+        for i in block.members:
+            self._sizes[i] = largest.size
+        largest.members += block.members
+        largest.numel += block.numel
+        largest.rounding = max(largest.rounding, block.rounding)
+        self._blocks.remove(block)
+
+    def _difference(self, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+        """The difference over the block's distance; over a shorter one if that has crossed a kink, over a longer one if
+        little but rounding is left."""
+        first = best = last = self._at(direction.distance(self._step), direction, outer_params)
+        while last.bend > max(self._allowed_bend, 4 * last.rounding) and best.bend > _SHRINKAGE * last.rounding:
+            last = self._at(last.distance / _SHRINKAGE, direction, outer_params)
+            best = min(best, last, key=lambda difference: difference.bend)
+            if last.distance < self._eps * first.distance:  # none is finite
+                break
+        ratio = best.distance / first.distance
+        if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
+            direction.block.distance *= ratio
+            direction.block.relative_distance *= ratio
+        while best.rounding > self._allowed_bend and _LENGTHENING * best.distance < self._longest(direction.block):
+            longer = self._at(_LENGTHENING * best.distance, direction, outer_params)
+            if not longer.bend < best.bend:
+                break
+            best = longer
+        return best
+
+    def _product_error(self, full: _Difference, half: _Difference, direction: _Direction) -> float:
+        """Norm of the error of `full.product`: its distance to the product at half the step, or at a far shorter one if
+        half is too long as well; and not less than half of what rounding may make, which may be the same in both."""
+        short, length = half, _norm(full.product)
+        error = max(_norm(_minus(full.product, half.product)), full.rounding * length / 2)
+        while error > 2 * _SHRINKAGE * short.rounding * length > 0:  # more than rounding in a shorter one would make
+            short = self._at(short.distance / _SHRINKAGE, direction)
+            if short.bend > max(full.bend, 4 * short.rounding):
+                break
+            error = max(error, _norm(_minus(full.product, short.product)))
+        return error
+
+    def _mixed_along(
+        self, direction: _Direction, outer_params: Sequence[Tensor], full: _Difference, half: _Difference
+    ) -> tuple[_Grads, float]:
+        """The mixed product along `direction`, and the norm of its error. Across kinks the loss is continuous, and with
+        it its gradient in outer parameters: longer steps than those of H serve it, and a few numbers need them."""
+        rounding = self._eps / 2 * full.outer_norm
+        term, error = full.mixed, max(_norm(_minus(full.mixed, half.mixed)), rounding / full.distance)
+        distance = full.distance * _LENGTHENING
+        while error > self._good_error * _norm(term) and distance <= self._longest(direction.block):
+            longer = self._at(distance, direction, outer_params).mixed
+            # Rounding falls and truncation grows by more than 2, so one of the two products has half of the difference.
+            longer_error = max(_norm(_minus(longer, term)) / 2, rounding / distance)
+            if not longer_error < error:
+                break
+            term, error, distance = longer, longer_error, distance * _LENGTHENING
+        return term, error
+
+    def _at(self, distance: float, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+        moved, wanted, n = direction.block.select(self.params), [*self.params, *outer_params], len(self.params)
+        with _moved(moved, direction.unit, distance):
             ahead = mean_gradient(self._loss_fns, wanted)
-        with self._moved(vectors, -step):
+        with _moved(moved, direction.unit, -distance):
             behind = mean_gradient(self._loss_fns, wanted)
-        return [None if a is None or b is None else (a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+        change = _minus(ahead, behind)
+        derivative = _times(0.5 / distance, change)
+        return _Difference(
+            block=direction.block,
+            distance=distance,
+            product=derivative[:n],
+            mixed=derivative[n:],
+            length=_norm(change[:n]),
+            second=_norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n]))),
+            outer_norm=_norm(ahead[n:]),
+        )
 
-    @contextmanager
-    def _moved(self, vectors: Sequence[Tensor], step: float) -> Iterator[None]:
-        """Moves the parameters to `params + step * vectors`, through `.data`, so that graphs that the user made before
-        stay valid, and back."""
-        data = [w.data for w in self.params]
-        saved = [tensor.clone() for tensor in data]
+    def _recorded(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[_Grads, _Grads] | None:
+        """The product and the mixed product with the recorded second derivatives, or `None` where there are none."""
+        product: _Grads = [None] * len(self.params)
+        mixed: _Grads = [None] * len(outer_params)
         try:
-            torch._foreach_add_(data, list(vectors), alpha=step)
-            yield
-        finally:
-            torch._foreach_copy_(data, saved)
+            for loss_fn in self._loss_fns:
+                hessian = Hessian(loss_fn(), self.params)
+                chosen = list(compress(vectors, hessian.in_system))
+                terms = iter(hessian(chosen))
+                product = add(product, [next(terms) if is_in else None for is_in in hessian.in_system])
+                mixed = add(mixed, hessian.mixed(chosen, outer_params))
+                del hessian  # its graph goes before the next one is made
+        except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
+            return None
+        return _times(1 / len(self._loss_fns), product), _times(1 / len(self._loss_fns), mixed)
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm([t.detach().double() for t in tensors]))
+@dataclass(eq=False)
+class _Block:
+    """Parameters that are moved together.
+
+    Attributes:
+        members: their indices.
+        size: root mean square of the elements of the largest of them, or a guess where all are 0.
+        is_zero: whether all are 0.
+        numel: how many elements they have.
+        distance: the most that a move may have in norm; infinite until `is_ready`.
+        relative_distance: the same, with each parameter measured by its own size.
+        rounding: norm of the change that rounding makes in the gradient.
+        was_compared: whether the distance of the largest block was tried.
+    """
+
+    members: list[int]
+    size: float
+    is_zero: bool
+    numel: int = 0
+    distance: float = math.inf
+    relative_distance: float = math.inf
+    rounding: float = 0.0
+    is_ready: bool = False
+    was_compared: bool = False
+
+    def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[i] for i in self.members]
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """The part of a vector in a block.
+
+    Attributes:
+        unit: that part at norm 1.
+        norm: its norm.
+        relative: norm of `unit` with each parameter measured by its own size.
+    """
+
+    block: _Block
+    unit: list[Tensor]
+    norm: float
+    relative: float
+
+    def distance(self, step: float) -> float:
+        """How far to move; until the block is ready, by about `step` times the size of each element."""
+        if not self.block.is_ready:
+            return step * math.sqrt(self.block.numel) / self.relative
+        return min(self.block.distance, self.block.relative_distance / self.relative)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Derivatives along a direction of norm 1, by a central difference.
+
+    Attributes:
+        block: the parameters that are moved.
+        distance: by how much, in both directions.
+        product: the derivative of the gradient in the parameters.
+        mixed: the derivative of the gradient in the outer parameters.
+        length: norm of the difference of the gradient in the parameters.
+        second: norm of the second difference: the difference ahead without the one behind.
+        outer_norm: norm of the gradient in the outer parameters.
+    """
+
+    block: _Block
+    distance: float
+    product: _Grads
+    mixed: _Grads
+    length: float
+    second: float
+    outer_norm: float
+
+    @property
+    def bend(self) -> float:
+        """The second difference, relative. For a smooth gradient it is of the order of the step; if it comes from kinks
+        or rounding, of the relative error; infinite if not finite."""
+        return _ratio(self.second, self.length) if math.isfinite(self.second) else math.inf
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may make of `product`, relative to it; 0 where that is 0 or not finite."""
+        return self.block.rounding / self.length if 0 < self.length < math.inf else 0.0
+
+    def differs_from(self, other: _Difference) -> float:
+        """Distance of the products, relative to the other one."""
+        return _ratio(_norm(_minus(self.product, other.product)), _norm(other.product))
+
+
+def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[_Grads, float]:
+    """The gradient, and the coarsest machine precision of `params` and of what the graphs keep: under autocast, a
+    gradient in float32 has the rounding of a narrower dtype."""
+    dtypes = {w.dtype for w in params}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            dtypes.add(tensor.dtype)
+        return tensor.detach()  # a tensor would keep its own graph alive
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            gradient = mean_gradient(loss_fns, params)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # which transforms of torch.func refuse
+            raise
+        gradient = mean_gradient(loss_fns, params)
+    return gradient, max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+@contextmanager
+def _moved(params: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Moves `params` to `params + step * directions`, through `.data`, so that graphs that the user made before stay
+    valid, and back."""
+    data = [w.data for w in params]
+    saved = [tensor.clone() for tensor in data]
+    try:
+        torch._foreach_add_(data, list(directions), alpha=step)
+        yield
+    finally:
+        torch._foreach_copy_(data, saved)
+
+
+def _minus(tensors: _Grads, others: _Grads) -> _Grads:
+    return [None if a is None or b is None else a - b for a, b in zip(tensors, others, strict=True)]
+
+
+def _times(factor: float, tensors: _Grads) -> _Grads:
+    return [None if t is None else factor * t for t in tensors]
+
+
+def _ratio(part: float, whole: float) -> float:
+    """`part / whole`, where 0 / 0 is 0."""
+    return part and (part / whole if whole else math.inf)
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    """Euclidean norm of all elements together; `None` has none."""
+    return math.hypot(*_norms([t for t in tensors if t is not None]))
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Euclidean norms, brought to the first one's device to wait for all at once. Squares that may leave the range of
+    float32 are added in float64, which takes longer."""
+
+    def norms(at_least: torch.dtype) -> list[float]:
+        dtypes = [torch.promote_types(t.dtype, at_least) for t in tensors]
+        found = [torch.linalg.vector_norm(t.detach(), dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        return torch.stack([norm.to(found[0]) for norm in found]).tolist() if found else []
+
+    found = norms(torch.float32)
+    return found if all(1e-15 < norm < 1e15 for norm in found) else norms(torch.float64)

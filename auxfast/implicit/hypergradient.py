@@ -78,7 +78,8 @@ def hypergradient(
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
             fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
             "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
-            which needs functions for `inner_loss` (see `auxfast.implicit.finite_difference.FiniteDifference`).
+            which needs functions for `inner_loss` and goes through `detach()`, which the other two hold constant (see
+            `auxfast.implicit.finite_difference.FiniteDifference`). Its error stands in `stats.operator_error`.
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
         free: which entries of `inner_params` move with `outer_params`: one tensor of torch.bool for each parameter, of
@@ -91,7 +92,8 @@ def hypergradient(
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
             solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
-            and where no outer parameter plays a part, or none does in the inner loss.
+            where no outer parameter plays a part, or none does in the inner loss; and where finite differences are too
+            inexact for `tol`, or disagree with the recorded graph.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -124,6 +126,7 @@ def hypergradient(
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         product = _curvature(curvature, given_inner, active_inner, retain_graph)
+        differences = product if isinstance(product, FiniteDifference) else None
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
@@ -137,6 +140,8 @@ def hypergradient(
                 problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
+                if differences is not None:
+                    stats, problem = differences.certify(stats, problem, getattr(solver, "tol", None))
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):

@@ -74,6 +74,14 @@ class StopReason(str, Enum):
         "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
     )
     """Products contradict the symmetry of H, by more than rounding."""
+    INEXACT = (
+        "inexact",
+        "The products by finite differences have a larger error than the solver's tol: see "
+        "result.stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
+        "replace what has kinks (ReLU by GELU or softplus), or take curvature='hessian' where there are second "
+        "derivatives.",
+    )
+    """The products have a larger error than the tolerance and the residual."""
     TRIVIAL = "trivial"
     """The right-hand side is zero, and so is the exact solution."""
 
@@ -108,8 +116,9 @@ class SolveStats:
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
             done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
             `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the first product
-            was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `trivial`: `b` is zero, and so is the
-            exact solution. With several right-hand sides it is the reason of the worst.
+            was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `inexact`: see `operator_error`;
+            `trivial`: `b` is zero, and so is the exact solution. With several right-hand sides it is the reason of the
+            worst.
         step_size: the step size that was used; `None` where the method has none.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H, where the solver makes one.
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not

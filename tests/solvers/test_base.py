@@ -36,7 +36,7 @@ def test_a_stop_reason_is_its_text():
     assert "stop_reason='converged'" in repr(STATS)
     assert {reason.value for reason in StopReason} == {
         *("converged", "steps", "negative curvature", "diverged", "stagnated"),
-        *("not finite", "not symmetric", "trivial"),
+        *("not finite", "not symmetric", "inexact", "trivial"),
     }
 
 
