@@ -15,6 +15,11 @@ _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in
 _ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every function that this decorator has made
 
 
+def unproven_functions(functions: Iterable[Any]) -> list[Any]:
+    """The nodes of those Functions whose class does not say `twice_differentiable = True`."""
+    return [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
+
+
 class DetachedFunctionDetector:
     """Finds the `torch.autograd.Function`s that drop out of the graph while a gradient is recorded: second derivatives
     through them would be zeros without a word.
@@ -31,8 +36,7 @@ class DetachedFunctionDetector:
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.names: list[str] = []
-        unproven = [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
-        self._handles = [node.register_hook(self._hook(node)) for node in unproven]
+        self._handles = [node.register_hook(self._hook(node)) for node in unproven_functions(functions)]
 
     def __enter__(self) -> DetachedFunctionDetector:
         return self

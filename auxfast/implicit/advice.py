@@ -57,6 +57,12 @@ _TEXTS = {
         "inner_loss, or take curvature='hessian', which holds it constant. If not, the dtype is too narrow for the "
         "curvature: take parameters of float64, or curvature='hessian'."
     ),
+    "unproven": (
+        "The graph of inner_loss holds a torch.autograd.Function of yours, and whether its backward pass is the "
+        "derivative of its forward pass cannot be seen on a tensor (that of a gradient reversal is not, and makes the "
+        "hypergradient wrong). Pass inner_loss as a function, which is checked, or write twice_differentiable = True "
+        "into the class."
+    ),
     "identity": _IDENTITY,
 }
 

@@ -9,7 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from auxfast.autograd.double_backward import DetachedFunctionDetector, without_double_backward
+from auxfast.autograd.double_backward import (
+    DetachedFunctionDetector,
+    unproven_functions,
+    without_double_backward,
+)
 from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.graph import functions_of, graph_from, is_compiled
 from auxfast.autograd.pullback import Gradients, Pullback
@@ -59,6 +63,8 @@ class Hessian:
 
     Attributes:
         pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
+        unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
+            derivatives of their forward passes.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -68,6 +74,7 @@ class Hessian:
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         functions = functions_of(inner.nodes)
+        self.unproven = sorted({node.name() for node in unproven_functions(functions)})
         if any(map(is_compiled, functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
@@ -193,12 +200,21 @@ class MicroBatches:
     Args:
         records: functions that record the curvature of a micro-batch in the parameters that they are given.
         params: tensors that the loss is differentiated in.
+
+    Attributes:
+        unproven: see `Hessian`.
     """
 
-    def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Curvature]], params: Sequence[Tensor]) -> None:
+    def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Hessian]], params: Sequence[Tensor]) -> None:
         self._records = records
-        self.in_system = [any(which) for which in zip(*(record(params).in_system for record in records), strict=True)]
+        self.unproven: list[str] = []
+        in_system = [self._inspect(record(params)) for record in records]
+        self.in_system = [any(which) for which in zip(*in_system, strict=True)]
         self.params = list(compress(params, self.in_system))
+
+    def _inspect(self, curvature: Hessian) -> list[bool]:
+        self.unproven += [name for name in curvature.unproven if name not in self.unproven]
+        return curvature.in_system
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._products(vectors, lambda curvature, chosen: curvature(chosen))

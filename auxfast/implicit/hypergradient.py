@@ -19,6 +19,7 @@ from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
+from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
 
@@ -125,8 +126,8 @@ def hypergradient(
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
-        product = _curvature(curvature, given_inner, active_inner, retain_graph)
-        differences = product if isinstance(product, FiniteDifference) else None
+        derivatives = _derivatives(curvature, given_inner, active_inner, retain_graph)
+        product: Curvature = derivatives
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
@@ -140,8 +141,12 @@ def hypergradient(
                 problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
                 mixed = product.mixed(solution, active_outer)
-                if differences is not None:
-                    stats, problem = differences.certify(stats, problem, getattr(solver, "tol", None))
+                if isinstance(derivatives, FiniteDifference):
+                    stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
+                elif not direct_only:
+                    stats, problem = check_symmetry(
+                        stats, problem, state, given_inner, derivatives, product.params, solution
+                    )
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):
@@ -202,7 +207,9 @@ def _outer_gradient(
     return outer.gradient(params, retain_graph=retain_graph or shared)
 
 
-def _curvature(name: str, inner: LossGraph | list[LossFn], params: Sequence[Tensor], retain_graph: bool) -> Curvature:
+def _derivatives(
+    name: str, inner: LossGraph | list[LossFn], params: Sequence[Tensor], retain_graph: bool
+) -> Hessian | MicroBatches | FiniteDifference:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":

@@ -69,11 +69,11 @@ class StopReason(str, Enum):
     """Not even the first product was finite."""
     NOT_SYMMETRIC = (
         "not symmetric",
-        "The operator is not symmetric, as the second derivatives of a loss are: some backward pass is not the "
-        "derivative of its forward pass (gradient reversal, a straight-through estimator, a hook that changes a "
+        "The second derivatives are not those of a loss: some backward pass is not the derivative of its forward pass "
+        "(gradient reversal, a straight-through estimator, a detach() within the loss, a hook that changes a "
         "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
     )
-    """Products contradict the symmetry of H, by more than rounding."""
+    """Products contradict each other, or the gradient, by more than rounding."""
     INEXACT = (
         "inexact",
         "The products by finite differences have a larger error than the solver's tol: see "
@@ -124,8 +124,9 @@ class SolveStats:
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
-        symmetry_error: by how much products contradict the symmetry of H, relative to their size; `None` where the
-            solver has no two products that tell.
+        symmetry_error: by how much products contradict the symmetry of H, or a difference of gradients, relative to
+            their size; `None` where nothing tells: the solver has no two such products, and losses that are tensors
+            cannot be computed again.
         operator_error: an estimate of the relative error of the products themselves, where they are not exact
             (`curvature="finite-difference"`); `None` where they are.
     """
@@ -160,6 +161,7 @@ class SolverState:
         smallest_eigenvalue: the smallest one.
         preconditioner: what `preconditioner.build` made last, with the settings that it was made for.
         preconditioner_age: how many solves ago that was.
+        symmetry_error: what the first `hypergradient` with functions for losses found; see `SolveStats`.
         warned: the kinds of warnings that `hypergradient` has given.
     """
 
@@ -168,6 +170,7 @@ class SolverState:
     smallest_eigenvalue: float | None = None
     preconditioner: Any = None
     preconditioner_age: int = 0
+    symmetry_error: float | None = None
     warned: set[str] = field(default_factory=set)
 
 
