@@ -6,18 +6,23 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from auxfast.train.config import RunConfig
-from auxfast.train.files import RunError, finite, read_json
+from auxfast.train.files import RunError, corrupt, finite, one_line, read_bytes, read_json, start_again
 from auxfast.train.methods import Method, parse_method
-from auxfast.train.serialization import override
+from auxfast.train.serialization import override, words
 from auxfast.train.trainer import OuterRecord
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
+_IN_JSON = {int: {int}, float: {int, float}, bool: {bool}, tuple: {list}, NoneType: {NoneType}}
+
+Entries = TypeVar("Entries", bound=NamedTuple)
 
 
 class RunResult(NamedTuple):
@@ -42,7 +47,7 @@ class Run:
         config: table of the whole configuration.
         records: one for each outer step that is on disk.
         result: the result; None while the run is unfinished.
-        environment: the machine and the versions that it started with.
+        environment: the machine and the versions that it started with; empty if that file is gone.
     """
 
     path: Path
@@ -62,26 +67,51 @@ def read_run(path: Path) -> Run:
     Raises:
         RunError: a file is missing or corrupt; names it.
     """
-    description, environment = read_json(path / CONFIG), read_json(path / ENVIRONMENT)
-    result = read_json(path / RESULT) if (path / RESULT).exists() else None
-    try:
-        for key, kind in _DESCRIPTION.items():
-            if not isinstance(description[key], kind):
-                raise ValueError(f"{key}: got {description[key]!r}")
-        method = parse_method(description["method"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise not_of_this_version(path, error) from error
+    description = read_description(path)
+    result = _read_result(path / RESULT) if (path / RESULT).exists() else None  # before the records, which come first
     return Run(
         path=path,
         experiment=description["experiment"],
         setting=description["setting"],
-        method=method,
+        method=parse_method(description["method"]),
         seed=description["seed"],
         config=description["config"],
         records=tuple(read_metrics(path / METRICS)) if (path / METRICS).exists() else (),
-        result=None if result is None else _result(result, path / RESULT),
-        environment=environment,
+        result=result,
+        environment=_read_environment(path / ENVIRONMENT),
     )
+
+
+def read_whole_run(path: Path) -> Run:
+    """The run in the folder `path`, with a record of each step that its result counts.
+
+    Raises:
+        RunError: see `read_run`; or records of a finished run are missing.
+    """
+    run = read_run(path)
+    if run.result is not None and run.result.outer_steps != len(run.records):
+        reason = f"it has {len(run.records)} lines, and {RESULT} is of {run.result.outer_steps} steps"
+        raise corrupt(path / METRICS, reason)
+    return run
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The table that tells the run in the folder `path` from others.
+
+    Raises:
+        RunError: the file is missing or corrupt.
+    """
+    table = read_json(path / CONFIG)
+    try:
+        if not isinstance(table, dict):
+            raise ValueError(f"got {table!r}, must be a table")
+        for key, kind in _DESCRIPTION.items():
+            if type(table.get(key)) is not kind:
+                raise ValueError(f"{key}: got {table.get(key)!r}, must be {words(kind)}")
+        parse_method(table["method"])
+    except ValueError as error:
+        raise not_of_this_version(path, error) from error
+    return table
 
 
 def read_config(defaults: RunConfig, run: Run) -> RunConfig:
@@ -101,7 +131,9 @@ def read_config(defaults: RunConfig, run: Run) -> RunConfig:
 
 def not_of_this_version(path: Path, error: object) -> RunError:
     """The error of a run whose description makes no sense here."""
-    return RunError(f"{path / CONFIG} does not describe a run of this version: {error}")
+    return RunError(
+        f"{path / CONFIG} does not describe a run of this version: {one_line(error)}; {start_again(path / CONFIG)}"
+    )
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
@@ -117,7 +149,7 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     folders = {found.parent for path in given for found in path.rglob(CONFIG)}
     if not folders:
         raise RunError(f"no runs in {', '.join(map(str, given))}: `auxfast train` makes some")
-    return sorted(map(read_run, sorted(folders)), key=lambda run: (run.path.parent, run.seed))
+    return sorted(map(read_whole_run, sorted(folders)), key=lambda run: (run.path.parent, run.seed))
 
 
 def metrics_line(record: OuterRecord) -> bytes:
@@ -126,33 +158,78 @@ def metrics_line(record: OuterRecord) -> bytes:
 
 
 def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
-    """The first `count` records of a file (None: all). An incomplete last line is ignored."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    """The first `count` records of a file (None: all). An incomplete last line is ignored.
+
+    Raises:
+        RunError: the file is missing, too short, or a line is not the record of its step; says which line.
+    """
+    lines = read_bytes(path).split(b"\n")[:-1]
     if count is not None and len(lines) < count:
-        raise RunError(f"{path} has {len(lines)} lines of {count}: delete {path.parent} to start that run again")
+        raise RunError(f"{path} has {len(lines)} lines of {count}: {start_again(path)}")
     records = []
-    for number, line in enumerate(lines[:count], start=1):
+    for step, line in enumerate(lines[:count]):
         try:
-            entries = json.loads(line)
-            tuples = {key: _tuple(entries[key]) for key in ("loss_weights", "phi")}
-            records.append(OuterRecord(**{**entries, **tuples}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"{path}, line {number}, is corrupt ({error}): delete {path.parent} to start that run again"
-            ) from error
+            record = _checked(OuterRecord, json.loads(line))
+            if record.step != step:  # two processes have written it
+                raise ValueError(f"step: got {record.step}, must be {step}")
+            records.append(record._replace(loss_weights=_numbers(record.loss_weights), phi=_numbers(record.phi)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(f"{path}, line {step + 1}, is corrupt ({one_line(error)}): {start_again(path)}") from error
     return records
 
 
-def _tuple(values: list[float | None] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(math.nan if value is None else value for value in values)
-
-
-def _result(table: Any, path: Path) -> RunResult:
+def _read_result(path: Path) -> RunResult:
+    """The result in a file. It can be made again from the checkpoint."""
+    remedy = "delete it, and `auxfast train` with --resume makes it anew"
+    table = read_json(path, remedy)
     try:
-        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in table.items()}
-        return RunResult(**numbers)
-    except (TypeError, AttributeError) as error:
-        raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again") from error
+        if isinstance(table, dict):
+            table = {key: math.nan if value is None else value for key, value in table.items()}
+        return _checked(RunResult, table)
+    except (TypeError, ValueError) as error:
+        raise corrupt(path, error, remedy) from error
+
+
+def _read_environment(path: Path) -> Mapping[str, Any]:
+    """The environment in a file; nothing if there is no file, since no number depends on it."""
+    remedy = "delete it, for no number depends on it"
+    table = read_json(path, remedy) if path.exists() else {}
+    if not isinstance(table, dict):
+        raise corrupt(path, f"got {table!r}, must be a table", remedy)
+    return table
+
+
+def _checked(kind: type[Entries], table: Any) -> Entries:
+    """The named tuple of a table from JSON, whose lists are not tuples yet."""
+    if not isinstance(table, dict):
+        raise ValueError(f"got {table!r}, must be a table")
+    for name, (hint, allowed) in _entries(kind).items():
+        if name not in table:
+            raise ValueError(f"there is no {name!r}")
+        if type(table[name]) not in allowed:
+            raise ValueError(f"{name}: got {table[name]!r}, must be {words(hint)}")
+    return kind(**table)
+
+
+@cache
+def _entries(kind: type) -> dict[str, tuple[Any, set[type]]]:
+    """The type hint of each entry, and the types that JSON may give it."""
+    hints = get_type_hints(kind)
+    alternatives = {
+        name: (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,) for name, hint in hints.items()
+    }
+    return {
+        name: (hints[name], set().union(*(_IN_JSON[get_origin(k) or k] for k in kinds)))
+        for name, kinds in alternatives.items()
+    }
+
+
+def _numbers(values: Any) -> Any:
+    """The tuple of a list of numbers, with NaN for null; None for None."""
+    if values is None:
+        return None
+    numbers = tuple(math.nan if value is None else value for value in values)
+    for number in numbers:
+        if type(number) not in _IN_JSON[float]:
+            raise ValueError(f"got {number!r} in a list, must be a number")
+    return numbers
