@@ -17,7 +17,7 @@ from auxfast.train.methods import parse_method
 from auxfast.train.recording import RunPlan, check_plans, record_run
 from auxfast.train.run import Run, find_runs
 from auxfast.train.trainer import OuterRecord
-from auxfast.train.training_loss import make_method_weighting
+from auxfast.train.training_loss import check_method
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def plan_comparison(
     configs = {setting: run_config(experiment, setting, overrides) for setting in settings or experiment.settings}
     for own in configs.values():
         for method in ordered:
-            if not method.is_combiner:
-                make_method_weighting(method, own, len(experiment.loss_names))
+            check_method(method, own, len(experiment.loss_names))
     for package in (experiment.package, ("tqdm", "tqdm")):
         if package is not None:
             import_extra(*package)

@@ -68,7 +68,8 @@ class TrainConfig:
         check_optimizer("train.inner_optimizer", self.inner_optimizer)
         check_optimizer("train.outer_optimizer", self.outer_optimizer)
         if self.inner_scheduler is not None:
-            check_scheduler("train.inner_scheduler", self.inner_scheduler, self.inner_optimizer)
+            steps, may_stop = self.outer_steps * self.inner_steps, self.patience is not None
+            check_scheduler("train.inner_scheduler", self.inner_scheduler, self.inner_optimizer, steps, may_stop)
         if self.outer_set not in ("auxiliary", "training"):
             raise ValueError(f"train.outer_set: got {self.outer_set!r}, must be 'auxiliary' or 'training'")
         try:

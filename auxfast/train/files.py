@@ -10,7 +10,7 @@ import os
 import socket
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps every other process out of a folder, which is made if there is none. Only writers ask for the lock.
 
-    The kernel frees the lock when its holder ends, however that comes about: a file `LOCK` that is left over does no
-    harm.
+    The kernel frees the lock when its holder ends, however that comes about.
 
     Raises:
         RunError: another process holds the lock, or the file system has no locks.
@@ -57,7 +56,8 @@ def locked(folder: Path) -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock is free, so that it is never the file of the next holder
+        with suppress(OSError):  # a file that is left over does no harm
+            path.unlink()  # before the lock is free, so that it is never the file of the next holder
         os.close(descriptor)
 
 

@@ -218,8 +218,15 @@ class Trainer:
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         with self._autocast():
             batch = self.task.training_batch(generator)
+        try:
+            losses, mask = batch.losses, batch.mask
+        except AttributeError as error:
+            raise TypeError(
+                f"task.training_batch: got {type(batch).__name__}, must return a Batch(losses, mask), with losses of "
+                "shape (batch, num_losses) and a mask of that shape or None"
+            ) from error
         # A combiner needs all digits of its few losses: it runs without autocast.
-        return batch, self.training_loss(batch.losses, batch.mask)
+        return batch, self.training_loss(losses, mask)
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
         """A batch, its training loss, and the outer loss."""

@@ -13,7 +13,7 @@ from typing import Any
 from auxfast._version import __version__
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.plotting import NOTE, draw_sections
-from auxfast.experiments.report.rows import Results, Section, cautions, describe, rows, table
+from auxfast.experiments.report.rows import Results, Section, cautions, describe, describe_unfinished, rows, table
 from auxfast.train.files import RunError, write_bytes
 
 
@@ -58,6 +58,7 @@ def _page(all_results: Sequence[Results]) -> str:
         own_picture=_own_picture,
         courses=_courses,
         cautions=cautions,
+        describe_unfinished=describe_unfinished,
         rows=rows,
         table=table,
         note=NOTE,
