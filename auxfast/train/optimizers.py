@@ -60,9 +60,17 @@ def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> lr
 
 
 def check_optimizer(key: str, component: Component) -> None:
-    """Raises ValueError, which says what is allowed, unless the optimizer can be made."""
+    """Raises ValueError, which says what is allowed, unless the optimizer can be made, and step."""
     _check_names(key, component, OPTIMIZERS, {"params", "weight_decay"})
-    _try(key, component, lambda: make_optimizer(component, [nn.Parameter(torch.zeros(1, 1))]))
+    parameter = nn.Parameter(torch.zeros(1, 1))
+
+    def rehearse() -> None:
+        optimizer = make_optimizer(component, [parameter])
+        if not component.options.get("capturable"):  # that needs a GPU
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+
+    _try(key, component, rehearse)
 
 
 def check_scheduler(
@@ -98,16 +106,27 @@ def _check_names(key: str, component: Component, kinds: Mapping[str, type], rese
         near = get_close_matches(component.name, kinds)
         guess = f" (did you mean {' or '.join(near)}?)" if near and not why else ""
         raise ValueError(f"{key}.name: got {component.name!r}{why}{guess}; must be one of {', '.join(kinds)}")
-    allowed = [name for name in inspect.signature(kinds[component.name]).parameters if name not in reserved]
+    parameters = inspect.signature(kinds[component.name]).parameters
+    allowed = [name for name in parameters if name not in reserved]
     for name, value in component.options.items():
         if name == "weight_decay":
             remedy = "; set train.weight_decay, a part of the inner loss, which the hypergradient knows"
             raise ValueError(f"{key}.weight_decay: the trainer sets it to 0{remedy if 'inner' in key else ''}")
         if name not in allowed:
             raise ValueError(f"{key}.{name}: not an option of {component.name}, which has {', '.join(allowed)}")
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{key}.{name}: got {value!r}, must be finite")
+        _check_value(f"{key}.{name}", value, parameters[name].default)
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """Raises ValueError where an option is not finite, or of another kind than its default. Torch checks it seldom."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ValueError(f"{key}: got {value!r}, must be finite")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{key}: got {value!r}, must be true or false")
+    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if is_number and (isinstance(value, (bool, str)) or value is None):
+        raise ValueError(f"{key}: got {value!r}, must be a number")
 
 
 def _try(key: str, component: Component, make: Callable[[], object]) -> None:

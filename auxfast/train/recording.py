@@ -337,8 +337,8 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         records = trainer.run(record_step)
     save()
     result = RunResult(
-        score=trainer.task.score(),
-        validation_score=trainer.task.validation_score(),
+        score=float(trainer.task.score()),
+        validation_score=float(trainer.task.validation_score()),
         outer_steps=len(records),
         stopped_early=trainer.stopped_early,
         inner_seconds=sum(record.inner_seconds for record in records),

@@ -146,7 +146,8 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     missing = [str(path) for path in given if not path.exists()]
     if missing:
         raise RunError(f"there is no {', '.join(missing)}")
-    folders = {found.parent for path in given for found in path.rglob(CONFIG)}
+    # A run whose description is gone is found by its records, and not left out in silence.
+    folders = {found.parent for path in given for name in (CONFIG, METRICS) for found in path.rglob(name)}
     if not folders:
         raise RunError(f"no runs in {', '.join(map(str, given))}: `auxfast train` makes some")
     return sorted(map(read_whole_run, sorted(folders)), key=lambda run: (run.path.parent, run.seed))
@@ -173,6 +174,9 @@ def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
             if record.step != step:  # two processes have written it
                 raise ValueError(f"step: got {record.step}, must be {step}")
             records.append(record._replace(loss_weights=_numbers(record.loss_weights), phi=_numbers(record.phi)))
+            for name in ("loss_weights", "phi"):
+                if len(getattr(records[-1], name) or ()) != len(getattr(records[0], name) or ()):
+                    raise ValueError(f"{name}: got another number of entries than in line 1")
         except (ValueError, TypeError, RecursionError) as error:
             raise RunError(f"{path}, line {step + 1}, is corrupt ({one_line(error)}): {start_again(path)}") from error
     return records

@@ -125,8 +125,7 @@ def make_method_weighting(method: Method, config: RunConfig, num_losses: int, ma
 
 
 def check_method(method: Method, config: RunConfig, num_losses: int) -> None:
-    """Raises ValueError, which names the entry, unless the method can combine so many losses. Leaves torch's random state
-    as it was."""
+    """Raises ValueError, which names the entry, unless the method can combine so many losses. No random state moves."""
     if not method.is_combiner:
         make_method_weighting(method, config, num_losses)
         return

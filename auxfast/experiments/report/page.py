@@ -38,7 +38,7 @@ def write_report(all_results: Sequence[Results], out: Path) -> str:
         write_bytes(out, _png(draw_sections([section for results in finished for section in results.sections])))
     else:
         write_bytes(out, _page(finished).encode())
-    return "\n\n".join(map(describe, finished))
+    return "\n\n".join(map(describe, all_results))
 
 
 def _page(all_results: Sequence[Results]) -> str:

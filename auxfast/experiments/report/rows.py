@@ -177,8 +177,8 @@ def describe_unfinished(results: Results) -> list[str]:
         name = f"{run.setting}, {run.method.name}" if run.setting else run.method.name
         seeds.setdefault(name, []).append(str(run.seed))
     names = "; ".join(f"{name}: {'seeds' if len(own) > 1 else 'seed'} {', '.join(own)}" for name, own in seeds.items())
-    count = f"{results.unfinished} unfinished run{'s are' if results.unfinished > 1 else ' is'}"
-    return [f"{count} left out ({names}); the command that began them goes on with --resume"]
+    count = f"{results.unfinished} unfinished run{'s' * (results.unfinished > 1)} of {results.experiment.name}"
+    return [f"left out: {count} ({names}); the `auxfast train` that began them goes on with --resume"]
 
 
 def _describe_section(section: Section) -> str:
