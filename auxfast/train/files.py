@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,7 +72,7 @@ def _open_locked(path: Path) -> int:
             if _is_at(path, descriptor):
                 return descriptor
         except BlockingIOError as error:
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            holder = _holder(descriptor)
             os.close(descriptor)
             raise RunError(
                 f"{path.parent} is being written by {holder}: wait for it, or choose another --out"
@@ -82,6 +83,15 @@ def _open_locked(path: Path) -> int:
                 f"cannot lock {path}: {error.strerror}; choose an --out on a file system that has locks (flock)"
             ) from error
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """What the holder of the lock has written. It takes the lock first, and may not have come to writing."""
+    for _ in range(100):
+        if text := os.pread(descriptor, 1000, 0).decode(errors="replace").strip():
+            return text
+        time.sleep(0.01)
+    return "another process"
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -88,9 +88,10 @@ def check_scheduler(
     def rehearse() -> None:
         scheduler = make_scheduler(component, made)
         made.step()  # torch warns of schedulers that step first
-        if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps and not may_stop_early:
-            raise ValueError(f"its total_steps are {scheduler.total_steps}, and the run takes {steps} inner steps")
-        for step in range(min(steps, _MOST_REHEARSED)):
+        possible = scheduler.total_steps if isinstance(scheduler, lr_scheduler.OneCycleLR) else steps
+        if possible < steps and not may_stop_early:
+            raise ValueError(f"its total_steps are {possible}, and the run takes {steps} inner steps")
+        for step in range(min(steps, possible, _MOST_REHEARSED)):
             scheduler.step()
             if not all(math.isfinite(group["lr"]) for group in made.param_groups):
                 raise ValueError(f"the learning rate is not finite after step {step + 1}")

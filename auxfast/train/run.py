@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType
+from types import UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from auxfast.train.config import RunConfig
@@ -20,9 +20,8 @@ from auxfast.train.trainer import OuterRecord
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
-_IN_JSON = {int: {int}, float: {int, float}, bool: {bool}, tuple: {list}, NoneType: {NoneType}}
 
-Entries = TypeVar("Entries", bound=NamedTuple)
+Entries = TypeVar("Entries")
 
 
 class RunResult(NamedTuple):
@@ -167,18 +166,19 @@ def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
     lines = read_bytes(path).split(b"\n")[:-1]
     if count is not None and len(lines) < count:
         raise RunError(f"{path} has {len(lines)} lines of {count}: {start_again(path)}")
-    records = []
+    records: list[OuterRecord] = []
     for step, line in enumerate(lines[:count]):
         try:
-            record = _checked(OuterRecord, json.loads(line))
+            record = _entries(OuterRecord, json.loads(line))
             if record.step != step:  # two processes have written it
                 raise ValueError(f"step: got {record.step}, must be {step}")
-            records.append(record._replace(loss_weights=_numbers(record.loss_weights), phi=_numbers(record.phi)))
             for name in ("loss_weights", "phi"):
-                if len(getattr(records[-1], name) or ()) != len(getattr(records[0], name) or ()):
-                    raise ValueError(f"{name}: got another number of entries than in line 1")
-        except (ValueError, TypeError, RecursionError) as error:
+                one, first = (len(getattr(r, name) or ()) for r in (record, records[0] if records else record))
+                if one != first:
+                    raise ValueError(f"{name}: got {one} entries, and line 1 has {first}")
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path}, line {step + 1}, is corrupt ({one_line(error)}): {start_again(path)}") from error
+        records.append(record)
     return records
 
 
@@ -187,10 +187,8 @@ def _read_result(path: Path) -> RunResult:
     remedy = "delete it, and `auxfast train` with --resume makes it anew"
     table = read_json(path, remedy)
     try:
-        if isinstance(table, dict):
-            table = {key: math.nan if value is None else value for key, value in table.items()}
-        return _checked(RunResult, table)
-    except (TypeError, ValueError) as error:
+        return _entries(RunResult, table)
+    except ValueError as error:
         raise corrupt(path, error, remedy) from error
 
 
@@ -203,37 +201,35 @@ def _read_environment(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _checked(kind: type[Entries], table: Any) -> Entries:
-    """The named tuple of a table from JSON, whose lists are not tuples yet."""
+def _entries(kind: Callable[..., Entries], table: Any) -> Entries:
+    """The named tuple that a table from JSON describes."""
     if not isinstance(table, dict):
         raise ValueError(f"got {table!r}, must be a table")
-    for name, (hint, allowed) in _entries(kind).items():
-        if name not in table:
-            raise ValueError(f"there is no {name!r}")
-        if type(table[name]) not in allowed:
-            raise ValueError(f"{name}: got {table[name]!r}, must be {words(hint)}")
-    return kind(**table)
+    hints = _hints(kind)
+    for name in [*hints, *table]:
+        if name not in table or name not in hints:
+            raise ValueError(f"{name}: {'there is none' if name in hints else 'no such entry'}")
+    return kind(**{name: _entry(name, table[name], hint) for name, hint in hints.items()})
+
+
+_hints = cache(get_type_hints)
+
+
+def _entry(name: str, value: Any, hint: Any) -> Any:
+    """An entry of a type that its hint allows: a list as a tuple, and null as NaN where there has to be a number."""
+    kinds = _kinds(hint)
+    if type(value) in kinds:
+        return value
+    if type(value) is list and tuple in kinds:
+        return tuple([_entry(name, entry, float) for entry in value])
+    if value is None and float in kinds:
+        return math.nan
+    raise ValueError(f"{name}: got {value!r}, must be {words(hint)}")
 
 
 @cache
-def _entries(kind: type) -> dict[str, tuple[Any, set[type]]]:
-    """The type hint of each entry, and the types that JSON may give it."""
-    hints = get_type_hints(kind)
-    alternatives = {
-        name: (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,) for name, hint in hints.items()
-    }
-    return {
-        name: (hints[name], set().union(*(_IN_JSON[get_origin(k) or k] for k in kinds)))
-        for name, kinds in alternatives.items()
-    }
-
-
-def _numbers(values: Any) -> Any:
-    """The tuple of a list of numbers, with NaN for null; None for None."""
-    if values is None:
-        return None
-    numbers = tuple(math.nan if value is None else value for value in values)
-    for number in numbers:
-        if type(number) not in _IN_JSON[float]:
-            raise ValueError(f"got {number!r} in a list, must be a number")
-    return numbers
+def _kinds(hint: Any) -> frozenset[type]:
+    """The types that a hint allows."""
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = {get_origin(kind) or kind for kind in alternatives}
+    return frozenset(kinds | {int} if float in kinds else kinds)

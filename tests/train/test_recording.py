@@ -235,7 +235,18 @@ def test_what_cannot_be_trained_says_so_and_is_not_in_the_way_of_what_can(tmp_pa
         run(tmp_path, "conv")
     with pytest.raises(RunError, match="cannot be trained: ValueError: Muon"):
         run(tmp_path, "stl", inner_optimizer=Component("Muon"))
+    with pytest.raises(RunError, match="cannot be trained: AssertionError: If capturable=True, "):
+        run(tmp_path, "stl", inner_optimizer=Component("Adam", {"capturable": True}))
     assert run(tmp_path, "stl").result is not None
+
+
+def test_a_combiner_of_images_says_that_it_needs_them(tmp_path):
+    with pytest.raises(
+        RunError,
+        match=r"losses must be images, \(batch, num_losses, height, width\), for the method conv, and this task's are "
+        r"\(16, 3\): choose another method",
+    ):
+        run(tmp_path, "conv")
 
 
 def test_a_fixed_phi_comes_from_a_run_of_the_same_configuration_and_says_which(tmp_path):

@@ -178,7 +178,7 @@ def describe_unfinished(results: Results) -> list[str]:
         seeds.setdefault(name, []).append(str(run.seed))
     names = "; ".join(f"{name}: {'seeds' if len(own) > 1 else 'seed'} {', '.join(own)}" for name, own in seeds.items())
     count = f"{results.unfinished} unfinished run{'s' * (results.unfinished > 1)} of {results.experiment.name}"
-    return [f"left out: {count} ({names}); the `auxfast train` that began them goes on with --resume"]
+    return [f"left out: {count} ({names}); the same `auxfast train` with --resume goes on from there"]
 
 
 def _describe_section(section: Section) -> str:
