@@ -254,7 +254,8 @@ def _learned_run(plan: RunPlan) -> Path:
     """Folder that a method which is fixed at the learned phi takes it from: that of the learned method's finished run
     from the first seed."""
     learned = replace(plan, method=replace(plan.method, phi="learned"))
-    folders = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
+    found = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
+    folders = [folder for folder in found if re.fullmatch(r"seed--?\d+", folder.name)]  # others are not the trainer's
     if not folders:
         raise RunError(
             f"{plan.method.name} takes phi from {learned.method.name}, of which {plan.out} has no finished run: train "

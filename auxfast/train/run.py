@@ -67,7 +67,9 @@ def read_run(path: Path) -> Run:
         RunError: a file is missing or corrupt; names it.
     """
     description = read_description(path)
-    result = _read_result(path / RESULT) if (path / RESULT).exists() else None  # before the records, which come first
+    result = (
+        _read_result(path / RESULT) if (path / RESULT).exists() else None
+    )  # a run that ends meanwhile is unfinished
     return Run(
         path=path,
         experiment=description["experiment"],

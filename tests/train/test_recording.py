@@ -93,6 +93,8 @@ def test_a_fixed_combiner_needs_a_learned_one(tmp_path):
         check_plans([noisy_plan(tmp_path, "linear", setting="another"), fixed])
     check_plans([learned, fixed])
     record_run(learned)
+    (learned.path.parent / "seed-of-mine").mkdir()
+    (learned.path.parent / "seed-of-mine" / "result.json").touch()
     check_plans([fixed])
 
 
