@@ -142,11 +142,11 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
         if started:
             _check_same(path, description)
         if not (started and (path / RESULT).exists()):
-            _record(plan, description, started, on_outer_step or (lambda record: None))
+            _record(plan, description, on_outer_step or (lambda record: None))
         return read_whole_run(path)
 
 
-def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_step: OnOuterStep) -> None:
+def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterStep) -> None:
     """Makes the run, or what is left of it."""
     path, name = plan.path, f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
     with reproducible(plan.seed, plan.config.train):
@@ -154,7 +154,7 @@ def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_
             trainer = _make_trainer(plan)
             if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
-            if not started:
+            if not (path / CHECKPOINT).exists():  # it begins, or begins again
                 _begin(path, description)
             _train(trainer, path, on_outer_step)
         except WriteError as error:

@@ -257,5 +257,10 @@ def test_a_fixed_phi_comes_from_a_run_of_the_same_configuration_and_says_which(t
     assert json.loads((fixed.path / "config.json").read_text())["phi from"] == "seed-3"
     run(tmp_path, "linear", 1)
     assert run(tmp_path, "linear-fixed", 4, resume=True).result == fixed.result
+    for name in ("result.json", "checkpoint.pt"):
+        (fixed.path / name).unlink()
+    again = run(tmp_path, "linear-fixed", 4, resume=True)  # it begins again, with the phi of today's first seed
+    assert again.records[0].phi != fixed.records[0].phi
+    assert json.loads((fixed.path / "config.json").read_text())["phi from"] == "seed-1"
     with pytest.raises(RunError, match=r"linear-fixed takes phi from .*seed-1, which has another configuration"):
         run(tmp_path, "linear-fixed", 5, inner_steps=2)
