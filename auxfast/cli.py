@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +15,65 @@ from auxfast._version import __version__
 from auxfast.experiments import command, demo
 from auxfast.experiments.data.extras import MissingExtraError
 from auxfast.train.environment import environment
-from auxfast.train.files import RunError
+from auxfast.train.files import RunError, one_line
+
+_MOST_SEEDS = 10_000  # each is a run of every method, and a folder
+_LARGEST_SEED = 2**63 - 1  # of torch's generators
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command like Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in `arguments` (default: sys.argv).
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 asked for what there is not, 130 interrupted. Arguments that argparse refuses
-        raise SystemExit with 2.
+        The exit code: 0 done, 1 failed, 2 asked for what there is not, 130 interrupted, 143 terminated. Arguments that
+        argparse refuses raise SystemExit with 2.
     """
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "info":
-            return _info()
-        if options.command == "train":
-            return _train(options)
-        if options.command == "report":
-            return _report(options.runs, options.out)
-        return _demo(options.seeds, options.out, options.experiment)
-    except KeyboardInterrupt:
+        with _sigterm_raises():
+            return _run(options)
+    except KeyboardInterrupt as error:
         kept = "no results were written"
         if options.command == "train":
             kept = "what was saved is kept, and the same command with --resume goes on from there"
-        print(f"\nauxfast: interrupted; {kept}", file=sys.stderr)
-        return 130
+        end, code = ("terminated", 143) if isinstance(error, _Terminated) else ("interrupted", 130)
+        print(f"\nauxfast: {end}; {kept}", file=sys.stderr)
+        return code
+    except OSError as error:  # a path that is too long, or lies where nobody may look
+        if error.filename is None:
+            raise
+        return _fail(f"cannot use {error.filename}: {error.strerror}", 1)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "info":
+        return _info()
+    if options.command == "train":
+        return _train(options)
+    if options.command == "report":
+        return _report(options.runs, options.out)
+    return _demo(options.seeds, options.out, options.experiment)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Lets SIGTERM raise an exception, unless there is a handler for it already."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +153,7 @@ def _add_train(commands: Any) -> None:
 
 def _fail(reason: object, code: int) -> int:
     """Prints why the command failed, in a line. Returns the exit code."""
-    print(f"auxfast: {reason}", file=sys.stderr)
+    print(f"auxfast: {one_line(reason)}", file=sys.stderr)
     return code
 
 
@@ -124,14 +161,26 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+def _is_number(text: str) -> bool:
+    """Whether a text is a number without sign, of as many digits as Python converts."""
+    return text.isdecimal() and len(text) < 1000
+
+
 def _seeds(text: str) -> list[int]:
     """Seeds that a text such as 0..9 (with the 9) or 0,3,5 names."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dots, last = part.strip().partition("..")
-        if not first.isdecimal() or (dots and not (last.isdecimal() and int(last) >= int(first))):
+        if not _is_number(first) or (dots and not (_is_number(last) and int(last) >= int(first))):
             raise argparse.ArgumentTypeError(f"must be like 0..9 or 0,3,5, in ascending order, not {text!r}")
-        seeds += range(int(first), int(last if dots else first) + 1)
+        low, high = int(first), int(last if dots else first)
+        if high > _LARGEST_SEED:
+            raise argparse.ArgumentTypeError(f"{high} is too large, a seed is at most {_LARGEST_SEED}")
+        if len(seeds) + high - low >= _MOST_SEEDS:
+            raise argparse.ArgumentTypeError(
+                f"{text} names {len(seeds) + high - low + 1} seeds or more, must be at most {_MOST_SEEDS}"
+            )
+        seeds += range(low, high + 1)
     return seeds
 
 
@@ -153,7 +202,7 @@ def _train(options: argparse.Namespace) -> int:
             resume=options.resume,
         )
     except OSError as error:
-        return _fail(f"cannot read {options.config}: {error.strerror}", 2)
+        return _fail(f"cannot read {error.filename}: {error.strerror}", 2)
     except ValueError as error:
         return _fail(error, 2)
     except MissingExtraError as error:

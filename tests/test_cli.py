@@ -28,7 +28,8 @@ def test_info_says_what_a_bug_report_needs(capsys):
         f"cpu_kernels_in_use: {auxfast.build_info()['cpu_kernels_in_use']}",
     ):
         assert f"  {line}\n" in output
-    for name in ("python", "numpy", "model", "driver", "devices", "compiler"):
+    packages = ("numpy", "scipy", "scikit-learn", "matplotlib", "cattrs", "jinja2")
+    for name in ("python", *packages, "model", "driver", "devices", "compiler"):
         assert re.search(rf"^  {name}: \S", output, re.MULTILINE)
 
 

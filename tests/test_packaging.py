@@ -110,6 +110,25 @@ def test_auxfast_build_decides_about_cuda(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("_no_tools")
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_a_cuda_home_without_nvcc_is_refused_and_not_passed_over(tmp_path, monkeypatch, name, exists, choice):
+    _script(tmp_path / "empty/nvcc", "")  # the one on the PATH
+    home = tmp_path / "cuda"
+    if exists:
+        home.mkdir()
+    monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("AUXFAST_BUILD", choice)
+    with pytest.raises(
+        SystemExit, match=rf"^auxfast: {name}={home}, but there is no {home}/bin/nvcc; .* unset {name}; "
+    ):
+        build_backend.choose_nvcc()
+    monkeypatch.setenv("AUXFAST_BUILD", "cpu")
+    assert build_backend.choose_nvcc() is None
+
+
+@pytest.mark.usefixtures("_no_tools")
 @pytest.mark.parametrize(
     ("cuda_of_torch", "device", "uses_nvcc"),
     [("", None, False), ("", "nvidiactl", False), ("13.0", None, True), ("", "nvidia0", True), ("", "dxg", True)],

@@ -17,7 +17,7 @@ from auxfast.train.methods import parse_method
 from auxfast.train.recording import RunPlan, check_plans, record_run
 from auxfast.train.run import Run, find_runs
 from auxfast.train.trainer import OuterRecord
-from auxfast.train.training_loss import make_method_weighting
+from auxfast.train.training_loss import check_method
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def plan_comparison(
     configs = {setting: run_config(experiment, setting, overrides) for setting in settings or experiment.settings}
     for own in configs.values():
         for method in ordered:
-            if not method.is_combiner:
-                make_method_weighting(method, own, len(experiment.loss_names))
+            check_method(method, own, len(experiment.loss_names))
     for package in (experiment.package, ("tqdm", "tqdm")):
         if package is not None:
             import_extra(*package)
@@ -110,7 +109,7 @@ def _overrides(config: Path | None, changes: Sequence[str]) -> dict[str, Any]:
         toml = _toml()
         try:
             tables = toml.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:  # the text is not TOML, or the bytes are not UTF-8
+        except (ValueError, RecursionError) as error:  # the text is not TOML, or the bytes are not UTF-8
             raise ValueError(f"{config} is not TOML: {error}") from error
         for section, entries in tables.items():  # keys are dotted, so that a change does not replace a section
             dotted = isinstance(entries, dict)
@@ -119,15 +118,17 @@ def _overrides(config: Path | None, changes: Sequence[str]) -> dict[str, Any]:
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"--set: got {change!r}, must be key=value, such as train.inner_steps=10")
-        overrides[key.strip()] = _toml_value(text.strip())
+        overrides[key.strip()] = _toml_value(key.strip(), text.strip())
     return overrides
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(key: str, text: str) -> Any:
     toml = _toml()
     try:
         return toml.loads(f"value = {text}")["value"]
-    except toml.TOMLDecodeError:
+    except (toml.TOMLDecodeError, RecursionError) as error:
+        if text.startswith(("{", "[", '"', "'")):  # no bare word
+            raise ValueError(f"{key}: got {text}, which is not TOML: {error}") from error
         return text
 
 

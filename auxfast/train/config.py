@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import date, time
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from auxfast.solvers import Solver
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
+
+_MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("outer_steps", "inner_steps", "checkpoint_every", "threads"):
             _check_count(f"train.{name}", getattr(self, name))
+        if self.threads > _MOST_THREADS:
+            raise ValueError(f"train.threads: got {self.threads}, must be at most {_MOST_THREADS}")
         if self.patience is not None:
             _check_count("train.patience", self.patience)
         _check_number("train.weight_decay", self.weight_decay)
@@ -68,7 +73,8 @@ class TrainConfig:
         check_optimizer("train.inner_optimizer", self.inner_optimizer)
         check_optimizer("train.outer_optimizer", self.outer_optimizer)
         if self.inner_scheduler is not None:
-            check_scheduler("train.inner_scheduler", self.inner_scheduler, self.inner_optimizer)
+            steps, may_stop = self.outer_steps * self.inner_steps, self.patience is not None
+            check_scheduler("train.inner_scheduler", self.inner_scheduler, self.inner_optimizer, steps, may_stop)
         if self.outer_set not in ("auxiliary", "training"):
             raise ValueError(f"train.outer_set: got {self.outer_set!r}, must be 'auxiliary' or 'training'")
         try:
@@ -129,6 +135,8 @@ class RunConfig:
                 raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTING_LABELS)}")
             if not isinstance(options, Mapping):
                 raise ValueError(f"weighting.{name}: got {options!r}, must be a table")
+        for section in fields(self):
+            _check_finite(section.name, getattr(self, section.name))
 
 
 def _check_count(key: str, value: int) -> None:
@@ -140,3 +148,19 @@ def _check_number(key: str, value: float, above: bool = False) -> None:
     number = not isinstance(value, bool) and isinstance(value, (int, float))
     if not number or not 0 <= value < math.inf or (above and value == 0):
         raise ValueError(f"{key}: got {value!r}, must be a finite number {'above' if above else 'of at least'} 0")
+
+
+def _check_finite(key: str, value: Any) -> None:
+    """Refuses numbers that are not finite, which no option needs and JSON does not have, and what JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value!r}, must be finite")
+    if isinstance(value, (date, time)):  # TOML has them
+        raise ValueError(f"{key}: got {value}, must be a number, true or false, a string, or a list or table of these")
+    if is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            _check_finite(f"{key}.{name}", entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _check_finite(key, entry)

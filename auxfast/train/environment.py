@@ -13,6 +13,11 @@ import torch
 import auxfast
 from auxfast._native import use_native
 
+_PACKAGES = (
+    *("numpy", "scipy", "scikit-learn", "scikit-image", "matplotlib"),
+    *("cattrs", "jinja2", "tqdm", "tensorboard"),
+)
+
 
 def environment() -> dict[str, Any]:
     """Versions, processors, devices, how auxfast was built, and which kernels run on which device."""
@@ -35,7 +40,7 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for package in ("numpy", "scikit-learn", "scikit-image", "matplotlib", "tqdm", "tensorboard"):
+    for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,18 +1,23 @@
-"""Files that are written whole or not at all, and the errors that say why one cannot be written or read."""
+"""Files that are written whole or not at all, by one process at a time, and errors that say why one cannot be used."""
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
 import os
-import pickle
+import socket
+import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+LOCK = "lock"
 
 
 class RunError(Exception):
@@ -30,6 +35,71 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(f"cannot write {error.filename or path}: {error.strerror}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps every other process out of a folder, which is made if there is none. Only writers ask for the lock.
+
+    The kernel frees the lock when its holder ends, however that comes about.
+
+    Raises:
+        RunError: another process holds the lock, or the file system has no locks.
+        WriteError: the folder or the file cannot be made.
+    """
+    path = folder / LOCK
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _open_locked(path)
+    try:
+        with writing(path):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):  # a file that is left over does no harm
+            path.unlink()  # before the lock is free, so that it is never the file of the next holder
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    """A descriptor of the file, which has the lock."""
+    while True:
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                return descriptor
+        except BlockingIOError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise RunError(
+                f"{path.parent} is being written by {holder}: wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise RunError(
+                f"cannot lock {path}: {error.strerror}; choose an --out on a file system that has locks (flock)"
+            ) from error
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """What the holder of the lock has written. It takes the lock first, and may not have come to writing."""
+    for _ in range(100):
+        if text := os.pread(descriptor, 1000, 0).decode(errors="replace").strip():
+            return text
+        time.sleep(0.01)
+    return "another process"
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one at `path`: its last holder may just have deleted it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -66,18 +136,45 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str | None = None) -> Any:
     """The content of a JSON file.
+
+    Args:
+        remedy: what to do where the file is missing or corrupt, for the message.
 
     Raises:
         RunError: the file is missing or corrupt.
     """
+    content = read_bytes(path, remedy)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, error, remedy) from error
+
+
+def read_bytes(path: Path, remedy: str | None = None) -> bytes:
+    """The content of a file. Raises RunError where there is none."""
+    try:
+        return path.read_bytes()
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RunError(f"{path} is corrupt ({error}): delete {path.parent} to start that run again") from error
+        raise RunError(f"cannot read {path}: {error.strerror}; {remedy or start_again(path)}") from error
+
+
+def corrupt(path: Path, reason: object, remedy: str | None = None) -> RunError:
+    """The error of a file that does not hold what it should."""
+    return RunError(f"{path} is corrupt ({one_line(reason)}): {remedy or start_again(path)}")
+
+
+def start_again(path: Path) -> str:
+    """The remedy for a file that its run cannot do without."""
+    return f"delete {path.parent} to start that run again"
+
+
+def one_line(reason: object) -> str:
+    """The text of an error in a line."""
+    if isinstance(reason, KeyError) and len(reason.args) == 1:  # its own text is the key alone
+        return f"there is no {reason}"
+    return " ".join(str(reason).split()) or type(reason).__name__
 
 
 def save_checkpoint(path: Path, state: Any) -> None:
@@ -93,13 +190,18 @@ def load_checkpoint(path: Path, device: str | None = None) -> Any:
     Raises:
         RunError: the file is missing or corrupt.
     """
+    remedy = "delete it to start that run again"
+    content = io.BytesIO(read_bytes(path, start_again(path)))
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0] or "empty"
-        raise RunError(f"{path} is corrupt ({reason}): delete it to start that run again") from error
+        with zipfile.ZipFile(content) as archive:
+            damaged = archive.testzip()  # torch does not compare the checksums that it has written
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
+        content.seek(0)
+        return torch.load(content, map_location=device, weights_only=True)
+    except Exception as error:  # a file of something else can raise any
+        reason = one_line(error).partition(". ")[0] if content.getbuffer().nbytes else "it is empty"
+        raise corrupt(path, reason, remedy) from error
 
 
 @contextmanager
@@ -107,6 +209,9 @@ def fitting(checkpoint: Path) -> Iterator[None]:
     """Turns what goes wrong when a state is loaded that is not one of this run into a RunError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{checkpoint} does not fit this run ({reason}): delete it to start that run again") from error
+    except RunError:
+        raise
+    except Exception as error:  # a state of something else can raise any
+        raise RunError(
+            f"{checkpoint} does not fit this run ({one_line(error)}): delete it to start that run again"
+        ) from error

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from auxfast.train.files import one_line
+
+_MOST_REHEARSED = 1000  # steps of a scheduler, some 5 ms: divisions by zero come at the end of a warm-up or a cycle
 _UNSUPPORTED = {
     "LBFGS": "needs a closure",
     "SparseAdam": "is for sparse gradients",
@@ -55,16 +60,43 @@ def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> lr
 
 
 def check_optimizer(key: str, component: Component) -> None:
-    """Raises ValueError, which says what is allowed, unless the optimizer can be made."""
+    """Raises ValueError, which says what is allowed, unless the optimizer can be made, and step."""
     _check_names(key, component, OPTIMIZERS, {"params", "weight_decay"})
-    _try(key, component, lambda: make_optimizer(component, [nn.Parameter(torch.zeros(1, 1))]))
+    parameter = nn.Parameter(torch.zeros(1, 1))
+
+    def rehearse() -> None:
+        optimizer = make_optimizer(component, [parameter])
+        if not component.options.get("capturable"):  # that needs a GPU
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+
+    _try(key, component, rehearse)
 
 
-def check_scheduler(key: str, component: Component, optimizer: Component) -> None:
-    """Raises ValueError, which says what is allowed, unless the scheduler of a checked optimizer can be made."""
-    _check_names(key, component, SCHEDULERS, {"optimizer"})
+def check_scheduler(
+    key: str, component: Component, optimizer: Component, steps: int, may_stop_early: bool = False
+) -> None:
+    """Raises ValueError, which says what is allowed, unless the scheduler of a checked optimizer can be made and step.
+
+    Args:
+        steps: number of its steps in the run. The first of them are rehearsed.
+        may_stop_early: whether the run may end before.
+    """
+    _check_names(key, component, SCHEDULERS, {"optimizer", "last_epoch"})
     made = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1, 1))])
-    _try(key, component, lambda: make_scheduler(component, made))
+
+    def rehearse() -> None:
+        scheduler = make_scheduler(component, made)
+        made.step()  # torch warns of schedulers that step first
+        possible = scheduler.total_steps if isinstance(scheduler, lr_scheduler.OneCycleLR) else steps
+        if possible < steps and not may_stop_early:
+            raise ValueError(f"its total_steps are {possible}, and the run takes {steps} inner steps")
+        for step in range(min(steps, possible, _MOST_REHEARSED)):
+            scheduler.step()
+            if not all(math.isfinite(group["lr"]) for group in made.param_groups):
+                raise ValueError(f"the learning rate is not finite after step {step + 1}")
+
+    _try(key, component, rehearse)
 
 
 def _check_names(key: str, component: Component, kinds: Mapping[str, type], reserved: set[str]) -> None:
@@ -72,18 +104,35 @@ def _check_names(key: str, component: Component, kinds: Mapping[str, type], rese
     parameters of the class that the trainer gives."""
     if component.name not in kinds:
         why = f", which {_UNSUPPORTED[component.name]}" if component.name in _UNSUPPORTED else ""
-        raise ValueError(f"{key}.name: got {component.name!r}{why}; must be one of {', '.join(kinds)}")
-    allowed = [name for name in inspect.signature(kinds[component.name]).parameters if name not in reserved]
-    for name in component.options:
+        near = get_close_matches(component.name, kinds)
+        guess = f" (did you mean {' or '.join(near)}?)" if near and not why else ""
+        raise ValueError(f"{key}.name: got {component.name!r}{why}{guess}; must be one of {', '.join(kinds)}")
+    parameters = inspect.signature(kinds[component.name]).parameters
+    allowed = [name for name in parameters if name not in reserved]
+    for name, value in component.options.items():
         if name == "weight_decay":
             remedy = "; set train.weight_decay, a part of the inner loss, which the hypergradient knows"
             raise ValueError(f"{key}.weight_decay: the trainer sets it to 0{remedy if 'inner' in key else ''}")
         if name not in allowed:
             raise ValueError(f"{key}.{name}: not an option of {component.name}, which has {', '.join(allowed)}")
+        _check_value(f"{key}.{name}", value, parameters[name].default)
 
 
-def _try(key: str, component: Component, make: Any) -> None:
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """Raises ValueError where an option is not finite, or of another kind than its default. Torch checks it seldom."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ValueError(f"{key}: got {value!r}, must be finite")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{key}: got {value!r}, must be true or false")
+    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if is_number and (isinstance(value, (bool, str)) or value is None):
+        raise ValueError(f"{key}: got {value!r}, must be a number")
+
+
+def _try(key: str, component: Component, make: Callable[[], object]) -> None:
     try:
         make()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{key}: {component.name} cannot be made with {dict(component.options)}: {error}") from error
+    except Exception as error:  # torch checks few of the options, and the others raise whatever comes of them
+        reason = f"{type(error).__name__}: " * (not isinstance(error, ValueError)) + one_line(error)
+        raise ValueError(f"{key}: {component.name} cannot be made with {dict(component.options)}: {reason}") from error

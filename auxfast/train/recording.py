@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from auxfast.train.files import (
     finite,
     fitting,
     load_checkpoint,
+    locked,
+    one_line,
     read_json,
     save_checkpoint,
     write_bytes,
@@ -39,10 +41,12 @@ from auxfast.train.run import (
     Run,
     RunResult,
     metrics_line,
+    read_description,
     read_metrics,
-    read_run,
+    read_whole_run,
 )
 from auxfast.train.serialization import flattened, override, to_table
+from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
@@ -123,28 +127,34 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
 
     Raises:
         ValueError: a table cannot hold the configuration.
-        RunError: the folder holds a run already, or one of another configuration; a file cannot be written, or read;
-            the loss is not finite any more; or there is no learned run to take phi from. What was saved is kept.
+        RunError: the folder holds a run already, or one of another configuration, or another process writes it; a file
+            cannot be written, or read; the loss is not finite any more; or there is no learned run to take phi from.
+            What was saved is kept.
     """
-    path, description, started = plan.path, plan.description(), _has_begun(plan.path)
-    if started and not resume:
-        raise _occupied(path)
-    if started:
-        _check_same(path / CONFIG, description)
-    if not (started and (path / RESULT).exists()):
-        _record(plan, description, started, on_outer_step or (lambda record: None))
-    return read_run(path)
+    path, description = plan.path, plan.description()
+    if _takes_phi(plan):
+        _learned_run(plan)  # a run that cannot be made leaves no folder
+    finished = _has_begun(path) and (path / RESULT).exists()  # it stays as it is, and may lie where nobody can write
+    with nullcontext() if finished else locked(path):
+        started = _has_begun(path)
+        if started and not resume:
+            raise _occupied(path)
+        if started:
+            _check_same(path, description)
+        if not (started and (path / RESULT).exists()):
+            _record(plan, description, on_outer_step or (lambda record: None))
+        return read_whole_run(path)
 
 
-def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_step: OnOuterStep) -> None:
+def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterStep) -> None:
     """Makes the run, or what is left of it."""
     path, name = plan.path, f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
     with reproducible(plan.seed, plan.config.train):
         try:
             trainer = _make_trainer(plan)
-            if plan.method.phi == "fixed" and not (path / CHECKPOINT).exists():
+            if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
-            if not started:
+            if not (path / CHECKPOINT).exists():  # it begins, or begins again
                 _begin(path, description)
             _train(trainer, path, on_outer_step)
         except WriteError as error:
@@ -152,9 +162,10 @@ def _record(plan: RunPlan, description: dict[str, Any], started: bool, on_outer_
             raise RunError(f"{error}{kept}") from error
         except FloatingPointError as error:
             raise RunError(f"{name}: {error}. What was saved is kept") from error
-        except (ValueError, RuntimeError) as error:  # the task, the optimizer or a weighting raised it
-            reason = " ".join(str(error).split())
-            raise RunError(f"{name} cannot be trained: {type(error).__name__}: {reason}") from error
+        except RunError:
+            raise
+        except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it
+            raise RunError(f"{name} cannot be trained: {type(error).__name__}: {one_line(error)}") from error
 
 
 def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
@@ -221,6 +232,11 @@ def _move(task: Task, device: str) -> None:
             setattr(task, name, value.to(device))
 
 
+def _takes_phi(plan: RunPlan) -> bool:
+    """Whether the run starts with the phi of another run."""
+    return plan.method.phi == "fixed" and not (plan.path / CHECKPOINT).exists()
+
+
 def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
     """Sets phi to what the learned method ended with from the first of its seeds, with the same configuration. Returns
     that run's folder, by name."""
@@ -238,7 +254,8 @@ def _learned_run(plan: RunPlan) -> Path:
     """Folder that a method which is fixed at the learned phi takes it from: that of the learned method's finished run
     from the first seed."""
     learned = replace(plan, method=replace(plan.method, phi="learned"))
-    folders = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
+    found = [result.parent for result in learned.path.parent.glob(f"seed-*/{RESULT}")]
+    folders = [folder for folder in found if re.fullmatch(r"seed--?\d+", folder.name)]  # others are not the trainer's
     if not folders:
         raise RunError(
             f"{plan.method.name} takes phi from {learned.method.name}, of which {plan.out} has no finished run: train "
@@ -251,9 +268,10 @@ def _learned_run(plan: RunPlan) -> Path:
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether a run at `path` has anything to lose: a first record."""
+    """Whether a run at `path` has anything to lose: a first record, or what comes after it."""
     metrics = path / METRICS
-    return (path / CONFIG).exists() and metrics.exists() and metrics.stat().st_size > 0
+    recorded = metrics.exists() and metrics.stat().st_size > 0
+    return recorded or (path / CHECKPOINT).exists() or (path / RESULT).exists()
 
 
 def _occupied(path: Path) -> RunError:
@@ -262,9 +280,7 @@ def _occupied(path: Path) -> RunError:
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:
     """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi came from."""
-    table = read_json(path)
-    if not isinstance(table, dict):
-        raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again")
+    table = read_description(path)
     table.pop("phi from", None)
     before, now = flattened(table), flattened(description)
     missing = "missing"
@@ -275,8 +291,7 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
             for key in differing
         )
         raise RunError(
-            f"{path.parent} holds another run, which this cannot go on with ({changes}): choose another --out, or "
-            "delete it"
+            f"{path} holds another run, which this cannot go on with ({changes}): choose another --out, or delete it"
         )
 
 
@@ -323,8 +338,8 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         records = trainer.run(record_step)
     save()
     result = RunResult(
-        score=trainer.task.score(),
-        validation_score=trainer.task.validation_score(),
+        score=float(trainer.task.score()),
+        validation_score=float(trainer.task.validation_score()),
         outer_steps=len(records),
         stopped_early=trainer.stopped_early,
         inner_seconds=sum(record.inner_seconds for record in records),
@@ -338,6 +353,7 @@ def _load_last_checkpoint(trainer: Trainer, path: Path) -> float:
     """Brings the trainer to the last checkpoint. Returns the seconds that were spent until then."""
     state = load_checkpoint(path / CHECKPOINT)
     with fitting(path / CHECKPOINT):
+        check_state(state, {"trainer": trainer.state_dict(), "seconds": 0.0})
         records = read_metrics(path / METRICS, state["trainer"]["step"])
         trainer.load_state_dict(state["trainer"], records)
         seconds: float = state["seconds"]

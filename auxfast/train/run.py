@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from auxfast.train.config import RunConfig
-from auxfast.train.files import RunError, finite, read_json
+from auxfast.train.files import RunError, corrupt, finite, one_line, read_bytes, read_json, start_again
 from auxfast.train.methods import Method, parse_method
-from auxfast.train.serialization import override
+from auxfast.train.serialization import override, words
 from auxfast.train.trainer import OuterRecord
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
+
+Entries = TypeVar("Entries")
 
 
 class RunResult(NamedTuple):
@@ -42,7 +46,7 @@ class Run:
         config: table of the whole configuration.
         records: one for each outer step that is on disk.
         result: the result; None while the run is unfinished.
-        environment: the machine and the versions that it started with.
+        environment: the machine and the versions that it started with; empty if that file is gone.
     """
 
     path: Path
@@ -62,26 +66,53 @@ def read_run(path: Path) -> Run:
     Raises:
         RunError: a file is missing or corrupt; names it.
     """
-    description, environment = read_json(path / CONFIG), read_json(path / ENVIRONMENT)
-    result = read_json(path / RESULT) if (path / RESULT).exists() else None
-    try:
-        for key, kind in _DESCRIPTION.items():
-            if not isinstance(description[key], kind):
-                raise ValueError(f"{key}: got {description[key]!r}")
-        method = parse_method(description["method"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise not_of_this_version(path, error) from error
+    description = read_description(path)
+    result = (
+        _read_result(path / RESULT) if (path / RESULT).exists() else None
+    )  # a run that ends meanwhile is unfinished
     return Run(
         path=path,
         experiment=description["experiment"],
         setting=description["setting"],
-        method=method,
+        method=parse_method(description["method"]),
         seed=description["seed"],
         config=description["config"],
         records=tuple(read_metrics(path / METRICS)) if (path / METRICS).exists() else (),
-        result=None if result is None else _result(result, path / RESULT),
-        environment=environment,
+        result=result,
+        environment=_read_environment(path / ENVIRONMENT),
     )
+
+
+def read_whole_run(path: Path) -> Run:
+    """The run in the folder `path`, with a record of each step that its result counts.
+
+    Raises:
+        RunError: see `read_run`; or records of a finished run are missing.
+    """
+    run = read_run(path)
+    if run.result is not None and run.result.outer_steps != len(run.records):
+        reason = f"it has {len(run.records)} lines, and {RESULT} is of {run.result.outer_steps} steps"
+        raise corrupt(path / METRICS, reason)
+    return run
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The table that tells the run in the folder `path` from others.
+
+    Raises:
+        RunError: the file is missing or corrupt.
+    """
+    table = read_json(path / CONFIG)
+    try:
+        if not isinstance(table, dict):
+            raise ValueError(f"got {table!r}, must be a table")
+        for key, kind in _DESCRIPTION.items():
+            if type(table.get(key)) is not kind:
+                raise ValueError(f"{key}: got {table.get(key)!r}, must be {words(kind)}")
+        parse_method(table["method"])
+    except ValueError as error:
+        raise not_of_this_version(path, error) from error
+    return table
 
 
 def read_config(defaults: RunConfig, run: Run) -> RunConfig:
@@ -101,7 +132,9 @@ def read_config(defaults: RunConfig, run: Run) -> RunConfig:
 
 def not_of_this_version(path: Path, error: object) -> RunError:
     """The error of a run whose description makes no sense here."""
-    return RunError(f"{path / CONFIG} does not describe a run of this version: {error}")
+    return RunError(
+        f"{path / CONFIG} does not describe a run of this version: {one_line(error)}; {start_again(path / CONFIG)}"
+    )
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
@@ -114,10 +147,11 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     missing = [str(path) for path in given if not path.exists()]
     if missing:
         raise RunError(f"there is no {', '.join(missing)}")
-    folders = {found.parent for path in given for found in path.rglob(CONFIG)}
+    # A run whose description is gone is found by its records, and not left out in silence.
+    folders = {found.parent for path in given for name in (CONFIG, METRICS) for found in path.rglob(name)}
     if not folders:
         raise RunError(f"no runs in {', '.join(map(str, given))}: `auxfast train` makes some")
-    return sorted(map(read_run, sorted(folders)), key=lambda run: (run.path.parent, run.seed))
+    return sorted(map(read_whole_run, sorted(folders)), key=lambda run: (run.path.parent, run.seed))
 
 
 def metrics_line(record: OuterRecord) -> bytes:
@@ -126,33 +160,78 @@ def metrics_line(record: OuterRecord) -> bytes:
 
 
 def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
-    """The first `count` records of a file (None: all). An incomplete last line is ignored."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    """The first `count` records of a file (None: all). An incomplete last line is ignored.
+
+    Raises:
+        RunError: the file is missing, too short, or a line is not the record of its step; says which line.
+    """
+    lines = read_bytes(path).split(b"\n")[:-1]
     if count is not None and len(lines) < count:
-        raise RunError(f"{path} has {len(lines)} lines of {count}: delete {path.parent} to start that run again")
-    records = []
-    for number, line in enumerate(lines[:count], start=1):
+        raise RunError(f"{path} has {len(lines)} lines of {count}: {start_again(path)}")
+    records: list[OuterRecord] = []
+    for step, line in enumerate(lines[:count]):
         try:
-            entries = json.loads(line)
-            tuples = {key: _tuple(entries[key]) for key in ("loss_weights", "phi")}
-            records.append(OuterRecord(**{**entries, **tuples}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"{path}, line {number}, is corrupt ({error}): delete {path.parent} to start that run again"
-            ) from error
+            record = _entries(OuterRecord, json.loads(line))
+            if record.step != step:  # two processes have written it
+                raise ValueError(f"step: got {record.step}, must be {step}")
+            for name in ("loss_weights", "phi"):
+                one, first = (len(getattr(r, name) or ()) for r in (record, records[0] if records else record))
+                if one != first:
+                    raise ValueError(f"{name}: got {one} entries, and line 1 has {first}")
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path}, line {step + 1}, is corrupt ({one_line(error)}): {start_again(path)}") from error
+        records.append(record)
     return records
 
 
-def _tuple(values: list[float | None] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(math.nan if value is None else value for value in values)
-
-
-def _result(table: Any, path: Path) -> RunResult:
+def _read_result(path: Path) -> RunResult:
+    """The result in a file. It can be made again from the checkpoint."""
+    remedy = "delete it, and `auxfast train` with --resume makes it anew"
+    table = read_json(path, remedy)
     try:
-        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in table.items()}
-        return RunResult(**numbers)
-    except (TypeError, AttributeError) as error:
-        raise RunError(f"{path} is corrupt: delete {path.parent} to start that run again") from error
+        return _entries(RunResult, table)
+    except ValueError as error:
+        raise corrupt(path, error, remedy) from error
+
+
+def _read_environment(path: Path) -> Mapping[str, Any]:
+    """The environment in a file; nothing if there is no file, since no number depends on it."""
+    remedy = "delete it, for no number depends on it"
+    table = read_json(path, remedy) if path.exists() else {}
+    if not isinstance(table, dict):
+        raise corrupt(path, f"got {table!r}, must be a table", remedy)
+    return table
+
+
+def _entries(kind: Callable[..., Entries], table: Any) -> Entries:
+    """The named tuple that a table from JSON describes."""
+    if not isinstance(table, dict):
+        raise ValueError(f"got {table!r}, must be a table")
+    hints = _hints(kind)
+    for name in [*hints, *table]:
+        if name not in table or name not in hints:
+            raise ValueError(f"{name}: {'there is none' if name in hints else 'no such entry'}")
+    return kind(**{name: _entry(name, table[name], hint) for name, hint in hints.items()})
+
+
+_hints = cache(get_type_hints)
+
+
+def _entry(name: str, value: Any, hint: Any) -> Any:
+    """An entry of a type that its hint allows: a list as a tuple, and null as NaN where there has to be a number."""
+    kinds = _kinds(hint)
+    if type(value) in kinds:
+        return value
+    if type(value) is list and tuple in kinds:
+        return tuple([_entry(name, entry, float) for entry in value])
+    if value is None and float in kinds:
+        return math.nan
+    raise ValueError(f"{name}: got {value!r}, must be {words(hint)}")
+
+
+@cache
+def _kinds(hint: Any) -> frozenset[type]:
+    """The types that a hint allows."""
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = {get_origin(kind) or kind for kind in alternatives}
+    return frozenset(kinds | {int} if float in kinds else kinds)

@@ -27,7 +27,14 @@ SOLVERS: dict[str, type] = {
 PRECONDITIONERS: dict[str, type] = {kind.__name__: kind for kind in (solvers.Jacobi, solvers.Nystrom)}
 _BY_NAME: dict[Any, Mapping[str, type]] = {solvers.Solver: SOLVERS, solvers.Preconditioner: PRECONDITIONERS}
 _SOLVERS_AND_PRECONDITIONERS = {*SOLVERS.values(), *PRECONDITIONERS.values()}
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: '"none"'}
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a table",
+    NoneType: '"none"',
+}
 
 Config = TypeVar("Config")
 
@@ -215,20 +222,20 @@ def _plain(value: Any, hint: Any) -> Any:
             hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
             if len(hints) == len(value):
                 return tuple(_plain(entry, part) for entry, part in zip(value, hints, strict=True))
-    raise _Refused(f"got {value!r}, must be {_words(hint)}")
+    raise _Refused(f"got {value!r}, must be {words(hint)}")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _words(hint: Any) -> str:
+def words(hint: Any) -> str:
     """Words for what an entry must be."""
     if get_origin(hint) is Literal:
         return " or ".join(f'"{choice}"' for choice in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list, each entry {_words(get_args(hint)[0])}"
-    return _WORDS.get(hint) or " or ".join(map(_words, get_args(hint))) or str(hint)
+        return f"a list, each entry {words(get_args(hint)[0])}"
+    return _WORDS.get(hint) or " or ".join(map(words, get_args(hint))) or str(hint)
 
 
 def _structured(table: Any, kind: type, key: str) -> Any:

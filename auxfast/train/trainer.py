@@ -107,6 +107,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: training or outer loss are not finite any more; says when, and what to try.
+            TypeError, ValueError: the task returns what it should not; says what it should.
         """
         while not self.done:
             self.records.append(self._round())
@@ -218,16 +219,35 @@ class Trainer:
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         with self._autocast():
             batch = self.task.training_batch(generator)
+        try:
+            losses, mask, shape = batch.losses, batch.mask, tuple(batch.losses.shape)
+        except AttributeError as error:
+            raise TypeError(
+                f"task.training_batch: got {type(batch).__name__}, must return a Batch(losses, mask) of tensors"
+            ) from error
+        num_losses = len(self.task.loss_names)
+        if shape[1:2] != (num_losses,):
+            raise ValueError(
+                f"task.training_batch: got losses of shape {shape}, must be (batch, {num_losses}) or (batch, "
+                f"{num_losses}, height, width), one for each of task.loss_names"
+            )
         # A combiner needs all digits of its few losses: it runs without autocast.
-        return batch, self.training_loss(batch.losses, batch.mask)
+        return batch, self.training_loss(losses, mask)
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
         """A batch, its training loss, and the outer loss."""
         batch, training_loss = self._training_loss(self.outer_generator)
         with self._autocast():
             if self.config.outer_set == "auxiliary":
-                return batch, training_loss, self.task.outer_loss()
+                return batch, training_loss, self._outer_loss()
             return batch, training_loss, main_loss(self.task.training_batch(self.outer_generator), self.task.main)
+
+    def _outer_loss(self) -> Tensor:
+        loss = self.task.outer_loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"task.outer_loss: got {given}, must return a scalar tensor with a graph to the model")
+        return loss
 
     def _outer_step(self, outer_loss: Tensor, training_loss: Tensor) -> SolveStats:
         assert self.outer is not None
@@ -238,7 +258,7 @@ class Trainer:
 
     def _validate(self) -> float:
         """The validation score; keeps a copy of what scored best."""
-        score = self.task.validation_score()
+        score = float(self.task.validation_score())
         if not math.isnan(score) and (self.best is None or score > self.best["score"]):
             self.best = {
                 "step": len(self.records),

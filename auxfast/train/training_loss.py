@@ -40,6 +40,11 @@ class CombinedLoss(TrainingLoss):
         self._takes_images = isinstance(combiner, ConvCombiner)
 
     def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+        if self._takes_images and losses.dim() != 4:
+            raise ValueError(
+                "losses must be images, (batch, num_losses, height, width), for the method conv, and this task's are "
+                f"{tuple(losses.shape)}: choose another method"
+            )
         if losses.dim() > 2 and not self._takes_images:
             losses, mask = _samples(losses), None if mask is None else _samples(mask)
         combined: Tensor = self.combiner(losses, mask)
@@ -117,6 +122,18 @@ def make_method_weighting(method: Method, config: RunConfig, num_losses: int, ma
         return make_weighting(method.family, num_losses, main=main, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"weighting.{method.family}: got {dict(options)}: {error}") from error
+
+
+def check_method(method: Method, config: RunConfig, num_losses: int) -> None:
+    """Raises ValueError, which names the entry, unless the method can combine so many losses. No random state moves."""
+    if not method.is_combiner:
+        make_method_weighting(method, config, num_losses)
+        return
+    with torch.random.fork_rng(devices=[]):
+        try:
+            make_combiner(method, config.combiner, num_losses, main=0)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"combiner ({method.name}): {error}") from error
 
 
 @torch.no_grad()

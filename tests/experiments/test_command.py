@@ -1,4 +1,6 @@
+import os
 import re
+import signal
 import sys
 from dataclasses import replace
 
@@ -124,6 +126,34 @@ def test_an_interrupted_comparison_goes_on_with_resume(train, tmp_path, capsys, 
     assert "14/14" in capsys.readouterr().err
 
 
+def test_sigterm_ends_a_comparison_like_ctrl_c(train, tmp_path, capsys, monkeypatch):
+    real = command.record_run
+
+    def terminated(*arguments, on_outer_step, **more):
+        def terminate(record):
+            on_outer_step(record)
+            if record.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return real(*arguments, on_outer_step=terminate, **more)
+
+    monkeypatch.setattr(command, "record_run", terminated)
+    assert train("--seeds", "0") == 143
+    assert capsys.readouterr().err.endswith(
+        "\nauxfast: terminated; what was saved is kept, and the same command with --resume goes on from there\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(tmp_path.rglob("lock"))
+    monkeypatch.setattr(command, "record_run", real)
+    assert train("--seeds", "0", "--resume") == 0
+    assert [run.result.outer_steps for run in find_runs([tmp_path])] == [7, 7]
+
+
+def test_a_path_that_is_too_long_is_one_line(train, capsys):
+    assert main(["report", "x" * 300]) == 1
+    assert capsys.readouterr().err == f"auxfast: cannot use {'x' * 300}: File name too long\n"
+
+
 def test_a_loss_that_is_not_finite_is_one_line(train, capsys):
     assert train("--set", "train.inner_optimizer.lr=1e30", "--seeds", "0", "--method", "equal") == 1
     message = capsys.readouterr().err.splitlines()[-1]
@@ -155,6 +185,15 @@ def test_fixed_without_learned_is_refused_before_training(train, no_training, ca
             ["--set", "weighting.dwa.period=0", "--method", "dwa"],
             "weighting.dwa: got {'period': 0}: period must be at least 1",
         ),
+        (["--set", "train.inner_optimizer.name=Adm"], "train.inner_optimizer.name: got 'Adm' (did you mean Adam or "),
+        (["--set", "train.inner_optimizer.lr=nan"], "train.inner_optimizer.lr: got nan, must be finite"),
+        (
+            ["--set", "train.inner_scheduler={name='StepLR',step_size=0}"],
+            "train.inner_scheduler: StepLR cannot be made",
+        ),
+        (["--set", "train.inner_optimizer={name=Adam}"], "train.inner_optimizer: got {name=Adam}, which is not TOML: "),
+        (["--set", "train.patience=" + "[" * 5000], "train.patience: got [["),
+        (["--set", "combiner.hidden=[100000000,100000000]", "--method", "nonlinear"], "combiner (nonlinear): "),
         (["--config", "none.toml"], "cannot read none.toml: No such file or directory"),
         (["--setting", "fewer features"], "setting: got 'fewer features' for noisy, must be one of 'more features'"),
     ],
@@ -184,6 +223,18 @@ def test_seeds_that_are_none_are_refused(seeds, train, no_training, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(f"--seeds={seeds}")
     assert f"must be like 0..9 or 0,3,5, in ascending order, not {seeds!r}" in capsys.readouterr().err
+
+
+def test_more_seeds_than_anybody_trains_are_refused_with_their_number(train, no_training, capsys):
+    for seeds, message in {
+        "0..99999999999": "0..99999999999 names 100000000000 seeds or more, must be at most 10000",
+        "3,0..9999": "3,0..9999 names 10001 seeds or more, must be at most 10000",
+        f"{2**64}": f"{2**64} is too large, a seed is at most {2**63 - 1}",
+        "9" * 5000: "must be like 0..9 or 0,3,5",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            train(f"--seeds={seeds}")
+        assert message in capsys.readouterr().err
 
 
 def test_experiments_are_listed_and_unknown_ones_refused(capsys):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ CONFIG = RunConfig(train_config(), weighting={"equal": {"auxiliary_weight": 0.2}
         ("inner_steps", 2.5, "an integer of at least 1"),
         ("checkpoint_every", -1, "an integer of at least 1"),
         ("threads", True, "an integer of at least 1"),
+        ("threads", 2**40, "at most 1024"),
         ("patience", 0, "an integer of at least 1"),
         ("weight_decay", -1e-3, "a finite number of at least 0"),
         ("weight_decay", math.nan, "a finite number of at least 0"),
@@ -73,6 +75,21 @@ def test_combiners_that_cannot_be_are_refused_by_name(name, value):
             "inner_optimizer: SGD cannot be made with {'lr': -1.0}: Invalid learning rate",
         ),
         (Component("AdamW", {"weight_decay": 0.1}), "inner_optimizer.weight_decay: the trainer sets it to 0"),
+        (Component("Adm"), r"inner_optimizer.name: got 'Adm' \(did you mean Adam or .*\?\); must be one of"),
+        (Component("sgd"), r"inner_optimizer.name: got 'sgd'; must be one of"),
+        (Component("SGD", {"lr": math.nan}), "inner_optimizer.lr: got nan, must be finite"),
+        (Component("Adam", {"eps": math.inf}), "inner_optimizer.eps: got inf, must be finite"),
+        (Component("Adam", {"betas": (math.nan, 0.9)}), r"inner_optimizer.betas: got \(nan, 0.9\), must be finite"),
+        (
+            Component("Adam", {"betas": (0.9, 1.0)}),
+            "inner_optimizer: Adam cannot be made with .*Invalid beta parameter",
+        ),
+        (Component("Adam", {"betas": 0.9}), "inner_optimizer: Adam cannot be made with {'betas': 0.9}: TypeError: "),
+        (Component("Adam", {"betas": (0.9,)}), "inner_optimizer: Adam cannot be made with .*: IndexError: "),
+        (Component("SGD", {"lr": "fast"}), "inner_optimizer.lr: got 'fast', must be a number"),
+        (Component("SGD", {"momentum": True}), "inner_optimizer.momentum: got True, must be a number"),
+        (Component("SGD", {"nesterov": 1}), "inner_optimizer.nesterov: got 1, must be true or false"),
+        (Component("SGD", {"differentiable": True}), "inner_optimizer: SGD cannot be made with .* in-place operation"),
     ],
 )
 def test_optimizers_that_cannot_be_are_refused_with_what_is_allowed(component, message):
@@ -99,6 +116,40 @@ def test_optimizers_that_cannot_be_are_refused_with_what_is_allowed(component, m
 def test_schedulers_that_cannot_be_are_refused_with_what_is_allowed(component, message):
     with pytest.raises(ValueError, match=message):
         train_config(inner_scheduler=component)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("StepLR", {"step_size": 0}),
+        ("CosineAnnealingLR", {"T_max": 0}),
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 0}),
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 0, "step_size_down": 2}),
+        ("CosineAnnealingWarmRestarts", {"T_0": 0}),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 500, "div_factor": 0}),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 2, "pct_start": 0.5}),
+        ("ConstantLR", {"factor": 0}),  # divides at its last step only
+        ("PolynomialLR", {"total_iters": 300, "power": -1}),
+        ("StepLR", {"step_size": "x"}),
+        ("StepLR", {"step_size": 3, "gamma": "x"}),
+        ("MultiStepLR", {"milestones": 3}),
+        ("ExponentialLR", {"gamma": 1e308}),
+    ],
+)
+def test_schedulers_that_fail_in_the_course_of_the_run_are_refused_before_it(name, options):
+    with pytest.raises(
+        ValueError, match=r"train\.inner_scheduler(\.gamma: got 'x'|: \w+ cannot be made with )"
+    ) as caught:
+        train_config(inner_scheduler=Component(name, options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cycle_that_is_shorter_than_the_run_is_refused_unless_the_run_may_stop_before():
+    one_cycle = Component("OneCycleLR", {"max_lr": 0.1, "total_steps": 399})
+    with pytest.raises(ValueError, match="its total_steps are 399, and the run takes 400 inner steps"):
+        train_config(inner_scheduler=one_cycle)
+    assert train_config(inner_scheduler=one_cycle, patience=3)
+    assert train_config(inner_scheduler=Component("OneCycleLR", {"max_lr": 0.1, "total_steps": 400}))
 
 
 def test_only_classes_that_can_be_made_are_offered():
@@ -229,6 +280,9 @@ def test_objects_are_taken_as_they_are():
         ({"train.device": {}}, "train.device: got {}, must be a string"),
         ({"task.kind": "odd"}, 'task.kind: got \'odd\', must be "easy" or "hard"'),
         ({"task.limit": "x"}, "task.limit: got 'x', must be a number or \"none\""),
+        ({"task.limit": math.inf}, "task.limit: got inf, must be finite"),
+        ({"weighting.gcs.weighted": [math.nan, 1]}, "weighting.gcs.weighted: got nan, must be finite"),
+        ({"weighting.dwa.period": date(2026, 1, 1)}, "weighting.dwa.period: got 2026-01-01, must be a number, true or"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(given, message):

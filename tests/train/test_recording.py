@@ -93,6 +93,8 @@ def test_a_fixed_combiner_needs_a_learned_one(tmp_path):
         check_plans([noisy_plan(tmp_path, "linear", setting="another"), fixed])
     check_plans([learned, fixed])
     record_run(learned)
+    (learned.path.parent / "seed-of-mine").mkdir()
+    (learned.path.parent / "seed-of-mine" / "result.json").touch()
     check_plans([fixed])
 
 
@@ -235,7 +237,18 @@ def test_what_cannot_be_trained_says_so_and_is_not_in_the_way_of_what_can(tmp_pa
         run(tmp_path, "conv")
     with pytest.raises(RunError, match="cannot be trained: ValueError: Muon"):
         run(tmp_path, "stl", inner_optimizer=Component("Muon"))
+    with pytest.raises(RunError, match="cannot be trained: AssertionError: If capturable=True, "):
+        run(tmp_path, "stl", inner_optimizer=Component("Adam", {"capturable": True}))
     assert run(tmp_path, "stl").result is not None
+
+
+def test_a_combiner_of_images_says_that_it_needs_them(tmp_path):
+    with pytest.raises(
+        RunError,
+        match=r"losses must be images, \(batch, num_losses, height, width\), for the method conv, and this task's are "
+        r"\(16, 3\): choose another method",
+    ):
+        run(tmp_path, "conv")
 
 
 def test_a_fixed_phi_comes_from_a_run_of_the_same_configuration_and_says_which(tmp_path):
@@ -244,5 +257,10 @@ def test_a_fixed_phi_comes_from_a_run_of_the_same_configuration_and_says_which(t
     assert json.loads((fixed.path / "config.json").read_text())["phi from"] == "seed-3"
     run(tmp_path, "linear", 1)
     assert run(tmp_path, "linear-fixed", 4, resume=True).result == fixed.result
+    for name in ("result.json", "checkpoint.pt"):
+        (fixed.path / name).unlink()
+    again = run(tmp_path, "linear-fixed", 4, resume=True)  # it begins again, with the phi of today's first seed
+    assert again.records[0].phi != fixed.records[0].phi
+    assert json.loads((fixed.path / "config.json").read_text())["phi from"] == "seed-1"
     with pytest.raises(RunError, match=r"linear-fixed takes phi from .*seed-1, which has another configuration"):
         run(tmp_path, "linear-fixed", 5, inner_steps=2)

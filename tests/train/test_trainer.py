@@ -283,3 +283,45 @@ def test_a_combiner_of_loss_images_learns_which_auxiliary_helps():
     assert helpful > 2 * harmful >= 0
     assert records[0].phi is None  # too many
     assert min(part.min() for name, part in combiner.layers().items() if "weight" in name) >= 0
+
+
+# ------------------------------------------------------------------------------------------- what a task should not do
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda losses: losses, r"task\.training_batch: got Tensor, must return a Batch\(losses, mask\) of tensors"),
+        (lambda losses: (losses, None), r"task\.training_batch: got tuple, must return a Batch\(losses, mask\)"),
+        (lambda losses: Batch(losses.unbind(1), None), r"task\.training_batch: got Batch, must return a Batch"),
+        (lambda losses: None, r"task\.training_batch: got NoneType, must return a Batch\(losses, mask\)"),
+        (
+            lambda losses: Batch(losses[0], None),
+            r"task\.training_batch: got losses of shape \(3,\), must be \(batch, 3\)",
+        ),
+        (
+            lambda losses: Batch(losses[:, :2], None),
+            r"training_batch: got losses of shape \(1, 2\), must be \(batch, 3\)",
+        ),
+        (lambda losses: Batch(losses.sum(), None), r"training_batch: got losses of shape \(\), must be \(batch, 3\)"),
+    ],
+)
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_training_batch_that_is_none_is_refused_with_what_it_must_be(returned, message, learn, monkeypatch):
+    make = OneWeight.training_batch
+    monkeypatch.setattr(OneWeight, "training_batch", lambda task, generator: returned(make(task, generator).losses))
+    with pytest.raises((TypeError, ValueError), match=message):
+        _trainer(_equal_weights(), learn=learn).run()
+
+
+@pytest.mark.parametrize(("returned", "given"), [(0.5, "float"), (torch.ones(3), r"shape \(3,\)"), (None, "NoneType")])
+def test_an_outer_loss_that_is_no_scalar_is_refused(returned, given, monkeypatch):
+    monkeypatch.setattr(OneWeight, "outer_loss", lambda task: returned)
+    with pytest.raises(TypeError, match=rf"task\.outer_loss: got {given}, must return a scalar tensor with a graph"):
+        _trainer(_equal_weights(), learn=True).run()
+
+
+def test_a_score_may_be_a_tensor(monkeypatch):
+    monkeypatch.setattr(OneWeight, "validation_score", lambda task: -task.outer_loss().detach())
+    records = _trainer(_equal_weights(), patience=50).run()
+    assert all(type(record.validation_score) is float for record in records)

@@ -112,10 +112,18 @@ def find_cxx() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler of CUDA_HOME, of CUDA_PATH, on the PATH or in the default folder; None if there is none."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), f"{DEFAULT_CUDA}/bin"]
-    return shutil.which("nvcc", path=os.pathsep.join(places))
+    """The CUDA compiler of CUDA_HOME, else of CUDA_PATH, which are never passed over; if neither is set, the one on the
+    PATH or in the default folder, or None."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            nvcc = shutil.which("nvcc", path=f"{home}/bin")
+            if nvcc is None:
+                raise SystemExit(
+                    f"auxfast: {name}={home}, but there is no {home}/bin/nvcc; name the folder of a CUDA toolkit, or "
+                    f"unset {name}; AUXFAST_BUILD=cpu builds without CUDA"
+                )
+            return nvcc
+    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), f"{DEFAULT_CUDA}/bin"]))
 
 
 def choose_nvcc() -> str | None:
@@ -123,7 +131,8 @@ def choose_nvcc() -> str | None:
 
     Without AUXFAST_BUILD, nvcc is used where its kernels could run: with a torch that has CUDA, or beside a GPU.
     """
-    choice, nvcc = build_choice(), find_nvcc()
+    choice = build_choice()
+    nvcc = find_nvcc() if choice in ("auto", "cuda") else None
     if choice == "cuda" and nvcc is None:
         raise SystemExit(f"auxfast: AUXFAST_BUILD=cuda, but no nvcc in CUDA_HOME, on the PATH or in {DEFAULT_CUDA}")
     if choice == "auto" and nvcc is None:
@@ -135,7 +144,7 @@ def choose_nvcc() -> str | None:
             file=sys.stderr,
         )
         return None
-    return nvcc if choice in ("auto", "cuda") else None
+    return nvcc
 
 
 def _torch_has_cuda() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from auxfast._version import __version__
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.report.plotting import NOTE, draw_sections
-from auxfast.experiments.report.rows import Results, Section, cautions, describe, rows, table
+from auxfast.experiments.report.rows import Results, Section, cautions, describe, describe_unfinished, rows, table
 from auxfast.train.files import RunError, write_bytes
 
 
@@ -37,11 +37,13 @@ def write_report(all_results: Sequence[Results], out: Path) -> str:
     if out.suffix == ".png":
         write_bytes(out, _png(draw_sections([section for results in finished for section in results.sections])))
     else:
-        write_bytes(out, _page(finished).encode())
-    return "\n\n".join(map(describe, finished))
+        write_bytes(
+            out, _page(finished, [text for results in all_results for text in describe_unfinished(results)]).encode()
+        )
+    return "\n\n".join(map(describe, all_results))
 
 
-def _page(all_results: Sequence[Results]) -> str:
+def _page(all_results: Sequence[Results], unfinished: Sequence[str]) -> str:
     jinja2 = import_extra("jinja2", "jinja2")
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
@@ -58,6 +60,7 @@ def _page(all_results: Sequence[Results]) -> str:
         own_picture=_own_picture,
         courses=_courses,
         cautions=cautions,
+        unfinished=unfinished,
         rows=rows,
         table=table,
         note=NOTE,

@@ -32,15 +32,19 @@ class Section(NamedTuple):
 class Results(NamedTuple):
     """Results of an experiment's runs.
 
-    `runs` are the finished ones, in the order in which they were given, and `sections` the same by setting, in the
-    experiment's order.
+    `runs` are the finished ones, in the order in which they were given, `sections` the same by setting, in the
+    experiment's order, and `left_out` those which are not finished.
     """
 
     experiment: Experiment
     runs: list[Run]
     sections: list[Section]
     findings: list[Finding]
-    unfinished: int
+    left_out: list[Run]
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.left_out)
 
 
 class Row(NamedTuple):
@@ -81,7 +85,7 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
     by_setting = {setting: [run for run in finished if run.setting == setting] for setting in experiment.settings}
     sections = [Section(experiment, setting, own) for setting, own in by_setting.items() if own]
     findings = experiment.findings(finished) if experiment.findings is not None and finished else []
-    return Results(experiment, finished, sections, findings, len(known) - len(finished))
+    return Results(experiment, finished, sections, findings, [run for run in known if run.result is None])
 
 
 def methods(section: Section) -> list[Method]:
@@ -159,9 +163,22 @@ def cautions(section: Section) -> list[str]:
 
 
 def describe(results: Results) -> str:
-    """Tables and findings in plain text."""
+    """Tables, what is not finished, and findings, in plain text."""
     findings = [_describe_findings(results.findings)] if results.findings else []
-    return "\n\n".join([*map(_describe_section, results.sections), *findings])
+    return "\n\n".join([*map(_describe_section, results.sections), *describe_unfinished(results), *findings])
+
+
+def describe_unfinished(results: Results) -> list[str]:
+    """A sentence on the runs that are left out, if there are any: how many, which seeds, and how to finish them."""
+    if not results.left_out:
+        return []
+    seeds: dict[str, list[str]] = {}
+    for run in results.left_out:
+        name = f"{run.setting}, {run.method.name}" if run.setting else run.method.name
+        seeds.setdefault(name, []).append(str(run.seed))
+    names = "; ".join(f"{name}: {'seeds' if len(own) > 1 else 'seed'} {', '.join(own)}" for name, own in seeds.items())
+    count = f"{results.unfinished} unfinished run{'s' * (results.unfinished > 1)} of {results.experiment.name}"
+    return [f"left out: {count} ({names}); the same `auxfast train` with --resume goes on from there"]
 
 
 def _describe_section(section: Section) -> str:

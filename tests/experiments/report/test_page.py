@@ -107,3 +107,20 @@ def test_what_cannot_be_reported_is_told_in_a_line(experiment, tmp_path, monkeyp
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1
+
+
+def test_unfinished_runs_are_told_on_the_page_and_in_the_text(experiment, tmp_path, monkeypatch, capsys):
+    other = replace(experiment, name="other")
+    monkeypatch.setitem(EXPERIMENTS, "other", other)
+    _train(experiment, tmp_path, ("stl",))
+    _train(other, tmp_path, ("linear",), (3,))
+    for folder in (tmp_path / "noisy-regression/stl/seed-1", tmp_path / "other/linear/seed-3"):
+        (folder / "result.json").unlink()
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    html, text = (tmp_path / "page.html").read_text(), capsys.readouterr().out
+    for told in (
+        "left out: 1 unfinished run of noisy regression (stl: seed 1); the same `auxfast train` with --resume",
+        "left out: 1 unfinished run of other (linear: seed 3); the same `auxfast train` with --resume",
+    ):
+        assert told in text
+        assert told in html

@@ -144,3 +144,15 @@ def test_findings_see_the_finished_runs(experiment):
     assert counted.findings[0] == ("1 runs", None)
     assert results_of(experiment, runs).findings == []
     assert describe(counted).splitlines()[-3:] == ["not known:     1 runs", "holds:         a", "NOT SHOWN:     b"]
+
+
+def test_unfinished_runs_are_told_with_their_seeds_and_how_to_finish_them(experiment):
+    runs = [
+        *_runs(experiment, {"linear": [3.0, None, None], "stl": [1.0]}),
+        *_runs(experiment, {"stl": [None]}, setting="more features"),
+    ]
+    assert describe(results_of(experiment, runs)).endswith(
+        "\n\nleft out: 3 unfinished runs of noisy regression (linear: seeds 1, 2; more features, stl: seed 0); the "
+        "same `auxfast train` with --resume goes on from there"
+    )
+    assert "unfinished" not in describe(results_of(experiment, runs[:1]))
