@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from auxfast.autograd.callers import frames_of_auxfast
 from auxfast.solvers import Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
@@ -45,7 +45,7 @@ def warn_of(
     if kind is None or kind in warned:
         return
     warned.add(kind)
-    warnings.warn(f"{_TEXTS[kind]} (solver={solver!r})", RuntimeWarning, stacklevel=_frames_of_auxfast())
+    warnings.warn(f"{_TEXTS[kind]} (solver={solver!r})", RuntimeWarning, stacklevel=frames_of_auxfast())
 
 
 def _what_is_wrong(solver: Solver, stats: SolveStats) -> str | None:
@@ -68,11 +68,3 @@ def _is_little_more_than_identity(
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
     bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
     return bx > _PARALLEL_COSINE * math.sqrt(bb * xx)
-
-
-def _frames_of_auxfast() -> int:
-    """`stacklevel` at which `warn_of` finds the first caller outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
-        level, frame = level + 1, frame.f_back
-    return level

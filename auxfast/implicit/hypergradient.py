@@ -104,7 +104,7 @@ def hypergradient(
     active_outer = [phi for phi in outer if phi.requires_grad]
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state() if computes else nullcontext() as guard:
+    with preserved_state(warn=warn) if computes else nullcontext() as guard:
         given_outer = _given("outer_loss", outer_loss, guard)
         given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
