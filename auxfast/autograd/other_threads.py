@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
-from typing import NamedTuple
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
-_POOL = "concurrent.futures.thread"  # whose threads do anybody's work and show nothing of it afterwards
+_POOLS = ("concurrent.futures.thread", "multiprocessing.pool")  # their threads run anybody's functions
 
 
 class OtherThreads:
-    """Watches the threads that Python has started, from its construction on. It holds what they run until then."""
+    """Watches the other threads that Python has started, from its construction on.
+
+    Stacks would tell what they run, but those of running threads cannot be read safely. So a thread may use torch if it
+    is the main thread or one of a pool, or if it was started with a function from a module that has torch, or something
+    of it, among its globals.
+    """
 
     def __init__(self) -> None:
         self._before = _others()
 
     def may_have_used_torch(self) -> bool:
-        """Whether another thread has run, and code that knows torch is or was on its stack. Threads that live for less
-        than the watch, and those of torch itself, are not seen."""
+        """Whether a thread that may use torch has run since. One that was started and has ended since is not seen."""
         if not self._before and threading.active_count() == 1:
             return False
-        before, now = self._before, _others()
-        for ident in before.keys() | now.keys():
-            seen = [each[ident] for each in (before, now) if ident in each]
-            has_run = len(seen) == 1 or seen[0].cpu_time is None or seen[0].cpu_time != seen[1].cpu_time
-            if has_run and any(map(_knows_torch, {frame for thread in seen for frame in _stack(thread.frame)})):
+        now = _others()
+        for thread in self._before.keys() | now.keys():
+            before, after = self._before.get(thread), now.get(thread)
+            has_run = before is None or after is None or after.cpu_time is None or before.cpu_time != after.cpu_time
+            if has_run and (thread is threading.main_thread() or any(map(_may_use_torch, (after or before).code))):
                 return True
         return False
 
@@ -39,16 +44,20 @@ def is_started_by_python() -> bool:
 
 
 class _Thread(NamedTuple):
-    frame: FrameType
+    code: tuple[Any, ...]  # what the thread was started with; a thread that has ended has forgotten it
     cpu_time: bytes | None  # as Linux writes it; None where it does not tell
 
 
-def _others() -> dict[int, _Thread]:
+def _others() -> dict[threading.Thread, _Thread]:
     if threading.active_count() == 1:
         return {}
-    frames, own = sys._current_frames(), threading.get_ident()
-    threads = {thread.ident: thread.native_id for thread in threading.enumerate() if thread.ident != own}
-    return {i: _Thread(frames[i], _cpu_time(native)) for i, native in threads.items() if i is not None and i in frames}
+    own = threading.get_ident()
+    return {thread: _seen(thread) for thread in threading.enumerate() if thread.ident != own}
+
+
+def _seen(thread: threading.Thread) -> _Thread:
+    code = (type(thread).run, getattr(thread, "_target", None), getattr(thread, "function", None))
+    return _Thread(code, _cpu_time(thread.native_id))
 
 
 def _cpu_time(native_id: int | None) -> bytes | None:
@@ -58,28 +67,29 @@ def _cpu_time(native_id: int | None) -> bytes | None:
         return None
     try:
         return os.read(file, 100)
+    except OSError:  # it has ended
+        return None
     finally:
         os.close(file)
 
 
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _knows_torch(frame: FrameType) -> bool:
-    module = str(frame.f_globals.get("__name__"))
-    return module == _POOL or (_package(module) != "torch" and "torch" in map(_origin, [*frame.f_globals.values()]))
+def _may_use_torch(code: Any) -> bool:
+    while isinstance(code, functools.partial):
+        code = code.func
+    code = inspect.unwrap(code)
+    module = str(getattr(code, "__module__", None))
+    if module in _POOLS:
+        return True
+    names = getattr(code, "__globals__", None) or getattr(sys.modules.get(module), "__dict__", {})
+    return not module.startswith("torch.") and "torch" in map(_origin, [*names.values()])
 
 
 def _origin(value: object) -> str:
-    """Package that a global comes from."""
+    """The package that a global comes from."""
     if isinstance(value, ModuleType):
-        return _package(value.__name__)
-    is_code = isinstance(value, (type, FunctionType, BuiltinFunctionType))
-    return _package(getattr(value, "__module__", None) or "") if is_code else ""
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
+        name = value.__name__
+    elif isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+        name = getattr(value, "__module__", None) or ""
+    else:
+        return ""
+    return name.partition(".")[0]

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 RandomStates = Sequence[tuple[torch.Generator, Tensor]]
 
 _DRAWN_ELSEWHERE = (
-    "Random numbers were drawn within a preserved_state while another thread that uses torch was running. torch's "
+    "Random numbers were drawn within a preserved_state while another thread that may use torch was running. torch's "
     "random states belong to all threads, and to put them back could let the other thread draw the same numbers again: "
     "they stay as they are, and dropout masks may have differed from one call to the next."
 )
@@ -126,8 +126,9 @@ class preserved_state(preserved_buffers):
 
     **Threads.** A guard acts on the modules that its own thread calls, and autograd's threads for it, so that other
     threads can go on to train modules of their own. torch's random states, though, belong to all threads. If they have
-    moved on while another thread was running code that knows torch, they stay as they are, since that thread could
-    else draw the same numbers again, and a RuntimeWarning says so.
+    moved on while another thread that may use torch was running, they stay as they are, since that thread could else
+    draw the same numbers again, and a RuntimeWarning says so. The main thread, threads of a pool, and those started
+    with a function from a module that knows torch may use it.
 
     Not covered: plain attributes and parameters that a forward pass assigns, buffers that require gradients, lazy
     modules before their first call, modules inside of a compiled function, TorchScript, modules that two threads call
@@ -151,10 +152,9 @@ class preserved_state(preserved_buffers):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        threads = self.__dict__.pop("_threads")  # it holds frames of theirs
         if not _moved(self._random):
             return
-        if not threads.may_have_used_torch():
+        if not self._threads.may_have_used_torch():
             _restore(self._random)
         elif self._warn:
             warnings.warn(_DRAWN_ELSEWHERE, RuntimeWarning, stacklevel=frames_of_auxfast())

@@ -18,7 +18,7 @@ import auxfast
 from auxfast import preserved_state
 
 SOLVER = auxfast.solvers.MINRES(steps=4, tol=None)
-ELSEWHERE = "while another thread that uses torch was running"
+ELSEWHERE = "while another thread that may use torch was running"
 
 
 class Other(threading.Thread):
