@@ -23,18 +23,28 @@ def vjp(
 ) -> tuple[Tensor | None, ...]:
     """Products `vectors^T d outputs / d inputs`, `None` for an input that plays no part. They are dense, also where a
     module of embeddings makes sparse gradients."""
-    gradients: tuple[Tensor | None, ...]
-    if _run_backward is None:
-        gradients = torch.autograd.grad(
-            outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-        )
-    else:
-        gradients = _run_backward(
-            tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
-        )
+    gradients = run_engine(outputs, inputs, vectors, retain_graph, create_graph)
     if any(grad is not None and grad.is_sparse for grad in gradients):
         with torch.set_grad_enabled(create_graph):
             return tuple(grad if grad is None else grad.to_dense() for grad in gradients)
+    return gradients
+
+
+def run_engine(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`vjp` as the engine gives it: this calls nothing else of torch."""
+    if _run_backward is None:
+        return torch.autograd.grad(
+            outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    gradients: tuple[Tensor | None, ...] = _run_backward(
+        tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
     return gradients
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.implicit.arguments import as_tuple, check_uniform
-from auxfast.implicit.curvature import Hessian
+from auxfast.implicit.arguments import as_tuple, check_one_device
+from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype, on_one_dtype
+from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.losses import LossGraph, check_connected
 from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
@@ -52,7 +53,7 @@ def auxiliary_usefulness(
         outer_loss: one element, on held-out data.
         main_loss: one element, at its minimum in `params`, or near it.
         aux_losses: (num_auxiliaries,), or a sequence of one-element tensors. May share a graph with the other losses.
-        params: W, any iterable of tensors of one dtype on one device.
+        params: W, any iterable of tensors on one device.
         solver: how to apply `H^-1`.
         state: what the solver keeps between calls; see `hypergradient`.
 
@@ -61,18 +62,21 @@ def auxiliary_usefulness(
             or without a graph.
     """
     active = [w for w in as_tuple("params", params) if w.requires_grad]
-    check_uniform(active)
+    check_one_device("params", active)
     auxiliaries = _stacked(aux_losses)
     outer, main = LossGraph("outer_loss", outer_loss), LossGraph("main_loss", main_loss)
+    for given in (outer, main):
+        given.refuse_reentrant_checkpoints()
+    refuse_params("params", active)
     rhs = outer.gradient(active, retain_graph=True)
     check_connected("outer_loss", rhs)
-    hessian = Hessian(main, active, retain_graph=True)
+    hessian = on_one_dtype(Hessian(main, active, retain_graph=True))
     scores, stats = torch.zeros_like(auxiliaries), TRIVIAL
     if hessian.params:
         pairs = zip(compress(rhs, hessian.in_system), hessian.params, strict=True)
-        b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
+        b = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
         solution, stats = solver.solve(hessian, b, state=state)
-        scores = _directional_derivatives(auxiliaries, hessian.params, solution)
+        scores = _directional_derivatives(auxiliaries, hessian.params, in_dtypes_of(hessian.params, solution))
     return UsefulnessResult(scores.detach(), stats)
 
 

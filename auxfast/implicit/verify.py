@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.curvature import Hessian
+from auxfast.implicit.arguments import as_tuple
+from auxfast.implicit.curvature import Hessian, in_widest_dtype, on_one_dtype
 from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import LossGraph
 from auxfast.solvers import MINRES, Dense, Solver, SolveStats
@@ -127,21 +128,21 @@ def verify_hypergradient(
         max_dense: systems with more inner parameters are not solved densely.
 
     Raises:
-        TypeError: a loss that is not a function.
+        TypeError: a loss that is not a function, or parameters that are not an iterable of tensors.
         ValueError: a setting outside its range, parameters that are not leaves, or what `hypergradient` raises.
     """
     for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
         if isinstance(loss, Tensor) or not callable(loss):
             raise TypeError(f"{name} must be a function of no arguments, since it is evaluated again: lambda: ...")
     check_steps("max_directions", max_directions)
-    inner, outer = list(inner_params), list(outer_params)
+    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     if any(not param.is_leaf for param in (*inner, *outer)):
         raise ValueError("inner_params and outer_params must be leaves: their values are varied in place")
     varied = [param for param in outer if param.requires_grad]
     if not varied:
         raise ValueError("outer_params has no parameter with requires_grad=True: there is nothing to verify")
     if step is None:
-        step = torch.finfo(inner[0].dtype).eps ** (1 / 3)
+        step = _epsilon(inner) ** (1 / 3)
     check_positive("step", step)
     active = [param for param in inner if param.requires_grad]
     with preserved_state() as guard, _restored([*active, *outer]):
@@ -201,7 +202,7 @@ class _Problem:
         )
 
     def _minimise(self) -> None:
-        epsilon = torch.finfo(self.inner[0].dtype).eps
+        epsilon = _epsilon(self.inner)
         lbfgs = torch.optim.LBFGS(
             self.inner,
             max_iter=1000,
@@ -225,8 +226,8 @@ class _Problem:
         the finite differences need the minimum far more exactly than that."""
         norm = float(_flat(self.inner_gradient()).norm())
         for _ in range(_NEWTON_STEPS):
-            hessian = Hessian(LossGraph("inner_loss", self.inner_loss()), self.inner)
-            gradient = list(compress(self.inner_gradient(), hessian.in_system))
+            hessian = on_one_dtype(Hessian(LossGraph("inner_loss", self.inner_loss()), self.inner))
+            gradient = in_widest_dtype([*compress(self.inner_gradient(), hessian.in_system)])
             update, _ = _NEWTON_SOLVER.solve(hessian, gradient)
             _add_(hessian.params, update, -1)
             before, norm = norm, float(_flat(self.inner_gradient()).norm())
@@ -260,6 +261,11 @@ def _add_(params: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> N
     with torch.no_grad():
         for param, value in zip(params, values, strict=True):
             param.add_(value, alpha=scale)
+
+
+def _epsilon(params: Iterable[Tensor]) -> float:
+    """Precision of the narrowest dtype."""
+    return max(torch.finfo(param.dtype).eps for param in params)
 
 
 def _directions(size: int, most: int) -> Tensor:
