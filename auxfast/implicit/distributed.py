@@ -28,7 +28,8 @@ def is_distributed(tensor: Tensor) -> bool:
 def refuse_calls(module: nn.Module) -> None:
     """Raises SpreadOverProcesses if the module, which is called, joins gradients of several processes."""
     if _is_wrapper(type(module)) and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise SpreadOverProcesses(f"{type(module).__name__}, {_WHY} For that, call the module that it wraps")
+        way_out = " If that is what you want, call the module that it wraps." if hasattr(module, "module") else ""
+        raise SpreadOverProcesses(f"{type(module).__name__}, {_WHY}{way_out}")
 
 
 def refuse_params(name: str, params: Sequence[Tensor]) -> None:
@@ -42,8 +43,8 @@ def refuse_params(name: str, params: Sequence[Tensor]) -> None:
     wrapped = {id(param) for module in _wrappers() for param in module.parameters()}
     if any(id(param) in wrapped for param in params):
         raise RuntimeError(
-            f"{name} belong to a DistributedDataParallel or FSDP module, {_WHY} For that, pass the losses as functions "
-            "that call the module that it wraps"
+            f"{name} belong to a DistributedDataParallel or FSDP module, {_WHY} If that is what you want, pass the "
+            "losses as functions that call the module that DistributedDataParallel wraps."
         )
 
 

@@ -75,7 +75,7 @@ def test_a_graph_that_changes_before_a_product():
             return super().solve(matvec, rhs, **options)
 
     with pytest.raises(RuntimeError, match="inner_loss was computed before the inner step"):
-        hypergradient(w.sum(), (phi * w.square()).sum(), [w], [phi], solver=Changes(3, 0.1))
+        hypergradient(w.sum(), (phi * w).square().sum(), [w], [phi], solver=Changes(3, 0.1))
 
 
 def test_other_errors_of_autograd_pass_unchanged():
