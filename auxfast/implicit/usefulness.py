@@ -84,6 +84,9 @@ def _stacked(losses: Tensor | Sequence[Tensor]) -> Tensor:
     """(num_auxiliaries,)"""
     given: Any = losses
     if not isinstance(given, Tensor):
+        if not isinstance(given, Iterable):
+            hint = ": call it" if callable(given) else ""
+            raise TypeError(f"aux_losses must be a tensor, or a list of them, not a {type(given).__name__}{hint}")
         items = list(given)
         for i, item in enumerate(items):
             if not isinstance(item, Tensor) or item.numel() != 1:

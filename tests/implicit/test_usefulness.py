@@ -116,3 +116,17 @@ def test_other_arguments_that_are_refused():
         )
     with pytest.raises(ValueError, match="params is empty"):
         auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [])
+
+
+def test_functions_and_parameters_where_they_do_not_belong():
+    w = torch.ones(3, requires_grad=True)
+    losses = {"outer_loss": w.sum(), "main_loss": w.square().sum(), "aux_losses": [w.sum()]}
+    for name in ("outer_loss", "main_loss"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor of one element, not a function: call it"):
+            auxiliary_usefulness(**{**losses, name: lambda: w.sum()}, params=[w])
+    with pytest.raises(ValueError, match="aux_losses must hold tensors of one element, but number 0 is a function"):
+        auxiliary_usefulness(**{**losses, "aux_losses": [lambda: w.sum()]}, params=[w])
+    with pytest.raises(TypeError, match="aux_losses must be .* not a function: call it"):
+        auxiliary_usefulness(**{**losses, "aux_losses": lambda: w.sum()}, params=[w])
+    with pytest.raises(TypeError, match="params must be an iterable of tensors, not a Tensor: pass a list"):
+        auxiliary_usefulness(**losses, params=w)
