@@ -30,9 +30,9 @@ class OtherThreads:
             return False
         now = _others()
         for thread in self._before.keys() | now.keys():
-            before, after = self._before.get(thread), now.get(thread)
-            has_run = before is None or after is None or after.cpu_time is None or before.cpu_time != after.cpu_time
-            if has_run and (thread is threading.main_thread() or any(map(_may_use_torch, (after or before).code))):
+            seen = [each[thread] for each in (self._before, now) if thread in each]
+            has_run = len(seen) == 1 or seen[0].cpu_time is None or seen[0].cpu_time != seen[1].cpu_time
+            if has_run and (thread is threading.main_thread() or any(map(_may_use_torch, seen[0].code))):
                 return True
         return False
 

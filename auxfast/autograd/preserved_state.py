@@ -82,7 +82,7 @@ class preserved_buffers:
             return
         for part in module.modules():
             call.modules.add(id(part))
-            if part._buffers and not isinstance(part, torch.jit.ScriptModule):
+            if len(part._buffers):
                 self._touched[id(part)] = part
                 with _lock:
                     for name, buffer in part._buffers.items():
@@ -96,7 +96,7 @@ class preserved_buffers:
             return
         self._calls.outermost = None
         for part, name, before in call.start:
-            now = part._buffers.get(name)
+            now = part._buffers[name] if name in part._buffers else None  # noqa: SIM401, TorchScript's have no get()
             if now is not None and now is not before and (before is None or now.shape == before.shape):
                 original = None if before is None else self._originals.get(id(before), (before, before))[1]
                 self._originals[id(now)] = (now, original)
@@ -131,9 +131,9 @@ class preserved_state(preserved_buffers):
     with a function from a module that knows torch may use it.
 
     Not covered: plain attributes and parameters that a forward pass assigns, buffers that require gradients, lazy
-    modules before their first call, modules inside of a compiled function, TorchScript, modules that two threads call
-    at once, threads that the forward pass starts, and the random numbers of Python and NumPy. A buffer that a forward
-    pass registers, or replaces by one of another shape, is taken for a cache and stays.
+    modules before their first call, modules inside of a compiled function, modules that two threads call at once,
+    threads that the forward pass starts, and the random numbers of Python and NumPy. A buffer that a forward pass
+    registers, or replaces by one of another shape, is taken for a cache and stays.
 
     Args:
         warn: give that warning.

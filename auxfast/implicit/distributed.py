@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 from torch import Tensor, distributed, nn
 
@@ -27,7 +28,8 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def refuse_calls(module: nn.Module) -> None:
     """Raises SpreadOverProcesses if the module, which is called, joins gradients of several processes."""
-    if _is_wrapper(type(module)) and distributed.is_initialized() and distributed.get_world_size() > 1:
+    kind: Any = type(module)
+    if _is_wrapper(kind) and distributed.is_initialized() and distributed.get_world_size() > 1:
         way_out = " If that is what you want, call the module that it wraps." if hasattr(module, "module") else ""
         raise SpreadOverProcesses(f"{type(module).__name__}, {_WHY}{way_out}")
 
@@ -48,7 +50,7 @@ def refuse_params(name: str, params: Sequence[Tensor]) -> None:
         )
 
 
-def _wrappers() -> list[nn.Module]:
+def _wrappers() -> list[Any]:
     classes = [kind for kind in _all_subclasses(nn.Module) if _is_wrapper(kind)]
     return [found for found in gc.get_referrers(*classes) if isinstance(found, tuple(classes))]
 
@@ -57,6 +59,6 @@ def _all_subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(_all_subclasses, kind.__subclasses__()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_wrapper(kind: type) -> bool:
     return any(base.__name__ in _WRAPPERS and base.__module__.startswith("torch.") for base in kind.__mro__)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from auxfast.autograd.engine import vjp
 from auxfast.autograd.graph import function_class, functions_of, graph_from
+from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
@@ -22,8 +23,8 @@ Gauss-Newton products the functions of the inner loss return `(loss, outputs)`."
 
 
 _REENTRANT = (
-    "went through a reentrant torch.utils.checkpoint, which hides the parameters inside of it from torch.autograd.grad: "
-    "pass use_reentrant=False to checkpoint()"
+    "went through a reentrant torch.utils.checkpoint, which hides the parameters inside of it from "
+    "torch.autograd.grad: pass use_reentrant=False to checkpoint()"
 )
 _CHANGED = "modified by an inplace operation"  # autograd's words
 
@@ -32,7 +33,8 @@ class LossGraph:
     """One computed loss with its graph.
 
     Raises:
-        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph.
+        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph. RuntimeError: a transform
+            of torch.func is under way.
     """
 
     def __init__(self, name: str, loss: Loss, outputs: Tensor | Sequence[Tensor] | None = None) -> None:
@@ -45,6 +47,11 @@ class LossGraph:
             raise TypeError(f"{name} must be a tensor, or a function that returns one, not a {kind}{hint}")
         if given.numel() != 1:
             raise ValueError(f"{name} must be a scalar, not of shape {tuple(given.shape)}: take its mean or sum")
+        if in_transform_of_torch_func():
+            raise RuntimeError(
+                f"{name} cannot be used within a transform of torch.func (grad, jvp, ...), which hides its graph: "
+                "hypergradients are taken outside of them, and have no derivatives of their own"
+            )
         if not given.requires_grad:
             raise ValueError(
                 f"{name} has no graph: it was computed under torch.no_grad() or torch.inference_mode(), detached, or "

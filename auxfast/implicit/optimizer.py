@@ -36,7 +36,8 @@ class HyperOptimizer:
         project: modules whose `project_()` is called after each update.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or one that needs a closure, as LBFGS does; or something in `project` has no `project_()`.
+        TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; or something in `project`
+            has no `project_()`.
         ValueError: `max_grad_norm` is not above 0.
     """
 

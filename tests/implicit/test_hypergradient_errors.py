@@ -81,7 +81,7 @@ def test_a_graph_that_changes_before_a_product():
 def test_other_errors_of_autograd_pass_unchanged():
     w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     inner = (phi * w.square()).sum() + w.exp().mul_(2).sum()
-    with pytest.raises(RuntimeError, match="one of the variables needed.*which is output 0 of"):
+    with pytest.raises(RuntimeError, match=r"one of the variables needed.*which is output 0 of"):
         hypergradient(w.sum(), inner, [w], [phi], solver=SOLVER)
 
 
@@ -90,15 +90,15 @@ def test_several_losses_where_one_belongs(name):
     with pytest.raises(TypeError, match=f"{name} must be .*, not a list of tensors: combine them into one"):
         call(**{name: lambda problem: [problem.inner_loss(), problem.inner_loss()]})
     both = Ridge()
+    losses = {"outer_loss": both.outer_loss, "inner_loss": both.inner_loss, name: lambda: [both.inner_loss()] * 2}
     with pytest.raises(TypeError, match=f"{name} must be .*, not a list: combine them into one"):
-        losses = {"outer_loss": both.outer_loss, "inner_loss": both.inner_loss, name: lambda: [both.inner_loss()] * 2}
         hypergradient(**losses, inner_params=[both.w], outer_params=[both.decay])
 
 
 def test_inference_mode():
+    with torch.inference_mode():
+        inner = Ridge().inner_loss()
     with pytest.raises(ValueError, match=r"inner_loss has no graph.*torch\.inference_mode\(\)"):
-        with torch.inference_mode():
-            inner = Ridge().inner_loss()
         call(inner_loss=inner)
     problem, normal = Ridge(), torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match=r"outer_loss has no graph.*torch\.inference_mode\(\)"), torch.inference_mode():
@@ -175,3 +175,16 @@ def test_a_compiled_inner_loss_is_refused_and_a_compiled_outer_loss_is_not():
         hypergradient(loss(w, phi), compiled(w, phi), [w], [phi], solver=SOLVER)
     result = hypergradient(compiled(w, phi.detach()), loss(w, phi), [w], [phi])
     assert bool(result.grads[0].any())
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_transforms_of_torch_func(name):
+    problem = Ridge()
+
+    def within(scale):
+        losses = {"outer_loss": problem.outer_loss(), "inner_loss": problem.inner_loss}
+        losses[name] = lambda: scale * problem.w.square().sum()
+        return hypergradient(**losses, inner_params=[problem.w], outer_params=[problem.decay]).grads[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"_loss cannot be used within a transform of torch\.func"):
+        torch.func.grad(within)(torch.ones(1, dtype=torch.float64))

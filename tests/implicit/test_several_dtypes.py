@@ -22,7 +22,11 @@ class Adapted:
 
     def __init__(self, base: torch.dtype, adapter: torch.dtype, phi: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
-        self.base, self.a, self.b = nn.Linear(4, 2).bfloat16(), torch.randn(4, 1).bfloat16(), torch.randn(1, 2).bfloat16()
+        self.base, self.a, self.b = (
+            nn.Linear(4, 2).bfloat16(),
+            torch.randn(4, 1).bfloat16(),
+            torch.randn(1, 2).bfloat16(),
+        )
         self.x = torch.randn(8, 4).bfloat16()
         self.base, self.x = self.base.to(base), self.x.to(base)
         self.a, self.b = (t.to(adapter).requires_grad_() for t in (self.a, self.b))

@@ -126,7 +126,7 @@ def test_functions_and_parameters_where_they_do_not_belong():
             auxiliary_usefulness(**{**losses, name: lambda: w.sum()}, params=[w])
     with pytest.raises(ValueError, match="aux_losses must hold tensors of one element, but number 0 is a function"):
         auxiliary_usefulness(**{**losses, "aux_losses": [lambda: w.sum()]}, params=[w])
-    with pytest.raises(TypeError, match="aux_losses must be .* not a function: call it"):
+    with pytest.raises(TypeError, match=r"aux_losses must be .* not a function: call it"):
         auxiliary_usefulness(**{**losses, "aux_losses": lambda: w.sum()}, params=[w])
     with pytest.raises(TypeError, match="params must be an iterable of tensors, not a Tensor: pass a list"):
         auxiliary_usefulness(**losses, params=w)
