@@ -24,9 +24,10 @@ def vjp(
     """Products `vectors^T d outputs / d inputs`, `None` for an input that plays no part. They are dense, also where a
     module of embeddings makes sparse gradients."""
     gradients = run_engine(outputs, inputs, vectors, retain_graph, create_graph)
-    if any(grad is not None and grad.is_sparse for grad in gradients):
-        with torch.set_grad_enabled(create_graph):
-            return tuple(grad if grad is None else grad.to_dense() for grad in gradients)
+    for grad in gradients:  # a loop, since this is done for every product
+        if grad is not None and grad.is_sparse:
+            with torch.set_grad_enabled(create_graph):
+                return tuple(each if each is None else each.to_dense() for each in gradients)
     return gradients
 
 

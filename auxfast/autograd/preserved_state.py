@@ -38,6 +38,9 @@ class preserved_buffers:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
+        self._called: set[int] = (
+            set()
+        )  # ids of the modules that were called in its thread under it or a guard around it
         self._calls = threading.local()  # one outermost call for each thread: backward passes may recompute in theirs
 
     def __enter__(self) -> Any:
@@ -46,11 +49,13 @@ class preserved_buffers:
                 _hooks.append(register_module_forward_pre_hook(_before))
                 _hooks.append(register_module_forward_hook(_after, always_call=True))
             _active.append(self)
-        _set_guards((*_guards(), self))
+        guards = _present.guards
+        self._called = guards[-1]._called if guards else set()
+        guards.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _set_guards(tuple(guard for guard in _guards() if guard is not self))
+        _present.guards.remove(self)
         if (call := getattr(self._calls, "outermost", None)) is not None:  # a KeyboardInterrupt has cut it short
             self._leave(call.root)
         with _lock:
@@ -82,6 +87,7 @@ class preserved_buffers:
             return
         for part in module.modules():
             call.modules.add(id(part))
+            self._called.add(id(part))
             if len(part._buffers):
                 self._touched[id(part)] = part
                 with _lock:
@@ -209,50 +215,42 @@ class _Call:
         self.start: list[tuple[Module, str, Tensor | None]] = []  # their buffers when the call began
 
 
-_Guards = tuple[preserved_buffers, ...]
+class _OfThread(threading.local):
+    """What belongs to the present thread."""
 
-_KEY = "auxfast.preserved_state"
-# Autograd's engine hands what is kept here for a thread to those of its own threads that work for it. Where torch has
-# no such names, the guards of all threads act there.
-_has_key: Any = getattr(torch._C, "_is_key_in_tls", None)
-_get: Any = getattr(torch._C, "_get_obj_in_tls", None)
-_keep: Any = getattr(torch._C, "_stash_obj_in_tls", None)
-_drop: Any = getattr(torch._C, "_remove_obj_from_tls", None)
-_HANDED_ON = None not in (_has_key, _get, _keep, _drop)
+    def __init__(self) -> None:
+        self.guards: list[preserved_buffers] = []  # the innermost comes last, and is the one that acts
+        self.is_started_by_python = is_started_by_python()
 
-_own = threading.local()
+
+_present = _OfThread()
 _active: list[preserved_buffers] = []  # those of all threads
 _hooks: list[Any] = []
 _lock = threading.RLock()  # for these two, torch's own lists of hooks, and buffers while they are exchanged
 
 
-def _guards() -> _Guards:
-    """Guards of the present thread, or of the one that it works for. The innermost comes last, and is the one that
-    acts."""
-    if _HANDED_ON:
-        handed_on: _Guards = _get(_KEY) if _has_key(_KEY) else ()
-        return handed_on
-    own: _Guards = getattr(_own, "guards", ())
-    return own or (() if is_started_by_python() else tuple(_active))
-
-
-def _set_guards(guards: _Guards) -> None:
-    if not _HANDED_ON:
-        _own.guards = guards
-    elif guards:
-        _keep(_KEY, guards)
-    else:
-        _drop(_KEY)
+def _acting_on(module: Module) -> preserved_buffers | None:
+    """The guard of the present thread. A thread of autograd's engine computes forward passes again, for checkpoints: it
+    has the guard under which the module was called before."""
+    if _present.guards:
+        return _present.guards[-1]
+    if not _present.is_started_by_python:
+        for guard in reversed(_active):
+            if id(module) in guard._called:
+                return guard
+    return None
 
 
 def _before(module: Module, args: Any) -> None:
-    if not torch.compiler.is_compiling() and (guards := _guards()):  # compiled code would keep the hook for ever
-        guards[-1]._enter(module)
+    if not torch.compiler.is_compiling() and (
+        guard := _acting_on(module)
+    ):  # compiled code would keep the hook for ever
+        guard._enter(module)
 
 
 def _after(module: Module, args: Any, result: Any) -> None:
-    if not torch.compiler.is_compiling() and (guards := _guards()):
-        guards[-1]._leave(module)
+    if not torch.compiler.is_compiling() and (guard := _acting_on(module)):
+        guard._leave(module)
 
 
 def _random_states() -> list[tuple[torch.Generator, Tensor]]:

@@ -254,8 +254,8 @@ def on_one_dtype(curvature: Curvature) -> Curvature:
 
 
 def in_widest_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [tensor.to(widest) for tensor in tensors]
+    dtypes = {tensor.dtype for tensor in tensors}
+    return [*tensors] if len(dtypes) == 1 else [tensor.to(reduce(torch.promote_types, dtypes)) for tensor in tensors]
 
 
 def in_dtypes_of(params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -27,7 +27,6 @@ class Name(NamedTuple):
 
 _RULE = "what a node saved is read once for a batch of vectors", "the engine, vector by vector"
 _MODULE_HOOKS = "modules with hooks must run, others need not", "all modules run"
-_THREADS = ("guards of a thread act in those of autograd that work for it", "those of all threads do")
 _VMAP = "torch.vmap of a node without its own frames, 60 us", "the engine, vector by vector"
 
 NAMES = {
@@ -42,10 +41,6 @@ NAMES = {
     "_weight_norm": Name("normalised weights in one operation", "in three"),
     "_parameters": Name("a parameter without Module.__getattr__, 1.5 us", "Module.__getattr__"),
     "_DisableFuncTorch": Name("copies of buffers outside of transforms", "a thread that is in none"),
-    "_is_key_in_tls": Name(*_THREADS),
-    "_get_obj_in_tls": Name(*_THREADS),
-    "_stash_obj_in_tls": Name(*_THREADS),
-    "_remove_obj_from_tls": Name(*_THREADS),
     "_backward_hooks": Name("tensors and modules with hooks", "the engine, vector by vector; all modules run"),
     "_forward_hooks": Name(*_MODULE_HOOKS),
     "_forward_pre_hooks": Name(*_MODULE_HOOKS),
