@@ -66,10 +66,12 @@ class Hessian:
     Raises:
         ValueError: the loss depends on none of `params`.
         RuntimeError: the graph was freed, or holds something without second derivatives: code that went through
-            `torch.compile`, a Function that is only once differentiable, an operator without a double backward.
+            `torch.compile`, a Function that is only once differentiable, an operator without a double backward; or it
+            went through a reentrant checkpoint.
     """
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+        inner.refuse_reentrant_checkpoints()
         functions = functions_of(inner.nodes)
         if any(map(is_compiled, functions)):
             raise RuntimeError(

@@ -65,7 +65,7 @@ def auxiliary_usefulness(
     check_one_device("params", active)
     auxiliaries = _stacked(aux_losses)
     outer, main = LossGraph("outer_loss", outer_loss), LossGraph("main_loss", main_loss)
-    for given in (outer, main):
+    for given in (outer, main, LossGraph("aux_losses", auxiliaries.sum())):
         given.refuse_reentrant_checkpoints()
     refuse_params("params", active)
     rhs = outer.gradient(active, retain_graph=True)
