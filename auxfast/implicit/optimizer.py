@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -46,7 +47,8 @@ class HyperOptimizer:
         skipped_steps: the number of steps that changed nothing; see `step`.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
+        TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; or something in `project`
+            has no `project_()`.
         ValueError: `max_grad_norm` is not above 0.
 
     Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
@@ -64,6 +66,12 @@ class HyperOptimizer:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: a hypergradient "
+                "is not evaluated again within a step. Take SGD or Adam."
+            )
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         self.project = _projectable(project)

@@ -15,7 +15,7 @@ from torch import Tensor
 from auxfast.autograd.engine import zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple
-from auxfast.implicit.curvature import Curvature, Hessian
+from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
@@ -106,7 +106,7 @@ def verify_hypergradient(
             raise ValueError(f"{name} has no parameter with requires_grad=True: there is nothing to verify")
     active = [param for param in inner if param.requires_grad]
     if step is None:
-        step = max(torch.finfo(param.dtype).eps for param in active) ** (1 / 3)
+        step = _epsilon(active) ** (1 / 3)
     check_positive("step", step)
     with preserved_state() as guard, _restored([*active, *outer]):
         replayed_outer, replayed_inner = guard.replay(outer_loss), guard.replay(inner_loss)
@@ -228,8 +228,8 @@ class _Problem:
     def operator(self) -> Curvature:
         """Exact second derivatives where there are some, whatever is verified."""
         if self.curvature == "finite-difference":
-            return FreeCurvature(FiniteDifference([self.inner_graph], self.inner), self.masks)
-        return FreeCurvature(Hessian(self.inner_graph(), self.inner), self.masks)
+            return FreeCurvature(on_one_dtype(FiniteDifference([self.inner_graph], self.inner)), self.masks)
+        return FreeCurvature(on_one_dtype(Hessian(self.inner_graph(), self.inner)), self.masks)
 
     def outer_solution(self) -> list[Tensor]:
         """`H^-1 d outer / d W`, by a solver that is not the one to verify."""
@@ -237,14 +237,14 @@ class _Problem:
 
     def _solve(self, rhs: Sequence[Tensor]) -> list[Tensor]:
         operator = self.operator()
-        b = list(compress(project(rhs, self.masks), operator.in_system))
+        b = in_widest_dtype(list(compress(project(rhs, self.masks), operator.in_system)))
         x = iter(_NEWTON_SOLVER.solve(operator, b)[0] if b else ())
         return [
             next(x) if inside else torch.zeros_like(w) for w, inside in zip(self.inner, operator.in_system, strict=True)
         ]
 
     def _minimise(self) -> None:
-        epsilon = torch.finfo(self.inner[0].dtype).eps
+        epsilon = _epsilon(self.inner)
         lbfgs = torch.optim.LBFGS(
             self.inner,
             max_iter=1000,
@@ -451,6 +451,11 @@ def _add_(params: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> N
     with torch.no_grad():
         for param, value in zip(params, values, strict=True):
             param.add_(value, alpha=scale)
+
+
+def _epsilon(params: Iterable[Tensor]) -> float:
+    """Precision of the narrowest dtype."""
+    return max(torch.finfo(param.dtype).eps for param in params)
 
 
 def _directions(size: int, most: int) -> Tensor:
