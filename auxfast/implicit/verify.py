@@ -83,11 +83,12 @@ class HypergradientReport:
 
     def __str__(self) -> str:
         solver = "not done: the system is too large" if self.solver is None else str(self.solver)
+        residual = "not certified" if math.isnan(self.stats.residual) else f"{self.stats.residual:.2e}"
         return "\n".join(
             [
                 f"against the dense solve       {solver}",
                 f"against finite differences    {self.total}",
-                f"linear system                 residual {self.stats.residual:.2e} after {self.stats.matvecs} "
+                f"linear system                 residual {residual} after {self.stats.matvecs} "
                 f"products, {self.stats.stop_reason}",
                 f"norm of the inner gradient    {self.inner_gradient_norm:.2e} as given, "
                 f"{self.resolved_gradient_norm:.2e} where solved anew",

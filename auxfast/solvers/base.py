@@ -102,21 +102,27 @@ class SolveStats:
         iterations: steps of the method.
         matvecs: Hessian-vector products spent, those for eigenvalues, preconditioners and the certificate included. A
             batched product counts once for each of its vectors.
-        residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, true and not estimated; the largest of
-            `residuals`; `inf` if that is not finite. 0 is exact, and 1 is what `x = 0` has.
-        converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0.
+        residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, of the x that is returned, rounded to
+            its dtype; true to the rounding of the products, and not estimated; the largest of `residuals`. 0 is exact,
+            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`.
+        converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0. False
+            where it is not known, or where H is not symmetric.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
             done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
-            `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the first product
-            was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `trivial`: `b` is zero, and so is the
-            exact solution. With several right-hand sides it is the reason of the worst.
+            `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the product with
+            `b` was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `trivial`: `b` is zero, and so is the
+            exact solution. With several right-hand sides it is the reason of the worst; they share an H that is not
+            symmetric.
         step_size: the step size that was used; `None` where the method has none.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H, where the solver makes one.
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
-        symmetry_error: by how much products contradict the symmetry of H, relative to their size; `None` where the
-            solver has no two products that tell.
+        symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
+            largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
+            where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
+            products are little but rounding. Where it is above the square root of epsilon, products that such solves
+            spend tell whether that is rounding; if not, the reason is `not symmetric`.
         operator_error: an estimate of the relative error of the products themselves, where they are not exact
             (`curvature="finite-difference"`); `None` where they are.
     """
@@ -198,6 +204,11 @@ def check_steps(name: str, value: int) -> None:
 def check_damping(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"damping must be a finite number of at least 0, not {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def check_seed(value: int) -> None:

@@ -19,6 +19,7 @@ from auxfast.solvers.base import (
 )
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import MAX_BATCH, LinearSystem
+from auxfast.solvers.symmetry import check_products
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Dense:
     """Forms `H + damping I` from its products with the unit vectors, and inverts its eigenvalues, in float64.
 
     n parameters take n products, three matrices of `8 n^2` bytes (600 MB for 5000) and some `10 n^3` operations. The
-    matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. An operator that is not
-    symmetric by more shows in the residual.
+    matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. Where it is more, the stop
+    reason is `not symmetric`.
 
     **Singular H.** Eigenvalues within rounding, `sqrt(n) eps` of the largest, eps being that of the parameters' dtype,
     are left out: of the solutions of the smallest residual it is the shortest one (the pseudo-inverse's). Should that
@@ -75,6 +76,7 @@ class Dense:
         if not bool(matrix.isfinite().all()):
             best.set_stop_reason(StopReason.DIVERGED)
             return best.result(iterations=0)
+        best.symmetry_error, best.symmetric = check_products(system, None, matrix)
         values, vectors = torch.linalg.eigh((matrix + matrix.T).mul_(0.5))
         rounding = size**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
         inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)

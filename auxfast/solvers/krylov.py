@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,13 @@ class Recurrence(ABC):
         status: (k,), RUNNING or why a row has stopped.
         active: (k,), whether a row is RUNNING.
         negative_curvature: (k,), whether any was met.
+        largest: (k,), the largest curvature seen, of either sign.
+        asymmetry: (k,), `|<v, H w> - <w, H v>|` for unit vectors in the span of the first two of the Krylov space; NaN
+            for rows that had stopped; None before the second step.
     """
 
     direction: Tensor
+    largest: Scalars
 
     def __init__(self, x: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
         self.x = x
@@ -63,6 +68,11 @@ class Recurrence(ABC):
         self._some_stopped = self.xp is not np  # known to the host without waiting; on a GPU some may have
         self.negative_curvature = ~self.active
         self.lanczos: list[tuple[Scalars, Scalars]] = []
+        self.taken = 0
+        self.asymmetry: Scalars | None = None
+
+    def note_asymmetry(self, difference: Scalars) -> None:
+        self.asymmetry = self.xp.where(self.active, abs(difference), self.xp.nan)
 
     @abstractmethod
     def step(self, product: Tensor) -> None:
@@ -105,11 +115,20 @@ class Recurrence(ABC):
                 product[active] = system.product(self.direction[active])
             with torch.no_grad(), np.errstate(all="ignore"):  # a division by 0 ends a row, and says so
                 self.step(product)
+            self.taken = step
             if step % self._check_every == 0 and self._some_stopped:
                 active = torch.as_tensor(self.active).nonzero()[:, 0]  # waits for the device
                 if not len(active):
                     break
         return step
+
+    def symmetry_error(self) -> float:
+        """The largest `asymmetry` of a row, relative to the largest curvature; nan if there is none."""
+        if self.asymmetry is None:
+            return math.nan
+        with np.errstate(all="ignore"):
+            errors = torch.as_tensor(self.asymmetry / self.largest).tolist()
+        return max(filter(math.isfinite, errors), default=math.nan)
 
     def largest_ritz_value(self) -> float | None:
         """The largest eigenvalue of the rows' Lanczos matrices: at most the largest of `H + damping I`."""
@@ -168,6 +187,7 @@ class KrylovSolver(IterativeSolver):
             if largest is None and (ritz := cycle.largest_ritz_value()) is not None:
                 largest = ritz - self.damping
             negative_curvature |= bool(cycle.negative_curvature.any())
+            best.check_symmetry(cycle.symmetry_error())
             rows = _rows_to_restart(best, rows, before, cycle)
         return {
             "iterations": iterations,

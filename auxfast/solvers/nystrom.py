@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import prepare, private_generator
+from auxfast.solvers.symmetry import check_products
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LowRank:
         inverts_rest: whether a solution has `rest^-1` across the span; else it has 0 there, as a pseudo-inverse.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H.
         negative_curvature: whether the sketch shows a negative eigenvalue of A.
+        symmetry_error, symmetric: see `check_products`.
     """
 
     basis: Tensor
@@ -49,6 +51,8 @@ class LowRank:
     inverts_rest: bool
     largest_eigenvalue: float
     negative_curvature: bool
+    symmetry_error: float = 0.0
+    symmetric: bool = True
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(k, n) -> (k, n)"""
@@ -122,6 +126,7 @@ class Nystrom:
             for row in rows:
                 best.stop_reasons[row] = StopReason.DIVERGED
             return best.result(0)
+        best.symmetry_error, best.symmetric = inverse.symmetry_error, inverse.symmetric
         _, b = best.current(rows)
         x = inverse.solve(b)
         product = system.product(x)
@@ -150,6 +155,12 @@ class Nystrom:
         core = (tests @ image.T).double()  # (m, m)
         if not bool(core.isfinite().all()):
             return None
+        error, symmetric = check_products(system, tests, image)
+        return replace(self._inverse(system, tests, image, core), symmetry_error=error, symmetric=symmetric)
+
+    def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor) -> LowRank:
+        """The inverse from the products `image` (m, n) with `tests` (m, n), and their `core` (m, m)."""
+        size, dtype = system.rhs.shape[1], image.dtype
         # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
         # symmetric.
         rounding = (
