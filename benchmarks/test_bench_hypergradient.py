@@ -55,7 +55,9 @@ FLOORS = {"MLP 64-128-128-10": 1.2}
 
 
 @pytest.mark.benchmark(group="hypergradient, combiner 5 x 10, Neumann(3), one thread")
-@pytest.mark.filterwarnings("ignore:The hypergradient is little more:RuntimeWarning", "ignore:The inner loss curves")
+@pytest.mark.filterwarnings(
+    "ignore:The hypergradient is little:RuntimeWarning", "ignore:The inner loss curves", "ignore:The solve of the"
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hypergradient(benchmark: Any, name: str) -> None:
     torch.manual_seed(0)

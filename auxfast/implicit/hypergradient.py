@@ -18,7 +18,7 @@ from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBat
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
@@ -88,8 +88,8 @@ def hypergradient(
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is neither a tensor nor made of functions that return one, or parameters that are not an
-            iterable of tensors.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, parameters that are not an
+            iterable of tensors, or a solver that is none or returns something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
             of several dtypes or devices; an unknown `curvature`, or `outputs` that do not fit.
@@ -100,6 +100,7 @@ def hypergradient(
     check_independent(inner_params=inner, outer_params=outer)
     check_uniform(inner)
     _check_curvature(curvature, inner_loss, outputs)
+    check_solver(solver)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
 
@@ -117,7 +118,7 @@ def hypergradient(
             pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
             b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
-                solution, stats = solver.solve(product, b, state=state)
+                solution, stats = checked_solve(solver, product, b, state)
                 mixed = product.mixed(solution, active_outer)
             if warn:
                 warn_of(solver, stats, b, solution, state)

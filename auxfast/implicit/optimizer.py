@@ -13,7 +13,7 @@ from torch import Tensor
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
+from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
 
@@ -35,7 +35,8 @@ class HyperOptimizer:
         project: modules whose `project_()` is called after each update.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
+        TypeError: `optimizer` is not a torch optimizer, `solver` no solver, or something in `project` has no
+            `project_()`.
         ValueError: `max_grad_norm` is not above 0.
     """
 
@@ -51,6 +52,7 @@ class HyperOptimizer:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        check_solver(solver)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         modules: Any = project

@@ -14,7 +14,7 @@ from auxfast.implicit.arguments import as_tuple, check_uniform
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.losses import LossGraph, check_connected
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 _DEFAULT_SOLVER = MINRES()
 
@@ -62,6 +62,7 @@ def auxiliary_usefulness(
     """
     active = [w for w in as_tuple("params", params) if w.requires_grad]
     check_uniform(active)
+    check_solver(solver)
     auxiliaries = _stacked(aux_losses)
     outer, main = LossGraph("outer_loss", outer_loss), LossGraph("main_loss", main_loss)
     rhs = outer.gradient(active, retain_graph=True)
@@ -71,7 +72,7 @@ def auxiliary_usefulness(
     if hessian.params:
         pairs = zip(compress(rhs, hessian.in_system), hessian.params, strict=True)
         b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
-        solution, stats = solver.solve(hessian, b, state=state)
+        solution, stats = checked_solve(solver, hessian, b, state)
         scores = _directional_derivatives(auxiliaries, hessian.params, solution)
     return UsefulnessResult(scores.detach(), stats)
 

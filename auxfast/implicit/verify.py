@@ -16,7 +16,7 @@ from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import LossGraph
 from auxfast.solvers import MINRES, Dense, Solver, SolveStats
-from auxfast.solvers.base import check_positive, check_steps
+from auxfast.solvers.base import check_positive, check_solver, check_steps
 
 Loss = Callable[[], Tensor]
 
@@ -128,12 +128,14 @@ def verify_hypergradient(
         max_dense: systems with more inner parameters are not solved densely.
 
     Raises:
-        TypeError: a loss that is not a function.
+        TypeError: a loss that is not a function, or a solver that is none.
         ValueError: a setting outside its range, parameters that are not leaves, or what `hypergradient` raises.
     """
     for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
         if isinstance(loss, Tensor) or not callable(loss):
             raise TypeError(f"{name} must be a function of no arguments, since it is evaluated again: lambda: ...")
+    if solver is not None:
+        check_solver(solver)
     check_steps("max_directions", max_directions)
     inner, outer = list(inner_params), list(outer_params)
     if any(not param.is_leaf for param in (*inner, *outer)):

@@ -188,6 +188,45 @@ class Solver(Protocol):
         ...
 
 
+def check_solver(solver: object, name: str = "solver") -> None:
+    """Raises TypeError where `solver` is none, and says what would be."""
+    if isinstance(solver, type) and hasattr(solver, "solve"):
+        raise TypeError(f"{name} must be a solver and not its class: write {solver.__name__}()")
+    if not callable(getattr(solver, "solve", None)):
+        raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
+
+
+def checked_solve(
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+) -> tuple[Sequence[Tensor], SolveStats]:
+    """What `solver.solve` returns.
+
+    Raises:
+        TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
+    """
+    result: Any = solver.solve(matvec, rhs, state=state)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise _wrong_result(solver, f"{result!r:.60}")
+    solution, stats = result
+    if not isinstance(stats, SolveStats):
+        raise _wrong_result(solver, f"{stats!r:.60} for the stats")
+    if not isinstance(solution, (tuple, list)) or len(solution) != len(rhs):
+        count = f"{len(solution)} tensors" if isinstance(solution, (tuple, list)) else f"a {type(solution).__name__}"
+        raise _wrong_result(solver, f"{count} for the solution, of {len(rhs)} tensors")
+    for i, (x, b) in enumerate(zip(solution, rhs, strict=True)):
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (b.shape, b.dtype, b.device):
+            given, wanted = (
+                f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else f"{t!r:.60}" for t in (x, b)
+            )
+            raise _wrong_result(solver, f"{given} for tensor {i} of the solution, of {wanted}")
+    return solution, stats
+
+
+def _wrong_result(solver: Solver, given: str) -> TypeError:
+    name = type(solver).__name__
+    return TypeError(f"{name}.solve must return (solution, SolveStats), the solution a list like rhs; it gave {given}")
+
+
 TRIVIAL = SolveStats(iterations=0, matvecs=0, residual=0.0, converged=True, stop_reason=StopReason.TRIVIAL)
 
 

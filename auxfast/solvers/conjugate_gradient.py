@@ -56,10 +56,10 @@ class _ConjugateGradient(Recurrence):
     def step(self, product: Tensor) -> None:
         xp, p, r = self.xp, self.p, self.r
         pap = self.scalars(row_dots(p, product))
-        if self.taken == 1:  # p0 . A p1, which should be 0, from p1 = z + beta p0
-            difference = (pap - self.scalars(row_dots(self.z, product))) / self.beta
-            self.note_asymmetry(difference / xp.sqrt(self.first_pp * self.pp))
         self._check_curvature(pap / self.pp)
+        if self.taken == 1:  # p0 . A p1, which is 0 but for p0 . A p1 - p1 . A p0; p1 = z + beta p0
+            difference = (pap - self.scalars(row_dots(self.z, product))) / self.beta
+            self.note_asymmetry(difference / (xp.sqrt(self.first_pp * self.pp) * self.largest))
 
         alpha = self.rz / pap
         rr = self.scalars(linear_combination_(r, [product], self.coefficients(self.one, -alpha)))

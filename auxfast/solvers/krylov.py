@@ -15,7 +15,7 @@ from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
-from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
+from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
 
 Scalars = Any
 """(k,), one number for each row: a NumPy array on a CPU, where that takes a third of torch's time for so few; a tensor
@@ -45,13 +45,11 @@ class Recurrence(ABC):
         status: (k,), RUNNING or why a row has stopped.
         active: (k,), whether a row is RUNNING.
         negative_curvature: (k,), whether any was met.
-        largest: (k,), the largest curvature seen, of either sign.
-        asymmetry: (k,), `|<v, H w> - <w, H v>|` for unit vectors in the span of the first two of the Krylov space; NaN
-            for rows that had stopped; None before the second step.
+        asymmetry: (k,), `|<v, H w> - <w, H v>|` for unit vectors in the span of the first two of the Krylov space,
+            relative to what is known of H by then; NaN for rows that had stopped; None before the second step.
     """
 
     direction: Tensor
-    largest: Scalars
 
     def __init__(self, x: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
         self.x = x
@@ -71,8 +69,8 @@ class Recurrence(ABC):
         self.taken = 0
         self.asymmetry: Scalars | None = None
 
-    def note_asymmetry(self, difference: Scalars) -> None:
-        self.asymmetry = self.xp.where(self.active, abs(difference), self.xp.nan)
+    def note_asymmetry(self, value: Scalars) -> None:
+        self.asymmetry = self.xp.where(self.active, abs(value), self.xp.nan)
 
     @abstractmethod
     def step(self, product: Tensor) -> None:
@@ -123,11 +121,8 @@ class Recurrence(ABC):
         return step
 
     def symmetry_error(self) -> float:
-        """The largest `asymmetry` of a row, relative to the largest curvature; nan if there is none."""
-        if self.asymmetry is None:
-            return math.nan
-        with np.errstate(all="ignore"):
-            errors = torch.as_tensor(self.asymmetry / self.largest).tolist()
+        """The largest `asymmetry` of a row; nan if there is none."""
+        errors = [] if self.asymmetry is None else self.asymmetry.tolist()
         return max(filter(math.isfinite, errors), default=math.nan)
 
     def largest_ritz_value(self) -> float | None:
@@ -160,6 +155,7 @@ class KrylovSolver(IterativeSolver):
 
     Raises:
         ValueError: a setting outside its range.
+        TypeError: a preconditioner that is none.
     """
 
     steps: int = 100
@@ -167,6 +163,10 @@ class KrylovSolver(IterativeSolver):
     damping: float = 0.0
     warm_start: bool = False
     preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_preconditioner(self.preconditioner)
 
     @staticmethod
     @abstractmethod

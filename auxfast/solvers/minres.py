@@ -95,10 +95,11 @@ class _MINRES(Recurrence):
         coefficients = self.coefficients(self.one, -alfa / self.beta, -self.beta_ratio)
         squares = linear_combination_(product, [self.u, self.u_old], coefficients)
         z = self.precondition(product) if self.precondition else product
-        if self.taken == 1:  # v1 . A v2 - v2 . A v1, for this is what the new u would have no part of
-            self.note_asymmetry(self.scalars(row_dots(self.u_old, z)) * self.beta_ratio / self.beta)
-        self.u, self.u_old = product, self.u
         beta = self.xp.sqrt(self.scalars(row_dots(product, z) if self.precondition else squares))
+        if self.taken == 1:  # the new u is orthogonal to the first v but for v1 . A v2 - v2 . A v1
+            difference = self.scalars(row_dots(self.u_old, z)) * self.beta_ratio / self.beta
+            self.note_asymmetry(difference / self.xp.maximum(self.largest, self.xp.hypot(alfa, beta)))
+        self.u, self.u_old = product, self.u
         self.record(alfa, beta)
         self.beta, self.beta_ratio = beta, beta / self.beta
         return alfa, z

@@ -13,8 +13,8 @@ _CERTAIN = 10  # a contradiction of symmetry relative to one of linearity, which
 
 
 def check_products(system: LinearSystem, vectors: Tensor | None, products: Tensor) -> tuple[float, bool]:
-    """`||C - C^T|| / ||products||` with `C = vectors products^T`, and whether H may be symmetric all the same. Costs a
-    product if the figure is larger than rounding makes it, unless all products are little more than that.
+    """`||C - C^T|| / ||products||` with `C = vectors products^T`, and whether H may be symmetric all the same. If the
+    figure is larger than rounding makes it, unless all products are little more than that, two more products tell.
 
     Args:
         vectors: (m, n), orthonormal rows; None: the n unit vectors.
@@ -26,17 +26,18 @@ def check_products(system: LinearSystem, vectors: Tensor | None, products: Tenso
     error = float(torch.linalg.vector_norm(difference)) / size if size else 0.0
     if not _is_suspicious(system, error):
         return error, True
-    signs = 1 - 2 * (torch.arange(len(products), device=products.device) % 3 % 2)
-    weights = signs.double() / math.sqrt(len(products))  # (m,)
-    combined = weights if vectors is None else weights @ vectors.double()  # (n,)
-    product = system.product(combined[None].to(system.rhs.dtype))[0]
-    rounding = torch.linalg.vector_norm(product.double() - weights @ products.double())
-    return error, not bool(torch.linalg.vector_norm(difference @ weights) > _CERTAIN * rounding)
+    indices = torch.arange(len(products), device=products.device)
+    signs = 1 - 2 * torch.stack([indices % 2, indices % 3 % 2 ^ indices % 2])  # (2, m)
+    weights = signs.double() / math.sqrt(len(products))  # (2, m)
+    combined = weights if vectors is None else weights @ vectors.double()  # (2, n)
+    rounding = system.product(combined.to(system.rhs.dtype)).double() - weights @ products.double()
+    asymmetric = torch.linalg.vector_norm(weights @ difference) > _CERTAIN * torch.linalg.vector_norm(rounding)
+    return error, not bool(asymmetric)
 
 
 def check_pair(system: LinearSystem, error: float) -> bool:
     """Whether H may be symmetric, though `|<v, H w> - <w, H v>|` is `error` of the products with two vectors v and w.
-    Costs three products if that is suspicious, with vectors of the Krylov space of a right-hand side."""
+    Costs four products if that is suspicious, with vectors of the Krylov space of a right-hand side."""
     if not _is_suspicious(system, error):
         return True
     start = system.rhs[int(system.rhs_norms.argmax())]

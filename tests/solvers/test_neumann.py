@@ -84,7 +84,11 @@ def test_without_a_certificate_it_is_algorithm_2_as_it_stands(batched, check_eve
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
 def test_without_a_certificate_nothing_is_returned_that_is_not_finite(dtype, damping):
-    for factor, step_size, reason in ((3, 1e35, "diverged"), (math.nan, 1.0, "not finite"), (math.inf, 1, "not finite")):
+    for factor, step_size, reason in (
+        (3, 1e35, "diverged"),
+        (math.nan, 1.0, "not finite"),
+        (math.inf, 1, "not finite"),
+    ):
         matvec = lambda v, factor=factor: [t * factor for t in v]  # noqa: E731
         x, stats = Neumann(40, step_size, damping=damping, certify=False).solve(matvec, [torch.ones(9, dtype=dtype)])
         assert not x[0].any()
