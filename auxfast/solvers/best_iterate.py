@@ -64,7 +64,7 @@ class BestIterate:
         """Takes `x` (len(rows), n), rounded as it would be returned, as the solution of those rows for which it is
         better.
 
-        `product` is that of the operator with `x`; without it this costs one product a row.
+        `product` is that of the operator with `x`, which is so rounded then; without it this costs one product a row.
         """
         index = torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)

@@ -99,7 +99,7 @@ class Neumann(IterativeSolver):
         return one.p, stats
 
     def _sum(self, series: Sequence[Series], products: Products, limits: Sequence[float]) -> SolveStats:
-        """Runs Algorithm 2 as it stands, which leaves the solutions in `p`; zeros where an entry may exceed its limit."""
+        """Runs Algorithm 2 as it stands. The sums are left in `p`: zeros where an entry may exceed its limit."""
         for _ in range(self.steps):
             for s, product in zip(series, products(series), strict=True):
                 s.step(product)

@@ -128,12 +128,15 @@ class Nystrom:
             return best.result(0)
         best.symmetry_error, best.symmetric = inverse.symmetry_error, inverse.symmetric
         _, b = best.current(rows)
-        x = inverse.solve(b)
+        index = torch.from_numpy(rows).to(b.device)
+        x = system.rounded(inverse.solve(b), index)
         product = system.product(x)
         scale = row_dots(product, b) / row_dots(product, product)  # this factor makes the residual smallest
         # Below 0.5, x = 0 would be better than x; below 0, a better solution would point the other way.
         scale = torch.where(scale < 0.5, scale.clamp(min=0), 1).to(x.dtype)[:, None]
-        best.update(rows, scale * x, scale * product)
+        x = scale * x
+        exact = torch.equal(system.rounded(x, index), x)
+        best.update(rows, x, scale * product if exact else None)
         return best.result(
             0, largest_eigenvalue=inverse.largest_eigenvalue, negative_curvature=inverse.negative_curvature
         )

@@ -140,7 +140,8 @@ class Series:
                 return StopReason.TRIVIAL
         if not sum(map(math.sqrt, self.squares)) <= limit:
             self._reset()
-            self.v = list(self.start)
+            largest = max(float(tensor.abs().max()) for tensor in self.start if tensor.numel())
+            self.v = [tensor / largest for tensor in self.start]
             (product,) = products([self])
             finite = all(bool(tensor.isfinite().all()) for tensor in product)
             return StopReason.DIVERGED if finite else StopReason.NOT_FINITE
