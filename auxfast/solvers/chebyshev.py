@@ -89,7 +89,7 @@ class Chebyshev(IterativeSolver):
             if cycle.grew and spectrum is not None and spectrum.should_retry():
                 rows = np.concatenate([rows, cycle.rows])
             elif cycle.grew:
-                for row in cycle.rows:
+                for row in np.intersect1d(cycle.rows, best.unsolved()):
                     best.stop_reasons[row] = StopReason.DIVERGED
         if spectrum is not None:
             spectrum.save(good=self.tol is None or not len(best.unsolved()))

@@ -24,7 +24,7 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import prepare, private_generator
-from auxfast.solvers.symmetry import check_products
+from auxfast.solvers.symmetry import may_be_symmetric
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LowRank:
         inverts_rest: whether a solution has `rest^-1` across the span; else it has 0 there, as a pseudo-inverse.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H.
         negative_curvature: whether the sketch shows a negative eigenvalue of A.
-        symmetry_error, symmetric: see `check_products`.
+        symmetry_error, symmetric: see `may_be_symmetric`.
     """
 
     basis: Tensor
@@ -158,20 +158,20 @@ class Nystrom:
         core = (tests @ image.T).double()  # (m, m)
         if not bool(core.isfinite().all()):
             return None
-        error, symmetric = check_products(system, tests, image)
-        return replace(self._inverse(system, tests, image, core), symmetry_error=error, symmetric=symmetric)
-
-    def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor) -> LowRank:
-        """The inverse from the products `image` (m, n) with `tests` (m, n), and their `core` (m, m)."""
-        size, dtype = system.rhs.shape[1], image.dtype
+        norm, asymmetry = (float(torch.linalg.vector_norm(t, dtype=core.dtype)) for t in (image, core - core.T))
+        error = asymmetry / norm if norm else 0.0
+        symmetric = may_be_symmetric(system, error, tests, image, core)
         # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
         # symmetric.
-        rounding = (
-            torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * torch.linalg.vector_norm(image, dtype=core.dtype)
-        )
-        noise = max(float(rounding), float(torch.linalg.vector_norm(core - core.T)), sys.float_info.min)
+        noise = max(torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * norm, asymmetry, sys.float_info.min)
+        inverse = self._inverse(system, tests, image, core, noise)
+        return replace(inverse, symmetry_error=error, symmetric=symmetric)
+
+    def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:
+        """The inverse from the products `image` (m, n), overwritten, with `tests` (m, n), and their `core` (m, m)."""
+        dtype = image.dtype
         lowest = float(torch.linalg.eigvalsh((core + core.T) / 2)[0])  # a Rayleigh quotient of H + damping I
-        if len(tests) == size:
+        if len(tests) == image.shape[1]:
             return _indefinite(tests, image, system.damping, lowest, noise)
         image.sub_(tests, alpha=system.damping)  # H alone is nearer to low rank
         if lowest < system.damping - noise:

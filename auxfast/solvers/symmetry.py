@@ -12,27 +12,26 @@ from auxfast.solvers.linear_system import LinearSystem
 _CERTAIN = 10  # a contradiction of symmetry relative to one of linearity, which rounding alone makes
 
 
-def check_products(system: LinearSystem, vectors: Tensor | None, products: Tensor) -> tuple[float, bool]:
-    """`||C - C^T|| / ||products||` with `C = vectors products^T`, and whether H may be symmetric all the same. If the
-    figure is larger than rounding makes it, unless all products are little more than that, two more products tell.
+def may_be_symmetric(
+    system: LinearSystem, error: float, vectors: Tensor | None, products: Tensor, core: Tensor
+) -> bool:
+    """Whether H may be symmetric, though `error` is `||core - core^T|| / ||products||`. If that is larger than rounding
+    makes it, unless all products are little more than that, two more products tell.
 
     Args:
         vectors: (m, n), orthonormal rows; None: the n unit vectors.
         products: (m, n), each of them times H.
+        core: (m, m) float64, `vectors products^T`.
     """
-    core = products.double().T if vectors is None else vectors.double() @ products.double().T  # (m, m)
-    difference = core - core.T
-    size = float(torch.linalg.vector_norm(products, dtype=torch.float64))
-    error = float(torch.linalg.vector_norm(difference)) / size if size else 0.0
     if not _is_suspicious(system, error):
-        return error, True
+        return True
     indices = torch.arange(len(products), device=products.device)
     signs = 1 - 2 * torch.stack([indices % 2, indices % 3 % 2 ^ indices % 2])  # (2, m)
     weights = signs.double() / math.sqrt(len(products))  # (2, m)
     combined = weights if vectors is None else weights @ vectors.double()  # (2, n)
     rounding = system.product(combined.to(system.rhs.dtype)).double() - weights @ products.double()
-    asymmetric = torch.linalg.vector_norm(weights @ difference) > _CERTAIN * torch.linalg.vector_norm(rounding)
-    return error, not bool(asymmetric)
+    asymmetric = torch.linalg.vector_norm(weights @ (core - core.T)) > _CERTAIN * torch.linalg.vector_norm(rounding)
+    return not bool(asymmetric)
 
 
 def check_pair(system: LinearSystem, error: float) -> bool:
@@ -48,7 +47,10 @@ def check_pair(system: LinearSystem, error: float) -> bool:
         second = second - torch.dot(second, first) * first
     second = second / torch.linalg.vector_norm(second)
     (other,) = system.product(second[None])
-    return check_products(system, torch.stack([first, second]), torch.stack([image, other]))[1]
+    vectors, products = torch.stack([first, second]), torch.stack([image, other])
+    core = vectors.double() @ products.double().T
+    error = float(torch.linalg.vector_norm(core - core.T) / torch.linalg.vector_norm(products, dtype=core.dtype))
+    return may_be_symmetric(system, error, vectors, products, core)
 
 
 def _is_suspicious(system: LinearSystem, error: float) -> bool:
