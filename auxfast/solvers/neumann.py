@@ -179,8 +179,8 @@ def _leave_out_a_last_term_that_grew(best: BestIterate, rows: Rows, x: Tensor, c
     if not len(late):
         return
     grown = best.norms[rows[late]]
-    best.update(rows[late], torch.stack([x[i] + (cycle[i].p[0] - cycle[i].v[0]) for i in late]))
-    for i, norm in zip(late, grown, strict=True):
+    best.update(rows[late], torch.stack([x[i] + (cycle[i].p[0] - cycle[i].v[0]) for i in late.tolist()]))
+    for i, norm in zip(late.tolist(), grown, strict=True):
         cycle[i].grew = bool(GROWTH * best.norms[rows[i]] < norm and best.norms[rows[i]] < 1.01 * known[i])
 
 
