@@ -132,8 +132,8 @@ class Neumann(IterativeSolver):
             assert step_size is not None
             before = best.norms[rows]
             x, residual = best.current(rows)
-            rounding = torch.finfo(residual.dtype).eps * before if self.tol else 0
-            tolerances = np.maximum(best.tolerances[rows], rounding).tolist()
+            rounding = torch.finfo(residual.dtype).eps * before
+            tolerances = np.maximum(best.tolerances[rows], rounding if self.tol else 0).tolist()
             cycle = [Series([r], step_size, tolerance) for r, tolerance in zip(residual, tolerances, strict=True)]
             iterations += run(cycle, products, self.steps - iterations)
             again = spectrum is not None and any(s.grew for s in cycle) and spectrum.should_retry()
@@ -144,7 +144,7 @@ class Neumann(IterativeSolver):
                     s.p[0] -= s.v[0]  # the residual of `p - v` is known to be little above the best, and not that of p
                 s.finish()
             best.update(rows, x + torch.stack([s.p[0] for s in cycle]))
-            _leave_out_a_last_term_that_grew(best, rows, x, cycle)
+            _leave_out_a_last_term_that_grew(best, rows, x, cycle, rounding)
             rows = _rows_to_restart(best, rows, before, cycle, again)
             curvatures += [s.curvature for s in cycle]
         if spectrum is not None:
@@ -167,14 +167,17 @@ def _best_step(spectrum: SpectrumBounds) -> float:
     return -1 / spectrum.smallest if spectrum.smallest < 0 else 1.0  # no step converges: this one does little harm
 
 
-def _leave_out_a_last_term_that_grew(best: BestIterate, rows: Rows, x: Tensor, cycle: Sequence[Series]) -> None:
+def _leave_out_a_last_term_that_grew(
+    best: BestIterate, rows: Rows, x: Tensor, cycle: Sequence[Series], rounding: Floats
+) -> None:
     """Tries the sums without their last terms, of which the series knows the residuals, where only the closing product
-    has shown a larger one. That may also be rounding; then they are hardly better.
+    has shown a larger one. That may also be rounding of the product; then they are hardly better.
 
     Args:
         rows: (k,); `x` (k, n) is where their cycles began.
+        rounding: (k,), norms of which nothing can be told.
     """
-    known = np.array([s.norm for s in cycle])
+    known = np.maximum([s.norm for s in cycle], 10 * rounding)
     late = np.flatnonzero(~np.array([s.grew for s in cycle]) & (best.norms[rows] > GROWTH * known))
     if not len(late):
         return

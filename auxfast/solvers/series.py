@@ -50,13 +50,21 @@ class RowProducts:
 
     def __init__(self, system: LinearSystem) -> None:
         self._system = system
+        self._alone: tuple[Tensor, Tensor] | None = None  # v of a series that was alone, and its view as one row
 
     @property
     def matvecs(self) -> int:
         return self._system.matvecs
 
     def __call__(self, series: Sequence[Series]) -> list[list[Tensor]]:
-        return [[row] for row in self._system.product(torch.stack([s.v[0] for s in series]))]
+        vectors = [s.v[0] for s in series]
+        if len(vectors) > 1:
+            rows = torch.stack(vectors)
+        else:  # the same view each time, for which the system keeps what it made of it
+            if self._alone is None or self._alone[0] is not vectors[0]:
+                self._alone = vectors[0], vectors[0][None]
+            rows = self._alone[1]
+        return [[row] for row in self._system.product(rows)]
 
 
 class Series:
