@@ -51,8 +51,8 @@ class StopReason(str, Enum):
     DIVERGED = (
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
-        "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): take a smaller one, step_size='auto', "
-        "or the default solver, MINRES(). See result.stats.",
+        "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
+        "take a smaller one, step_size='auto', or the default solver, MINRES(). See result.stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
