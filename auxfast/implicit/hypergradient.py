@@ -30,7 +30,7 @@ from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, proje
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
@@ -111,8 +111,8 @@ def hypergradient(
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is neither a tensor nor made of functions that return one, or parameters that are not an
-            iterable of tensors.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, parameters that are not an
+            iterable of tensors, or a solver that is none or returns something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
@@ -129,6 +129,7 @@ def hypergradient(
     check_one_device("inner_params", inner)
     _check_curvature(curvature, inner_loss, outputs)
     masks = free_masks(free, inner)
+    check_solver(solver)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
@@ -182,7 +183,7 @@ def _solve(
     solver: Solver, product: Curvature, rhs: Sequence[Tensor], state: SolverState | None
 ) -> tuple[Sequence[Tensor], SolveStats]:
     try:
-        return solver.solve(product, rhs, state=state)
+        return checked_solve(solver, product, rhs, state)
     except ValueError:
         check_finite("The gradients of outer_loss in inner_params", rhs)
         raise

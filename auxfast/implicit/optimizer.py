@@ -18,7 +18,7 @@ from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.nn.combiner_base import unprojected
 from auxfast.solvers import MINRES, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
+from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
 _NOT_FINITE = SolveStats(
@@ -47,8 +47,8 @@ class HyperOptimizer:
         skipped_steps: the number of steps that changed nothing; see `step`.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; or something in `project`
-            has no `project_()`.
+        TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; `solver` is no solver; or
+            something in `project` has no `project_()`.
         ValueError: `max_grad_norm` is not above 0.
 
     Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
@@ -72,6 +72,7 @@ class HyperOptimizer:
                 f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: a hypergradient "
                 "is not evaluated again within a step. Take SGD or Adam."
             )
+        check_solver(solver)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         self.project = _projectable(project)

@@ -18,7 +18,7 @@ from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.losses import LossGraph, check_connected
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 _DEFAULT_SOLVER = MINRES()
 
@@ -77,6 +77,7 @@ def auxiliary_usefulness(
     masks = free_masks(free, given, "params")
     active = [w for w in given if w.requires_grad]
     check_one_device("params", active)
+    check_solver(solver)
     refuse_params("params", active)
     auxiliaries = _auxiliaries(aux_losses)
     outer, main = _graph("outer_loss", outer_loss), _graph("main_loss", main_loss)
@@ -86,11 +87,11 @@ def auxiliary_usefulness(
     check_connected("outer_loss", rhs)
     hessian = FreeCurvature(on_one_dtype(Hessian(main, active, retain_graph=True)), masks)
     masks = list(compress(masks, hessian.in_system))
-    solution: list[Tensor] = []
+    solution: Sequence[Tensor] = ()
     stats = TRIVIAL
     if hessian.params:
         b = in_widest_dtype(zeros_for_none(project(list(compress(rhs, hessian.in_system)), masks), hessian.params))
-        solution, stats = solver.solve(hessian, b, state=state)
+        solution, stats = checked_solve(solver, hessian, b, state)
     gradients = (project(_gradient(auxiliary, hessian.params), masks) for auxiliary in auxiliaries)
     found = [_score_and_norm(gradient, solution) for gradient in gradients]
     scores, norms = torch.tensor(found, dtype=auxiliaries[0].dtype, device=auxiliaries[0].device).unbind(1)
