@@ -143,7 +143,8 @@ def test_the_scalar_neumann_step_is_the_op():
 def test_the_scalar_neumann_series_is_the_solver(steps):
     h, b = positive_definite(5), normal(5, seed=1)
     (solution,), stats = Neumann(steps=steps, step_size=0.4).solve(lambda v: [h @ v[0]], [b])
-    (scalar,), residuals = NEUMANN["neumann"](lambda v: [(h @ tensor(v[0])).tolist()], [b.tolist()], 0.4, steps)
+    (scalar,), _ = NEUMANN["neumann"](lambda v: [(h @ tensor(v[0])).tolist()], [b.tolist()], 0.4, steps)
+    _, residuals = NEUMANN["neumann"](lambda v: [(h @ tensor(v[0])).tolist()], [b.tolist()], 0.4, steps + 1)
     assert_close(tensor(scalar), solution)
     assert_close(residuals[-1] / b.norm(), stats.residual)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -69,13 +70,19 @@ def _ends_in_an_error(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.grad_fn is not None and gradient.grad_fn.name().endswith(_MISSING)
 
 
-def without_double_backward(loss: Tensor, params: Sequence[Tensor]) -> list[str]:
-    """Names of the nodes of `loss`'s graph (retained) that have a gradient and no second derivative."""
+def without_double_backward(loss: Tensor, params: Sequence[Tensor], error: RuntimeError) -> list[str]:
+    """Names of the nodes of `loss`'s graph (retained) that have a gradient and no second derivative, for which a pass
+    has raised `error`. Empty where they cannot be found."""
+    missing = re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", str(error))
+    words = missing[1].split("_") if missing else ()
+    raising = "".join(word.capitalize() for word in words) + "Backward0"  # autograd's name for the node that has raised
     names: set[str] = set()
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(outgoing: Sequence[Tensor | None], incoming: Any) -> None:
-            if any(map(_ends_in_an_error, outgoing)):
+        def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+            passed_on = {grad.grad_fn for grad in incoming if grad is not None}
+            made = [grad for grad in outgoing if grad is not None and grad.grad_fn not in passed_on]
+            if any(_ends_in_an_error(grad) or (grad.grad_fn and grad.grad_fn.name() == raising) for grad in made):
                 names.add(name)
 
         return hook

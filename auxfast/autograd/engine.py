@@ -21,7 +21,24 @@ def vjp(
     retain_graph: bool = True,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Products `vectors^T d outputs / d inputs`, `None` for an input that plays no part."""
+    """Products `vectors^T d outputs / d inputs`, `None` for an input that plays no part. They are dense, also where a
+    module of embeddings makes sparse gradients."""
+    gradients = run_engine(outputs, inputs, vectors, retain_graph, create_graph)
+    for grad in gradients:  # a loop, since this is done for every product
+        if grad is not None and grad.is_sparse:
+            with torch.set_grad_enabled(create_graph):
+                return tuple(each if each is None else each.to_dense() for each in gradients)
+    return gradients
+
+
+def run_engine(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`vjp` as the engine gives it: this calls nothing else of torch."""
     if _run_backward is None:
         return torch.autograd.grad(
             outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
-from auxfast.autograd.engine import vjp, zeros_for_none
+from auxfast.autograd.engine import run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
 
 Gradients = Sequence[Tensor | None]
@@ -135,7 +135,7 @@ class Pullback:
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
         with HookDetector(planned.nodes) as hooks:
-            expected = vjp(self._outputs, self._inputs, probe)
+            expected = run_engine(self._outputs, self._inputs, probe)
         if hooks.found:
             raise BatchingUnsupported("a hook computes with gradients")
         try:

@@ -29,6 +29,11 @@ def in_transform() -> bool:
     return _transforms_active is None or _transforms_active() or in_forward_mode()
 
 
+def in_transform_of_torch_func() -> bool:
+    """Whether one is known to be under way."""
+    return _transforms_active is not None and _transforms_active()
+
+
 def in_batch(gradient: Tensor) -> bool:
     """Whether a backward pass runs for several gradients at once: in a transform of torch.func, or because
     `torch.autograd.grad` was called with `is_grads_batched=True`."""

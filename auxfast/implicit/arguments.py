@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.graph import graph_from
+from auxfast.implicit.distributed import is_distributed
 
 
 def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of an argument.
+
+    Raises:
+        TypeError: it is no iterable of tensors. ValueError: it is empty, or holds a tensor that cannot be one of the
+            parameters: complex, made under `torch.inference_mode()`, or distributed over processes.
+    """
     given: Any = params
     if isinstance(given, (Tensor, torch.nn.Module)) or not isinstance(given, Iterable):
         hint = "module.parameters()" if isinstance(given, torch.nn.Module) else "a list"
         raise TypeError(f"{name} must be an iterable of tensors, not a {type(given).__name__}: pass {hint}")
+    if isinstance(given, Mapping):
+        raise TypeError(f"{name} must be an iterable of tensors, not a {type(given).__name__}: pass its values()")
     items = tuple(given)
     for i, item in enumerate(items):
         if not isinstance(item, Tensor):
-            raise TypeError(f"{name} must hold tensors, but number {i} is a {type(item).__name__}")
+            hint = ": pass parameters(), not named_parameters()" if isinstance(item, tuple) else ""
+            raise TypeError(f"{name} must hold tensors, but number {i} is a {type(item).__name__}{hint}")
         if item.is_complex():
             raise ValueError(f"{name} must hold real tensors, but number {i} is {item.dtype}")
+        if item.is_inference():
+            raise ValueError(
+                f"{name} must hold tensors that autograd can use, but number {i} was made under "
+                "torch.inference_mode(): make it outside of it, or take a clone()"
+            )
+        if is_distributed(item):
+            raise ValueError(
+                f"{name} must hold tensors of this process, but number {i} is a {type(item).__name__}, a part of a "
+                "parameter that FSDP or tensor parallelism has spread over processes. auxfast does not work across "
+                "processes yet: a process group will come. Take a network that is not sharded."
+            )
     if not items:
         raise ValueError(f"{name} is empty (a generator that was used up before also is)")
     return items
@@ -44,9 +65,7 @@ def check_independent(**lists: Sequence[Tensor]) -> None:
                 raise ValueError(f"{place} is computed from {origin}: they must be independent")
 
 
-def check_uniform(inner: Sequence[Tensor]) -> None:
-    for what in ("dtype", "device"):
-        values = {getattr(param, what) for param in inner}
-        if len(values) > 1:
-            listed = " and ".join(sorted(map(str, values)))
-            raise ValueError(f"inner_params must be of one {what}, not of {listed}")
+def check_one_device(name: str, params: Sequence[Tensor]) -> None:
+    devices = {param.device for param in params}
+    if len(devices) > 1:
+        raise ValueError(f"{name} must be of one device, not of {' and '.join(sorted(map(str, devices)))}")

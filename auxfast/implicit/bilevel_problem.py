@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.curvature import Curvature, Hessian
+from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, project
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
@@ -102,8 +102,8 @@ class BilevelProblem:
 
     def _operator(self) -> Curvature:
         if self.curvature == "finite-difference":
-            return FreeCurvature(FiniteDifference([self.inner_graph], self.inner), self.masks)
-        return FreeCurvature(Hessian(self.inner_graph(), self.inner), self.masks)
+            return FreeCurvature(on_one_dtype(FiniteDifference([self.inner_graph], self.inner)), self.masks)
+        return FreeCurvature(on_one_dtype(Hessian(self.inner_graph(), self.inner)), self.masks)
 
     def _of_all(self, tensors: Sequence[Tensor], operator: Curvature) -> list[Tensor]:
         """One tensor for each of `inner`: those of parameters in the system, and zeros for the others."""
@@ -117,7 +117,7 @@ class BilevelProblem:
 
     def _solve(self, rhs: Sequence[Tensor]) -> list[Tensor]:
         operator = self._operator()
-        b = list(compress(project(rhs, self.masks), operator.in_system))
+        b = in_widest_dtype(list(compress(project(rhs, self.masks), operator.in_system)))
         return self._of_all(_NEWTON_SOLVER.solve(operator, b)[0] if b else (), operator)
 
     def _minimise(self) -> None:

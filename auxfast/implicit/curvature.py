@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import compress
 from typing import Any, Protocol
 
@@ -20,11 +21,13 @@ from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, add, check_connected
 
-_WAYS_OUT = (
-    "Pass inner_loss as a function and curvature='finite-difference', or compute it without that operator: "
-    "attention, for one, within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and a cuDNN RNN within "
-    "torch.backends.cudnn.flags(enabled=False)."
-)
+_WAYS_OUT = {  # by a part of the name of autograd's node
+    "Attention": "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "CudnnRnn": "compute the RNN within torch.backends.cudnn.flags(enabled=False)",
+    "EmbeddingBag": "take torch.nn.Embedding, and the sum or mean of its rows, for EmbeddingBag",
+    "Cdist": "compute distances as (a[:, None] - b[None]).norm(dim=-1)",
+}
+_LAST_WAY_OUT = "pass inner_loss as a function and curvature='finite-difference'"
 
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
 """`Pullback.__call__`, or `Pullback.batched`."""
@@ -69,10 +72,12 @@ class Hessian:
     Raises:
         ValueError: the loss depends on none of `params`.
         RuntimeError: the graph was freed, or holds something without second derivatives: code that went through
-            `torch.compile`, a Function that is only once differentiable, an operator without a double backward.
+            `torch.compile`, a Function that is only once differentiable, an operator without a double backward; or it
+            went through a reentrant checkpoint.
     """
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+        inner.refuse_reentrant_checkpoints()
         functions = functions_of(inner.nodes)
         self.unproven = sorted({node.name() for node in unproven_functions(functions)})
         if any(map(is_compiled, functions)):
@@ -112,10 +117,11 @@ class Hessian:
         try:
             return pass_back(*args, **options)
         except RuntimeError as error:
+            self._inner.explain(error)
             if "not implemented" not in str(error):
                 raise
-            names = without_double_backward(self._inner.loss, self.params)
-            raise _missing_derivative(self._inner.name, names or [str(error)]) from error
+            names = without_double_backward(self._inner.loss, self.params, error)
+            raise _missing_derivative(self._inner.name, names or ["an operator"]) from error
 
 
 class GaussNewton(Hessian):
@@ -242,6 +248,38 @@ class MicroBatches:
         return curvature.in_system, product(curvature, list(compress(vectors, curvature.in_system)))
 
 
+class _InWidestDtype:
+    """A curvature in parameters of several floating dtypes, for vectors of the widest of them: products are taken in
+    each parameter's own."""
+
+    def __init__(self, curvature: Curvature) -> None:
+        self._curvature = curvature
+        self.in_system, self.params = curvature.in_system, curvature.params
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return in_widest_dtype(self._curvature(in_dtypes_of(self.params, vectors)))
+
+    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return in_widest_dtype(self._curvature.batched(in_dtypes_of(self.params, vectors)))
+
+    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
+        return self._curvature.mixed(in_dtypes_of(self.params, vectors), outer_params)
+
+
+def on_one_dtype(curvature: Curvature) -> Curvature:
+    """`curvature`, for vectors of one dtype, the widest of its parameters."""
+    return _InWidestDtype(curvature) if len({w.dtype for w in curvature.params}) > 1 else curvature
+
+
+def in_widest_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    dtypes = {tensor.dtype for tensor in tensors}
+    return [*tensors] if len(dtypes) == 1 else [tensor.to(reduce(torch.promote_types, dtypes)) for tensor in tensors]
+
+
+def in_dtypes_of(params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    return [vector.to(w.dtype) for w, vector in zip(params, vectors, strict=True)]
+
+
 def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
     """`Curvature.batched` by a product for each vector."""
     products = [torch.empty_like(tensor) for tensor in vectors]
@@ -252,5 +290,11 @@ def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:
-    listed = " and ".join(dict.fromkeys(nodes))
-    return RuntimeError(f"{name} went through {listed}, which has no second derivatives. {_WAYS_OUT}")
+    nodes = [*dict.fromkeys(nodes)]
+    known = [way for operator, way in _WAYS_OUT.items() if any(operator in node for node in nodes)]
+    ways_out = f"{' and '.join(known)}, or {_LAST_WAY_OUT}" if known else _LAST_WAY_OUT
+    verb = "have" if len(nodes) > 1 else "has"
+    return RuntimeError(
+        f"{name} went through {' and '.join(nodes)}, which {verb} no second derivatives. "
+        f"{ways_out[0].upper()}{ways_out[1:]}."
+    )

@@ -13,15 +13,24 @@ from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.advice import found_nothing, missing_dependence, problem_of, warn_of
-from auxfast.implicit.arguments import as_tuple, check_independent, check_uniform
-from auxfast.implicit.curvature import Curvature, GaussNewton, Hessian, MicroBatches
+from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.curvature import (
+    Curvature,
+    GaussNewton,
+    Hessian,
+    MicroBatches,
+    in_dtypes_of,
+    in_widest_dtype,
+    on_one_dtype,
+)
+from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_connected, mean_gradient
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
@@ -70,9 +79,10 @@ def hypergradient(
         outer_loss: depends on `inner_params`, and may depend on `outer_params`, which gives the direct gradient.
         inner_loss: depends on `inner_params` and, to be of any use, on `outer_params`. If both losses are tensors, they
             may share a part of their graph.
-        inner_params: `W`, any iterable of tensors, generators included, of one dtype on one device. Tensors with
-            `requires_grad=False`, tensors that the inner loss does not use, and tensors in which its gradient is
-            constant are no unknowns of the system: nothing of `phi` reaches the outer loss through them.
+        inner_params: `W`, any iterable of tensors, generators included, on one device. If they are of several floating
+            dtypes, the system is solved for vectors of the widest. Tensors with `requires_grad=False`, tensors that the
+            inner loss does not use, and tensors in which its gradient is constant are no unknowns of the system:
+            nothing of `phi` reaches the outer loss through them.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
         solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most.
@@ -101,33 +111,39 @@ def hypergradient(
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is neither a tensor nor made of functions that return one, or parameters that are not an
-            iterable of tensors.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, parameters that are not an
+            iterable of tensors, or a solver that is none or returns something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
-            that are none, repeated, in both lists, computed from one another, complex, or (the inner ones)
-            of several dtypes or devices; an unknown `curvature`, or `outputs` or `free` that do not fit.
-        RuntimeError: a graph that was freed before, or an inner loss with something in it that has no second
-            derivatives (the message names it): code that went through `torch.compile`, an attention kernel.
+            that are none, repeated, in both lists, computed from one another, complex, made under
+            `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
+            `outputs` or `free` that do not fit.
+        RuntimeError: a graph that was freed before, or of parameters that have changed since; an inner loss with
+            something in it that has no second derivatives (the message names it): code that went through
+            `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,
+            DistributedDataParallel or FSDP.
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
-    check_uniform(inner)
+    check_one_device("inner_params", inner)
     _check_curvature(curvature, inner_loss, outputs)
     masks = free_masks(free, inner)
+    check_solver(solver)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
+    if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
+        refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state() if computes else nullcontext() as guard:
+    with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
         given_outer = _given("outer_loss", outer_loss, guard)
         given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         derivatives = _derivatives(curvature, given_inner, active_inner, retain_graph)
-        product: Curvature = derivatives
+        product = on_one_dtype(derivatives)
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
@@ -135,7 +151,7 @@ def hypergradient(
         stats, problem, direct_only = TRIVIAL, None, False
         if product.params:
             pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
-            b = [torch.zeros_like(w) if grad is None else grad for grad, w in pairs]
+            b = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
                 solution, stats = _solve(solver, product, b, state)
                 problem = problem_of(solver, stats, product, b, solution)
@@ -144,8 +160,9 @@ def hypergradient(
                 if isinstance(derivatives, FiniteDifference):
                     stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
                 elif not direct_only:
+                    along = in_dtypes_of(product.params, solution)
                     stats, problem = check_symmetry(
-                        stats, problem, state, given_inner, derivatives, product.params, solution
+                        stats, problem, state, given_inner, derivatives, product.params, along
                     )
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
@@ -166,7 +183,7 @@ def _solve(
     solver: Solver, product: Curvature, rhs: Sequence[Tensor], state: SolverState | None
 ) -> tuple[Sequence[Tensor], SolveStats]:
     try:
-        return solver.solve(product, rhs, state=state)
+        return checked_solve(solver, product, rhs, state)
     except ValueError:
         check_finite("The gradients of outer_loss in inner_params", rhs)
         raise
@@ -188,7 +205,9 @@ def _given(
     name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
 ) -> LossGraph | list[LossFn]:
     if isinstance(loss, Tensor) or guard is None:
-        return LossGraph(name, loss, outputs)  # whatever it is: that checks
+        graph = LossGraph(name, loss, outputs)  # whatever it is: that checks
+        graph.refuse_reentrant_checkpoints()
+        return graph
     return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 

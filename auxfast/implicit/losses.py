@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from auxfast.autograd.engine import vjp
-from auxfast.autograd.graph import graph_from
+from auxfast.autograd.graph import function_class, functions_of, graph_from
+from auxfast.autograd.transforms import in_transform_of_torch_func
+from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
 """A scalar, a function of no arguments that computes it, or a sequence of such functions, whose mean it is. For
 Gauss-Newton products the functions of the inner loss return `(loss, outputs)`."""
 
 
+_REENTRANT = (
+    "went through a reentrant torch.utils.checkpoint, which hides the parameters inside of it from "
+    "torch.autograd.grad: pass use_reentrant=False to checkpoint()"
+)
+_CHANGED = "modified by an inplace operation"  # autograd's words
+
+
 class LossGraph:
     """One computed loss with its graph.
 
     Raises:
-        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph.
+        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph. RuntimeError: a transform
+            of torch.func is under way.
     """
 
     def __init__(self, name: str, loss: Loss, outputs: Tensor | Sequence[Tensor] | None = None) -> None:
         given: Any = loss
         if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a tensor, or a function that returns one, not a {type(given).__name__}")
+            kind = type(given).__name__
+            if callable(given):
+                raise TypeError(f"{name} must be a tensor of one element, not a {kind}: call it")
+            hint = ": combine them into one" if _are_tensors(given) else ""
+            raise TypeError(f"{name} must be a tensor, or a function that returns one, not a {kind}{hint}")
         if given.numel() != 1:
             raise ValueError(f"{name} must be a scalar, not of shape {tuple(given.shape)}: take its mean or sum")
+        if in_transform_of_torch_func():
+            raise RuntimeError(
+                f"{name} cannot be used within a transform of torch.func (grad, jvp, ...), which hides its graph: "
+                "hypergradients are taken outside of them, and have no derivatives of their own"
+            )
         if not given.requires_grad:
             raise ValueError(
-                f"{name} has no graph: it was computed under torch.no_grad(), detached, or from no parameter"
+                f"{name} has no graph: it was computed under torch.no_grad() or torch.inference_mode(), detached, or "
+                "from no parameter"
             )
         self.name = name
         self.loss: Tensor = given
@@ -52,12 +75,28 @@ class LossGraph:
             ones = torch.ones_like(self.loss)
             return list(vjp([self.loss], params, [ones], retain_graph=retain_graph, create_graph=create_graph))
         except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
+            self.explain(error)
+            raise
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raises RuntimeError with what is to be done about `error`, which autograd has raised in a pass through the
+        graph, if that is known."""
+        if "second time" in str(error):
             raise RuntimeError(
                 f"The graph of {self.name} was freed before, by backward() or by an earlier hypergradient(). Compute "
                 "the loss anew, or let the call that came before keep it with retain_graph=True."
             ) from error
+        if _CHANGED in str(error) and "which is output" not in str(error):  # it is no result of an operation
+            raise RuntimeError(
+                f"{self.name} was computed before the inner step, or another change of parameters or buffers: one that "
+                f"its graph needs was {_CHANGED}. Compute {self.name} anew after the step."
+            ) from error
+
+    def refuse_reentrant_checkpoints(self) -> None:
+        """Raises RuntimeError where a part of the graph is a checkpoint whose inside autograd does not see: gradients
+        in its parameters would be left out without a word."""
+        if any(function_class(node) is CheckpointFunction for node in functions_of(self.nodes)):
+            raise RuntimeError(f"{self.name} {_REENTRANT}")
 
 
 def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
@@ -66,6 +105,25 @@ def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
             f"{name} does not depend on any of inner_params: were they replaced since it was computed, or do all have "
             "requires_grad=False?"
         )
+
+
+def check_call(module: nn.Module) -> None:
+    """Raises RuntimeError where a loss calls a module whose gradients would be left out without a word."""
+    refuse_calls(module)
+    if not torch.is_grad_enabled():  # the graph does not show a reentrant checkpoint whose inputs need no gradient
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            raise _ReentrantCheckpoint
+
+
+class _ReentrantCheckpoint(RuntimeError):
+    """A module was called within one."""
+
+
+def _are_tensors(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(item, Tensor) for item in given)
 
 
 LossFn = Callable[[], LossGraph]
@@ -81,7 +139,7 @@ def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_output
     """
     functions: Any = [loss] if callable(loss) else loss
     if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
-        what = type(loss).__name__
+        what = "list of tensors: combine them into one" if _are_tensors(functions) else type(loss).__name__
         raise TypeError(
             f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {what}"
         )
@@ -92,15 +150,27 @@ def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_output
 
 
 def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> LossFn:
+    checked = False
+
     def compute() -> LossGraph:
-        with torch.enable_grad():
-            result = function()
+        nonlocal checked
+        try:
+            with torch.enable_grad():
+                result = function()
+        except SpreadOverProcesses as error:
+            raise RuntimeError(f"{name} went through {error}") from None
+        except _ReentrantCheckpoint:
+            raise RuntimeError(f"{name} {_REENTRANT}") from None
         if not with_outputs:
-            return LossGraph(name, result)
-        if not isinstance(result, tuple) or len(result) != 2:
+            result = (result, None)
+        elif not isinstance(result, tuple) or len(result) != 2:
             what = type(result).__name__
             raise TypeError(f"{name} must return (loss, outputs) for curvature='gauss-newton', not a {what}")
-        return LossGraph(name, *result)
+        graph = LossGraph(name, *result)
+        if not checked:  # once is enough, and a walk through the graph costs a few percent of its gradient
+            graph.refuse_reentrant_checkpoints()
+            checked = True
+        return graph
 
     return compute
 

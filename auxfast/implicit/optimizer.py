@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -17,7 +18,7 @@ from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.nn.combiner_base import unprojected
 from auxfast.solvers import MINRES, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive
+from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
 _NOT_FINITE = SolveStats(
@@ -46,7 +47,8 @@ class HyperOptimizer:
         skipped_steps: the number of steps that changed nothing; see `step`.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or something in `project` has no `project_()`.
+        TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; `solver` is no solver; or
+            something in `project` has no `project_()`.
         ValueError: `max_grad_norm` is not above 0.
 
     Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
@@ -64,6 +66,13 @@ class HyperOptimizer:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: a hypergradient "
+                "is not evaluated again within a step. Take SGD or Adam."
+            )
+        check_solver(solver)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         self.project = _projectable(project)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.implicit.arguments import as_tuple, check_uniform
-from auxfast.implicit.curvature import Hessian
+from auxfast.implicit.arguments import as_tuple, check_one_device
+from auxfast.implicit.curvature import Hessian, in_widest_dtype, on_one_dtype
+from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
 from auxfast.implicit.losses import LossGraph, check_connected
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats
+from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
 
 _DEFAULT_SOLVER = MINRES()
 
@@ -62,7 +63,7 @@ def auxiliary_usefulness(
         outer_loss: one element, on held-out data.
         main_loss: one element, at its minimum in `params`, or near it.
         aux_losses: (num_auxiliaries,), or a sequence of one-element tensors. May share a graph with the other losses.
-        params: W, any iterable of tensors of one dtype on one device.
+        params: W, any iterable of tensors on one device.
         free: the entries of `params` that are not held fixed; see `hypergradient`.
         solver: how to apply `H^-1`.
         state: what the solver keeps between calls; see `hypergradient`.
@@ -75,18 +76,22 @@ def auxiliary_usefulness(
     given = as_tuple("params", params)
     masks = free_masks(free, given, "params")
     active = [w for w in given if w.requires_grad]
-    check_uniform(active)
+    check_one_device("params", active)
+    check_solver(solver)
+    refuse_params("params", active)
     auxiliaries = _auxiliaries(aux_losses)
     outer, main = _graph("outer_loss", outer_loss), _graph("main_loss", main_loss)
+    for graph in (outer, LossGraph("aux_losses", torch.stack([a.reshape(()) for a in auxiliaries]).sum())):
+        graph.refuse_reentrant_checkpoints()  # Hessian looks at `main`
     rhs = outer.gradient(active, retain_graph=True)
     check_connected("outer_loss", rhs)
-    hessian = FreeCurvature(Hessian(main, active, retain_graph=True), masks)
+    hessian = FreeCurvature(on_one_dtype(Hessian(main, active, retain_graph=True)), masks)
     masks = list(compress(masks, hessian.in_system))
-    solution: list[Tensor] = []
+    solution: Sequence[Tensor] = ()
     stats = TRIVIAL
     if hessian.params:
-        b = zeros_for_none(project(list(compress(rhs, hessian.in_system)), masks), hessian.params)
-        solution, stats = solver.solve(hessian, b, state=state)
+        b = in_widest_dtype(zeros_for_none(project(list(compress(rhs, hessian.in_system)), masks), hessian.params))
+        solution, stats = checked_solve(solver, hessian, b, state)
     gradients = (project(_gradient(auxiliary, hessian.params), masks) for auxiliary in auxiliaries)
     found = [_score_and_norm(gradient, solution) for gradient in gradients]
     scores, norms = torch.tensor(found, dtype=auxiliaries[0].dtype, device=auxiliaries[0].device).unbind(1)

@@ -21,7 +21,7 @@ from auxfast.implicit.kinks import find_kinks
 from auxfast.implicit.losses import LossFn, as_loss_fns
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport
 from auxfast.solvers import MINRES, Dense, Solver, SolveStats, StopReason
-from auxfast.solvers.base import check_positive, check_steps
+from auxfast.solvers.base import check_positive, check_solver, check_steps
 
 Loss = Callable[[], Any]
 
@@ -78,8 +78,8 @@ def verify_hypergradient(
         max_dense: systems with more inner parameters are not solved densely.
 
     Raises:
-        TypeError: a loss that is not a function, parameters that are not an iterable of tensors, or `free` that is none
-            of masks.
+        TypeError: a loss that is not a function, parameters that are not an iterable of tensors, `free` that is none of
+            masks, or a solver that is none.
         ValueError: a setting outside its range; parameters that are none, not leaves or without any
             `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; or what
             `hypergradient` raises.
@@ -91,6 +91,8 @@ def verify_hypergradient(
                 f"{name} must be a function of no arguments, since it is evaluated again, not a {type(loss).__name__}: "
                 "lambda: ..."
             )
+    if solver is not None:
+        check_solver(solver)
     check_steps("max_directions", max_directions)
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     masks = free_masks(free, inner)

@@ -50,9 +50,9 @@ class StopReason(str, Enum):
     """A direction of negative curvature ended the method."""
     DIVERGED = (
         "diverged",
-        "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken. A fixed "
-        "step_size must be below 2 / (largest eigenvalue of the inner Hessian): take a smaller one, step_size='auto', "
-        "or the default solver, MINRES(). See result.stats.",
+        "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
+        "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
+        "take a smaller one, step_size='auto', or the default solver, MINRES(). See result.stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
@@ -110,23 +110,28 @@ class SolveStats:
         iterations: steps of the method.
         matvecs: Hessian-vector products spent, those for eigenvalues, preconditioners and the certificate included. A
             batched product counts once for each of its vectors.
-        residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, true and not estimated; the largest of
-            `residuals`; `inf` if that is not finite. 0 is exact, and 1 is what `x = 0` has.
-        converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0.
+        residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, of the x that is returned, rounded to
+            its dtype; true to the rounding of the products, and not estimated; the largest of `residuals`. 0 is exact,
+            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`.
+        converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0. False
+            where it is not known, or where H is not symmetric.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
             done; `negative curvature`; `diverged`: the residual grew, and what is returned is the best that was seen;
-            `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the first product
-            was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `inexact`: see `operator_error`;
+            `stagnated`: the residual cannot be made smaller in this precision; `not finite`: not even the product with
+            `b` was, and x = 0 is returned; `not symmetric`: see `symmetry_error`; `inexact`: see `operator_error`;
             `trivial`: `b` is zero, and so is the exact solution. With several right-hand sides it is the reason of the
-            worst.
+            worst; they share an H that is not symmetric.
         step_size: the step size that was used; `None` where the method has none.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H, where the solver makes one.
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
-        symmetry_error: by how much products contradict the symmetry of H, or a difference of gradients, relative to
-            their size; `None` where nothing tells: the solver has no two such products, and losses that are tensors
-            cannot be computed again.
+        symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
+            largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
+            where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
+            products are little but rounding. Where it is above the square root of epsilon, products that such solves
+            spend tell whether that is rounding; if not, the reason is `not symmetric`. `hypergradient` compares with
+            a difference of gradients too, where losses are functions, and the larger figure stands here.
         operator_error: an estimate of the relative error of the products themselves, where they are not exact
             (`curvature="finite-difference"`); `None` where they are.
     """
@@ -194,6 +199,45 @@ class Solver(Protocol):
         ...
 
 
+def check_solver(solver: object, name: str = "solver") -> None:
+    """Raises TypeError where `solver` is none, and says what would be."""
+    if isinstance(solver, type) and hasattr(solver, "solve"):
+        raise TypeError(f"{name} must be a solver and not its class: write {solver.__name__}()")
+    if not callable(getattr(solver, "solve", None)):
+        raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
+
+
+def checked_solve(
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+) -> tuple[Sequence[Tensor], SolveStats]:
+    """What `solver.solve` returns.
+
+    Raises:
+        TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
+    """
+    result: Any = solver.solve(matvec, rhs, state=state)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise _wrong_result(solver, f"{result!r:.60}")
+    solution, stats = result
+    if not isinstance(stats, SolveStats):
+        raise _wrong_result(solver, f"{stats!r:.60} for the stats")
+    if not isinstance(solution, (tuple, list)) or len(solution) != len(rhs):
+        count = f"{len(solution)} tensors" if isinstance(solution, (tuple, list)) else f"a {type(solution).__name__}"
+        raise _wrong_result(solver, f"{count} for the solution, of {len(rhs)} tensors")
+    for i, (x, b) in enumerate(zip(solution, rhs, strict=True)):
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (b.shape, b.dtype, b.device):
+            given, wanted = (
+                f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else f"{t!r:.60}" for t in (x, b)
+            )
+            raise _wrong_result(solver, f"{given} for tensor {i} of the solution, of {wanted}")
+    return solution, stats
+
+
+def _wrong_result(solver: Solver, given: str) -> TypeError:
+    name = type(solver).__name__
+    return TypeError(f"{name}.solve must return (solution, SolveStats), the solution a list like rhs; it gave {given}")
+
+
 TRIVIAL = SolveStats(iterations=0, matvecs=0, residual=0.0, converged=True, stop_reason=StopReason.TRIVIAL)
 
 
@@ -210,6 +254,11 @@ def check_steps(name: str, value: int) -> None:
 def check_damping(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"damping must be a finite number of at least 0, not {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def check_seed(value: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
 from auxfast.solvers.linear_system import LinearSystem
+from auxfast.solvers.symmetry import check_pair
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
@@ -35,16 +36,20 @@ class BestIterate:
         norms: (k,), of the rows of `residual`; on the host, so an update waits for the device once.
         tolerances: (k,), the norms that count as converged.
         stop_reasons: one for each row; STEPS is for the solver to make more precise.
+        symmetry_error: see SolveStats.
+        symmetric: whether H may be symmetric.
     """
 
     def __init__(self, system: LinearSystem, tol: float | None) -> None:
         self.system = system
         self.solution = torch.zeros_like(system.rhs)
         self.residual = system.rhs.clone()
-        self.rhs_norms: Floats = system.rhs_norms.cpu().numpy()
+        self.rhs_norms: Floats = system.rhs_norms
         self.norms = self.rhs_norms.copy()
         self.tolerances = (tol or 0.0) * self.rhs_norms
         self.stop_reasons = [StopReason.STEPS if norm > 0 else StopReason.TRIVIAL for norm in self.rhs_norms]
+        self.symmetry_error: float | None = None
+        self.symmetric = True
 
     def unsolved(self) -> Rows:
         """The rows whose residual is above the tolerance."""
@@ -56,11 +61,13 @@ class BestIterate:
         return self.solution.index_select(0, index), self.residual.index_select(0, index)
 
     def update(self, rows: Rows, x: Tensor, product: Tensor | None = None) -> None:
-        """Takes `x` (len(rows), n) as the solution of those rows for which it is better.
+        """Takes `x` (len(rows), n), rounded as it would be returned, as the solution of those rows for which it is
+        better.
 
-        `product` is that of the operator with `x`; without it this costs one product a row.
+        `product` is that of the operator with `x`, which is so rounded then; without it this costs one product a row.
         """
         index = torch.from_numpy(rows).to(x.device)
+        x = self.system.rounded(x, index)
         residual = self.system.rhs.index_select(0, index) - (self.system.product(x) if product is None else product)
         norms: Floats = row_dots(residual, residual).sqrt().cpu().numpy()
         better = norms < self.norms[rows]  # false for NaN
@@ -87,17 +94,36 @@ class BestIterate:
             rows = self.unsolved()
             self.update(rows, self.system.flatten(state.solution)[torch.from_numpy(rows).to(self.solution.device)])
 
+    def check_symmetry(self, error: float) -> None:
+        """Takes note of what `check_pair` is about, if it is a number."""
+        if np.isfinite(error):
+            self.symmetry_error = max(error, self.symmetry_error or 0.0)
+            self.symmetric = self.symmetric and check_pair(self.system, error)
+
+    def _look_into_failures(self) -> None:
+        """Makes the reason NOT_FINITE where a row diverged without any gain and not even its first product, the one
+        with the right-hand side, is finite: a product that only such solves spend."""
+        diverged = np.array([reason == StopReason.DIVERGED for reason in self.stop_reasons])
+        failed = np.flatnonzero(diverged & (self.norms == self.rhs_norms))
+        if len(failed):
+            index = torch.from_numpy(failed).to(self.solution.device)
+            finite = self.system.product(self.system.rhs.index_select(0, index)).isfinite().all(dim=1).tolist()
+            for row in failed[~np.array(finite)]:
+                self.stop_reasons[row] = StopReason.NOT_FINITE
+
     def result(self, iterations: int, **more: Any) -> tuple[list[Tensor], SolveStats]:
         """The solution and its stats; `more` are fields of SolveStats that only the solver knows."""
+        self._look_into_failures()
         residuals = np.divide(self.norms, self.rhs_norms, out=np.zeros_like(self.norms), where=self.rhs_norms > 0)
         worst = int(residuals.argmax())
         stats = SolveStats(
             iterations=iterations,
             matvecs=self.system.matvecs,
             residual=float(residuals[worst]),
-            converged=len(self.unsolved()) == 0,
-            stop_reason=self.stop_reasons[worst],
+            converged=self.symmetric and len(self.unsolved()) == 0,
+            stop_reason=self.stop_reasons[worst] if self.symmetric else StopReason.NOT_SYMMETRIC,
             residuals=tuple(residuals.tolist()),
+            symmetry_error=self.symmetry_error,
             **more,
         )
         return self.system.unflatten(self.solution), stats

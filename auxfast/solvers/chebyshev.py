@@ -15,7 +15,7 @@ from auxfast.ops.krylov import linear_combination_, row_dots
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
-from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
+from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
 from auxfast.solvers.spectrum import SpectrumBounds
 
 # Residuals are compared in logarithms, with the fall that the bounds promise.
@@ -53,6 +53,7 @@ class Chebyshev(IterativeSolver):
 
     Raises:
         ValueError: a setting outside its range.
+        TypeError: a preconditioner that is none.
     """
 
     steps: int = 100
@@ -64,6 +65,7 @@ class Chebyshev(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_preconditioner(self.preconditioner)
         _check_bounds(self.bounds)
 
     def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Chebyshev(IterativeSolver):
             if cycle.grew and spectrum is not None and spectrum.should_retry():
                 rows = np.concatenate([rows, cycle.rows])
             elif cycle.grew:
-                for row in cycle.rows:
+                for row in np.intersect1d(cycle.rows, best.unsolved()):
                     best.stop_reasons[row] = StopReason.DIVERGED
         if spectrum is not None:
             spectrum.save(good=self.tol is None or not len(best.unsolved()))

@@ -42,10 +42,12 @@ class _ConjugateGradient(Recurrence):
     def __init__(self, x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
         super().__init__(x, tolerances, precondition)
         self.r = residual
-        self.direction = self.p = precondition(self.r).clone() if precondition else self.r.clone()
+        self.z = precondition(self.r) if precondition else self.r
+        self.direction = self.p = self.z.clone()
         self.rz = self.scalars(row_dots(self.r, self.p))
         self.pp = self.scalars(row_dots(self.p, self.p))
         self.rr = self.scalars(row_dots(self.r, self.r))
+        self.first_pp, self.beta = self.pp, self.zero
         self.best_x, self.best_rr = x.clone(), self.rr
         self.largest = self.zero  # curvature seen
         self.last = self.zero  # beta / alpha of the step before
@@ -55,6 +57,9 @@ class _ConjugateGradient(Recurrence):
         xp, p, r = self.xp, self.p, self.r
         pap = self.scalars(row_dots(p, product))
         self._check_curvature(pap / self.pp)
+        if self.taken == 1:  # p0 . A p1, which is 0 but for p0 . A p1 - p1 . A p0; p1 = z + beta p0
+            difference = (pap - self.scalars(row_dots(self.z, product))) / self.beta
+            self.note_asymmetry(difference / (xp.sqrt(self.first_pp * self.pp) * self.largest))
 
         alpha = self.rz / pap
         rr = self.scalars(linear_combination_(r, [product], self.coefficients(self.one, -alpha)))
@@ -66,7 +71,7 @@ class _ConjugateGradient(Recurrence):
         rz = self.scalars(row_dots(r, z)) if self.precondition else rr
         beta = rz / self.rz
         self.record(1 / alpha + self.last, xp.sqrt(beta) / alpha)
-        self.rz, self.last = rz, beta / alpha
+        self.z, self.rz, self.beta, self.last = z, rz, beta, beta / alpha
 
         self.stop(rr <= self.tolerances**2, REACHED)
         self.stop(~(rz > 0), BROKEN)  # a preconditioner that is not positive definite

@@ -19,6 +19,7 @@ from auxfast.solvers.base import (
 )
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import MAX_BATCH, LinearSystem
+from auxfast.solvers.symmetry import may_be_symmetric
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Dense:
     """Forms `H + damping I` from its products with the unit vectors, and inverts its eigenvalues, in float64.
 
     n parameters take n products, three matrices of `8 n^2` bytes (600 MB for 5000) and some `10 n^3` operations. The
-    matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. An operator that is not
-    symmetric by more shows in the residual.
+    matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. Where it is more, the stop
+    reason is `not symmetric`.
 
     **Singular H.** Eigenvalues within rounding, `sqrt(n) eps` of the largest, eps being that of the parameters' dtype,
     are left out: of the solutions of the smallest residual it is the shortest one (the pseudo-inverse's). Should that
@@ -61,11 +62,11 @@ class Dense:
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
         system = LinearSystem(matvec, rhs, self.damping, batched)
-        size = system.rhs.shape[1]
-        if size > self.max_size:
+        n = system.rhs.shape[1]
+        if n > self.max_size:
             raise ValueError(
-                f"Dense would form {size} x {size} numbers ({8 * size**2 / 1e9:.1f} GB), and its max_size is "
-                f"{self.max_size}: use MINRES(), which forms no matrix, or Dense(max_size={size})"
+                f"Dense would form {n} x {n} numbers ({8 * n**2 / 1e9:.1f} GB), and its max_size is "
+                f"{self.max_size}: use MINRES(), which forms no matrix, or Dense(max_size={n})"
             )
         best = BestIterate(system, self.tol)
         rows = best.unsolved()
@@ -75,8 +76,11 @@ class Dense:
         if not bool(matrix.isfinite().all()):
             best.set_stop_reason(StopReason.DIVERGED)
             return best.result(iterations=0)
+        size = float(torch.linalg.vector_norm(matrix))
+        best.symmetry_error = float(torch.linalg.vector_norm(matrix - matrix.T)) / size if size else 0.0
+        best.symmetric = may_be_symmetric(system, best.symmetry_error, None, matrix, matrix.T)
         values, vectors = torch.linalg.eigh((matrix + matrix.T).mul_(0.5))
-        rounding = size**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
+        rounding = n**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
         inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)
         x = ((best.current(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)
         best.update(rows, x.to(system.rhs.dtype))

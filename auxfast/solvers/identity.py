@@ -38,24 +38,26 @@ class Identity:
     ) -> tuple[list[Tensor], SolveStats]:
         """Solves `H x = rhs` in that approximation; see `Solver.solve`. `state` is left as it is: there is nothing to
         learn. Where the residual is not finite, x = 0 is returned, whose residual is 1, and `stop_reason` is
-        `diverged`.
+        `diverged`, or `not finite` if the product with `rhs` itself is not.
 
         Raises:
             ValueError: see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
         system = LinearSystem(matvec, rhs, 0.0, batched)
-        x = system.rhs * self.scale
+        x = system.rounded(system.rhs * self.scale, torch.arange(len(system.rhs), device=system.rhs.device))
         left = torch.linalg.vector_norm(system.rhs - system.product(x), dim=1, dtype=torch.float64)
-        residuals = torch.where(system.rhs_norms == 0, 0, left / system.rhs_norms)
+        norms = torch.from_numpy(system.rhs_norms).to(left.device)
+        residuals = torch.where(norms == 0, 0, left / norms)
         usable = residuals.isfinite() & x.isfinite().all(dim=1)
         x, residuals = torch.where(usable[:, None], x, 0), torch.where(usable, residuals, 1)
         worst = int(residuals.argmax())
         residual = float(residuals[worst])
         if not usable[worst]:
-            reason = StopReason.DIVERGED
+            finite = bool(system.product(system.rhs[worst : worst + 1]).isfinite().all())
+            reason = StopReason.DIVERGED if finite else StopReason.NOT_FINITE
         elif residual == 0:
-            reason = StopReason.CONVERGED if bool(system.rhs_norms[worst]) else StopReason.TRIVIAL
+            reason = StopReason.CONVERGED if system.rhs_norms[worst] else StopReason.TRIVIAL
         else:
             reason = StopReason.STEPS
         stats = SolveStats(

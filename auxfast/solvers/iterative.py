@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, check_damping, check_steps, check_tol
+from auxfast.solvers.base import Matvec, SolverState, SolveStats, check_damping, check_flag, check_steps, check_tol
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 
@@ -45,6 +45,7 @@ class IterativeSolver(ABC):
         check_steps("steps", self.steps)
         check_tol(self.tol)
         check_damping(self.damping)
+        check_flag("warm_start", self.warm_start)
 
     def solve(
         self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None

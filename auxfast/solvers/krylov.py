@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
-from auxfast.solvers.preconditioners import Apply, Preconditioner, prepare
+from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
 
 Scalars = Any
 """(k,), one number for each row: a NumPy array on a CPU, where that takes a third of torch's time for so few; a tensor
@@ -44,6 +45,8 @@ class Recurrence(ABC):
         status: (k,), RUNNING or why a row has stopped.
         active: (k,), whether a row is RUNNING.
         negative_curvature: (k,), whether any was met.
+        asymmetry: (k,), `|<v, H w> - <w, H v>|` for unit vectors in the span of the first two of the Krylov space,
+            relative to what is known of H by then; NaN for rows that had stopped; None before the second step.
     """
 
     direction: Tensor
@@ -63,6 +66,11 @@ class Recurrence(ABC):
         self._some_stopped = self.xp is not np  # known to the host without waiting; on a GPU some may have
         self.negative_curvature = ~self.active
         self.lanczos: list[tuple[Scalars, Scalars]] = []
+        self.taken = 0
+        self.asymmetry: Scalars | None = None
+
+    def note_asymmetry(self, value: Scalars) -> None:
+        self.asymmetry = self.xp.where(self.active, abs(value), self.xp.nan)
 
     @abstractmethod
     def step(self, product: Tensor) -> None:
@@ -105,11 +113,17 @@ class Recurrence(ABC):
                 product[active] = system.product(self.direction[active])
             with torch.no_grad(), np.errstate(all="ignore"):  # a division by 0 ends a row, and says so
                 self.step(product)
+            self.taken = step
             if step % self._check_every == 0 and self._some_stopped:
                 active = torch.as_tensor(self.active).nonzero()[:, 0]  # waits for the device
                 if not len(active):
                     break
         return step
+
+    def symmetry_error(self) -> float:
+        """The largest `asymmetry` of a row; nan if there is none."""
+        errors = [] if self.asymmetry is None else self.asymmetry.tolist()
+        return max(filter(math.isfinite, errors), default=math.nan)
 
     def largest_ritz_value(self) -> float | None:
         """The largest eigenvalue of the rows' Lanczos matrices: at most the largest of `H + damping I`."""
@@ -141,6 +155,7 @@ class KrylovSolver(IterativeSolver):
 
     Raises:
         ValueError: a setting outside its range.
+        TypeError: a preconditioner that is none.
     """
 
     steps: int = 100
@@ -148,6 +163,10 @@ class KrylovSolver(IterativeSolver):
     damping: float = 0.0
     warm_start: bool = False
     preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_preconditioner(self.preconditioner)
 
     @staticmethod
     @abstractmethod
@@ -168,6 +187,7 @@ class KrylovSolver(IterativeSolver):
             if largest is None and (ritz := cycle.largest_ritz_value()) is not None:
                 largest = ritz - self.damping
             negative_curvature |= bool(cycle.negative_curvature.any())
+            best.check_symmetry(cycle.symmetry_error())
             rows = _rows_to_restart(best, rows, before, cycle)
         return {
             "iterations": iterations,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,9 +25,13 @@ class LinearSystem:
     Flat rows make one operation of what would be one per parameter, for every solver but Neumann. They are float32 for
     parameters of a narrower dtype: the products then have the rounding of that dtype, and nothing else has.
 
+    Right-hand sides of a norm at which squares or products would soon underflow or overflow are scaled by powers of
+    two, and solutions back: all rows here are in that scale.
+
     Attributes:
         rhs: (k, n), a copy of the right-hand sides.
-        rhs_norms: (k,), float64.
+        rhs_norms: (k,), on the host.
+        dtype: that of the parameters.
         shapes: those of the parameters.
         damping: as given.
         matvecs: vectors multiplied so far.
@@ -38,30 +44,58 @@ class LinearSystem:
         check_rhs(rhs, batched)
         self._matvec = matvec
         self._batched = batched
-        self._dtype = rhs[0].dtype
+        self.dtype = rhs[0].dtype
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
         self._sizes = [shape.numel() for shape in self.shapes]
         self.damping = damping
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
+        self._scale: Tensor | None = None  # (k, 1), powers of two
         self.rhs = self.flatten(rhs)
-        self.rhs_norms = row_dots(self.rhs, self.rhs).sqrt()
-        if not bool(self.rhs_norms.isfinite().all()):
-            raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+        self.rhs_norms = self._norms()
+        limit = torch.finfo(self.dtype).max ** 0.25
+        if not ((self.rhs_norms > 1 / limit) & (self.rhs_norms < limit)).all() and self.rhs.numel():
+            largest = self.rhs.abs().amax(dim=1, keepdim=True)
+            if not bool(largest.isfinite().all()):
+                raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+            power = largest / (2 * torch.frexp(largest).mantissa)  # exact
+            self._scale = torch.where(largest > 0, power, 1)
+            self.rhs /= self._scale
+            self.rhs_norms = self._norms()
+
+    def _norms(self) -> npt.NDArray[np.float64]:
+        norms: npt.NDArray[np.float64] = row_dots(self.rhs, self.rhs).sqrt().cpu().numpy()
+        return norms
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows (k, n) of tensors like `rhs`, a copy without a graph."""
         rows = len(tensors[0]) if self._batched else 1
         flat = torch.cat([tensor.detach().reshape(rows, -1) for tensor in tensors], dim=1)
-        return flat.to(torch.promote_types(self._dtype, torch.float32))
+        flat = flat.to(torch.promote_types(self.dtype, torch.float32))
+        return flat if self._scale is None else flat / self._scale
 
     def unflatten(self, rows: Tensor) -> list[Tensor]:
         """The tensors like `rhs` of rows (k, n), views where they can be."""
+        rows = rows if self._scale is None else rows * self._scale
         return self._cut(rows if self._batched else rows[0], self._batched)
+
+    def rounded(self, rows: Tensor, index: Tensor) -> Tensor:
+        """The rows (m, n), for the right-hand sides in `index` (m,), as `unflatten` rounds them: what is certified is
+        what is returned."""
+        if self._scale is None:
+            return rows.to(self.dtype).to(rows.dtype)
+        scale = self._scale.index_select(0, index)
+        return (rows * scale).to(self.dtype).to(rows.dtype) / scale
+
+    def limits(self) -> list[float]:
+        """The largest entry that the solution to each row may have, not to overflow the dtype of the parameters."""
+        largest = torch.full((len(self.rhs), 1), torch.finfo(self.dtype).max, dtype=torch.float64)
+        limits: list[float] = (largest if self._scale is None else largest / self._scale.cpu())[:, 0].tolist()
+        return limits
 
     def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
         lead = rows.shape[:1] if batched else torch.Size()
-        pieces = rows.to(self._dtype).split(self._sizes, dim=-1)
+        pieces = rows.to(self.dtype).split(self._sizes, dim=-1)
         return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def product(self, rows: Tensor) -> Tensor:
@@ -74,7 +108,7 @@ class LinearSystem:
     def _calls(self, rows: Tensor) -> list[_Call]:
         """The calls that multiply `rows`. They hold views of them, so that a solver that goes on to write to the same
         rows needs no others."""
-        if self._last is None or self._last[0] is not rows or rows.dtype != self._dtype:
+        if self._last is None or self._last[0] is not rows or rows.dtype != self.dtype:
             calls: list[_Call] = []
             for part in rows.split(MAX_BATCH) if len(rows) else ():
                 if len(part) > 1:

@@ -64,7 +64,7 @@ class _MINRES(Recurrence):
         self.c, self.s = -self.one, self.zero
         self.dbar, self.epsilon = self.zero, self.zero  # this step's column has `epsilon_old`, the one before
         self.beta_ratio = self.zero  # beta / the beta before
-        self.largest = self.zero  # longest column of the tridiagonal matrix, at most |H|
+        self.largest = self.zero  # the longest column of the tridiagonal matrix, at most |H|
 
     def step(self, product: Tensor) -> None:
         alfa, z = self._lanczos(product)
@@ -94,9 +94,12 @@ class _MINRES(Recurrence):
         alfa = self.scalars(row_dots(self.v, product))
         coefficients = self.coefficients(self.one, -alfa / self.beta, -self.beta_ratio)
         squares = linear_combination_(product, [self.u, self.u_old], coefficients)
-        self.u, self.u_old = product, self.u
         z = self.precondition(product) if self.precondition else product
         beta = self.xp.sqrt(self.scalars(row_dots(product, z) if self.precondition else squares))
+        if self.taken == 1:  # the new u is orthogonal to the first v but for v1 . A v2 - v2 . A v1
+            difference = self.scalars(row_dots(self.u_old, z)) * self.beta_ratio / self.beta
+            self.note_asymmetry(difference / self.xp.maximum(self.largest, self.xp.hypot(alfa, beta)))
+        self.u, self.u_old = product, self.u
         self.record(alfa, beta)
         self.beta, self.beta_ratio = beta, beta / self.beta
         return alfa, z

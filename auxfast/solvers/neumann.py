@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_positive
+from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_flag, check_positive
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.linear_system import LinearSystem, check_rhs
-from auxfast.solvers.series import ListProducts, Products, RowProducts, Series, run, without_graph
+from auxfast.solvers.series import GROWTH, ListProducts, Products, RowProducts, Series, run, without_graph
 from auxfast.solvers.spectrum import SpectrumBounds
+
+_WORST_FIRST = (StopReason.NOT_FINITE, StopReason.DIVERGED, StopReason.STEPS, StopReason.TRIVIAL)
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,12 @@ class Neumann(IterativeSolver):
     **Growth.** The vector that the iteration carries is the exact residual of the sum without its last term. Once
     its norm grows it does so for ever (its squares are moments of `M^2`, hence log-convex). The sum is then cut where
     the norm was smallest, and summed once more up to there: rounding would spoil a way back. `stop_reason` is
-    `diverged`, and the residual is that of the sum returned, at most 1.
+    `diverged`. One product more, with the sum, tells its true residual, which is at most 1; if the last term was the
+    first to grow, the sum is returned without it.
 
-    **Which residual.** With `tol`, `warm_start` or `step_size="auto"`, one closing product a solve tells the true one
-    of what is returned. With none of them nothing is spent but `steps` products: this is Algorithm 2 as it stands, and
-    the figure is that of the sum without its last term. The term is kept, because it makes a better solution (by
-    the factor above, in every eigendirection). The figure is an upper bound then, wherever all eigenvalues are in
-    `[0, 2 / a]`; elsewhere it is one step behind.
+    **`certify=False`** is Algorithm 2 as it stands, for `steps` products and not one more: the sum is the whole one
+    however it grew, unless it overflowed, where x = 0 is returned. Its residual is not known: `residual` and
+    `residuals` are NaN, `converged` is False, and `diverged` still tells that the norm grew.
 
     **`step_size="auto"`** takes `2 / (1.1 largest + smallest)` of the extreme eigenvalues that 8 Lanczos steps find,
     and starts from the solution that they find as well: 9 products a right-hand side, on top of `steps`. `state`
@@ -49,9 +51,11 @@ class Neumann(IterativeSolver):
             and after every 8th on a GPU, where each reading waits for the device. `None`: always `steps` steps, unless
             the residual grows or is 0.
         damping, warm_start: see `IterativeSolver`.
+        certify: whether the residual is found, at one product.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: a setting outside its range; or `certify=False` with one that needs the residual: `tol`,
+            `warm_start`, or `step_size="auto"`.
     """
 
     steps: int = 20
@@ -59,11 +63,18 @@ class Neumann(IterativeSolver):
     tol: float | None = None
     damping: float = 0.0
     warm_start: bool = False
+    certify: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.step_size != "auto":
             check_positive('step_size, if it is not "auto",', self.step_size)
+        check_flag("certify", self.certify)
+        if not self.certify and (self.tol is not None or self.warm_start or self.step_size == "auto"):
+            raise ValueError(
+                f"certify=False goes with a fixed step_size, tol=None and warm_start=False, for all else needs the "
+                f"residual; not with step_size={self.step_size!r}, tol={self.tol!r}, warm_start={self.warm_start!r}"
+            )
 
     def solve(
         self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
@@ -74,46 +85,35 @@ class Neumann(IterativeSolver):
             ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides.
             RuntimeError: `matvec` returns other shapes, dtypes or devices than it was given.
         """
-        if self.step_size == "auto" or self.tol is not None or self.warm_start:
+        if self.certify:
             return super().solve(matvec, rhs, batched=batched, state=state)
-        if batched or self.damping:
+        assert self.step_size != "auto"
+        check_rhs(rhs, batched)
+        if batched or self.damping or torch.finfo(rhs[0].dtype).bits < 32:
             system = LinearSystem(matvec, rhs, self.damping, batched)
             series = [Series([b], self.step_size) for b in system.rhs]
-            stats = self._plain(series, RowProducts(system), self.step_size)
+            stats = self._sum(series, RowProducts(system), system.limits())
             return system.unflatten(torch.stack([s.p[0] for s in series])), stats
-        check_rhs(rhs)
         one = Series(without_graph(rhs), self.step_size)
-        stats = self._plain([one], ListProducts(matvec), self.step_size)
+        stats = self._sum([one], ListProducts(matvec), [torch.finfo(rhs[0].dtype).max])
         return one.p, stats
 
-    def _plain(self, series: Sequence[Series], products: Products, step_size: float) -> SolveStats:
-        """Runs Algorithm 2 as it stands, which leaves the solutions in `p`; the stats cost no further product."""
-        iterations = run(series, products, self.steps)
-        residuals, reasons = [], []
-        for s in series:
-            trivial = s.is_trivial()
-            if s.grew:
-                s.rewind(products)
-            s.finish()
-            residuals.append(0.0 if trivial else s.residual)
-            if trivial:
-                reasons.append(StopReason.TRIVIAL)
-            elif s.reached:
-                reasons.append(StopReason.CONVERGED)
-            else:
-                reasons.append(StopReason.DIVERGED if s.grew else StopReason.STEPS)
-        worst = residuals.index(max(residuals))
-        largest, negative = _curvature_of_growth([s.curvature for s in series], self.damping)
+    def _sum(self, series: Sequence[Series], products: Products, limits: Sequence[float]) -> SolveStats:
+        """Runs Algorithm 2 as it stands. The sums are left in `p`: zeros where an entry may exceed its limit."""
+        for _ in range(self.steps):
+            for s, product in zip(series, products(series), strict=True):
+                s.step(product)
+        reasons = [s.close(products, limit) for s, limit in zip(series, limits, strict=True)]
+        worst = min(reasons, key=_WORST_FIRST.index)
+        residuals = tuple(0.0 if reason == StopReason.TRIVIAL else math.nan for reason in reasons)
         return SolveStats(
-            iterations=iterations,
+            iterations=self.steps,
             matvecs=products.matvecs,
-            residual=residuals[worst],
-            converged=residuals[worst] == 0,
-            stop_reason=reasons[worst],
-            step_size=step_size,
-            largest_eigenvalue=largest,
-            negative_curvature=negative,
-            residuals=tuple(residuals),
+            residual=residuals[reasons.index(worst)],
+            converged=worst == StopReason.TRIVIAL,
+            stop_reason=worst,
+            step_size=None if self.step_size == "auto" else self.step_size,
+            residuals=residuals,
         )
 
     def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
@@ -132,8 +132,8 @@ class Neumann(IterativeSolver):
             assert step_size is not None
             before = best.norms[rows]
             x, residual = best.current(rows)
-            rounding = torch.finfo(residual.dtype).eps * before if self.tol else 0
-            tolerances = np.maximum(best.tolerances[rows], rounding).tolist()
+            rounding = torch.finfo(residual.dtype).eps * before
+            tolerances = np.maximum(best.tolerances[rows], rounding if self.tol else 0).tolist()
             cycle = [Series([r], step_size, tolerance) for r, tolerance in zip(residual, tolerances, strict=True)]
             iterations += run(cycle, products, self.steps - iterations)
             again = spectrum is not None and any(s.grew for s in cycle) and spectrum.should_retry()
@@ -144,6 +144,7 @@ class Neumann(IterativeSolver):
                     s.p[0] -= s.v[0]  # the residual of `p - v` is known to be little above the best, and not that of p
                 s.finish()
             best.update(rows, x + torch.stack([s.p[0] for s in cycle]))
+            _leave_out_a_last_term_that_grew(best, rows, x, cycle, rounding)
             rows = _rows_to_restart(best, rows, before, cycle, again)
             curvatures += [s.curvature for s in cycle]
         if spectrum is not None:
@@ -164,6 +165,26 @@ def _best_step(spectrum: SpectrumBounds) -> float:
     if spectrum.largest > 0:
         return 2 / (spectrum.upper + max(spectrum.smallest, 0.0))
     return -1 / spectrum.smallest if spectrum.smallest < 0 else 1.0  # no step converges: this one does little harm
+
+
+def _leave_out_a_last_term_that_grew(
+    best: BestIterate, rows: Rows, x: Tensor, cycle: Sequence[Series], rounding: Floats
+) -> None:
+    """Tries the sums without their last terms, of which the series knows the residuals, where only the closing product
+    has shown a larger one. That may also be rounding of the product; then they are hardly better.
+
+    Args:
+        rows: (k,); `x` (k, n) is where their cycles began.
+        rounding: (k,), norms of which nothing can be told.
+    """
+    known = np.maximum([s.norm for s in cycle], 10 * rounding)
+    late = np.flatnonzero(~np.array([s.grew for s in cycle]) & (best.norms[rows] > GROWTH * known))
+    if not len(late):
+        return
+    grown = best.norms[rows[late]]
+    best.update(rows[late], torch.stack([x[i] + (cycle[i].p[0] - cycle[i].v[0]) for i in late.tolist()]))
+    for i, norm in zip(late.tolist(), grown, strict=True):
+        cycle[i].grew = bool(GROWTH * best.norms[rows[i]] < norm and best.norms[rows[i]] < 1.01 * known[i])
 
 
 def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Sequence[Series], again: bool) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import prepare, private_generator
+from auxfast.solvers.symmetry import may_be_symmetric
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LowRank:
         inverts_rest: whether a solution has `rest^-1` across the span; else it has 0 there, as a pseudo-inverse.
         largest_eigenvalue: an estimate from below of the largest eigenvalue of H.
         negative_curvature: whether the sketch shows a negative eigenvalue of A.
+        symmetry_error, symmetric: see `may_be_symmetric`.
     """
 
     basis: Tensor
@@ -49,6 +51,8 @@ class LowRank:
     inverts_rest: bool
     largest_eigenvalue: float
     negative_curvature: bool
+    symmetry_error: float = 0.0
+    symmetric: bool = True
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(k, n) -> (k, n)"""
@@ -122,13 +126,17 @@ class Nystrom:
             for row in rows:
                 best.stop_reasons[row] = StopReason.DIVERGED
             return best.result(0)
+        best.symmetry_error, best.symmetric = inverse.symmetry_error, inverse.symmetric
         _, b = best.current(rows)
-        x = inverse.solve(b)
+        index = torch.from_numpy(rows).to(b.device)
+        x = system.rounded(inverse.solve(b), index)
         product = system.product(x)
         scale = row_dots(product, b) / row_dots(product, product)  # this factor makes the residual smallest
         # Below 0.5, x = 0 would be better than x; below 0, a better solution would point the other way.
         scale = torch.where(scale < 0.5, scale.clamp(min=0), 1).to(x.dtype)[:, None]
-        best.update(rows, scale * x, scale * product)
+        x = scale * x
+        exact = torch.equal(system.rounded(x, index), x)
+        best.update(rows, x, scale * product if exact else None)
         return best.result(
             0, largest_eigenvalue=inverse.largest_eigenvalue, negative_curvature=inverse.negative_curvature
         )
@@ -150,14 +158,20 @@ class Nystrom:
         core = (tests @ image.T).double()  # (m, m)
         if not bool(core.isfinite().all()):
             return None
+        norm, asymmetry = (float(torch.linalg.vector_norm(t, dtype=core.dtype)) for t in (image, core - core.T))
+        error = asymmetry / norm if norm else 0.0
+        symmetric = may_be_symmetric(system, error, tests, image, core)
         # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
         # symmetric.
-        rounding = (
-            torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * torch.linalg.vector_norm(image, dtype=core.dtype)
-        )
-        noise = max(float(rounding), float(torch.linalg.vector_norm(core - core.T)), sys.float_info.min)
+        noise = max(torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * norm, asymmetry, sys.float_info.min)
+        inverse = self._inverse(system, tests, image, core, noise)
+        return replace(inverse, symmetry_error=error, symmetric=symmetric)
+
+    def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:
+        """The inverse from the products `image` (m, n), overwritten, with `tests` (m, n), and their `core` (m, m)."""
+        dtype = image.dtype
         lowest = float(torch.linalg.eigvalsh((core + core.T) / 2)[0])  # a Rayleigh quotient of H + damping I
-        if len(tests) == size:
+        if len(tests) == image.shape[1]:
             return _indefinite(tests, image, system.damping, lowest, noise)
         image.sub_(tests, alpha=system.damping)  # H alone is nearer to low rank
         if lowest < system.damping - noise:

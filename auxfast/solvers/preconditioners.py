@@ -31,6 +31,14 @@ class Preconditioner(Protocol):
         ...
 
 
+def check_preconditioner(given: object) -> None:
+    """Raises TypeError where this is neither None nor a preconditioner, and says what would be."""
+    if isinstance(given, type) and hasattr(given, "build"):
+        raise TypeError(f"preconditioner must be a preconditioner and not its class: write {given.__name__}()")
+    if given is not None and not (callable(getattr(given, "build", None)) and hasattr(given, "refresh")):
+        raise TypeError(f"preconditioner must be None or a preconditioner, such as Jacobi(), not {given!r}")
+
+
 def prepare(preconditioner: Preconditioner | None, system: LinearSystem, state: SolverState | None) -> Apply | None:
     """The result of `preconditioner.build(system)`, or that of an earlier solve in `state` as long as it fits.
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.neumann import neumann_step_, squared_norm
-from auxfast.solvers.base import Matvec
+from auxfast.solvers.base import Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
 
-_GROWTH = 1.002  # factor by which a squared norm must rise to count as growing: less may be rounding
+GROWTH = 1.002  # factor by which a squared norm must rise to count as growing: less may be rounding
 
 
 class Products(Protocol):
@@ -50,13 +50,21 @@ class RowProducts:
 
     def __init__(self, system: LinearSystem) -> None:
         self._system = system
+        self._alone: tuple[Tensor, Tensor] | None = None  # v of a series that was alone, and its view as one row
 
     @property
     def matvecs(self) -> int:
         return self._system.matvecs
 
     def __call__(self, series: Sequence[Series]) -> list[list[Tensor]]:
-        return [[row] for row in self._system.product(torch.stack([s.v[0] for s in series]))]
+        vectors = [s.v[0] for s in series]
+        if len(vectors) > 1:
+            rows = torch.stack(vectors)
+        else:  # the same view each time, for which the system keeps what it made of it
+            if self._alone is None or self._alone[0] is not vectors[0]:
+                self._alone = vectors[0], vectors[0][None]
+            rows = self._alone[1]
+        return [[row] for row in self._system.product(rows)]
 
 
 class Series:
@@ -92,9 +100,8 @@ class Series:
 
     def _begin(self) -> None:
         self.v, self.p = ([torch.zeros_like(tensor) for tensor in self.start] for _ in range(2))
-        self._pending = [
-            neumann_step_(self.v, self.start, self.p, -self._step_size)
-        ]  # v and p are zeros, so both become a b
+        first = neumann_step_(self.v, self.start, self.p, -self._step_size)  # v and p are zeros: both become a b
+        self._pending = [first]
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._pending.append(neumann_step_(self.v, product, self.p, self._step_size))
@@ -105,7 +112,7 @@ class Series:
         self._read_pending()
         last, a = self.squares[-1], self._step_size
         self.reached = last <= self._smallest_square
-        self.grew = not (self.reached or last <= _GROWTH * self.squares[self.best] < math.inf)  # a NaN has grown too
+        self.grew = not (self.reached or last <= GROWTH * self.squares[self.best] < math.inf)  # a NaN has grown too
         if self.grew and math.isfinite(last):
             before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
             slope = (before - last) / (2 * a) + a / 2 * squared_norm(product).item()  # w . A w
@@ -121,24 +128,32 @@ class Series:
             if square < self.squares[self.best]:
                 self.best = len(self.squares) - 1
 
-    def is_trivial(self) -> bool:
-        """Whether b is 0. If only `a b` underflows to 0, this has not converged, and if only `a b` overflows, it grew.
+    @property
+    def norm(self) -> float:
+        """`||b - A (p - v)||`, after the steps whose norms were read."""
+        return math.sqrt(self.squares[-1]) / self._step_size
+
+    def close(self, products: Products, limit: float) -> StopReason:
+        """Says how the steps went, whose norms were not read, and makes `p` 0 where an entry may exceed the limit.
 
         Raises:
             ValueError: b is not finite.
         """
-        if 0 < self.squares[0] < math.inf:
-            return False
-        square = squared_norm(self.start).item()
-        if not math.isfinite(square):
-            raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
-        self.grew, self.reached = square > 0 and self.squares[0] != 0, False
-        return square == 0
-
-    @property
-    def residual(self) -> float:
-        """`||b - A (p - v)|| / ||b||`, after the steps whose norms were read; 1 for `p = 0`, or `a b = 0`."""
-        return math.sqrt(self.squares[-1] / self.squares[0]) if len(self.squares) > 1 and self.squares[0] else 1.0
+        self._read_pending()
+        if not 0 < self.squares[0] < math.inf:
+            if not all(bool(tensor.isfinite().all()) for tensor in self.start):
+                raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+            if not any(bool(tensor.any()) for tensor in self.start):
+                self._reset()
+                return StopReason.TRIVIAL
+        if not sum(map(math.sqrt, self.squares)) <= limit:
+            self._reset()
+            largest = max(float(tensor.abs().max()) for tensor in self.start if tensor.numel())
+            self.v = [tensor / largest for tensor in self.start]
+            (product,) = products([self])
+            finite = all(bool(tensor.isfinite().all()) for tensor in product)
+            return StopReason.DIVERGED if finite else StopReason.NOT_FINITE
+        return StopReason.STEPS if self.squares[-1] <= GROWTH * min(self.squares) else StopReason.DIVERGED
 
     def rewind(self, products: Products) -> None:
         """Makes `p` the solution of the smallest residual, by summing the series once more up to there: taking away

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import SolverState
+from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import BestIterate, Rows
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply
@@ -71,7 +71,10 @@ class SpectrumBounds:
         space = lanczos(self._best.system, residual, _LANCZOS_STEPS, self._precondition)
         self._best.update(rows, x + space.correction)
         if math.isnan(space.smallest):
+            for row in rows:
+                self._best.stop_reasons[row] = StopReason.DIVERGED
             return rows[:0]
+        self._best.check_symmetry(space.symmetry_error)
         self.smallest, self.largest, self._known = space.smallest, space.largest, True
         rounding = 10 * torch.finfo(residual.dtype).eps * max(-space.smallest, space.largest)
         self.indefinite |= space.smallest < -rounding
@@ -101,12 +104,15 @@ class KrylovSpace:
         largest: the largest Ritz value, at most the largest eigenvalue.
         correction: (k, n), what to add to each solution, the best in its Krylov space; zeros where that would not help.
         residual: (k, n), the residuals after that.
+        symmetry_error: `|<v, H w> - <w, H v>|` for the first two basis vectors v and w, relative to the largest modulus
+            of a Ritz value; nan if there is no second.
     """
 
     smallest: float
     largest: float
     correction: Tensor
     residual: Tensor
+    symmetry_error: float
 
 
 def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
@@ -126,8 +132,8 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
     rows, size = residual.shape
     basis = residual.new_zeros(rows, steps + 1, size)  # orthonormal (in the preconditioner's inner product)
     images = basis if precondition is None else torch.zeros_like(basis)
-    coefficients = torch.zeros(2, steps + 1, rows, dtype=torch.float64, device=residual.device)
-    diagonal, beside = coefficients
+    coefficients = torch.zeros(3, steps + 1, rows, dtype=torch.float64, device=residual.device)
+    diagonal, beside, above = coefficients
 
     def norm_and_image(vector: Tensor) -> tuple[Tensor, Tensor]:
         """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
@@ -150,6 +156,8 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
             overlap = images[:, : j + 1] @ vector[..., None]  # (k, j + 1, 1)
             vector = vector - (basis[:, : j + 1].mT @ overlap)[..., 0]
             diagonal[j] += overlap[:, j, 0]
+            if j == 1:
+                above[1] += overlap[:, 0, 0]
         append(j + 1, vector, negligible)
         if residual.device.type == "cpu" and not beside[j + 1].any():
             break
@@ -157,7 +165,12 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
 
 
 def _solve(
-    residual: Tensor, basis: Tensor, images: Tensor, diagonal: list[list[float]], beside: list[list[float]]
+    residual: Tensor,
+    basis: Tensor,
+    images: Tensor,
+    diagonal: list[list[float]],
+    beside: list[list[float]],
+    above: list[list[float]],
 ) -> KrylovSpace:
     """The eigenvalues of each row's tridiagonal matrix, and the solution of its least-squares problem.
 
@@ -165,10 +178,11 @@ def _solve(
         residual: (k, n).
         basis, images: (k, steps + 1, n), see `lanczos`.
         diagonal, beside: [steps + 1][k], the tridiagonal matrices; `beside[0]` holds the norms of the residuals.
+        above: [steps + 1][k]; entry 1 is that of `beside` if the operator is symmetric.
     """
     rows, vectors, _ = basis.shape
     small = torch.zeros(2, rows, vectors, dtype=torch.float64)
-    ritz = []
+    ritz, errors = [], []
     for row in range(rows):
         a, b = torch.tensor([[line[row] for line in lines] for lines in (diagonal, beside)], dtype=torch.float64)
         usable = (b[:-1] > 0) & a[:-1].isfinite()
@@ -178,6 +192,8 @@ def _solve(
             continue
         matrix = torch.diag(a[:steps]) + torch.diag(b[1:steps], 1) + torch.diag(b[1:steps], -1)
         ritz.append(torch.linalg.eigvalsh(matrix))
+        if steps > 1:
+            errors.append(abs(above[1][row] - beside[1][row]) / float(ritz[-1].abs().max()))
         extended = torch.cat([matrix, torch.zeros(1, steps, dtype=torch.float64)])  # (steps + 1, steps)
         extended[steps, steps - 1] = b[steps]
         start = small[1, row, : steps + 1].clone()
@@ -194,4 +210,5 @@ def _solve(
         float(values.max()),
         torch.where(helps, correction, 0),
         torch.where(helps, remaining, residual),
+        max(errors, default=math.nan),
     )

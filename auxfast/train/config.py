@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from auxfast.solvers import Solver
+from auxfast.solvers.base import check_solver
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
@@ -70,6 +71,10 @@ class TrainConfig:
         for name in ("max_inner_grad_norm", "max_outer_grad_norm"):
             if getattr(self, name) is not None:
                 _check_number(f"train.{name}", getattr(self, name), above=True)
+        try:
+            check_solver(self.solver, "train.solver")
+        except TypeError as error:
+            raise ValueError(str(error)) from error
         check_optimizer("train.inner_optimizer", self.inner_optimizer)
         check_optimizer("train.outer_optimizer", self.outer_optimizer)
         if self.inner_scheduler is not None:

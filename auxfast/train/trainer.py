@@ -34,7 +34,7 @@ class OuterRecord(NamedTuple):
     main_loss: float | None  # mean over the samples of the training batch that have it; None if none has
     outer_loss: float | None
     validation_score: float | None  # measured after the inner steps, with early stopping only
-    residual: float | None  # relative residual of the linear system behind the hypergradient
+    residual: float | None  # relative residual of the linear system behind the hypergradient; None if not certified
     matvecs: int | None  # Hessian-vector products of the outer step
     loss_weights: tuple[float, ...]  # d (training loss) / d (mean of loss j): see TrainingLoss.mean_weights
     phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or no combiner

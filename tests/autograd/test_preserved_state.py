@@ -236,6 +236,37 @@ def test_compiled_modules():
         assert not unchanged(names)
 
 
+class Counts(nn.Module):
+    """Changes one buffer in place and replaces another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("added", torch.zeros(1))
+        self.register_buffer("replaced", torch.zeros(1))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.added.add_(1)
+        self.replaced = self.replaced + 1
+        return self.norm(x) * self.added * self.replaced
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(4, 3))])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript(make):
+    net, x = nn.Sequential(make(Counts())), torch.randn(4, 3)
+    names = ("0.added", "0.replaced", "0.norm.running_mean", "0.norm.num_batches_tracked")
+    for _ in range(3):  # TorchScript optimises what runs again
+        unchanged = Unchanged(net)
+        with preserved_state():
+            net(x)
+            assert not unchanged(names)
+            net(x)
+        assert unchanged(names)
+        net(x)
+        assert not unchanged(names)
+
+
 def test_lazy_modules_and_buffers_with_gradients_are_left_alone():
     lazy = nn.LazyBatchNorm1d()
     with preserved_state():

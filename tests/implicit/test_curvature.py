@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from auxfast import _native
 from auxfast.implicit import hypergradient
@@ -226,6 +227,93 @@ def test_operators_without_a_double_backward_are_named():
     logits = torch.randn(10, 2, 5, requires_grad=True)
     targets = torch.randint(1, 5, (2, 3))
     refused(F.ctc_loss(logits.log_softmax(-1), targets, [10, 10], [3, 3]), [logits], "CtcLossBackward0")
+    bag = nn.EmbeddingBag(5, 2)
+    refused(bag(torch.tensor([[0, 3]])).pow(4).sum(), [bag.weight], "EmbeddingBagBackward0")
+    x, y = torch.randn(2, 3, 4, requires_grad=True)
+    refused(torch.cdist(x, y).sum() + x.pow(4).sum(), [x, y], "CdistBackward0")
+
+
+class Block(nn.Module):
+    """Pre-normalised attention and a gated network, both added to what comes in, as in Llama."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.RMSNorm(size), nn.RMSNorm(size)])
+        self.qkv, self.out, self.gate, self.up = (nn.Linear(size, n) for n in (3 * size, size, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x))[:, None].chunk(3, dim=-1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        h = self.norms[1](x)
+        return x + F.silu(self.gate(h)) * self.up(h)
+
+
+def test_only_the_operators_without_second_derivatives_are_named():
+    torch.manual_seed(0)
+    net, words = nn.Sequential(nn.Embedding(7, 8), Block(8), Block(8)), torch.randint(7, (2, 3))
+    q = torch.randn(1, 2, 4, 4, requires_grad=True)
+    added = q + F.scaled_dot_product_attention(q, q, q) + q
+    for loss, params in ((net(words).square().mean(), [*net.parameters()]), (added.sum() ** 2, [q])):
+        refused(loss, params, "ScaledDotProductFlashAttentionForCpuBackward0")
+    bag, logits = nn.EmbeddingBag(5, 4), torch.randn(3, 4, requires_grad=True)
+    margin = F.multi_margin_loss(bag(torch.tensor([[0], [1], [2]])) + logits, torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="through MultiMarginLossBackward0, which has no second"):
+        hypergradient(logits.sum(), margin + logits.square().sum(), [logits], [bag.weight])
+
+
+@pytest.mark.parametrize(
+    ("loss", "way_out"),
+    [
+        (lambda w: F.scaled_dot_product_attention(w[None], w[None], w[None]), r"Compute attention within torch"),
+        (lambda w: F.embedding_bag(torch.tensor([[0, 1]]), w[0]).exp(), r"Take torch\.nn\.Embedding, and the sum"),
+        (lambda w: torch.cdist(w, 2 * w + 1), "Compute distances as"),
+        (lambda w: F.multi_margin_loss(w[0], torch.tensor([0, 1])), "Pass inner_loss as a function"),
+    ],
+)
+def test_the_way_out_that_works_comes_first(loss, way_out):
+    w, phi = torch.randn(1, 2, 3, requires_grad=True), torch.ones(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"no second derivatives\. {way_out}.*finite-difference'\.$"):
+        hypergradient(w.sum(), loss(w).sum() + phi * w.square().sum(), [w], [phi])
+
+
+# ------------------------------------------------------------------------------------------- reentrant checkpoints
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+@pytest.mark.parametrize("curvature", ["hessian", "finite-difference"])
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpoints_are_refused(name, curvature, needs_gradient):
+    net, phi = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), torch.zeros(1, requires_grad=True)
+    x = torch.randn(5, 3, requires_grad=needs_gradient)
+
+    def loss(**options):
+        inside = checkpoint(net[:2], x, **options) if options else net[:2](x)
+        return net[2](inside).square().mean() + phi.exp() * sum(w.square().sum() for w in net.parameters())
+
+    def call(losses):
+        return hypergradient(**losses, inner_params=net.parameters(), outer_params=[phi], curvature=curvature).grads[0]
+
+    losses = {"outer_loss": loss, "inner_loss": loss}
+    expected = call(losses)
+    right, wrong = (lambda: loss(use_reentrant=False)), (lambda: loss(use_reentrant=True))
+    torch.testing.assert_close(call({**losses, name: right}), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match=f"{name} went through a reentrant.*pass use_reentrant=False"):
+        call({**losses, name: wrong})
+    if needs_gradient and (curvature == "hessian" or name == "outer_loss"):
+        with pytest.raises(RuntimeError, match=f"{name} went through a reentrant.*pass use_reentrant=False"):
+            call({**losses, name: wrong()})
+
+
+def test_modules_that_are_called_without_gradients_are_no_checkpoints():
+    teacher, w, phi = nn.Linear(3, 1), torch.ones(3, requires_grad=True), torch.zeros(1, requires_grad=True)
+
+    def inner():
+        with torch.no_grad():
+            target = teacher(torch.ones(1, 3))
+        return (w.sum() - target).square().sum() + phi.exp() * w.square().sum()
+
+    assert hypergradient(lambda: w.sum(), inner, [w], [phi]).grads[0].isfinite()
 
 
 # -------------------------------------------------------------------------------------------------- Gauss-Newton

@@ -38,8 +38,8 @@ def test_ridge_closed_form(native):
 def test_truncated_series_is_the_papers_algorithm_with_the_step_size():
     problem, steps, a = Ridge(), 3, 0.02
     hessian, w = problem.hessian(), problem.w.detach()
-    v = problem.outer_x.T @ (problem.outer_x @ w - problem.outer_y)
-    p = v
+    b = problem.outer_x.T @ (problem.outer_x @ w - problem.outer_y)
+    v = p = b
     for _ in range(steps):
         v = v - a * (hessian @ v)
         p = p + v
@@ -47,9 +47,9 @@ def test_truncated_series_is_the_papers_algorithm_with_the_step_size():
     args = (problem.outer_loss(), problem.inner_loss(), [problem.w], [problem.decay])
     result = hypergradient(*args, solver=Neumann(steps, a))
     torch.testing.assert_close(result.grads[0], wanted, rtol=1e-12, atol=1e-12)
-    residual = (v.norm() / (problem.outer_x.T @ (problem.outer_x @ w - problem.outer_y)).norm()).item()
+    residual = ((b - a * (hessian @ p)).norm() / b.norm()).item()
     assert result.stats.residual == pytest.approx(residual, rel=1e-12)
-    assert (result.stats.matvecs, result.stats.step_size) == (steps, a)
+    assert (result.stats.matvecs, result.stats.step_size) == (steps + 1, a)
 
 
 def test_identity():

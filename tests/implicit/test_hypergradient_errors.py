@@ -53,13 +53,61 @@ def test_freed_graphs(name):
         call(**{name: used})
 
 
-def test_other_errors_of_autograd_pass_unchanged():
-    problem = Ridge()
-    outer, inner = problem.outer_loss(), problem.inner_loss()
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_graphs_from_before_the_inner_step(name):
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    losses = {"outer_loss": lambda: w.square().sum(), "inner_loss": lambda: (phi * w.square()).sum()}
+    losses[name] = losses[name]()
     with torch.no_grad():
-        problem.w.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        hypergradient(outer, inner, [problem.w], [problem.decay], solver=SOLVER)
+        w.add_(1)
+    with pytest.raises(RuntimeError, match=f"{name} was computed before the inner step.* Compute {name} anew") as info:
+        hypergradient(**losses, inner_params=[w], outer_params=[phi], solver=SOLVER)
+    assert "modified by an inplace operation" in str(info.value)
+
+
+def test_a_graph_that_changes_before_a_product():
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+
+    class Changes(Neumann):
+        def solve(self, matvec, rhs, **options):
+            with torch.no_grad():
+                phi.add_(1)
+            return super().solve(matvec, rhs, **options)
+
+    with pytest.raises(RuntimeError, match="inner_loss was computed before the inner step"):
+        hypergradient(w.sum(), (phi * w).square().sum(), [w], [phi], solver=Changes(3, 0.1))
+
+
+def test_other_errors_of_autograd_pass_unchanged():
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    inner = (phi * w.square()).sum() + w.exp().mul_(2).sum()
+    with pytest.raises(RuntimeError, match=r"one of the variables needed.*which is output 0 of"):
+        hypergradient(w.sum(), inner, [w], [phi], solver=SOLVER)
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_several_losses_where_one_belongs(name):
+    with pytest.raises(TypeError, match=f"{name} must be .*, not a list of tensors: combine them into one"):
+        call(**{name: lambda problem: [problem.inner_loss(), problem.inner_loss()]})
+    both = Ridge()
+    losses = {"outer_loss": both.outer_loss, "inner_loss": both.inner_loss, name: lambda: [both.inner_loss()] * 2}
+    with pytest.raises(TypeError, match=f"{name} must be .*, not a list: combine them into one"):
+        hypergradient(**losses, inner_params=[both.w], outer_params=[both.decay])
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        inner = Ridge().inner_loss()
+    with pytest.raises(ValueError, match=r"inner_loss has no graph.*torch\.inference_mode\(\)"):
+        call(inner_loss=inner)
+    problem, normal = Ridge(), torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match=r"outer_loss has no graph.*torch\.inference_mode\(\)"), torch.inference_mode():
+        hypergradient(problem.outer_loss, problem.inner_loss, [normal], [problem.decay])
+    with torch.inference_mode():
+        made = torch.ones(3, requires_grad=True)
+    for name in ("inner_params", "outer_params"):
+        with pytest.raises(ValueError, match=f"{name}.* number 0 was made under .*: make it outside"):
+            call(**{name: [made]})
 
 
 @pytest.mark.parametrize("name", ["inner_params", "outer_params"])
@@ -72,6 +120,8 @@ def test_parameters_are_an_iterable_of_tensors(name):
         call(**{name: None})
     with pytest.raises(TypeError, match=f"{name} must hold tensors, but number 0 is a tuple"):
         call(**{name: lambda problem: nn.Linear(2, 2).named_parameters()})
+    with pytest.raises(TypeError, match=rf"{name}.*not a dict: pass its values\(\)"):
+        call(**{name: lambda problem: dict(nn.Linear(2, 2).named_parameters())})
     with pytest.raises(ValueError, match=f"{name} is empty"):
         call(**{name: iter(())})
     with pytest.raises(ValueError, match=f"{name} must hold real tensors, but number 0 is torch.complex64"):
@@ -100,14 +150,10 @@ def test_parameters_computed_from_one_another():
         hypergradient(unrolled.sum(), later.square().sum(), [unrolled], [later], solver=SOLVER)
 
 
-def test_inner_parameters_are_of_one_dtype_and_device():
-    def other(**kwargs):
-        return lambda problem: [problem.w, torch.ones(2, requires_grad=True, **kwargs)]
-
-    with pytest.raises(ValueError, match=r"inner_params must be of one dtype, not of torch.float32 and"):
-        call(inner_params=other(dtype=torch.float32))
+def test_inner_parameters_are_of_one_device():
+    elsewhere = torch.ones(2, requires_grad=True, device="meta")
     with pytest.raises(ValueError, match="inner_params must be of one device, not of cpu and meta"):
-        call(inner_params=other(dtype=torch.float64, device="meta"))
+        call(inner_params=lambda problem: [problem.w, elsewhere])
 
 
 def test_all_inner_parameters_frozen():
@@ -129,3 +175,16 @@ def test_a_compiled_inner_loss_is_refused_and_a_compiled_outer_loss_is_not():
         hypergradient(loss(w, phi), compiled(w, phi), [w], [phi], solver=SOLVER)
     result = hypergradient(compiled(w, phi.detach()), loss(w, phi), [w], [phi])
     assert bool(result.grads[0].any())
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
+def test_transforms_of_torch_func(name):
+    problem = Ridge()
+
+    def within(scale):
+        losses = {"outer_loss": problem.outer_loss(), "inner_loss": problem.inner_loss}
+        losses[name] = lambda: scale * problem.w.square().sum()
+        return hypergradient(**losses, inner_params=[problem.w], outer_params=[problem.decay]).grads[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"_loss cannot be used within a transform of torch\.func"):
+        torch.func.grad(within)(torch.ones(1, dtype=torch.float64))

@@ -227,6 +227,9 @@ def test_learns_a_better_weight_decay():
 
 def test_settings_are_checked():
     sgd = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=1.0)
+    lbfgs = torch.optim.LBFGS([torch.ones(1, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"optimizer must be one whose step\(\) needs no closure, not LBFGS"):
+        HyperOptimizer(lbfgs)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, not a list"):
         HyperOptimizer([], solver=Dense())
     with pytest.raises(ValueError, match="max_grad_norm must be a finite number above 0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from auxfast.implicit import auxiliary_usefulness, hypergradient
 from auxfast.solvers import Dense
@@ -161,3 +162,18 @@ def test_other_arguments_that_are_refused():
         )
     with pytest.raises(ValueError, match="params is empty"):
         auxiliary_usefulness(problem.outer(), problem.main(), problem.auxiliaries(), [])
+
+
+def test_one_tensor_for_the_parameters():
+    w = torch.ones(3, requires_grad=True)
+    with pytest.raises(TypeError, match="params must be an iterable of tensors, not a Tensor: pass a list"):
+        auxiliary_usefulness(w.sum(), w.square().sum(), [w.sum()], params=w)
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "main_loss", "aux_losses"])
+def test_reentrant_checkpoints_are_refused(name):
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    losses = {"outer_loss": w.sum(), "main_loss": w.square().sum(), "aux_losses": w.sum()[None]}
+    losses[name] = losses[name] + checkpoint(lambda x: (w * x).sum(), x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=f"{name} went through a reentrant"):
+        auxiliary_usefulness(**losses, params=[w])

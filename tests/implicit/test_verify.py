@@ -570,3 +570,11 @@ def test_losses_that_are_not_finite_or_not_the_same_twice():
 
 def test_it_is_public():
     assert auxfast.verify_hypergradient is verify_hypergradient
+
+
+@pytest.mark.parametrize("name", ["inner_params", "outer_params"])
+def test_parameters_given_as_one_tensor(name):
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    params = {"inner_params": [w], "outer_params": [phi], name: torch.ones(3, requires_grad=True)}
+    with pytest.raises(TypeError, match=f"{name} must be an iterable of tensors, not a Tensor: pass a list"):
+        verify_hypergradient(lambda: w.sum(), lambda: (phi * w * w).sum(), **params)

@@ -65,7 +65,7 @@ class Operator:
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         self.products += len(vectors[0])
-        return [vectors[0] @ self.matrix]
+        return [vectors[0] @ self.matrix.T]
 
 
 def with_eigenvalues(values: Tensor, dtype: torch.dtype = torch.float64, seed: int = 3) -> Tensor:

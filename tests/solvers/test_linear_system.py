@@ -46,9 +46,23 @@ def test_right_hand_sides_are_copied_without_a_graph():
 
 
 def test_norms_are_those_of_the_rows_in_float64():
-    rhs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e25, 0.0]])
+    linear = LinearSystem(lambda v: v, [torch.tensor([[3.0, 4.0], [3e5, 4e5]])], 0.0, batched=True)
+    assert linear.rhs_norms.tolist() == [5.0, 5e5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_extreme_norms_are_scaled_by_powers_of_two_and_back(dtype):
+    limits = torch.finfo(dtype)
+    rhs = torch.tensor([[3, 4], [0, 0], [limits.max, 1], [limits.smallest_normal, 0], [1, limits.tiny]], dtype=dtype)
     linear = LinearSystem(lambda v: v, [rhs], 0.0, batched=True)
-    torch.testing.assert_close(linear.rhs_norms, torch.tensor([5.0, 0.0, 1e25], dtype=torch.float64))
+    assert all(1 <= norm <= 5 for norm in linear.rhs_norms[[0, 2, 3, 4]])
+    assert linear.rhs_norms[1] == 0
+    assert torch.equal(linear.unflatten(linear.rhs)[0], rhs)
+    assert torch.equal(linear.flatten([rhs]), linear.rhs)
+    powers = (rhs[:, 0].double() / linear.rhs[:, 0].double())[[0, 2, 3, 4]].log2()
+    assert torch.equal(powers, powers.round())
+    assert torch.equal(linear.rounded(linear.rhs, torch.arange(5)), linear.rhs)
+    assert linear.rounded(4 * linear.rhs[2:3], torch.tensor([2])).isinf().any()
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])

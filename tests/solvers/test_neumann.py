@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,24 +22,98 @@ def series(matrix: Tensor, b: Tensor, step_size: float, terms: int) -> Tensor:
     return step_size * total
 
 
+@pytest.mark.parametrize("certify", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
-def test_is_the_truncated_series_in_true_scale(steps):
+def test_is_the_truncated_series_in_true_scale(steps, certify):
     system = symmetric()
-    x, stats = Neumann(steps, step_size=0.7).solve(system.matvec, system.rhs)
+    x, stats = Neumann(steps, step_size=0.7, certify=certify).solve(system.matvec, system.rhs)
     wanted = series(system.matrix, flat(system.rhs), 0.7, steps + 1)
     torch.testing.assert_close(flat(x), wanted, rtol=1e-12, atol=1e-13)
     assert [t.shape for t in x] == [b.shape for b in system.rhs]
-    assert (stats.iterations, stats.matvecs, system.products) == (steps, steps, steps)
+    assert (stats.iterations, stats.matvecs) == (steps, steps + certify)
+    assert system.products == stats.matvecs
     assert (stats.step_size, stats.stop_reason, stats.converged) == (0.7, "steps", False)
+    if certify:
+        assert stats.residual == pytest.approx(system.residual(x), rel=1e-12)
+    else:
+        assert math.isnan(stats.residual)
+        assert all(map(math.isnan, stats.residuals))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 30])
-def test_residual_is_that_of_the_sum_one_term_before(steps):
-    system = symmetric()
-    x, stats = Neumann(steps, step_size=0.7).solve(system.matvec, system.rhs)
-    before = cut(series(system.matrix, flat(system.rhs), 0.7, steps))
-    assert stats.residual == pytest.approx(system.residual(before), rel=1e-12)
-    assert system.residual(x) < stats.residual  # it contracts, so the figure is a bound for what is returned
+LATE_GROWTH = [
+    (1, [1.0, 1000.0], [1.0, 1e-4], 0.1),
+    (3, [0.9, 1000.0], [1.0, 1e-13], 1.01e-3),
+    (1, [1.0, -20.0], [1.0, 1e-3], 0.022),
+    (5, [0.5, 2.5], [1.0, 5e-3], 0.05),
+]
+
+
+@pytest.mark.parametrize(("steps", "eigenvalues", "b", "reached"), LATE_GROWTH)
+@pytest.mark.parametrize("tol", [None, 1e-9])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_last_term_that_only_the_closing_product_shows_to_grow_is_left_out(
+    steps, eigenvalues, b, reached, tol, batched, check_every
+):
+    """The residual fell to the last step, which made a larger one."""
+    operator, rhs = Operator(torch.diag(torch.tensor(eigenvalues).double())), torch.tensor(b).double()
+    rhs = torch.stack([torch.zeros(2).double(), rhs]) if batched else rhs
+    (x,), stats = Neumann(steps, 1.0, tol).solve(operator, [rhs], batched=batched)
+    x, rhs = (x[1], rhs[1]) if batched else (x, rhs)
+    assert stats.residual == pytest.approx(float((rhs - operator.matrix @ x).norm() / rhs.norm()), rel=1e-9)
+    assert stats.residual <= reached
+    assert (stats.stop_reason, stats.converged) == ("diverged", False)
+    assert stats.matvecs == operator.products == steps + 2
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_without_a_certificate_it_is_algorithm_2_as_it_stands(batched, check_every):
+    """Growth is told, and changes neither the sum nor the number of products."""
+    operator, b = Operator(with_eigenvalues(torch.linspace(0.1, 1, 12, dtype=torch.float64))), gaussian(2, 12)
+    rhs = torch.cat([b, torch.zeros(1, 12)]) if batched else b[0]
+    for step_size, reason in ((1.0, "steps"), (2.5, "diverged"), (1e4, "diverged")):
+        operator.products = 0
+        (x,), stats = Neumann(9, step_size, certify=False).solve(operator, [rhs], batched=batched)
+        for row, solution in zip(rhs, x, strict=True) if batched else [(rhs, x)]:
+            torch.testing.assert_close(solution, series(operator.matrix, row, step_size, 10))
+        assert (stats.stop_reason, stats.converged) == (reason, False)
+        assert stats.matvecs == operator.products == (27 if batched else 9)
+        assert [math.isnan(residual) for residual in stats.residuals] == ([True, True, False] if batched else [True])
+        assert math.isnan(stats.residual)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_certificate_nothing_is_returned_that_is_not_finite(dtype, damping):
+    for factor, step_size, reason in (
+        (3, 1e35, "diverged"),
+        (math.nan, 1.0, "not finite"),
+        (math.inf, 1, "not finite"),
+    ):
+        matvec = lambda v, factor=factor: [t * factor for t in v]  # noqa: E731
+        x, stats = Neumann(40, step_size, damping=damping, certify=False).solve(matvec, [torch.ones(9, dtype=dtype)])
+        assert not x[0].any()
+        assert (stats.stop_reason, stats.converged, stats.iterations) == (reason, False, 40)
+        assert math.isnan(stats.residual)
+
+
+@pytest.mark.parametrize("solver", [Neumann(3, 0.1), Neumann(3, 0.1, certify=False)])
+def test_zeros_and_what_is_not_finite_on_the_right_are_told_apart(solver):
+    x, stats = solver.solve(lambda v: [t * math.nan for t in v], [torch.zeros(3), torch.zeros(())])
+    assert (stats.residual, stats.converged, stats.stop_reason) == (0.0, True, "trivial")
+    assert not flat(x).any()
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="rhs is not finite"):
+            solver.solve(lambda v: v, [torch.tensor([1.0, value])])
+    for value in (1e-300, 1e-200, 1e200, 1e300):
+        x, stats = solver.solve(lambda v: v, [torch.tensor([0.0, value], dtype=torch.float64)])
+        assert flat(x).isfinite().all()
+        assert stats.stop_reason != "trivial"
+
+
+@pytest.mark.parametrize("settings", [{"tol": 1e-3}, {"warm_start": True}, {"step_size": "auto"}])
+def test_what_needs_the_residual_is_certified(settings):
+    with pytest.raises(ValueError, match=r"certify=False goes with a fixed step_size, tol=None and warm_start=False"):
+        Neumann(**{"steps": 3, "step_size": 0.1, "certify": False, **settings})
 
 
 @pytest.mark.parametrize("step_size", [0.5, 1.0, 1.5])
@@ -55,11 +131,11 @@ def test_converges_to_the_inverse_whatever_the_step_size(step_size):
 def test_tolerance_stops_at_the_first_step_that_meets_it():
     system = symmetric()
     x, stats = Neumann(1000, 1.0, tol=0.01).solve(system.matvec, system.rhs)
-    _, same = Neumann(stats.iterations, 1.0).solve(system.matvec, system.rhs)  # its figures are one term behind
-    _, before = Neumann(stats.iterations - 1, 1.0).solve(system.matvec, system.rhs)
-    assert same.residual <= 0.01 < before.residual
+    _, one_less = Neumann(stats.iterations - 1, 1.0).solve(system.matvec, system.rhs)
+    _, two_less = Neumann(stats.iterations - 2, 1.0).solve(system.matvec, system.rhs)
+    assert one_less.residual <= 0.01 < two_less.residual  # it knows the residual of the sum without its last term
     assert stats.residual == pytest.approx(system.residual(x), rel=1e-12)
-    assert stats.residual < same.residual
+    assert stats.residual < one_less.residual
 
 
 def test_tolerance_out_of_reach_is_not_called_convergence():
@@ -137,6 +213,8 @@ def test_a_flat_operator_is_not_divergence(dtype):
     _, stats = Neumann(3, 1.0).solve(lambda v: [torch.zeros_like(t) for t in v], [torch.rand(999).to(dtype)])
     assert stats.residual == pytest.approx(1)
     assert stats.stop_reason == "steps"
+    _, stats = Neumann(3, 1.0, certify=False).solve(lambda v: [0 * t for t in v], [torch.rand(999).to(dtype)])
+    assert stats.stop_reason == "steps"
 
 
 def test_matvec_may_record_graphs():
@@ -149,16 +227,17 @@ def test_matvec_may_record_graphs():
 
 def test_keeps_dense_layouts_and_accepts_others():
     b = [torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.ones(1).expand(6)]
-    x, _ = Neumann(30, 1.0).solve(lambda v: [0.5 * t.contiguous() for t in v], b)
+    x, _ = Neumann(30, 1.0, certify=False).solve(lambda v: [0.5 * t.contiguous() for t in v], b)
     torch.testing.assert_close(x, [2 * t for t in b])
     assert x[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_matvec_of_the_wrong_shape_is_named():
+    solver = Neumann(2, 1.0, certify=False)
     with pytest.raises(RuntimeError, match=r"hv\[0\].*shape"):
-        Neumann(2, 1.0).solve(lambda v: [v[0][:2]], [torch.ones(3)])
+        solver.solve(lambda v: [v[0][:2]], [torch.ones(3)])
     with pytest.raises(RuntimeError, match="one length"):
-        Neumann(2, 1.0).solve(lambda v: v[:1], [torch.ones(3), torch.ones(3)])
+        solver.solve(lambda v: v[:1], [torch.ones(3), torch.ones(3)])
 
 
 def test_defaults_work():

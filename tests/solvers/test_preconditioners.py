@@ -213,7 +213,7 @@ def test_an_operator_of_nan_has_no_preconditioner(probes):
         lambda v: [v[0] * torch.nan], [torch.ones(4)]
     )
     assert not x[0].any()
-    assert (stats.residual, stats.stop_reason) == (1, "diverged")
+    assert (stats.residual, stats.stop_reason) == (1, "not finite")
 
 
 def test_reproducible_and_without_a_trace_in_the_global_random_state():

@@ -190,6 +190,14 @@ def test_a_table_holds_everything(name):
     assert override(other, table) == config
 
 
+def test_the_solver_s_table_of_an_older_version_has_no_certify():
+    table = {"name": "Neumann", "steps": 3, "step_size": 0.05, "tol": None, "damping": 0.0, "warm_start": False}
+    assert override(CONFIG, {"train.solver": table}).train.solver == Neumann(3, 0.05)
+    changed = override(CONFIG, {"train.solver": {**table, "certify": False}})
+    assert changed.train.solver == Neumann(3, 0.05, certify=False)
+    assert to_table(changed)["train"]["solver"]["certify"] is False
+
+
 @pytest.mark.parametrize("preconditioner", [Jacobi(probes=4), Nystrom(rank=3), None])
 def test_a_table_holds_the_solver_s_preconditioner(preconditioner):
     config = train_config(solver=ConjugateGradient(preconditioner=preconditioner))

@@ -8,6 +8,7 @@ import torch
 from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
 from auxfast.solvers import Neumann
 from auxfast.train import Batch, Component, RunConfig, Trainer, make_training_loss, parse_method
+from auxfast.train.run import metrics_line
 from auxfast.train.training_loss import CombinedLoss, WeightedLoss
 from train.problems import Noisy, NoisyOptions, OneWeight, train_config
 
@@ -44,7 +45,7 @@ def test_the_combiner_learns_which_auxiliary_helps():
     assert helpful > main >= 0
     assert helpful > harmful >= 0
     assert records[0].phi == records[0].loss_weights == (1.0, 1.0, 1.0)  # before the first outer step
-    assert all(0 <= record.residual < 1e-1 and record.matvecs == 50 for record in records)
+    assert all(0 <= record.residual < 1e-1 and record.matvecs == 50 + 1 for record in records)
     assert all(record.inner_seconds > 0 and record.outer_seconds > 0 for record in records)
     assert trainer.task.score() > -0.5
 
@@ -230,6 +231,12 @@ def test_amp_runs_the_model_in_bfloat16_and_still_learns(method, amp):
     assert task.output == (torch.bfloat16 if amp else torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in task.model.parameters())
     assert task.validation_score() > 0.5 * before  # minus a squared error
+
+
+def test_a_residual_that_is_not_certified_is_recorded_as_none():
+    records = _trainer(_equal_weights(), learn=True, outer_steps=2, solver=Neumann(3, 0.05, certify=False)).run()
+    assert [(record.residual, record.matvecs) for record in records] == [(None, 3)] * 2
+    assert b'"residual": null' in metrics_line(records[0])
 
 
 # ------------------------------------------------------------------------------------------------------- loss weights

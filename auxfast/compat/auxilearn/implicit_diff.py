@@ -70,7 +70,7 @@ class Hypergrad:
         if self.scale == "exact":
             solver: Solver = Identity(self.learning_rate)
             if self.truncate_iter:
-                solver = Neumann(self.truncate_iter, self.learning_rate)
+                solver = Neumann(self.truncate_iter, self.learning_rate, certify=False)
             losses = loss_val, loss_train
             return list(hypergradient(*losses, inner, outer, solver=solver, state=self._state, retain_graph=True).grads)
         active = [phi for phi in outer if phi.requires_grad]
