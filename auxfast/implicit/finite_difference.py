@@ -50,8 +50,10 @@ class FiniteDifference:
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch, the same at each call.
-        params: tensors that it is differentiated in. Those that the gradient does not depend on are left out, which is
-            seen by moving all along a pseudo-random direction, the same in every call.
+        params: tensors that it is differentiated in. Those in which the gradient is constant, whatever `params` and
+            `outer_params` are, are left out. That is seen by moving all along a pseudo-random direction, the same in
+            every call.
+        outer_params: tensors for `mixed` to differentiate in.
 
     Attributes:
         operator_error: an estimate of the relative error of `H x` and of the mixed product with x, whichever is larger;
@@ -62,7 +64,9 @@ class FiniteDifference:
         ValueError: the loss depends on none of `params`.
     """
 
-    def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss_fns: Sequence[LossFn], params: Sequence[Tensor], outer_params: Sequence[Tensor] = ()
+    ) -> None:
         self._loss_fns = loss_fns
         before, self._eps = _gradient_and_precision(loss_fns, params)
         self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
@@ -72,7 +76,7 @@ class FiniteDifference:
         self.operator_error = 0.0
         self.disagrees = False
         check_connected("inner_loss", before)
-        self.in_system = self._which_vary(params, before)
+        self.in_system = self._which_vary(params, outer_params, before)
         self.params = list(compress(params, self.in_system))
         self._gradient = list(compress(before, self.in_system))
         self._sizes = self._scales(self.params)
@@ -122,10 +126,10 @@ class FiniteDifference:
             stats, problem = replace(stats, converged=False, stop_reason=StopReason.INEXACT), "inexact"
         return stats, "disagreement" if self.disagrees else problem
 
-    def _which_vary(self, params: Sequence[Tensor], before: _Grads) -> list[bool]:
+    def _which_vary(self, params: Sequence[Tensor], outer: Sequence[Tensor], before: _Grads) -> list[bool]:
         """Whether the gradient in each parameter varies where all are moved by a part of the size of each; and where
         that leaves some as they are, by a part of the largest size, and by all of it: a short move may be lost in
-        rounding."""
+        rounding. At last the outer parameters are moved."""
         used = [w for w, grad in zip(params, before, strict=True) if grad is not None]
         scales = self._scales(used)
         largest, generator = max(scales), torch.Generator().manual_seed(0)
@@ -138,8 +142,19 @@ class FiniteDifference:
                 if a is not None and b is not None and (attempt is scales or bool(b.isfinite().all())):
                     varies[i] |= not torch.equal(a, b)
             if sum(varies) == len(used):
-                break
-        return varies
+                return varies
+        if not outer:
+            return varies
+        outer_moves = [
+            s * torch.randn(phi.shape, generator=generator).to(phi)
+            for phi, s in zip(outer, self._scales(outer), strict=True)
+        ]
+        with _moved(outer, outer_moves, self._step):
+            after = mean_gradient(self._loss_fns, params)
+        return [
+            v or not (a is None or b is None or torch.equal(a, b))
+            for v, a, b in zip(varies, before, after, strict=True)
+        ]
 
     def _scales(self, params: Sequence[Tensor]) -> list[float]:
         """The root mean square of the elements of each, or a guess where all are 0."""

@@ -142,7 +142,7 @@ def hypergradient(
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
-        derivatives = _derivatives(curvature, given_inner, active_inner, retain_graph)
+        derivatives = _derivatives(curvature, given_inner, active_inner, active_outer, retain_graph)
         product = on_one_dtype(derivatives)
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
@@ -227,12 +227,16 @@ def _outer_gradient(
 
 
 def _derivatives(
-    name: str, inner: LossGraph | list[LossFn], params: Sequence[Tensor], retain_graph: bool
+    name: str,
+    inner: LossGraph | list[LossFn],
+    params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
+    retain_graph: bool,
 ) -> Hessian | MicroBatches | FiniteDifference:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":
-        return FiniteDifference(inner, params)
+        return FiniteDifference(inner, params, outer_params)
     kind = _RECORDED[name]
     if len(inner) == 1:
         return kind(inner[0](), params)
