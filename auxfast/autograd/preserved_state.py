@@ -158,33 +158,33 @@ class preserved_state(preserved_buffers):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        if not _moved(self._random):
-            return
         if not self._threads.may_have_used_torch():
             _restore(self._random)
-        elif self._warn:
+        elif self._warn and _differ(self._random, _random_states()):
             warnings.warn(_DRAWN_ELSEWHERE, RuntimeWarning, stacklevel=stacklevel())
 
     def replay(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """`function`, such that every call starts from the buffers and the random states of the first call, and draws
         the same dropout masks. The first call starts from the present random states and moves them on. If it does not,
         those that follow leave them to other threads."""
-        start: list[tuple[torch.Generator, Tensor]] = []
-        draws = False
+        ends: list[RandomStates] = []  # of the first call: before it, and after it
+
+        @functools.cache
+        def draws() -> bool:  # asked at the second call: many losses are called once, and a comparison takes 10 us
+            return _differ(*ends)
 
         @functools.wraps(function)
         def replayed() -> Result:
-            nonlocal draws
             with preserved_buffers(self._check):
-                if not start:
-                    start.extend(_random_states())
+                if not ends:
+                    start = _random_states()
                     result = function()
-                    draws = _moved(start)
+                    ends.extend([start, _random_states()])
                     return result
-                if not draws:
+                if not draws():
                     return function()
                 present = _random_states()
-                _restore(start)
+                _restore(ends[0])
                 try:
                     return function()
                 finally:
@@ -261,8 +261,9 @@ def _random_states() -> list[tuple[torch.Generator, Tensor]]:
     return [(generator, generator.get_state()) for generator in generators]
 
 
-def _moved(states: RandomStates) -> bool:
-    return any(not torch.equal(generator.get_state(), state) for generator, state in states)
+def _differ(before: RandomStates, after: RandomStates) -> bool:
+    pairs = zip(before, after, strict=False)  # a device may have been initialized between
+    return any(not torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
 def _restore(states: RandomStates) -> None:
