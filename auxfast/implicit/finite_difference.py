@@ -204,12 +204,6 @@ class FiniteDifference:
         block.rounding = max(block.rounding, self._eps * chosen.length)
         while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
             chosen = self._at(chosen.distance * chosen.rounding / start, direction)
-        while chosen.bend > max(self._allowed_bend, 4 * chosen.rounding):  # a kink, or there is more rounding
-            shorter = self._at(chosen.distance / _GROWTH, direction)
-            if shorter.second > chosen.second / 4:  # which does not depend on the distance
-                block.rounding = max(shorter.second, chosen.second)
-                break
-            chosen = shorter
         while chosen.rounding > self._best_error and chosen.distance < longest and growth >= 2:
             factor = min(growth, max(2, chosen.rounding / self._best_error))
             longer = self._at(min(longest, chosen.distance * factor), direction)
@@ -271,6 +265,10 @@ class FiniteDifference:
             best = min(best, last, key=lambda difference: difference.bend)
             if last.distance < self._eps * first.distance:  # none is finite
                 break
+        ratio = best.distance / first.distance
+        if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
+            direction.block.distance *= ratio
+            direction.block.relative_distance *= ratio
         while best.rounding > self._allowed_bend and _LENGTHENING * best.distance < self._longest(direction.block):
             longer = self._at(_LENGTHENING * best.distance, direction, outer_params)
             if not longer.bend < best.bend:
