@@ -16,7 +16,7 @@ from auxfast.autograd.double_backward import (
     without_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.autograd.graph import functions_of, graph_from, is_compiled
+from auxfast.autograd.graph import graph_from, is_compiled
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, add, check_connected
@@ -78,15 +78,14 @@ class Hessian:
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()
-        functions = functions_of(inner.nodes)
-        self.unproven = sorted({node.name() for node in unproven_functions(functions)})
-        if any(map(is_compiled, functions)):
+        self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
+        if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        with DetachedFunctionDetector(functions) as detached:
+        with DetachedFunctionDetector(inner.functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)

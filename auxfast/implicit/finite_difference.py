@@ -271,10 +271,6 @@ class FiniteDifference:
             best = min(best, last, key=lambda difference: difference.bend)
             if last.distance < self._eps * first.distance:  # none is finite
                 break
-        ratio = best.distance / first.distance
-        if best.bend > ratio / 2 * first.bend:  # it was no kink, and the next direction will bend as well
-            direction.block.distance *= ratio
-            direction.block.relative_distance *= ratio
         while best.rounding > self._allowed_bend and _LENGTHENING * best.distance < self._longest(direction.block):
             longer = self._at(_LENGTHENING * best.distance, direction, outer_params)
             if not longer.bend < best.bend:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.advice import found_nothing, missing_dependence, problem_of, warn_of
+from auxfast.implicit.advice import found_nothing, missing_dependence, no_more_than_identity, problem_of, warn_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.curvature import (
     Curvature,
     GaussNewton,
     Hessian,
     MicroBatches,
-    in_dtypes_of,
     in_widest_dtype,
     on_one_dtype,
 )
@@ -147,6 +146,7 @@ def hypergradient(
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
+        b: Sequence[Tensor] = ()
         solution: Sequence[Tensor] = ()
         stats, problem, direct_only = TRIVIAL, None, False
         if product.params:
@@ -154,15 +154,14 @@ def hypergradient(
             b = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
                 solution, stats = _solve(solver, product, b, state)
-                problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
+                problem = problem_of(solver, stats, product, b, direct_only)
                 mixed = product.mixed(solution, active_outer)
                 if isinstance(derivatives, FiniteDifference):
                     stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
                 elif not direct_only:
-                    along = in_dtypes_of(product.params, solution)
                     stats, problem = check_symmetry(
-                        stats, problem, state, given_inner, derivatives, product.params, along
+                        stats, problem, state, given_inner, derivatives, product.params, solution
                     )
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
@@ -172,7 +171,8 @@ def hypergradient(
         check_finite("The mixed second derivatives of inner_loss, in inner_params and outer_params,", mixed)
         check_finite("The hypergradients", grads)
     if warn:
-        warn_of(missing_dependence(direct, mixed) or problem, solver, state)
+        problem = missing_dependence(direct, mixed) or problem
+        warn_of(problem or no_more_than_identity(solver, stats, b, solution, state), solver, state)
     total = iter(grads)
     return HypergradientResult(
         tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer), stats, direct_only

@@ -65,6 +65,11 @@ class LossGraph:
     def nodes(self) -> set[Any]:
         return graph_from([self.loss.grad_fn])
 
+    @cached_property
+    def functions(self) -> list[Any]:
+        """The nodes that belong to a `torch.autograd.Function`."""
+        return functions_of(self.nodes)
+
     def gradient(
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor | None]:
@@ -95,7 +100,7 @@ class LossGraph:
     def refuse_reentrant_checkpoints(self) -> None:
         """Raises RuntimeError where a part of the graph is a checkpoint whose inside autograd does not see: gradients
         in its parameters would be left out without a word."""
-        if any(function_class(node) is CheckpointFunction for node in functions_of(self.nodes)):
+        if any(function_class(node) is CheckpointFunction for node in self.functions):
             raise RuntimeError(f"{self.name} {_REENTRANT}")
 
 

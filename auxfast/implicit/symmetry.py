@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 
 from torch import Tensor
 
-from auxfast.implicit.curvature import Hessian, MicroBatches
+from auxfast.implicit.curvature import Hessian, MicroBatches, in_dtypes_of
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
@@ -42,7 +43,7 @@ def check_symmetry(
         if stats.stop_reason is StopReason.TRIVIAL:
             return stats, problem
         differences = FiniteDifference(inner, params)
-        differences.mixed([x for x, used in zip(solution, differences.in_system, strict=True) if used], ())
+        differences.mixed(list(compress(in_dtypes_of(params, solution), differences.in_system)), ())
         known = differences.operator_error if differences.disagrees else 0.0
         if state is not None:
             state.symmetry_error = known
