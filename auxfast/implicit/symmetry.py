@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from auxfast.implicit.curvature import Hessian, MicroBatches
+from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
@@ -41,7 +42,10 @@ def check_symmetry(
     if known is None:
         if stats.stop_reason is StopReason.TRIVIAL:
             return stats, problem
-        differences = FiniteDifference(inner, params)
+        try:
+            differences = FiniteDifference(inner, params)
+        except NotFiniteError:  # second derivatives may be finite where the gradient is not, and nothing tells
+            return stats, problem
         differences.mixed([x for x, used in zip(solution, differences.in_system, strict=True) if used], ())
         known = differences.operator_error if differences.disagrees else 0.0
         if state is not None:
