@@ -18,6 +18,9 @@ from auxfast.solvers.linear_system import LinearSystem, check_rhs
 from auxfast.solvers.series import GROWTH, ListProducts, Products, RowProducts, Series, run, without_graph
 from auxfast.solvers.spectrum import SpectrumBounds
 
+_SERVED = 0.9
+"""The largest relative residual, where there is no tolerance, of eigenvalues that are kept: far too large ones, as one bad
+batch leaves them, show in nothing but a residual that stays where it is."""
 _WORST_FIRST = (StopReason.NOT_FINITE, StopReason.DIVERGED, StopReason.STEPS, StopReason.TRIVIAL)
 
 
@@ -42,7 +45,7 @@ class Neumann(IterativeSolver):
     **`step_size="auto"`** takes `2 / (1.1 largest + smallest)` of the extreme eigenvalues that 8 Lanczos steps find,
     and starts from the solution that they find as well: 9 products a right-hand side, on top of `steps`. `state`
     keeps the eigenvalues for the next solve. If the residual grows, they are estimated anew from there, once; so
-    they are in the next solve if this one misses its tolerance.
+    they are in the next solve if this one misses its tolerance (`None`: if it leaves a residual above 0.9).
 
     Args:
         steps: Hessian-vector products of the series at most (the paper's J), at least 1.
@@ -180,7 +183,8 @@ class Neumann(IterativeSolver):
             rows = _rows_to_restart(best, rows, before, cycle, again)
             curvatures += [s.curvature for s in cycle]
         if spectrum is not None:
-            spectrum.save(good=self.tol is None or not len(best.unsolved()))
+            limits = _SERVED * best.rhs_norms if self.tol is None else best.tolerances
+            spectrum.save(good=bool((best.norms <= limits).all()))
         largest, negative = _curvature_of_growth(curvatures, self.damping)
         if spectrum is not None:
             largest, negative = spectrum.largest_of_h, negative or spectrum.indefinite
