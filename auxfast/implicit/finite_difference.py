@@ -23,6 +23,7 @@ from auxfast.implicit.central_difference import (
     times,
 )
 from auxfast.implicit.curvature import Hessian, one_by_one
+from auxfast.implicit.finite import check_finite
 from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient
 from auxfast.solvers.base import SolveStats, StopReason
 
@@ -71,6 +72,7 @@ class FiniteDifference:
 
     Raises:
         ValueError: the loss depends on none of `params`.
+        NotFiniteError: NaN or inf in `params` or in the gradient.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class FiniteDifference:
         self.operator_error = 0.0
         self.disagrees = False
         check_connected("inner_loss", before)
+        check_finite("The gradients of inner_loss in inner_params", before)
+        check_finite("The inner_params", [w for w, grad in zip(params, before, strict=True) if grad is not None])
         self.in_system = self._which_vary(params, outer_params, before)
         self.params = list(compress(params, self.in_system))
         self._gradient = list(compress(before, self.in_system))

@@ -122,6 +122,8 @@ class HyperOptimizer:
         except NotFiniteError as error:
             return self._skip(before, _NOT_FINITE, str(error))
         if result.direct_only or math.isinf(result.stats.residual):
+            # What the solver has thrown away, such as eigenvalues that did not serve, would only fail again.
+            before = {name: None if vars(self.state)[name] is None else kept for name, kept in before.items()}
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None

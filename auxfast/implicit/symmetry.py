@@ -9,6 +9,7 @@ from itertools import compress
 from torch import Tensor
 
 from auxfast.implicit.curvature import Hessian, MicroBatches, in_dtypes_of
+from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
@@ -42,7 +43,10 @@ def check_symmetry(
     if known is None:
         if stats.stop_reason is StopReason.TRIVIAL:
             return stats, problem
-        differences = FiniteDifference(inner, params)
+        try:
+            differences = FiniteDifference(inner, params)
+        except NotFiniteError:  # second derivatives may be finite where the gradient is not, and nothing tells
+            return stats, problem
         differences.mixed(list(compress(in_dtypes_of(params, solution), differences.in_system)), ())
         known = differences.operator_error if differences.disagrees else 0.0
         if state is not None:

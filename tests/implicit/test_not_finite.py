@@ -92,6 +92,35 @@ def test_a_bad_batch_leaves_no_trace(solver: Solver, value: float, which: str):
     assert results[0][2] == results[1][2]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_bad_batch_leaves_no_trace_by_finite_differences(value: float, micro_batches: int):
+    problem = Problem()
+    before = problem.combiner.phi.detach().clone()
+    outer = HyperOptimizer(problem.adam, curvature="finite-difference", project=[problem.combiner], warn=False)
+    losses = [problem.inner_loss] * (micro_batches - 1) + [lambda: problem.inner_loss(value)]
+    stats = outer.step(problem.outer_loss, losses, problem.net.parameters())
+    assert stats.stop_reason == "not finite"
+    assert outer.skipped_steps == 1
+    assert torch.equal(problem.combiner.phi, before)
+    assert not problem.adam.state
+    with pytest.raises(NotFiniteError, match=r"The gradients of inner_loss in inner_params hold (NaN|inf)"):
+        hypergradient(
+            problem.outer_loss,
+            losses,
+            problem.net.parameters(),
+            [problem.combiner.phi],
+            curvature="finite-difference",
+        )
+
+
+def test_second_derivatives_are_not_compared_with_a_gradient_that_is_not_finite():
+    w, phi = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    outer = HyperOptimizer(torch.optim.SGD([phi], lr=1.0))
+    outer.step(lambda: w.sum(), lambda: (phi * w.square()).sum() + torch.inf * w.sum(), [w])
+    assert phi.isfinite().all()
+
+
 def test_skipped_steps_warn_once_where_the_step_was_called_and_are_saved():
     problem = Problem()
     outer = HyperOptimizer(problem.adam, project=[problem.combiner])

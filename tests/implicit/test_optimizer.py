@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from auxfast.implicit import HyperOptimizer, hypergradient
 from auxfast.nn import Combiner, LinearCombiner, NonlinearCombiner
-from auxfast.solvers import MINRES, ConjugateGradient, Jacobi, Neumann, Nystrom, SolveStats
+from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Jacobi, Neumann, Nystrom, SolveStats
 
 from .problems import Dense, Ridge
 
@@ -114,6 +114,16 @@ def test_a_solve_that_found_nothing_changes_nothing_and_says_so_once():
     assert torch.equal(problem.decay.detach(), before)
     assert optimizer.skipped_steps == 3
     assert not sgd.state
+
+
+@pytest.mark.parametrize("solver", [Neumann(), Chebyshev(steps=20)], ids=repr)
+def test_eigenvalues_of_a_wild_batch_do_not_end_all_steps(solver):
+    w, phi = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = HyperOptimizer(torch.optim.SGD([phi], lr=1e-3), solver=solver, warn=False)
+    for scale in (1.0, 1e20, 1.0, 1.0, 1.0):
+        stats = optimizer.step(w.sum(), scale * (phi * w.square()).sum(), [w])
+    assert optimizer.skipped_steps == 1
+    assert stats.residual < 1e-3
 
 
 @pytest.mark.parametrize("value", [1.0, torch.inf, torch.nan])

@@ -314,3 +314,14 @@ def test_eigenvalues_that_no_longer_hold_are_estimated_anew():
     _, slow = solver.solve(operator, [b], state=state)
     assert not slow.converged
     assert solver.solve(operator, [b], state=state)[1].converged
+
+
+def test_eigenvalues_far_too_large_for_the_system_are_forgotten_without_a_tolerance_too():
+    operator, b = Operator(with_eigenvalues(torch.linspace(0.1, 1, 30, dtype=torch.float64))), gaussian(30)
+    solver, state = Neumann(20, "auto"), SolverState()
+    _, fresh = solver.solve(operator, [b], state=state)
+    operator.matrix *= 1e6  # one bad batch
+    solver.solve(operator, [b], state=state)
+    operator.matrix /= 1e6
+    solver.solve(operator, [b], state=state)
+    assert solver.solve(operator, [b], state=state)[1].residual == pytest.approx(fresh.residual)
