@@ -38,9 +38,7 @@ class preserved_buffers:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
-        self._called: set[int] = (
-            set()
-        )  # ids of the modules that were called in its thread under it or a guard around it
+        self._called: set[int] = set()  # ids of modules called in its thread, under it or a guard around it
         self._calls = threading.local()  # one outermost call for each thread: backward passes may recompute in theirs
 
     def __enter__(self) -> Any:
@@ -242,9 +240,9 @@ def _acting_on(module: Module) -> preserved_buffers | None:
 
 
 def _before(module: Module, args: Any) -> None:
-    if not torch.compiler.is_compiling() and (
-        guard := _acting_on(module)
-    ):  # compiled code would keep the hook for ever
+    if torch.compiler.is_compiling():  # compiled code would keep the hook for ever
+        return
+    if guard := _acting_on(module):
         guard._enter(module)
 
 

@@ -158,16 +158,13 @@ class FiniteDifference:
                 return varies
         if not outer:
             return varies
-        outer_moves = [
-            s * torch.randn(phi.shape, generator=generator).to(phi)
-            for phi, s in zip(outer, self._scales(outer), strict=True)
-        ]
-        with moved_by(outer, outer_moves, self._step):
+        pairs = zip(outer, self._scales(outer), strict=True)
+        moves = [s * torch.randn(phi.shape, generator=generator).to(phi) for phi, s in pairs]
+        with moved_by(outer, moves, self._step):
             after = mean_gradient(self._loss_fns, params)
-        return [
-            v or not (a is None or b is None or torch.equal(a, b))
-            for v, a, b in zip(varies, before, after, strict=True)
-        ]
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            varies[i] |= a is not None and b is not None and not torch.equal(a, b)
+        return varies
 
     def _scales(self, params: Sequence[Tensor]) -> list[float]:
         """The root mean square of the elements of each, or a guess where all are 0."""
