@@ -27,11 +27,11 @@ from auxfast.implicit.finite import check_finite
 from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient
 from auxfast.solvers.base import SolveStats, StopReason
 
-_GROWTH = 16.0  # of a step that rounding spoils: about as far as agreement to within that rounding vouches for
-_SHRINKAGE = 8  # of a step that has crossed a kink
-_LENGTHENING = 4  # of a step that leaves much rounding, and no kink
-_DISAGREEMENT = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
-_ALLOWED_ERROR = 1e-3  # where the solver has no tolerance: the default of those that have one
+_GROWTH = 16.0  # A step that rounding spoils grows by this factor: agreement within that rounding vouches for no more.
+_SHRINKAGE = 8  # A step that has crossed a kink shrinks by this factor.
+_LENGTHENING = 4  # A step that leaves much rounding, and no kink, grows by this factor.
+_DISAGREEMENT = 0.01  # Rounding and truncation should make less of a difference to recorded products.
+_ALLOWED_ERROR = 1e-3  # A solver without a tolerance is held to the default of those that have one.
 
 
 class FiniteDifference:

@@ -164,7 +164,8 @@ def _verify(
     except NotFiniteError:
         if not bool(held.any()):
             raise
-        derivatives, stats = torch.full((len(directions),), math.nan, dtype=torch.float64), NOT_FINITE  # for the kinks
+        nan = torch.full((len(directions),), math.nan, dtype=torch.float64)
+        derivatives, stats = nan, NOT_FINITE  # the kinks explain it
     problem = replace(given, masks=_masks(is_free & ~held, given.inner))
 
     generator = torch.Generator().manual_seed(0)
