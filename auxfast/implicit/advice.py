@@ -62,6 +62,11 @@ _TEXTS = {
         "hypergradient wrong). Pass inner_loss as a function, which is checked, or write twice_differentiable = True "
         "into the class."
     ),
+    "kink": (
+        "Some inner parameters are exactly 0, where abs() or relu() of them in inner_loss has a kink. Entries that "
+        "stay at a kink are held there, and the theorem holds for the others alone: pass free=[w != 0 for w in "
+        "inner_params], or what verify_hypergradient suggests."
+    ),
     "identity": _IDENTITY,
 }
 

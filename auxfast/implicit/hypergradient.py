@@ -26,6 +26,7 @@ from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
+from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
@@ -102,8 +103,9 @@ def hypergradient(
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
             solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
-            where no outer parameter plays a part, or none does in the inner loss; and where finite differences are too
-            inexact for `tol`, or disagree with the recorded graph.
+            where no outer parameter plays a part, or none does in the inner loss; where an inner parameter is 0 and
+            `abs` or `relu` of it has a kink; and where finite differences are too inexact for `tol`, or disagree with
+            the recorded graph.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -163,6 +165,8 @@ def hypergradient(
                     stats, problem = check_symmetry(
                         stats, problem, state, given_inner, derivatives, product.params, solution
                     )
+                    if derivatives.kinked and is_at_kink(derivatives.kinked, active_inner, masks):
+                        problem = "kink"
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):

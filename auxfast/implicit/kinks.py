@@ -1,8 +1,8 @@
-"""Entries of the parameters that stay at a kink of the inner loss, found from gradients on both sides."""
+"""Parameters at a kink of the inner loss: seen in its graph, or entry by entry from gradients on both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,15 @@ class Kinks(NamedTuple):
     since such a kink may seem to be that of an entry which it depends on more than on others."""
     oblique: int
     """Number of entries in which the gradient jumps, where some kink lies across several."""
+
+
+def is_at_kink(kinked: Sequence[Tensor], inner: Sequence[Tensor], masks: Sequence[Tensor | None]) -> bool:
+    """Whether a free entry of an inner parameter that goes into a function with a kink at 0 is exactly 0."""
+    ids = {id(tensor) for tensor in kinked}
+    return any(
+        id(w) in ids and bool(((w == 0) if mask is None else (w == 0) & mask).any())
+        for w, mask in zip(inner, masks, strict=True)
+    )
 
 
 def find_kinks(gradient_at: Callable[[Tensor], Tensor], point: Tensor, scale: Tensor, eps: float) -> Kinks:
