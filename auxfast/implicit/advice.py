@@ -24,9 +24,8 @@ _MAX_ELEMENTS = 4096  # to compare more of two vectors would cost what a cheap s
 _IDENTITY = (
     "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
     "loss's gradient, while the residual is large or not certified. The steps are too few or too small for the "
-    "curvature to matter: "
-    "take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
-    "auxfast.solvers.Identity(), which is cheaper."
+    "curvature to matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is "
+    "what you want, auxfast.solvers.Identity(), which is cheaper."
 )
 _DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
 _TEXTS = {

@@ -42,7 +42,7 @@ class BilevelProblem:
     inner_graph: LossFn
     inner: list[Tensor]  # those with requires_grad
     outer: list[Tensor]  # those with requires_grad
-    masks: list[Tensor | None]  # of `inner`: the entries that move
+    masks: list[Tensor | None]  # the entries of `inner` that move
     solve_inner: Callable[[], object] | None
     curvature: CurvatureName
 

@@ -54,8 +54,8 @@ def find_kinks(gradient_at: Callable[[Tensor], Tensor], point: Tensor, scale: Te
     far, ratio = eps**0.5 * scale, eps**0.25
     near = ratio * far  # no other kink is likely to be so near
     generator = torch.Generator().manual_seed(0)
-    jumps = torch.ones_like(point, dtype=torch.bool)  # whatever the direction
-    least, most = torch.full_like(point, torch.inf), torch.full_like(point, -torch.inf)  # of what pushes back
+    jumps = torch.ones_like(point, dtype=torch.bool)  # in every direction so far
+    least, most = torch.full_like(point, torch.inf), torch.full_like(point, -torch.inf)  # these bound what pushes back
     for _ in range(_PROBES):
         direction = torch.rand(point.shape, generator=generator, dtype=point.dtype) * 2 - 1
         direction += direction.sign()  # entries of 1 to 2: no sum of few is 0

@@ -17,13 +17,10 @@ from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.nn.combiner_base import unprojected
-from auxfast.solvers import MINRES, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive, check_solver
+from auxfast.solvers import MINRES
+from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
-_NOT_FINITE = SolveStats(
-    iterations=0, matvecs=0, residual=float("inf"), converged=False, stop_reason=StopReason.NOT_FINITE
-)
 
 
 class Projectable(Protocol):
@@ -120,7 +117,7 @@ class HyperOptimizer:
                 warn=self.warn,
             )
         except NotFiniteError as error:
-            return self._skip(before, _NOT_FINITE, str(error))
+            return self._skip(before, NOT_FINITE, str(error))
         if result.direct_only or math.isinf(result.stats.residual):
             # What the solver has thrown away, such as eigenvalues that did not serve, would only fail again.
             before = {name: None if vars(self.state)[name] is None else kept for name, kept in before.items()}

@@ -20,12 +20,11 @@ from auxfast.implicit.hypergradient import CurvatureName
 from auxfast.implicit.kinks import find_kinks
 from auxfast.implicit.losses import LossFn, as_loss_fns
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport
-from auxfast.solvers import MINRES, Dense, Solver, SolveStats, StopReason
-from auxfast.solvers.base import check_positive, check_solver, check_steps
+from auxfast.solvers import MINRES, Dense, Solver
+from auxfast.solvers.base import NOT_FINITE, check_positive, check_solver, check_steps
 
 Loss = Callable[[], Any]
 
-_NOT_FINITE = SolveStats(0, 0, residual=math.inf, converged=False, stop_reason=StopReason.NOT_FINITE)
 _SYMMETRY_PAIRS = 4
 """Pairs of random vectors, which give the norm of the antisymmetric part of H to a factor of about 2."""
 _NEARBY = 1e-4
@@ -165,7 +164,8 @@ def _verify(
     except NotFiniteError:
         if not bool(held.any()):
             raise
-        derivatives, stats = torch.full((len(directions),), math.nan, dtype=torch.float64), _NOT_FINITE  # for the kinks
+        nan = torch.full((len(directions),), math.nan, dtype=torch.float64)
+        derivatives, stats = nan, NOT_FINITE  # the kinks explain it
     problem = replace(given, masks=_masks(is_free & ~held, given.inner))
 
     generator = torch.Generator().manual_seed(0)
