@@ -19,8 +19,8 @@ from auxfast.solvers.series import GROWTH, ListProducts, Products, RowProducts, 
 from auxfast.solvers.spectrum import SpectrumBounds
 
 _SERVED = 0.9
-"""The largest relative residual, where there is no tolerance, of eigenvalues that are kept: far too large ones, as one bad
-batch leaves them, show in nothing but a residual that stays where it is."""
+"""The largest relative residual, where there is no tolerance, of eigenvalues that are kept: far too large ones, as one
+bad batch leaves them, show in nothing but a residual that stays where it is."""
 _WORST_FIRST = (StopReason.NOT_FINITE, StopReason.DIVERGED, StopReason.STEPS, StopReason.TRIVIAL)
 
 

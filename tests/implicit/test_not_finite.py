@@ -104,7 +104,7 @@ def test_a_bad_batch_leaves_no_trace_by_finite_differences(value: float, micro_b
     assert outer.skipped_steps == 1
     assert torch.equal(problem.combiner.phi, before)
     assert not problem.adam.state
-    with pytest.raises(NotFiniteError, match="The gradients of inner_loss in inner_params hold (NaN|inf)"):
+    with pytest.raises(NotFiniteError, match=r"The gradients of inner_loss in inner_params hold (NaN|inf)"):
         hypergradient(
             problem.outer_loss,
             losses,
