@@ -451,6 +451,7 @@ def _moved(params: Sequence[Tensor], directions: Sequence[Tensor], step: float) 
         yield
     finally:
         torch._foreach_copy_(data, saved)
+        torch.clear_autocast_cache()  # of casts of what was moved, which the user's next forward pass would take
 
 
 def _minus(tensors: _Grads, others: _Grads) -> _Grads:

@@ -91,6 +91,11 @@ class LossGraph:
                 f"{self.name} was computed before the inner step, or another change of parameters or buffers: one that "
                 f"its graph needs was {_CHANGED}. Compute {self.name} anew after the step."
             ) from error
+        if "add(sparse, dense)" in str(error):
+            raise RuntimeError(
+                f"{self.name} has a sparse and a dense gradient in the same parameter, which autograd cannot add where "
+                "it records second derivatives: pass sparse=False to the embedding"
+            ) from error
 
     def refuse_reentrant_checkpoints(self) -> None:
         """Raises RuntimeError where a part of the graph is a checkpoint whose inside autograd does not see: gradients
@@ -154,6 +159,7 @@ def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> Loss
 
     def compute() -> LossGraph:
         nonlocal checked
+        torch.clear_autocast_cache()  # it may hold casts of the parameters as they were before they were moved
         try:
             with torch.enable_grad():
                 result = function()

@@ -165,6 +165,7 @@ def _restored(params: Sequence[Tensor]) -> Iterator[None]:
             for param, (value, grad) in zip(params, values, strict=True):
                 param.copy_(value)
                 param.grad = grad
+        torch.clear_autocast_cache()  # of casts of what was moved, which the user's next forward pass would take
 
 
 @dataclass(frozen=True)
