@@ -71,5 +71,5 @@ def test_a_dense_and_a_sparse_gradient_of_one_parameter_are_refused_with_the_rem
         return decay.exp() * words.weight.square().sum() + (words(I[:2]) - 1).square().sum()
 
     loss = inner if as_function else inner()
-    with pytest.raises(RuntimeError, match="^inner_loss has a sparse and a dense gradient .* sparse=False"):
+    with pytest.raises(RuntimeError, match=r"^inner_loss has a sparse and a dense gradient .* sparse=False"):
         auxfast.hypergradient(lambda: words(I[:2]).sum(), loss, words.parameters(), [decay])
