@@ -107,8 +107,8 @@ class LossGraph:
 def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"{name} does not depend on any of inner_params: were they replaced since it was computed, or do all have "
-            "requires_grad=False?"
+            f"{name} does not depend on any of inner_params: was something detached on the way, were they replaced "
+            "since it was computed, or do all have requires_grad=False?"
         )
 
 
