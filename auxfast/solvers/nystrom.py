@@ -166,7 +166,7 @@ class Nystrom:
         noise = max(torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * norm, asymmetry, sys.float_info.min)
         try:
             inverse = self._inverse(system, tests, image, core, noise)
-        except torch.linalg.LinAlgError:  # something has overflowed on the way
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # something has overflowed on the way
             return None
         return replace(inverse, symmetry_error=error, symmetric=symmetric)
 
