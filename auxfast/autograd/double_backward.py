@@ -13,12 +13,20 @@ from torch.autograd.function import once_differentiable
 from auxfast.autograd.graph import function_class, graph_from
 
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
+_WRONG = (
+    "WeightNormInterfaceBackward0",
+)  # second derivatives take the norms that the forward pass saves for constants
 _ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every function that this decorator has made
 
 
 def unproven_functions(functions: Iterable[Any]) -> list[Any]:
     """The nodes of those Functions whose class does not say `twice_differentiable = True`."""
     return [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
+
+
+def wrong_double_backward(nodes: Iterable[Any]) -> list[str]:
+    """Names of the nodes whose second derivatives torch is known to get wrong, without an error."""
+    return sorted({type(node).__name__ for node in nodes}.intersection(_WRONG))
 
 
 class DetachedFunctionDetector:

@@ -14,6 +14,7 @@ from auxfast.autograd.double_backward import (
     DetachedFunctionDetector,
     unproven_functions,
     without_double_backward,
+    wrong_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
@@ -74,8 +75,8 @@ class Hessian:
     Raises:
         ValueError: the loss depends on none of `params`.
         RuntimeError: the graph was freed, or holds something without second derivatives: code that went through
-            `torch.compile`, a Function that is only once differentiable, an operator without a double backward; or it
-            went through a reentrant checkpoint.
+            `torch.compile`, a Function that is only once differentiable, an operator without a double backward or with
+            one that torch gets wrong; or it went through a reentrant checkpoint.
     """
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
@@ -87,6 +88,11 @@ class Hessian:
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
+            )
+        if wrong := wrong_double_backward(inner.nodes):
+            raise RuntimeError(
+                f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
+                f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
             )
         with DetachedFunctionDetector(inner.functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,31 @@ def refused(loss: Tensor, params: list[Tensor], name: str) -> None:
     phi = torch.ones(1, requires_grad=True)
     with pytest.raises(RuntimeError, match=rf"inner_loss went through {name}, which has no second.*finite-difference"):
         hypergradient(sum(w.sum() for w in params), loss * phi, params, [phi])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_weight_norm_whose_second_derivatives_torch_gets_wrong_is_refused(curvature):
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3, bias=False).double())
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    x, phi = torch.randn(8, 5, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def problem(network):
+        def inner(with_outputs: bool = False) -> Any:
+            outputs = network()
+            loss = (outputs - 1).square().mean() + phi * (v.square().sum() + g.square().sum())
+            return (loss, outputs) if with_outputs else loss
+
+        return (lambda: network().square().mean()), inner, [v, g], [phi]
+
+    by_torch, by_hand = problem(lambda: layer(x)), problem(lambda: x @ (g * v / v.norm(dim=1, keepdim=True)).T)
+    remedy = r"inner_loss went through WeightNorm.*v\.norm\(dim=1, keepdim=True\).*finite-difference"
+    outer, inner, *params = by_torch
+    given = inner() if curvature == "hessian" else (lambda: inner(True))
+    with pytest.raises(RuntimeError, match=remedy):
+        hypergradient(outer, given, *params, curvature=curvature)
+    found = hypergradient(*by_torch, curvature="finite-difference", solver=Dense(), warn=False)
+    torch.testing.assert_close(found.grads, hypergradient(*by_hand, solver=Dense(), warn=False).grads)
 
 
 @pytest.mark.parametrize("function", [OnceOnly, Detached])
