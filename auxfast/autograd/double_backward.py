@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from auxfast.autograd.graph import function_class, graph_from
+from auxfast.autograd.graph import function_class, graph_from, reaches
 
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
-_WRONG = (
-    "WeightNormInterfaceBackward0",
-)  # second derivatives take the norms that the forward pass saves for constants
+# The second derivatives of this node take the norms that its forward pass saves for constants.
+_WRONG = ("WeightNormInterfaceBackward0",)
 _ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every function that this decorator has made
 
 
@@ -24,9 +23,11 @@ def unproven_functions(functions: Iterable[Any]) -> list[Any]:
     return [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
 
 
-def wrong_double_backward(nodes: Iterable[Any]) -> list[str]:
-    """Names of the nodes whose second derivatives torch is known to get wrong, without an error."""
-    return sorted({type(node).__name__ for node in nodes}.intersection(_WRONG))
+def wrong_double_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:
+    """Names of the nodes on the way to `params` whose second derivatives torch is known to get wrong, without an
+    error. First derivatives, as those in outer parameters, are right."""
+    wrong = [node for node in nodes if type(node).__name__ in _WRONG]
+    return sorted({node.name() for node in wrong if reaches(node, params)})
 
 
 class DetachedFunctionDetector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 
@@ -18,6 +19,13 @@ def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) ->
                 seen.add(edge[0])
                 found.append(edge[0])
     return seen
+
+
+def reaches(start: Any, tensors: Iterable[Tensor]) -> bool:
+    """Whether the graph from the node `start` leads to one of the tensors."""
+    nodes = graph_from([start])
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return any(id(t) in leaves if t.grad_fn is None else t.grad_fn in nodes for t in tensors)
 
 
 def functions_of(nodes: Iterable[Any]) -> list[Any]:

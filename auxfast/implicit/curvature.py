@@ -89,7 +89,7 @@ class Hessian:
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        if wrong := wrong_double_backward(inner.nodes):
+        if wrong := wrong_double_backward(inner.nodes, params):
             raise RuntimeError(
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."

@@ -228,6 +228,18 @@ def test_weight_norm_whose_second_derivatives_torch_gets_wrong_is_refused(curvat
     torch.testing.assert_close(found.grads, hypergradient(*by_hand, solver=Dense(), warn=False).grads)
 
 
+def test_weight_norm_of_outer_parameters_is_right():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(5, 1, bias=False).double())
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    w, x = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(8, 5, dtype=torch.float64)
+    grads = []
+    for weight in (lambda: layer.weight, lambda: g * v / v.norm(dim=1, keepdim=True)):
+        inner = ((w - weight().flatten()) ** 2 * (1 + x.square().mean(0))).sum()
+        grads.append(hypergradient(w.sin().sum(), inner, [w], [g, v], solver=Dense()).grads)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("function", [OnceOnly, Detached])
 def test_functions_that_are_once_differentiable(function):
     """The first raises nothing of its own where unused inputs are allowed, the second never: both gave zeros."""
