@@ -168,6 +168,7 @@ def restored(params: Sequence[Tensor]) -> Iterator[None]:
             for param, (value, grad) in zip(params, values, strict=True):
                 param.copy_(value)
                 param.grad = grad
+        torch.clear_autocast_cache()  # of casts of what was moved, which the user's next forward pass would take
 
 
 def coarsest_eps(params: Iterable[Tensor]) -> float:

@@ -113,6 +113,7 @@ def moved_by(params: Sequence[Tensor], directions: Sequence[Tensor], step: float
         yield
     finally:
         torch._foreach_copy_(data, saved)
+        torch.clear_autocast_cache()  # of casts of what was moved, which the user's next forward pass would take
 
 
 def minus(tensors: Grads, others: Grads) -> Grads:

@@ -118,7 +118,7 @@ def hypergradient(
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
             `outputs` or `free` that do not fit.
-        RuntimeError: a graph that was freed before, or of parameters that have changed since; an inner loss with
+        RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
             `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,
             DistributedDataParallel or FSDP.
@@ -128,7 +128,7 @@ def hypergradient(
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
     check_one_device("inner_params", inner)
-    _check_curvature(curvature, inner_loss, outputs)
+    _check_curvature_and_losses(curvature, inner_loss, outputs)
     masks = free_masks(free, inner)
     check_solver(solver)
     active_inner = [w for w in inner if w.requires_grad]
@@ -193,10 +193,15 @@ def _solve(
         raise
 
 
-def _check_curvature(curvature: str, inner_loss: Loss, outputs: Any) -> None:
+def check_curvature(curvature: str) -> None:
+    """Raises ValueError where `curvature` is none that there is."""
     names = [*_RECORDED, "finite-difference"]
     if curvature not in names:
         raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
+
+
+def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
+    check_curvature(curvature)
     if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
         raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
     if outputs is not None and curvature != "gauss-newton":

@@ -88,10 +88,11 @@ class LinearSystem:
         return (rows * scale).to(self.dtype).to(rows.dtype) / scale
 
     def limits(self) -> list[float]:
-        """The largest entry that the solution to each row may have, not to overflow the dtype of the parameters."""
+        """The largest entry that the solution to each row may have, not to overflow the dtype of the parameters or that
+        of the rows."""
         largest = torch.full((len(self.rhs), 1), torch.finfo(self.dtype).max, dtype=torch.float64)
-        limits: list[float] = (largest if self._scale is None else largest / self._scale.cpu())[:, 0].tolist()
-        return limits
+        limits = largest if self._scale is None else largest / self._scale.cpu()
+        return limits[:, 0].clamp(max=torch.finfo(self.rhs.dtype).max).tolist()
 
     def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
         lead = rows.shape[:1] if batched else torch.Size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -199,7 +200,8 @@ class Neumann(IterativeSolver):
 def _best_step(spectrum: SpectrumBounds) -> float:
     """`2 / (largest + smallest)`, at which the extreme eigenvalues converge alike."""
     if spectrum.largest > 0:
-        return 2 / (spectrum.upper + max(spectrum.smallest, 0.0))
+        step_size = 2 / (spectrum.upper + max(spectrum.smallest, 0.0))
+        return max(step_size, sys.float_info.min)  # the bound may have overflowed
     return -1 / spectrum.smallest if spectrum.smallest < 0 else 1.0  # no step converges: this one does little harm
 
 

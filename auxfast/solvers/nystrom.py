@@ -164,7 +164,10 @@ class Nystrom:
         # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
         # symmetric.
         noise = max(torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * norm, asymmetry, sys.float_info.min)
-        inverse = self._inverse(system, tests, image, core, noise)
+        try:
+            inverse = self._inverse(system, tests, image, core, noise)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # something has overflowed on the way
+            return None
         return replace(inverse, symmetry_error=error, symmetric=symmetric)
 
     def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -94,6 +95,28 @@ def test_without_a_certificate_nothing_is_returned_that_is_not_finite(dtype, dam
         assert not x[0].any()
         assert (stats.stop_reason, stats.converged, stats.iterations) == (reason, False, 40)
         assert math.isnan(stats.residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_a_certificate_a_tiny_right_hand_side_hides_no_overflow(dtype):
+    """Its rows are scaled up, and what is infinite there would be infinite in any scale."""
+    products = 0
+
+    def matvec(v: Sequence[Tensor]) -> list[Tensor]:
+        nonlocal products
+        products += 1
+        return [torch.full_like(t, torch.finfo(dtype).max) if products == 2 else t for t in v]
+
+    rhs = torch.full((3,), torch.finfo(dtype).tiny, dtype=dtype)
+    (x,), stats = Neumann(30, 0.1, damping=0.1, certify=False).solve(matvec, [rhs])
+    assert not x.any()
+    assert stats.stop_reason == "diverged"
+
+
+def test_eigenvalues_at_the_end_of_the_range_of_float64_give_a_step():
+    largest = torch.finfo(torch.float64).max
+    (x,), _ = Neumann(3).solve(lambda v: [t * largest for t in v], [torch.ones(3, dtype=torch.float64)])
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("solver", [Neumann(3, 0.1), Neumann(3, 0.1, certify=False)])

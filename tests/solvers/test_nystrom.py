@@ -273,3 +273,11 @@ def test_a_preconditioner_has_the_damping_of_its_solver():
     assert stats.converged
     with pytest.raises(ValueError, match=r"damping must be left to the solver \(0.1\)"):
         ConjugateGradient(damping=0.1, preconditioner=Nystrom(20, damping=0.2)).solve(operator, [b])
+
+
+@pytest.mark.parametrize("rank", [2, 20])
+def test_a_sketch_that_overflows_is_no_solution(rank):
+    diagonal = torch.linspace(0.1, 1, 30, dtype=torch.float64) * torch.finfo(torch.float64).max
+    (x,), stats = Nystrom(rank).solve(lambda v: [diagonal * v[0]], [torch.ones(30, dtype=torch.float64)])
+    assert not x.any()
+    assert (stats.residual, stats.converged, stats.stop_reason) == (1.0, False, "diverged")
