@@ -95,7 +95,10 @@ def missing_dependence(direct: Sequence[Tensor | None], mixed: Sequence[Tensor |
 
 
 def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
-    """Whether the solver returned x = 0 for a right-hand side that is not 0."""
+    """Whether the solver returned x = 0 for a right-hand side that is not 0. Neumann(certify=False), whose residual is
+    NaN, does so only where it diverged."""
+    if math.isnan(stats.residual) and stats.stop_reason is StopReason.STEPS:
+        return False
     return not stats.residual < 1 and not any(bool(x.any()) for x in sorted(solution, key=Tensor.numel))
 
 

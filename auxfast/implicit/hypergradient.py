@@ -214,9 +214,7 @@ def _given(
     name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
 ) -> LossGraph | list[LossFn]:
     if isinstance(loss, Tensor) or guard is None:
-        graph = LossGraph(name, loss, outputs)  # whatever it is: that checks
-        graph.refuse_reentrant_checkpoints()
-        return graph
+        return LossGraph(name, loss, outputs)  # whatever it is: that checks
     return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 
@@ -228,6 +226,7 @@ def _outer_gradient(
 ) -> list[Tensor | None]:
     if not isinstance(outer, LossGraph):
         return mean_gradient(outer, params)
+    outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`
     shared = isinstance(inner, LossGraph) and any(
         node.next_functions
         for node in outer.nodes & inner.nodes  # common leaves do not count

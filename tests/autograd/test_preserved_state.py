@@ -299,3 +299,19 @@ def test_replays(net, x):
             assert torch.equal(second(), b)
     assert torch.equal(torch.get_rng_state(), random)
     assert plain.shape == a.shape
+
+
+def test_a_function_that_failed_at_first_is_replayed_from_the_call_that_did_not():
+    fails = [True, False, False]
+
+    def draw() -> torch.Tensor:
+        numbers = torch.randn(3)
+        if fails.pop(0):
+            raise ValueError
+        return numbers
+
+    with preserved_state() as guard:
+        replayed = guard.replay(draw)
+        with pytest.raises(ValueError):  # noqa: PT011
+            replayed()
+        assert torch.equal(replayed(), replayed())
