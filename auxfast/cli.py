@@ -18,7 +18,7 @@ from auxfast.train.environment import environment
 from auxfast.train.files import RunError, one_line
 
 _MOST_SEEDS = 10_000  # each is a run of every method, and a folder
-_LARGEST_SEED = 2**63 - 1  # of torch's generators
+_LARGEST_SEED = 2**63 - 1  # torch's generators take no larger one
 
 
 class _Terminated(KeyboardInterrupt):

@@ -33,3 +33,9 @@ def function_class(node: Any) -> Any:
 
 def is_compiled(function: Any) -> bool:
     return "CompiledFunction" in type(function).__name__
+
+
+def leaves_into(nodes: Iterable[Any], names: Collection[str]) -> list[Any]:
+    """The leaf tensors that go straight into a node of one of these names."""
+    found = [node.next_functions[0][0] for node in nodes if type(node).__name__ in names]
+    return [node.variable for node in found if hasattr(node, "variable")]

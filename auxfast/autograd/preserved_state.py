@@ -38,9 +38,7 @@ class preserved_buffers:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
-        self._called: set[int] = (
-            set()
-        )  # ids of the modules that were called in its thread under it or a guard around it
+        self._called: set[int] = set()  # ids of modules called in its thread, under it or a guard around it
         self._calls = threading.local()  # one outermost call for each thread: backward passes may recompute in theirs
 
     def __enter__(self) -> Any:
@@ -158,33 +156,33 @@ class preserved_state(preserved_buffers):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        if not _moved(self._random):
-            return
         if not self._threads.may_have_used_torch():
             _restore(self._random)
-        elif self._warn:
+        elif self._warn and _differ(self._random, _random_states()):
             warnings.warn(_DRAWN_ELSEWHERE, RuntimeWarning, stacklevel=stacklevel())
 
     def replay(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """`function`, such that every call starts from the buffers and the random states of the first call, and draws
         the same dropout masks. The first call starts from the present random states and moves them on. If it does not,
         those that follow leave them to other threads."""
-        start: list[tuple[torch.Generator, Tensor]] = []
-        draws = False
+        ends: list[RandomStates] = []  # of the first call: before it, and after it
+
+        @functools.cache
+        def draws() -> bool:  # asked at the second call: many losses are called once, and a comparison takes 10 us
+            return _differ(*ends)
 
         @functools.wraps(function)
         def replayed() -> Result:
-            nonlocal draws
             with preserved_buffers(self._check):
-                if not start:
-                    start.extend(_random_states())
+                if not ends:
+                    start = _random_states()
                     result = function()
-                    draws = _moved(start)
+                    ends.extend([start, _random_states()])
                     return result
-                if not draws:
+                if not draws():
                     return function()
                 present = _random_states()
-                _restore(start)
+                _restore(ends[0])
                 try:
                     return function()
                 finally:
@@ -242,9 +240,9 @@ def _acting_on(module: Module) -> preserved_buffers | None:
 
 
 def _before(module: Module, args: Any) -> None:
-    if not torch.compiler.is_compiling() and (
-        guard := _acting_on(module)
-    ):  # compiled code would keep the hook for ever
+    if torch.compiler.is_compiling():  # compiled code would keep the hook for ever
+        return
+    if guard := _acting_on(module):
         guard._enter(module)
 
 
@@ -261,8 +259,9 @@ def _random_states() -> list[tuple[torch.Generator, Tensor]]:
     return [(generator, generator.get_state()) for generator in generators]
 
 
-def _moved(states: RandomStates) -> bool:
-    return any(not torch.equal(generator.get_state(), state) for generator, state in states)
+def _differ(before: RandomStates, after: RandomStates) -> bool:
+    pairs = zip(before, after, strict=False)  # a device may have been initialized between
+    return any(not torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
 def _restore(states: RandomStates) -> None:

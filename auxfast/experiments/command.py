@@ -127,7 +127,7 @@ def _toml_value(key: str, text: str) -> Any:
     try:
         return toml.loads(f"value = {text}")["value"]
     except (toml.TOMLDecodeError, RecursionError) as error:
-        if text.startswith(("{", "[", '"', "'")):  # no bare word
+        if text.startswith(("{", "[", '"', "'")):  # it is no bare word
             raise ValueError(f"{key}: got {text}, which is not TOML: {error}") from error
         return text
 

@@ -24,9 +24,8 @@ _MAX_ELEMENTS = 4096  # to compare more of two vectors would cost what a cheap s
 _IDENTITY = (
     "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
     "loss's gradient, while the residual is large or not certified. The steps are too few or too small for the "
-    "curvature to matter: "
-    "take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is what you want, "
-    "auxfast.solvers.Identity(), which is cheaper."
+    "curvature to matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is "
+    "what you want, auxfast.solvers.Identity(), which is cheaper."
 )
 _DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
 _TEXTS = {
@@ -50,7 +49,6 @@ _TEXTS = {
         "result.stats.stop_reason; damping makes a system easier to solve."
     ),
     **{reason.value: reason.advice for reason in StopReason},
-    "unconverged": StopReason.STEPS.advice,
     "disagreement": (
         "Finite differences and the recorded graph of the inner loss disagree about its second derivatives. Is there a "
         "detach() on the way from the parameters to the loss? Differences go through it, the graph does not, and "
@@ -63,6 +61,11 @@ _TEXTS = {
         "derivative of its forward pass cannot be seen on a tensor (that of a gradient reversal is not, and makes the "
         "hypergradient wrong). Pass inner_loss as a function, which is checked, or write twice_differentiable = True "
         "into the class."
+    ),
+    "kink": (
+        "Some inner parameters are exactly 0, where abs() or relu() of them in inner_loss has a kink. Entries that "
+        "stay at a kink are held there, and the theorem holds for the others alone: pass free=[w != 0 for w in "
+        "inner_params], or what verify_hypergradient suggests."
     ),
     "identity": _IDENTITY,
 }
@@ -93,18 +96,18 @@ def missing_dependence(direct: Sequence[Tensor | None], mixed: Sequence[Tensor |
 
 def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
     """Whether the solver returned x = 0 for a right-hand side that is not 0."""
-    return not stats.residual < 1 and not any(bool(x.any()) for x in solution)
+    return not stats.residual < 1 and not any(bool(x.any()) for x in sorted(solution, key=Tensor.numel))
 
 
 def problem_of(
-    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], solution: Sequence[Tensor]
+    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], nothing: bool
 ) -> str | None:
-    """The problem with a solve.
+    """The problem with a solve; `nothing` is what `found_nothing` says of it.
 
     Raises:
         NotFiniteError: x = 0 was returned because the products are not finite.
     """
-    if nothing := found_nothing(stats, solution):
+    if nothing:
         largest = max(float(b.abs().max()) for b in rhs if b.numel())
         product = curvature([b / largest for b in rhs])
         check_finite("The second derivatives of inner_loss in inner_params", product)
@@ -117,17 +120,23 @@ def problem_of(
     if nothing:
         return "no solution"
     if not stats.converged and getattr(solver, "tol", None) is not None:
-        return "stagnated" if stats.stop_reason is StopReason.STAGNATED else "unconverged"
-    return "identity" if _is_little_more_than_identity(solver, stats, rhs, solution) else None
+        stagnated = stats.stop_reason is StopReason.STAGNATED
+        return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
+    return None
 
 
-def _is_little_more_than_identity(
-    solver: Solver, stats: SolveStats, rhs: Sequence[Tensor], solution: Sequence[Tensor]
-) -> bool:
-    """Whether the solution is nearly parallel to the right-hand side, by the first elements of the largest tensor."""
-    if stats.residual < _LARGE_RESIDUAL or isinstance(solver, Identity):
-        return False
+def no_more_than_identity(
+    solver: Solver,
+    stats: SolveStats,
+    rhs: Sequence[Tensor],
+    solution: Sequence[Tensor],
+    state: SolverState | None,
+) -> str | None:
+    """The problem that the solution is nearly parallel to the right-hand side, by the first elements of the largest
+    tensor. `None` also where the `state` knows that a warning was given: the comparison costs as much as a check."""
+    if stats.residual < _LARGE_RESIDUAL or isinstance(solver, Identity) or (state and "identity" in state.warned):
+        return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
     bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
-    return bx > _PARALLEL_COSINE * math.sqrt(bb * xx)
+    return "identity" if bx > _PARALLEL_COSINE * math.sqrt(bb * xx) else None

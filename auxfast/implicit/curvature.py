@@ -16,7 +16,7 @@ from auxfast.autograd.double_backward import (
     without_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.autograd.graph import functions_of, graph_from, is_compiled
+from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, add, check_connected
@@ -27,6 +27,7 @@ _WAYS_OUT = {  # by a part of the name of autograd's node
     "EmbeddingBag": "take torch.nn.Embedding, and the sum or mean of its rows, for EmbeddingBag",
     "Cdist": "compute distances as (a[:, None] - b[None]).norm(dim=-1)",
 }
+_KINKS = ("AbsBackward0", "ReluBackward0")
 _LAST_WAY_OUT = "pass inner_loss as a function and curvature='finite-difference'"
 
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
@@ -68,6 +69,7 @@ class Hessian:
         pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
+        kinked: the leaves that go straight into a function with a kink at 0.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -78,15 +80,15 @@ class Hessian:
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()
-        functions = functions_of(inner.nodes)
-        self.unproven = sorted({node.name() for node in unproven_functions(functions)})
-        if any(map(is_compiled, functions)):
+        self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
+        self.kinked = leaves_into(inner.nodes, _KINKS)
+        if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        with DetachedFunctionDetector(functions) as detached:
+        with DetachedFunctionDetector(inner.functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
@@ -208,18 +210,20 @@ class MicroBatches:
         params: tensors that the loss is differentiated in.
 
     Attributes:
-        unproven: see `Hessian`.
+        unproven, kinked: see `Hessian`.
     """
 
     def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Hessian]], params: Sequence[Tensor]) -> None:
         self._records = records
         self.unproven: list[str] = []
+        self.kinked: list[Tensor] = []
         in_system = [self._inspect(record(params)) for record in records]
         self.in_system = [any(which) for which in zip(*in_system, strict=True)]
         self.params = list(compress(params, self.in_system))
 
     def _inspect(self, curvature: Hessian) -> list[bool]:
         self.unproven += [name for name in curvature.unproven if name not in self.unproven]
+        self.kinked += curvature.kinked
         return curvature.in_system
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:

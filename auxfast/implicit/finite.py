@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -27,6 +26,6 @@ def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    sums = [tensor.sum(dtype=torch.float64).item() for tensor in tensors]
-    # Numbers of float64 may be finite and their sum not.
+    sums = [tensor.sum().item() for tensor in tensors]
+    # Numbers may be finite and their sum not.
     return all(math.isfinite(s) or bool(t.isfinite().all()) for s, t in zip(sums, tensors, strict=True))

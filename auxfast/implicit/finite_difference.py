@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress
 
 import torch
 from torch import Tensor
 
+from auxfast.implicit.central_difference import (
+    Block,
+    Difference,
+    Direction,
+    Grads,
+    minus,
+    moved_by,
+    norm_of,
+    norms_of,
+    quotient,
+    times,
+)
 from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import check_finite
 from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient
 from auxfast.solvers.base import SolveStats, StopReason
 
-_GROWTH = 16.0  # of a step that rounding spoils: about as far as agreement to within that rounding vouches for
-_SHRINKAGE = 8  # of a step that has crossed a kink
-_LENGTHENING = 4  # of a step that leaves much rounding, and no kink
-_DISAGREEMENT = 0.01  # relative difference to recorded products that neither rounding nor truncation should reach
-_ALLOWED_ERROR = 1e-3  # where the solver has no tolerance: the default of those that have one
-
-_Grads = list[Tensor | None]
+_GROWTH = 16.0  # A step that rounding spoils grows by this factor: agreement within that rounding vouches for no more.
+_SHRINKAGE = 8  # A step that has crossed a kink shrinks by this factor.
+_LENGTHENING = 4  # A step that leaves much rounding, and no kink, grows by this factor.
+_DISAGREEMENT = 0.01  # Rounding and truncation should make less of a difference to recorded products.
+_ALLOWED_ERROR = 1e-3  # A solver without a tolerance is held to the default of those that have one.
 
 
 class FiniteDifference:
@@ -51,8 +60,10 @@ class FiniteDifference:
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch, the same at each call.
-        params: tensors that it is differentiated in. Those that the gradient does not depend on are left out, which is
-            seen by moving all along a pseudo-random direction, the same in every call.
+        params: tensors that it is differentiated in. Those in which the gradient is constant, whatever `params` and
+            `outer_params` are, are left out. That is seen by moving all along a pseudo-random direction, the same in
+            every call.
+        outer_params: tensors for `mixed` to differentiate in.
 
     Attributes:
         operator_error: an estimate of the relative error of `H x` and of the mixed product with x, whichever is larger;
@@ -64,7 +75,9 @@ class FiniteDifference:
         NotFiniteError: NaN or inf in `params` or in the gradient.
     """
 
-    def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss_fns: Sequence[LossFn], params: Sequence[Tensor], outer_params: Sequence[Tensor] = ()
+    ) -> None:
         self._loss_fns = loss_fns
         before, self._eps = _gradient_and_precision(loss_fns, params)
         self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
@@ -76,44 +89,44 @@ class FiniteDifference:
         check_connected("inner_loss", before)
         check_finite("The gradients of inner_loss in inner_params", before)
         check_finite("The inner_params", [w for w, grad in zip(params, before, strict=True) if grad is not None])
-        self.in_system = self._which_vary(params, before)
+        self.in_system = self._which_vary(params, outer_params, before)
         self.params = list(compress(params, self.in_system))
         self._gradient = list(compress(before, self.in_system))
         self._sizes = self._scales(self.params)
         self._blocks = self._by_scale()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        total: _Grads = [None] * len(self.params)
+        total: Grads = [None] * len(self.params)
         for direction in self._directions(vectors):
-            total = add(total, _times(direction.norm, self._difference(direction).product))
+            total = add(total, times(direction.norm, self._difference(direction).product))
         return [torch.zeros_like(v) if p is None else p.to(v.dtype) for p, v in zip(total, vectors, strict=True)]
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return one_by_one(self, vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        product: _Grads = [None] * len(self.params)
-        mixed: _Grads = [None] * len(outer_params)
+        product: Grads = [None] * len(self.params)
+        mixed: Grads = [None] * len(outer_params)
         product_error = mixed_error = mixed_scale = 0.0
         for direction in self._directions(vectors):
             norm = direction.norm
             full = self._difference(direction, outer_params)
             half = self._at(full.distance / 2, direction, outer_params)
-            product = add(product, _times(norm, full.product))
+            product = add(product, times(norm, full.product))
             product_error += norm * self._product_error(full, half, direction)
             term, error = self._mixed_along(direction, outer_params, full, half)
-            mixed = add(mixed, _times(norm, term))
+            mixed = add(mixed, times(norm, term))
             mixed_error += norm * error
             mixed_scale += norm * full.outer_norm / self._longest(direction.block)
-        length = _norm(product)
+        length = norm_of(product)
         # A mixed product far below its scale has cancelled: its relative error would mean nothing.
-        mixed_length = max(_norm(mixed), self._good_error * mixed_scale)
-        errors = _ratio(product_error, length), _ratio(mixed_error, mixed_length)
+        mixed_length = max(norm_of(mixed), self._good_error * mixed_scale)
+        errors = quotient(product_error, length), quotient(mixed_error, mixed_length)
         self.operator_error = max(errors)
         if (recorded := self._recorded(vectors, outer_params)) is not None:
             pairs = zip((product, mixed), recorded, (length, mixed_length), errors, strict=True)
             for found, other, size, error in pairs:
-                distance = _ratio(_norm(add(found, _times(-1.0, other))), size)
+                distance = quotient(norm_of(add(found, times(-1.0, other))), size)
                 if distance > max(_DISAGREEMENT, 10 * error):
                     self.operator_error, self.disagrees = max(self.operator_error, distance), True
         return mixed
@@ -126,44 +139,52 @@ class FiniteDifference:
             stats, problem = replace(stats, converged=False, stop_reason=StopReason.INEXACT), "inexact"
         return stats, "disagreement" if self.disagrees else problem
 
-    def _which_vary(self, params: Sequence[Tensor], before: _Grads) -> list[bool]:
+    def _which_vary(self, params: Sequence[Tensor], outer: Sequence[Tensor], before: Grads) -> list[bool]:
         """Whether the gradient in each parameter varies where all are moved by a part of the size of each; and where
         that leaves some as they are, by a part of the largest size, and by all of it: a short move may be lost in
-        rounding."""
+        rounding. At last the outer parameters are moved."""
         used = [w for w, grad in zip(params, before, strict=True) if grad is not None]
         scales = self._scales(used)
         largest, generator = max(scales), torch.Generator().manual_seed(0)
         varies = [False] * len(params)
         for attempt in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
             moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, attempt, strict=True)]
-            with _moved(used, moves, self._step):
+            with moved_by(used, moves, self._step):
                 after = mean_gradient(self._loss_fns, params)
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
                 if a is not None and b is not None and (attempt is scales or bool(b.isfinite().all())):
                     varies[i] |= not torch.equal(a, b)
             if sum(varies) == len(used):
-                break
+                return varies
+        if not outer:
+            return varies
+        pairs = zip(outer, self._scales(outer), strict=True)
+        moves = [s * torch.randn(phi.shape, generator=generator).to(phi) for phi, s in pairs]
+        with moved_by(outer, moves, self._step):
+            after = mean_gradient(self._loss_fns, params)
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            varies[i] |= a is not None and b is not None and not torch.equal(a, b)
         return varies
 
     def _scales(self, params: Sequence[Tensor]) -> list[float]:
         """The root mean square of the elements of each, or a guess where all are 0."""
-        sizes = [_norm([w]) / math.sqrt(max(w.numel(), 1)) for w in params]
+        sizes = [norm_of([w]) / math.sqrt(max(w.numel(), 1)) for w in params]
         largest = max(sizes, default=0.0)
         return [size or (self._step * min(1.0, largest) or 1.0) for size in sizes]
 
-    def _by_scale(self) -> list[_Block]:
+    def _by_scale(self) -> list[Block]:
         """The parameters in blocks of similar scale, the largest first, and those that are 0 last."""
-        blocks: list[_Block] = []
+        blocks: list[Block] = []
         is_zero = [not bool(w.any()) for w in self.params]
         for i in sorted(range(len(self.params)), key=lambda i: (is_zero[i], -self._sizes[i])):
             block = blocks[-1] if blocks else None
             if block is None or block.is_zero != is_zero[i] or self._sizes[i] < self._step * block.size:
-                blocks.append(_Block([], self._sizes[i], is_zero[i]))
+                blocks.append(Block([], self._sizes[i], is_zero[i]))
             blocks[-1].members.append(i)
             blocks[-1].numel += self.params[i].numel()
         return blocks
 
-    def _directions(self, vectors: Sequence[Tensor]) -> list[_Direction]:
+    def _directions(self, vectors: Sequence[Tensor]) -> list[Direction]:
         """The parts of `vectors` in each block, where they are not 0."""
         for block in list(self._blocks):
             if (direction := self._direction(block, vectors)) is not None:
@@ -174,16 +195,16 @@ class FiniteDifference:
         directions = [self._direction(block, vectors) for block in self._blocks]
         return [direction for direction in directions if direction is not None]
 
-    def _direction(self, block: _Block, vectors: Sequence[Tensor]) -> _Direction | None:
+    def _direction(self, block: Block, vectors: Sequence[Tensor]) -> Direction | None:
         part = block.select(vectors)
-        norms = _norms(part)
+        norms = norms_of(part)
         norm = math.hypot(*norms)
         if norm == 0:
             return None
         relative = math.hypot(*(n / self._sizes[i] for n, i in zip(norms, block.members, strict=True))) / norm
-        return _Direction(block, [v / norm for v in part], norm, relative)
+        return Direction(block, [v / norm for v in part], norm, relative)
 
-    def _choose_distance(self, direction: _Direction) -> None:
+    def _choose_distance(self, direction: Direction) -> None:
         block = direction.block
         block.rounding = self._rounding(block)
         chosen, start = self._at(direction.distance(self._step), direction), min(0.25, _GROWTH * self._good_error)
@@ -193,12 +214,6 @@ class FiniteDifference:
         block.rounding = max(block.rounding, self._eps * chosen.length)
         while 0 < chosen.rounding < start / 2:  # repeated, since far too long a step may see hardly any curvature
             chosen = self._at(chosen.distance * chosen.rounding / start, direction)
-        while chosen.bend > max(self._allowed_bend, 4 * chosen.rounding):  # a kink, or there is more rounding
-            shorter = self._at(chosen.distance / _GROWTH, direction)
-            if shorter.second > chosen.second / 4:  # which does not depend on the distance
-                block.rounding = max(shorter.second, chosen.second)
-                break
-            chosen = shorter
         while chosen.rounding > self._best_error and chosen.distance < longest and growth >= 2:
             factor = min(growth, max(2, chosen.rounding / self._best_error))
             longer = self._at(min(longest, chosen.distance * factor), direction)
@@ -210,7 +225,7 @@ class FiniteDifference:
             block.distance, block.relative_distance = chosen.distance, chosen.distance * direction.relative
             block.is_ready = True
 
-    def _longest(self, block: _Block) -> float:
+    def _longest(self, block: Block) -> float:
         """A distance that moves the elements by as much as the largest parameters measure, or 1."""
         return max(1.0, self._blocks[0].size) * math.sqrt(block.numel)
 
@@ -218,20 +233,20 @@ class FiniteDifference:
         """Norm of what rounding within the computation makes of the gradient: the second difference where the last bits
         of all parameters change, in which what the gradient owes to them cancels."""
         values = [w.detach() for w in self.params]
-        with _moved(self.params, values, 2 * self._eps):
-            ahead = _minus(mean_gradient(self._loss_fns, self.params), self._gradient)
-        with _moved(self.params, values, -2 * self._eps):
-            behind = _minus(self._gradient, mean_gradient(self._loss_fns, self.params))
-        return max(_norm(_minus(ahead, behind)), self._eps / 4 * _norm(self._gradient))
+        with moved_by(self.params, values, 2 * self._eps):
+            ahead = minus(mean_gradient(self._loss_fns, self.params), self._gradient)
+        with moved_by(self.params, values, -2 * self._eps):
+            behind = minus(self._gradient, mean_gradient(self._loss_fns, self.params))
+        return max(norm_of(minus(ahead, behind)), self._eps / 4 * norm_of(self._gradient))
 
-    def _rounding(self, block: _Block) -> float:
+    def _rounding(self, block: Block) -> float:
         """Norm of what rounding makes of the gradient where the block is moved: in the computation, or in the moves."""
         moved = block.select(self.params)
-        with _moved(moved, [w.detach() for w in moved], 2 * self._eps):
+        with moved_by(moved, [w.detach() for w in moved], 2 * self._eps):
             after = mean_gradient(self._loss_fns, self.params)
-        return max(_norm(_minus(after, self._gradient)), self._noise())
+        return max(norm_of(minus(after, self._gradient)), self._noise())
 
-    def _merge(self, direction: _Direction) -> None:
+    def _merge(self, direction: Direction) -> None:
         """Lets a block move with the largest one, if one step serves both: the shorter one, since rounding is that of
         the largest in any case; or that of the largest, if the products agree."""
         block, largest = direction.block, self._blocks[0]
@@ -251,7 +266,7 @@ class FiniteDifference:
         largest.rounding = max(largest.rounding, block.rounding)
         self._blocks.remove(block)
 
-    def _difference(self, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+    def _difference(self, direction: Direction, outer_params: Sequence[Tensor] = ()) -> Difference:
         """The difference over the block's distance; over a shorter one if that has crossed a kink, over a longer one if
         little but rounding is left."""
         first = best = last = self._at(direction.distance(self._step), direction, outer_params)
@@ -271,57 +286,57 @@ class FiniteDifference:
             best = longer
         return best
 
-    def _product_error(self, full: _Difference, half: _Difference, direction: _Direction) -> float:
+    def _product_error(self, full: Difference, half: Difference, direction: Direction) -> float:
         """Norm of the error of `full.product`: its distance to the product at half the step, or at a far shorter one if
         half is too long as well; and not less than half of what rounding may make, which may be the same in both."""
-        short, length = half, _norm(full.product)
-        error = max(_norm(_minus(full.product, half.product)), full.rounding * length / 2)
+        short, length = half, norm_of(full.product)
+        error = max(norm_of(minus(full.product, half.product)), full.rounding * length / 2)
         while error > 2 * _SHRINKAGE * short.rounding * length > 0:  # more than rounding in a shorter one would make
             short = self._at(short.distance / _SHRINKAGE, direction)
             if short.bend > max(full.bend, 4 * short.rounding):
                 break
-            error = max(error, _norm(_minus(full.product, short.product)))
+            error = max(error, norm_of(minus(full.product, short.product)))
         return error
 
     def _mixed_along(
-        self, direction: _Direction, outer_params: Sequence[Tensor], full: _Difference, half: _Difference
-    ) -> tuple[_Grads, float]:
+        self, direction: Direction, outer_params: Sequence[Tensor], full: Difference, half: Difference
+    ) -> tuple[Grads, float]:
         """The mixed product along `direction`, and the norm of its error. Across kinks the loss is continuous, and with
         it its gradient in outer parameters: longer steps than those of H serve it, and a few numbers need them."""
         rounding = self._eps / 2 * full.outer_norm
-        term, error = full.mixed, max(_norm(_minus(full.mixed, half.mixed)), rounding / full.distance)
+        term, error = full.mixed, max(norm_of(minus(full.mixed, half.mixed)), rounding / full.distance)
         distance = full.distance * _LENGTHENING
-        while error > self._good_error * _norm(term) and distance <= self._longest(direction.block):
+        while error > self._good_error * norm_of(term) and distance <= self._longest(direction.block):
             longer = self._at(distance, direction, outer_params).mixed
             # Rounding falls and truncation grows by more than 2, so one of the two products has half of the difference.
-            longer_error = max(_norm(_minus(longer, term)) / 2, rounding / distance)
+            longer_error = max(norm_of(minus(longer, term)) / 2, rounding / distance)
             if not longer_error < error:
                 break
             term, error, distance = longer, longer_error, distance * _LENGTHENING
         return term, error
 
-    def _at(self, distance: float, direction: _Direction, outer_params: Sequence[Tensor] = ()) -> _Difference:
+    def _at(self, distance: float, direction: Direction, outer_params: Sequence[Tensor] = ()) -> Difference:
         moved, wanted, n = direction.block.select(self.params), [*self.params, *outer_params], len(self.params)
-        with _moved(moved, direction.unit, distance):
+        with moved_by(moved, direction.unit, distance):
             ahead = mean_gradient(self._loss_fns, wanted)
-        with _moved(moved, direction.unit, -distance):
+        with moved_by(moved, direction.unit, -distance):
             behind = mean_gradient(self._loss_fns, wanted)
-        change = _minus(ahead, behind)
-        derivative = _times(0.5 / distance, change)
-        return _Difference(
+        change = minus(ahead, behind)
+        derivative = times(0.5 / distance, change)
+        return Difference(
             block=direction.block,
             distance=distance,
             product=derivative[:n],
             mixed=derivative[n:],
-            length=_norm(change[:n]),
-            second=_norm(_minus(_minus(ahead[:n], self._gradient), _minus(self._gradient, behind[:n]))),
-            outer_norm=_norm(ahead[n:]),
+            length=norm_of(change[:n]),
+            second=norm_of(minus(minus(ahead[:n], self._gradient), minus(self._gradient, behind[:n]))),
+            outer_norm=norm_of(ahead[n:]),
         )
 
-    def _recorded(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[_Grads, _Grads] | None:
+    def _recorded(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[Grads, Grads] | None:
         """The product and the mixed product with the recorded second derivatives, or `None` where there are none."""
-        product: _Grads = [None] * len(self.params)
-        mixed: _Grads = [None] * len(outer_params)
+        product: Grads = [None] * len(self.params)
+        mixed: Grads = [None] * len(outer_params)
         try:
             for loss_fn in self._loss_fns:
                 hessian = Hessian(loss_fn(), self.params)
@@ -332,99 +347,10 @@ class FiniteDifference:
                 del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
             return None
-        return _times(1 / len(self._loss_fns), product), _times(1 / len(self._loss_fns), mixed)
+        return times(1 / len(self._loss_fns), product), times(1 / len(self._loss_fns), mixed)
 
 
-@dataclass(eq=False)
-class _Block:
-    """Parameters that are moved together.
-
-    Attributes:
-        members: their indices.
-        size: root mean square of the elements of the largest of them, or a guess where all are 0.
-        is_zero: whether all are 0.
-        numel: how many elements they have.
-        distance: the most that a move may have in norm; infinite until `is_ready`.
-        relative_distance: the same, with each parameter measured by its own size.
-        rounding: norm of the change that rounding makes in the gradient.
-        was_compared: whether the distance of the largest block was tried.
-    """
-
-    members: list[int]
-    size: float
-    is_zero: bool
-    numel: int = 0
-    distance: float = math.inf
-    relative_distance: float = math.inf
-    rounding: float = 0.0
-    is_ready: bool = False
-    was_compared: bool = False
-
-    def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[i] for i in self.members]
-
-
-@dataclass(frozen=True)
-class _Direction:
-    """The part of a vector in a block.
-
-    Attributes:
-        unit: that part at norm 1.
-        norm: its norm.
-        relative: norm of `unit` with each parameter measured by its own size.
-    """
-
-    block: _Block
-    unit: list[Tensor]
-    norm: float
-    relative: float
-
-    def distance(self, step: float) -> float:
-        """How far to move; until the block is ready, by about `step` times the size of each element."""
-        if not self.block.is_ready:
-            return step * math.sqrt(self.block.numel) / self.relative
-        return min(self.block.distance, self.block.relative_distance / self.relative)
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Derivatives along a direction of norm 1, by a central difference.
-
-    Attributes:
-        block: the parameters that are moved.
-        distance: by how much, in both directions.
-        product: the derivative of the gradient in the parameters.
-        mixed: the derivative of the gradient in the outer parameters.
-        length: norm of the difference of the gradient in the parameters.
-        second: norm of the second difference: the difference ahead without the one behind.
-        outer_norm: norm of the gradient in the outer parameters.
-    """
-
-    block: _Block
-    distance: float
-    product: _Grads
-    mixed: _Grads
-    length: float
-    second: float
-    outer_norm: float
-
-    @property
-    def bend(self) -> float:
-        """The second difference, relative. For a smooth gradient it is of the order of the step; if it comes from kinks
-        or rounding, of the relative error; infinite if not finite."""
-        return _ratio(self.second, self.length) if math.isfinite(self.second) else math.inf
-
-    @property
-    def rounding(self) -> float:
-        """What rounding may make of `product`, relative to it; 0 where that is 0 or not finite."""
-        return self.block.rounding / self.length if 0 < self.length < math.inf else 0.0
-
-    def differs_from(self, other: _Difference) -> float:
-        """Distance of the products, relative to the other one."""
-        return _ratio(_norm(_minus(self.product, other.product)), _norm(other.product))
-
-
-def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[_Grads, float]:
+def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Grads, float]:
     """The gradient, and the coarsest machine precision of `params` and of what the graphs keep: under autocast, a
     gradient in float32 has the rounding of a narrower dtype."""
     dtypes = {w.dtype for w in params}
@@ -442,47 +368,3 @@ def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]
             raise
         gradient = mean_gradient(loss_fns, params)
     return gradient, max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-@contextmanager
-def _moved(params: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Moves `params` to `params + step * directions`, through `.data`, so that graphs that the user made before stay
-    valid, and back."""
-    data = [w.data for w in params]
-    saved = [tensor.clone() for tensor in data]
-    try:
-        torch._foreach_add_(data, list(directions), alpha=step)
-        yield
-    finally:
-        torch._foreach_copy_(data, saved)
-
-
-def _minus(tensors: _Grads, others: _Grads) -> _Grads:
-    return [None if a is None or b is None else a - b for a, b in zip(tensors, others, strict=True)]
-
-
-def _times(factor: float, tensors: _Grads) -> _Grads:
-    return [None if t is None else factor * t for t in tensors]
-
-
-def _ratio(part: float, whole: float) -> float:
-    """`part / whole`, where 0 / 0 is 0."""
-    return part and (part / whole if whole else math.inf)
-
-
-def _norm(tensors: Sequence[Tensor | None]) -> float:
-    """Euclidean norm of all elements together; `None` has none."""
-    return math.hypot(*_norms([t for t in tensors if t is not None]))
-
-
-def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Euclidean norms, brought to the first one's device to wait for all at once. Squares that may leave the range of
-    float32 are added in float64, which takes longer."""
-
-    def norms(at_least: torch.dtype) -> list[float]:
-        dtypes = [torch.promote_types(t.dtype, at_least) for t in tensors]
-        found = [torch.linalg.vector_norm(t.detach(), dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-        return torch.stack([norm.to(found[0]) for norm in found]).tolist() if found else []
-
-    found = norms(torch.float32)
-    return found if all(1e-15 < norm < 1e15 for norm in found) else norms(torch.float64)

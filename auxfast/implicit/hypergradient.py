@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.advice import found_nothing, missing_dependence, problem_of, warn_of
+from auxfast.implicit.advice import found_nothing, missing_dependence, no_more_than_identity, problem_of, warn_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.curvature import (
     Curvature,
     GaussNewton,
     Hessian,
     MicroBatches,
-    in_dtypes_of,
     in_widest_dtype,
     on_one_dtype,
 )
@@ -27,6 +26,7 @@ from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
+from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
@@ -103,8 +103,9 @@ def hypergradient(
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
             solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
-            where no outer parameter plays a part, or none does in the inner loss; and where finite differences are too
-            inexact for `tol`, or disagree with the recorded graph.
+            where no outer parameter plays a part, or none does in the inner loss; where an inner parameter is 0 and
+            `abs` or `relu` of it has a kink; and where finite differences are too inexact for `tol`, or disagree with
+            the recorded graph.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -117,7 +118,7 @@ def hypergradient(
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
             `outputs` or `free` that do not fit.
-        RuntimeError: a graph that was freed before, or of parameters that have changed since; an inner loss with
+        RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
             `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,
             DistributedDataParallel or FSDP.
@@ -127,7 +128,7 @@ def hypergradient(
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
     check_one_device("inner_params", inner)
-    _check_curvature(curvature, inner_loss, outputs)
+    _check_curvature_and_losses(curvature, inner_loss, outputs)
     masks = free_masks(free, inner)
     check_solver(solver)
     active_inner = [w for w in inner if w.requires_grad]
@@ -142,11 +143,12 @@ def hypergradient(
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
-        derivatives = _derivatives(curvature, given_inner, active_inner, retain_graph)
+        derivatives = _derivatives(curvature, given_inner, active_inner, active_outer, retain_graph)
         product = on_one_dtype(derivatives)
         if free is not None:
             rhs, product = project(rhs, masks), FreeCurvature(product, masks)
         mixed: Sequence[Tensor | None] = [None] * len(active_outer)
+        b: Sequence[Tensor] = ()
         solution: Sequence[Tensor] = ()
         stats, problem, direct_only = TRIVIAL, None, False
         if product.params:
@@ -154,16 +156,17 @@ def hypergradient(
             b = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
             with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
                 solution, stats = _solve(solver, product, b, state)
-                problem = problem_of(solver, stats, product, b, solution)
                 direct_only = found_nothing(stats, solution)
+                problem = problem_of(solver, stats, product, b, direct_only)
                 mixed = product.mixed(solution, active_outer)
                 if isinstance(derivatives, FiniteDifference):
                     stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
                 elif not direct_only:
-                    along = in_dtypes_of(product.params, solution)
                     stats, problem = check_symmetry(
-                        stats, problem, state, given_inner, derivatives, product.params, along
+                        stats, problem, state, given_inner, derivatives, product.params, solution
                     )
+                    if derivatives.kinked and is_at_kink(derivatives.kinked, active_inner, masks):
+                        problem = "kink"
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
     if not all_finite(grads):
@@ -172,7 +175,8 @@ def hypergradient(
         check_finite("The mixed second derivatives of inner_loss, in inner_params and outer_params,", mixed)
         check_finite("The hypergradients", grads)
     if warn:
-        warn_of(missing_dependence(direct, mixed) or problem, solver, state)
+        problem = missing_dependence(direct, mixed) or problem
+        warn_of(problem or no_more_than_identity(solver, stats, b, solution, state), solver, state)
     total = iter(grads)
     return HypergradientResult(
         tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer), stats, direct_only
@@ -189,10 +193,15 @@ def _solve(
         raise
 
 
-def _check_curvature(curvature: str, inner_loss: Loss, outputs: Any) -> None:
+def check_curvature(curvature: str) -> None:
+    """Raises ValueError where `curvature` is none that there is."""
     names = [*_RECORDED, "finite-difference"]
     if curvature not in names:
         raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
+
+
+def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
+    check_curvature(curvature)
     if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
         raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
     if outputs is not None and curvature != "gauss-newton":
@@ -227,12 +236,16 @@ def _outer_gradient(
 
 
 def _derivatives(
-    name: str, inner: LossGraph | list[LossFn], params: Sequence[Tensor], retain_graph: bool
+    name: str,
+    inner: LossGraph | list[LossFn],
+    params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
+    retain_graph: bool,
 ) -> Hessian | MicroBatches | FiniteDifference:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":
-        return FiniteDifference(inner, params)
+        return FiniteDifference(inner, params, outer_params)
     kind = _RECORDED[name]
     if len(inner) == 1:
         return kind(inner[0](), params)

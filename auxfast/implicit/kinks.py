@@ -1,8 +1,8 @@
-"""Entries of the parameters that stay at a kink of the inner loss, found from gradients on both sides."""
+"""Parameters at a kink of the inner loss: seen in its graph, or entry by entry from gradients on both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,15 @@ class Kinks(NamedTuple):
     """Number of entries in which the gradient jumps, where some kink lies across several."""
 
 
+def is_at_kink(kinked: Sequence[Tensor], inner: Sequence[Tensor], masks: Sequence[Tensor | None]) -> bool:
+    """Whether a free entry of an inner parameter that goes into a function with a kink at 0 is exactly 0."""
+    ids = {id(tensor) for tensor in kinked}
+    return any(
+        id(w) in ids and bool(((w == 0) if mask is None else (w == 0) & mask).any())
+        for w, mask in zip(inner, masks, strict=True)
+    )
+
+
 def find_kinks(gradient_at: Callable[[Tensor], Tensor], point: Tensor, scale: Tensor, eps: float) -> Kinks:
     """Kinks of a function at `point`, by at most 50 gradients, however many entries there are.
 
@@ -45,8 +54,8 @@ def find_kinks(gradient_at: Callable[[Tensor], Tensor], point: Tensor, scale: Te
     far, ratio = eps**0.5 * scale, eps**0.25
     near = ratio * far  # no other kink is likely to be so near
     generator = torch.Generator().manual_seed(0)
-    jumps = torch.ones_like(point, dtype=torch.bool)  # whatever the direction
-    least, most = torch.full_like(point, torch.inf), torch.full_like(point, -torch.inf)  # of what pushes back
+    jumps = torch.ones_like(point, dtype=torch.bool)  # in every direction so far
+    least, most = torch.full_like(point, torch.inf), torch.full_like(point, -torch.inf)  # these bound what pushes back
     for _ in range(_PROBES):
         direction = torch.rand(point.shape, generator=generator, dtype=point.dtype) * 2 - 1
         direction += direction.sign()  # entries of 1 to 2: no sum of few is 0

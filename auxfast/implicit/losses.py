@@ -65,6 +65,11 @@ class LossGraph:
     def nodes(self) -> set[Any]:
         return graph_from([self.loss.grad_fn])
 
+    @cached_property
+    def functions(self) -> list[Any]:
+        """The nodes that belong to a `torch.autograd.Function`."""
+        return functions_of(self.nodes)
+
     def gradient(
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor | None]:
@@ -91,19 +96,24 @@ class LossGraph:
                 f"{self.name} was computed before the inner step, or another change of parameters or buffers: one that "
                 f"its graph needs was {_CHANGED}. Compute {self.name} anew after the step."
             ) from error
+        if "add(sparse, dense)" in str(error):
+            raise RuntimeError(
+                f"{self.name} has a sparse and a dense gradient in the same parameter, which autograd cannot add where "
+                "it records second derivatives: pass sparse=False to the embedding"
+            ) from error
 
     def refuse_reentrant_checkpoints(self) -> None:
         """Raises RuntimeError where a part of the graph is a checkpoint whose inside autograd does not see: gradients
         in its parameters would be left out without a word."""
-        if any(function_class(node) is CheckpointFunction for node in functions_of(self.nodes)):
+        if any(function_class(node) is CheckpointFunction for node in self.functions):
             raise RuntimeError(f"{self.name} {_REENTRANT}")
 
 
 def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"{name} does not depend on any of inner_params: were they replaced since it was computed, or do all have "
-            "requires_grad=False?"
+            f"{name} does not depend on any of inner_params: was something detached on the way, were they replaced "
+            "since it was computed, or do all have requires_grad=False?"
         )
 
 
@@ -154,6 +164,7 @@ def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> Loss
 
     def compute() -> LossGraph:
         nonlocal checked
+        torch.clear_autocast_cache()  # it may hold casts of the parameters as they were before they were moved
         try:
             with torch.enable_grad():
                 result = function()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -14,16 +14,13 @@ from torch import Tensor
 from auxfast.implicit.advice import warn_once
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.hypergradient import CurvatureName, hypergradient
+from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.nn.combiner_base import unprojected
-from auxfast.solvers import MINRES, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats, check_positive, check_solver
+from auxfast.solvers import MINRES
+from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
-_NOT_FINITE = SolveStats(
-    iterations=0, matvecs=0, residual=float("inf"), converged=False, stop_reason=StopReason.NOT_FINITE
-)
 
 
 class Projectable(Protocol):
@@ -43,13 +40,14 @@ class HyperOptimizer:
         project: modules whose `project_()` is called after each update.
 
     Attributes:
+        optimizer: the one that was given. Learning rate schedulers take it.
         state: what the solver keeps from one step for the next.
         skipped_steps: the number of steps that changed nothing; see `step`.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; `solver` is no solver; or
             something in `project` has no `project_()`.
-        ValueError: `max_grad_norm` is not above 0.
+        ValueError: `curvature` is unknown, or `max_grad_norm` is not above 0.
 
     Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
     """
@@ -73,6 +71,7 @@ class HyperOptimizer:
                 "is not evaluated again within a step. Take SGD or Adam."
             )
         check_solver(solver)
+        check_curvature(curvature)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         self.project = _projectable(project)
@@ -120,7 +119,7 @@ class HyperOptimizer:
                 warn=self.warn,
             )
         except NotFiniteError as error:
-            return self._skip(before, _NOT_FINITE, str(error))
+            return self._skip(before, NOT_FINITE, str(error))
         if result.direct_only or math.isinf(result.stats.residual):
             # What the solver has thrown away, such as eigenvalues that did not serve, would only fail again.
             before = {name: None if vars(self.state)[name] is None else kept for name, kept in before.items()}
@@ -164,7 +163,15 @@ class HyperOptimizer:
         return {**self.optimizer.state_dict(), "solver_state": solver_state, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing."""
+        """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+            raise ValueError(
+                "state_dict must be that of a HyperOptimizer or of a torch optimizer: it has no param_groups"
+            )
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)

@@ -70,7 +70,7 @@ class HypergradientReport:
     """(m,): the solver's hypergradient where the inner problem was solved anew at the given outer parameters; `None`
     if the one at the given inner parameters agrees with the finite differences."""
     curvature: str
-    """As given to `verify_hypergradient`."""
+    """Curvature that was verified, as given to `verify_hypergradient`."""
     stats: SolveStats
     """Statistics of the linear solve."""
     inner_gradient_norm: float
@@ -84,9 +84,9 @@ class HypergradientReport:
     `curvature="finite-difference"`) from differences: large where some backward pass is not the derivative of its
     forward pass."""
     recorded_error: float | None
-    """By how much the recorded `H v` differs from a central difference of the inner gradient along v, for the solution
-    and a random vector, relative, less three times the difference's own estimated error. `None` where there is nothing
-    to compare: with `curvature="finite-difference"`, or at kinks across several entries."""
+    """Distance of the recorded `H v` to a central difference of the inner gradient along v, for the solution and a
+    random vector, relative, less three times the difference's own estimated error. `None` where there is nothing to
+    compare: with `curvature="finite-difference"`, or at kinks across several entries."""
     held: int
     """Number of free inner entries that look held: at a kink with both sides of the inner loss pushing back, or left in
     place by `solve_inner` against an inner gradient, as at a bound."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 
 from torch import Tensor
 
-from auxfast.implicit.curvature import Hessian, MicroBatches
+from auxfast.implicit.curvature import Hessian, MicroBatches, in_dtypes_of
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import LossFn, LossGraph
@@ -46,7 +47,7 @@ def check_symmetry(
             differences = FiniteDifference(inner, params)
         except NotFiniteError:  # second derivatives may be finite where the gradient is not, and nothing tells
             return stats, problem
-        differences.mixed([x for x, used in zip(solution, differences.in_system, strict=True) if used], ())
+        differences.mixed(list(compress(in_dtypes_of(params, solution), differences.in_system)), ())
         known = differences.operator_error if differences.disagrees else 0.0
         if state is not None:
             state.symmetry_error = known

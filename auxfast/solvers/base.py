@@ -239,6 +239,7 @@ def _wrong_result(solver: Solver, given: str) -> TypeError:
 
 
 TRIVIAL = SolveStats(iterations=0, matvecs=0, residual=0.0, converged=True, stop_reason=StopReason.TRIVIAL)
+NOT_FINITE = SolveStats(iterations=0, matvecs=0, residual=math.inf, converged=False, stop_reason=StopReason.NOT_FINITE)
 
 
 def check_positive(name: str, value: float) -> None:

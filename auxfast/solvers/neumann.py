@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -89,11 +89,14 @@ class Neumann(IterativeSolver):
             ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides.
             RuntimeError: `matvec` returns other shapes, dtypes or devices than it was given.
         """
+        is_flat = batched or self.damping != 0 or torch.finfo(rhs[0].dtype).bits < 32 if rhs else True
         if self.certify:
-            return super().solve(matvec, rhs, batched=batched, state=state)
+            if is_flat or self.step_size == "auto" or self.tol is not None or self.warm_start:
+                return super().solve(matvec, rhs, batched=batched, state=state)
+            return self._certified(matvec, rhs, state)
         assert self.step_size != "auto"
         check_rhs(rhs, batched)
-        if batched or self.damping or torch.finfo(rhs[0].dtype).bits < 32:
+        if is_flat:
             system = LinearSystem(matvec, rhs, self.damping, batched)
             series = [Series([b], self.step_size) for b in system.rhs]
             stats = self._sum(series, RowProducts(system), system.limits())
@@ -101,6 +104,35 @@ class Neumann(IterativeSolver):
         one = Series(without_graph(rhs), self.step_size)
         stats = self._sum([one], ListProducts(matvec), [torch.finfo(rhs[0].dtype).max])
         return one.p, stats
+
+    def _certified(
+        self, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+    ) -> tuple[list[Tensor], SolveStats]:
+        """The sum on the tensors as they are, which saves copies of flat rows. Where numbers are extreme, the solve is
+        done anew with all precautions."""
+        assert self.step_size != "auto"
+        check_rhs(rhs, False)
+        series, products = Series(without_graph(rhs), self.step_size), ListProducts(matvec)
+        iterations, residual = 0, None
+        if series.is_in_range():
+            iterations = run([series], products, self.steps)
+            residual = series.certified_residual(products)
+        if residual is None:
+            solution, stats = super().solve(matvec, rhs, state=state)
+            return solution, replace(stats, matvecs=stats.matvecs + products.matvecs)
+        largest, negative = _curvature_of_growth([series.curvature], self.damping)
+        reason = StopReason.DIVERGED if series.grew else StopReason.STEPS if residual else StopReason.CONVERGED
+        return series.p, SolveStats(
+            iterations=iterations,
+            matvecs=products.matvecs,
+            residual=residual,
+            converged=residual == 0,
+            stop_reason=reason,
+            step_size=self.step_size,
+            largest_eigenvalue=largest,
+            negative_curvature=negative,
+            residuals=(residual,),
+        )
 
     def _sum(self, series: Sequence[Series], products: Products, limits: Sequence[float]) -> SolveStats:
         """Runs Algorithm 2 as it stands. The sums are left in `p`: zeros where an entry may exceed its limit."""

@@ -36,8 +36,11 @@ class ListProducts:
         self._matvec = matvec
 
     def __call__(self, series: Sequence[Series]) -> list[Sequence[Tensor]]:
-        self.matvecs += len(series)
-        return [without_graph(self._matvec(s.v)) for s in series]
+        return [self.product(s.v) for s in series]
+
+    def product(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.matvecs += 1
+        return without_graph(self._matvec(vectors))
 
 
 def without_graph(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -132,6 +135,37 @@ class Series:
     def norm(self) -> float:
         """`||b - A (p - v)||`, after the steps whose norms were read."""
         return math.sqrt(self.squares[-1]) / self._step_size
+
+    def is_in_range(self) -> bool:
+        """Whether neither b nor a b is 0, or so small or large that numbers may leave the range of their dtype."""
+        self._read_pending()
+        info = torch.finfo(self.p[0].dtype)
+        norm = math.sqrt(self.squares[0])
+        return info.tiny / info.eps < min(norm, norm / self._step_size) and max(norm, self.norm) < math.sqrt(info.max)
+
+    def certified_residual(self, products: ListProducts) -> float | None:
+        """`||b - H p|| / ||b||` after the steps, for one product. Where the norm has grown, the sum becomes the best
+        one; for that only this product may have told of the last term. `None` if something is not finite."""
+        if not math.isfinite(self.squares[-1]):
+            return None
+        if self.grew:
+            self.rewind(products)
+        if len(self.squares) == 1:
+            return 1.0
+        info, of_b = torch.finfo(self.p[0].dtype), math.sqrt(self.squares[0]) / self._step_size
+        left = self._left(products)
+        if not left <= GROWTH * max(self.norm, 10 * info.eps * of_b):
+            if self.grew:
+                return None
+            self.grew = True
+            torch._foreach_sub_(self.p, self.v)
+            left = self._left(products)
+        return left / of_b if left <= of_b else None
+
+    def _left(self, products: ListProducts) -> float:
+        """`||b - H p||`"""
+        pairs = zip(self.start, products.product(self.p), strict=True)
+        return math.sqrt(squared_norm([b - product for b, product in pairs]).item())
 
     def close(self, products: Products, limit: float) -> StopReason:
         """Says how the steps went, whose norms were not read, and makes `p` 0 where an entry may exceed the limit.

@@ -23,7 +23,6 @@ from auxfast.train.files import (
     finite,
     fitting,
     load_checkpoint,
-    locked,
     one_line,
     read_json,
     save_checkpoint,
@@ -31,6 +30,7 @@ from auxfast.train.files import (
     write_json,
     writing,
 )
+from auxfast.train.folder_lock import locked
 from auxfast.train.methods import Method
 from auxfast.train.run import (
     CHECKPOINT,

@@ -67,9 +67,8 @@ def read_run(path: Path) -> Run:
         RunError: a file is missing or corrupt; names it.
     """
     description = read_description(path)
-    result = (
-        _read_result(path / RESULT) if (path / RESULT).exists() else None
-    )  # a run that ends meanwhile is unfinished
+    result_path = path / RESULT  # read before the records: a run that ends meanwhile is unfinished
+    result = _read_result(result_path) if result_path.exists() else None
     return Run(
         path=path,
         experiment=description["experiment"],

@@ -240,3 +240,20 @@ def test_masks_that_are_refused(free, error, message):
     problem = Held()
     with pytest.raises(error, match=message):
         of(problem, free=free)
+
+
+@pytest.mark.parametrize("function", [torch.abs, torch.relu])
+@pytest.mark.parametrize("form", ["tensor", "function", "micro-batches"])
+def test_zeros_at_a_kink_are_told_unless_they_are_held(function, form):
+    w, v = torch.tensor([2.0, 0.0], requires_grad=True), torch.zeros(2, requires_grad=True)
+    lam = torch.tensor(1.0, requires_grad=True)
+
+    def inner() -> Tensor:
+        return 0.5 * (w - 3).square().sum() + lam * function(w).sum() + (v - w).square().sum()
+
+    given = {"tensor": inner(), "function": inner, "micro-batches": [inner, inner]}[form]
+    outer = w.sum() if form == "tensor" else lambda: w.sum()
+    with pytest.warns(RuntimeWarning, match=r"exactly 0, where abs\(\) or relu\(\).*free="):
+        hypergradient(outer, given, [w, v], [lam], retain_graph=True)
+    result = hypergradient(outer, given, [w, v], [lam], free=[w != 0, None], retain_graph=True)
+    torch.testing.assert_close(result.grads[0], torch.tensor(-1.0), rtol=1e-3, atol=1e-3)

@@ -242,6 +242,11 @@ def test_settings_are_checked():
         HyperOptimizer(lbfgs)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, not a list"):
         HyperOptimizer([], solver=Dense())
+    with pytest.raises(ValueError, match=r"curvature must be one of hessian, .*, not 'Hessian'"):
+        HyperOptimizer(sgd, curvature="Hessian")
+    for state in (LinearCombiner(2).state_dict(), None):
+        with pytest.raises(ValueError, match="state_dict must be that of a HyperOptimizer or of a torch optimizer"):
+            HyperOptimizer(sgd).load_state_dict(state)
     with pytest.raises(ValueError, match="max_grad_norm must be a finite number above 0"):
         HyperOptimizer(sgd, solver=Dense(), max_grad_norm=0.0)
     for project, given in [

@@ -61,3 +61,15 @@ def test_usefulness_of_sparse_embeddings():
         losses = case.outer(), case.inner(), aux
         scores.append(auxfast.auxiliary_usefulness(*losses, case.inner_params, solver=Dense(damping=0.1)).scores)
     torch.testing.assert_close(scores[1], scores[0])
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_dense_and_a_sparse_gradient_of_one_parameter_are_refused_with_the_remedy(as_function):
+    words, decay = nn.Embedding(5, 2, sparse=True), torch.zeros(1, requires_grad=True)
+
+    def inner() -> Tensor:
+        return decay.exp() * words.weight.square().sum() + (words(I[:2]) - 1).square().sum()
+
+    loss = inner if as_function else inner()
+    with pytest.raises(RuntimeError, match=r"^inner_loss has a sparse and a dense gradient .* sparse=False"):
+        auxfast.hypergradient(lambda: words(I[:2]).sum(), loss, words.parameters(), [decay])

@@ -14,7 +14,7 @@ import pytest
 
 from auxfast.cli import main
 from auxfast.train import RunError, find_runs
-from auxfast.train.files import locked
+from auxfast.train.folder_lock import locked
 from train.test_recording import run
 from train.test_resume import _same
 

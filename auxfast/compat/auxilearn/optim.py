@@ -59,7 +59,7 @@ class MetaOptimizer:
                 param.grad = None
         try:
             grads = self.hypergrad.grad(val_loss, train_loss, outer, parameters)
-        except NotFiniteError:  # with scale="exact"
+        except NotFiniteError:  # scale="exact" raises it
             grads = [torch.full_like(param, torch.nan) for param in outer]
         unclipped = [grad.clone() for grad in grads] if return_grads else None
         if all_finite(grads):

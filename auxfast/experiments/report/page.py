@@ -37,9 +37,8 @@ def write_report(all_results: Sequence[Results], out: Path) -> str:
     if out.suffix == ".png":
         write_bytes(out, _png(draw_sections([section for results in finished for section in results.sections])))
     else:
-        write_bytes(
-            out, _page(finished, [text for results in all_results for text in describe_unfinished(results)]).encode()
-        )
+        unfinished = [text for results in all_results for text in describe_unfinished(results)]
+        write_bytes(out, _page(finished, unfinished).encode())
     return "\n\n".join(map(describe, all_results))
 
 
