@@ -79,7 +79,7 @@ class Dense:
         size = float(torch.linalg.vector_norm(matrix))
         best.symmetry_error = float(torch.linalg.vector_norm(matrix - matrix.T)) / size if size else 0.0
         best.symmetric = may_be_symmetric(system, best.symmetry_error, None, matrix, matrix.T)
-        values, vectors = torch.linalg.eigh((matrix + matrix.T).mul_(0.5))
+        values, vectors = torch.linalg.eigh(matrix / 2 + matrix.T / 2)
         rounding = n**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
         inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)
         x = ((best.current(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)

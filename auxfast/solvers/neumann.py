@@ -199,10 +199,12 @@ class Neumann(IterativeSolver):
 
 def _best_step(spectrum: SpectrumBounds) -> float:
     """`2 / (largest + smallest)`, at which the extreme eigenvalues converge alike."""
+    step_size = 1.0  # no step converges where nothing is positive: this one does little harm, as does that of -A
     if spectrum.largest > 0:
         step_size = 2 / (spectrum.upper + max(spectrum.smallest, 0.0))
-        return max(step_size, sys.float_info.min)  # the bound may have overflowed
-    return -1 / spectrum.smallest if spectrum.smallest < 0 else 1.0  # no step converges: this one does little harm
+    elif spectrum.smallest < 0:
+        step_size = -1 / spectrum.smallest
+    return max(step_size, sys.float_info.min)  # the eigenvalues may have overflowed
 
 
 def _leave_out_a_last_term_that_grew(
@@ -216,7 +218,8 @@ def _leave_out_a_last_term_that_grew(
         rounding: (k,), norms of which nothing can be told.
     """
     known = np.maximum([s.norm for s in cycle], 10 * rounding)
-    late = np.flatnonzero(~np.array([s.grew for s in cycle]) & (best.norms[rows] > GROWTH * known))
+    with np.errstate(over="ignore"):
+        late = np.flatnonzero(~np.array([s.grew for s in cycle]) & (best.norms[rows] > GROWTH * known))
     if not len(late):
         return
     grown = best.norms[rows[late]]

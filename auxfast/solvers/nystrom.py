@@ -166,8 +166,10 @@ class Nystrom:
         noise = max(torch.finfo(system.rhs.dtype).eps * math.sqrt(size) * norm, asymmetry, sys.float_info.min)
         try:
             inverse = self._inverse(system, tests, image, core, noise)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # something has overflowed on the way
-            return None
+        except RuntimeError:
+            if noise < math.sqrt(torch.finfo(dtype).max):
+                raise
+            return None  # a number has overflowed on the way, and a decomposition does not take it
         return replace(inverse, symmetry_error=error, symmetric=symmetric)
 
     def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:

@@ -116,8 +116,8 @@ class Series:
         last, a = self.squares[-1], self._step_size
         self.reached = last <= self._smallest_square
         self.grew = not (self.reached or last <= GROWTH * self.squares[self.best] < math.inf)  # a NaN has grown too
-        if self.grew and math.isfinite(last):
-            before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
+        before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
+        if self.grew and math.isfinite(last) and before > 0:  # it may have underflowed
             slope = (before - last) / (2 * a) + a / 2 * squared_norm(product).item()  # w . A w
             self.curvature = slope / before
         return not (self.reached or self.grew)

@@ -476,3 +476,23 @@ def test_a_solver_is_a_value(solver):
     name = dataclasses.fields(solver)[0].name
     with pytest.raises(AttributeError):
         setattr(solver, name, 1)
+
+
+@every_solver()
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_products_at_the_end_of_the_range_do_no_harm(solver, first, scale):
+    """An entry of the products is the largest number that there is, from the `first` on."""
+    calls = 0
+
+    def matvec(v: Sequence[Tensor]) -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        product = scale * UNIFORM * v[0]
+        if calls >= first:
+            product[0] = torch.finfo(product.dtype).max
+        return [product]
+
+    (x,), stats = solver.solve(matvec, [gaussian(SIZE)])
+    assert x.isfinite().all()
+    assert stats.residual >= 0
