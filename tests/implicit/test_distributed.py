@@ -52,6 +52,7 @@ def of_two_processes(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_of_two_processes(tmp_path):
     torch.multiprocessing.spawn(of_two_processes, (str(tmp_path),), nprocs=2)
 

@@ -389,6 +389,7 @@ MATRIX_PRODUCTS = dict.fromkeys(
 )
 
 
+@pytest.mark.slow
 @every_solver(MATRIX_PRODUCTS)
 def test_same_bits_for_any_number_of_threads(solver):
     curvature = torch.linspace(0.1, 1, 200_003)

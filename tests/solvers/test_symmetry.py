@@ -105,6 +105,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [*TELLING.values(), MINRES(tol=1e-8)], ids=[*TELLING, "MINRES, long"])
 def test_rounding_is_not_taken_for_asymmetry(solver):
     """Products of symmetric matrices may be little but rounding, or noise 10 times that, and contradict symmetry."""
