@@ -244,6 +244,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract:UserWarning")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("outer", OUTER)

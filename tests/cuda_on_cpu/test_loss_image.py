@@ -138,6 +138,7 @@ def is_affordable(case: Case) -> bool:
     return MODE != "tsan" or tiles * max(case.network.channels) * case.network.num_losses <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [which for which, case in CASES.items() if is_affordable(case)])
 def test_passes_are_the_reference(which):
     assert_case(CASES[which], orders=1 if which in SPECIAL else 3)
