@@ -3,9 +3,10 @@
 The textbook loop has no certificate, so it is compared with `Neumann(certify=False)`, which makes the same products;
 "certified" is the default, with its one product more.
 
-All Hessian products are autograd's own, by its engine called directly. On a loaded 2-core EPYC, in medians of
-interleaved rounds (0.1 is noise): MLP 64-128-128-10 1.26 times faster than the textbook loop, 16-32-10 1.57,
-512-1024-1024-10 1.40, CNN 1.04, with BatchNorm 1.05, no more than level with its floor. What surrounds the first's
+All Hessian products are autograd's own, by its engine called directly. On a quiet 2-core EPYC, in medians of
+interleaved rounds (0.1 is noise): MLP 64-128-128-10 1.29 times faster than the textbook loop, 16-32-10 1.50,
+512-1024-1024-10 1.28, CNN 1.06, with BatchNorm 1.04, no more than level with its floor; with the certificate 1.08,
+1.29, 0.89, 0.88 and 0.89. What surrounds the first's
 products is mostly code that has left the caches: after a product, a call that takes 2 us in a loop of its own takes 10,
 so fewer and plainer calls count, not less arithmetic. Advice about the solve takes 100 us where it finds something and
 there is no `state` to remember it.

@@ -72,3 +72,16 @@ class Ridge:
         w, d = self.w.detach(), self.decay.detach()
         q = torch.linalg.solve(self.hessian(), self.outer_x.T @ (self.outer_x @ w - self.outer_y))
         return -q * d.exp() * w + 2 * d, -(self.x @ q) * (self.x @ w - self.y)
+
+
+class Reverse(torch.autograd.Function):
+    """Gradient reversal, as in domain-adversarial training: a backward pass that is not the derivative of the forward
+    pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad

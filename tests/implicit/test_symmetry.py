@@ -12,17 +12,7 @@ from torch import Tensor
 from auxfast.implicit import HyperOptimizer, hypergradient
 from auxfast.solvers import MINRES, ConjugateGradient, Dense, Neumann, SolverState
 
-
-class Reverse(torch.autograd.Function):
-    """Gradient reversal, as in domain-adversarial training."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -grad
+from .problems import Reverse
 
 
 class StraightThrough(torch.autograd.Function):

@@ -12,7 +12,7 @@ import auxfast
 from auxfast.implicit import Agreement, verify_hypergradient
 from auxfast.solvers import MINRES, Dense, Identity
 
-from .problems import Ridge
+from .problems import Reverse, Ridge
 
 EXACT = MINRES(tol=1e-10)
 
@@ -246,18 +246,6 @@ def test_the_estimated_error_of_the_finite_differences_is_that_of_an_inner_probl
     for steps in (3, 30, 100):  # noqa: B007
         report = verify_ridge(problem, solver=EXACT, solve_inner=gradient_steps, max_directions=3)
         assert report.finite_difference_error == pytest.approx(report.total.relative_error, rel=0.3, abs=1e-7)
-
-
-class Reverse(torch.autograd.Function):
-    """Gradient reversal, as in domain-adversarial training."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -grad
 
 
 class StraightThrough(torch.autograd.Function):
