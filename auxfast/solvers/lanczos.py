@@ -1,4 +1,4 @@
-"""The Lanczos process of several rows, fully reorthogonalised: for solvers that take few steps and need every vector."""
+"""The Lanczos process of several rows, fully reorthogonalised, for solvers that take few steps."""
 
 from __future__ import annotations
 
