@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from auxfast.solvers import Solver
+from auxfast.solvers import MINRES, Solver
 from auxfast.solvers.base import check_solver
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
@@ -44,11 +44,11 @@ class TrainConfig:
             where that means nothing; an unknown name or option.
     """
 
-    outer_steps: int
-    inner_steps: int
-    inner_optimizer: Component
-    outer_optimizer: Component
-    solver: Solver
+    outer_steps: int = 60
+    inner_steps: int = 10
+    inner_optimizer: Component = Component("Adam", {"lr": 3e-3})
+    outer_optimizer: Component = Component("Adam", {"lr": 0.02})
+    solver: Solver = MINRES(steps=10, damping=0.1)
     inner_scheduler: Component | None = None
     weight_decay: float = 0.0
     max_inner_grad_norm: float | None = None
@@ -129,7 +129,7 @@ class RunConfig:
         task: options of the experiment's own, a frozen dataclass; None if it has none.
     """
 
-    train: TrainConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
     combiner: CombinerConfig = field(default_factory=CombinerConfig)
     weighting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: Any = None

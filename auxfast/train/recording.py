@@ -169,7 +169,8 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
 
 
 def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
-    """Task and combiner as a run's last checkpoint has them, on the CPU; in the end these are the best ones.
+    """Task and combiner as a run's last checkpoint has them, on the CPU; in the end these are the best ones. Outer
+    parameters of the task's own are in its `training_loss`.
 
     Raises:
         RunError: there is no checkpoint, or it is corrupt.
@@ -181,7 +182,8 @@ def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> t
     with fitting(checkpoint):
         task.model.load_state_dict(state["trainer"]["model"])
         loss.load_state_dict(state["trainer"]["training_loss"])
-    return task, loss.combiner if isinstance(loss, CombinedLoss) else None
+    combiner = loss.combiner if isinstance(loss, CombinedLoss) else None
+    return task, combiner if isinstance(combiner, Combiner) else None
 
 
 @contextmanager
@@ -207,7 +209,7 @@ def _make_trainer(plan: RunPlan) -> Trainer:
     _check_device(device)
     task, loss = _start(plan.make_task, plan.method, plan.seed, plan.config)
     _move(task, device)
-    return Trainer(task, loss.to(device), plan.config.train, plan.seed, learn=plan.method.learned)
+    return Trainer(task, loss.to(device), plan.config.train, plan.seed)
 
 
 def _start(make_task: Callable[[], Task], method: Method, seed: int, config: RunConfig) -> tuple[Task, TrainingLoss]:

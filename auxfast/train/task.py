@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ class Batch(NamedTuple):
 
     losses: (batch, num_losses), or (batch, num_losses, H, W) of pixels, with a graph to the model.
     mask: None, or 0 and 1 in the same shape, where 0 marks a loss that the sample lacks: its label is unknown.
+    extra: what else the task's own training loss needs of the batch: its samples' indices, features, predictions.
     """
 
     losses: Tensor
     mask: Tensor | None
+    extra: Any = None
 
 
 class Task(Protocol):
@@ -27,6 +29,11 @@ class Task(Protocol):
 
     A task may also have `shared_parameters()`: the model's parameters that the losses share, without those of a single
     loss. GradNorm, GCS and MGDA compare the losses' gradients in them, as their papers do; otherwise in all parameters.
+
+    And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
+    a module that holds them and returns the training loss of a batch, a scalar, when called with `(losses, mask)`, or
+    with `(losses, mask, extra)` where a batch has one. The method `own` trains with it and learns its parameters,
+    `own-frozen` is the control. If it has a `project_()`, that is called after each outer step.
     """
 
     loss_names: tuple[str, ...]

@@ -21,7 +21,7 @@ def _equal_weights(*weights: float) -> LinearCombiner:
 
 
 def _trainer(combiner: Combiner, *, task=None, learn: bool = False, **changes) -> Trainer:
-    return Trainer(task or OneWeight(), CombinedLoss(combiner), train_config(**changes), 0, learn=learn)
+    return Trainer(task or OneWeight(), CombinedLoss(combiner, learned=learn), train_config(**changes), 0)
 
 
 def test_without_outer_steps_only_the_model_learns():
@@ -57,10 +57,11 @@ def test_records_are_handed_over_as_they_are_made():
     assert len(records) == 3
 
 
-def test_a_weighting_cannot_be_learned():
-    task, config = OneWeight(), train_config()
-    with pytest.raises(ValueError, match="a weighting has no combiner to learn"):
-        Trainer(task, make_training_loss(parse_method("equal"), RunConfig(config), task), config, 0, learn=True)
+@pytest.mark.parametrize(("name", "learned"), [("linear", True), ("linear-frozen", False), ("equal", False)])
+def test_whether_outer_steps_are_taken_follows_from_the_method(name, learned):
+    task, config = OneWeight(), train_config(outer_steps=1)
+    (record,) = Trainer(task, make_training_loss(parse_method(name), RunConfig(config), task), config, 0).run()
+    assert (record.outer_loss is not None) == learned
 
 
 def test_the_hypergradient_knows_the_weight_decay():
@@ -227,7 +228,7 @@ def test_amp_runs_the_model_in_bfloat16_and_still_learns(method, amp):
     method = parse_method(method)
     torch.manual_seed(0)
     loss, before = make_training_loss(method, RunConfig(config), task), task.validation_score()
-    Trainer(task, loss, config, 0, learn=method.learned).run()
+    Trainer(task, loss, config, 0).run()
     assert task.output == (torch.bfloat16 if amp else torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in task.model.parameters())
     assert task.validation_score() > 0.5 * before  # minus a squared error
