@@ -63,6 +63,7 @@ class RunPlan:
         out: the folder of all runs.
         experiment, setting: names, for the record.
         make_task: draws the task of this seed and this method.
+        origin: where the experiment can be imported from, for the record; empty if it is one of auxfast, or nowhere.
     """
 
     out: Path
@@ -72,6 +73,7 @@ class RunPlan:
     seed: int
     config: RunConfig
     make_task: Callable[[], Task]
+    origin: str = ""
 
     @property
     def title(self) -> str:
@@ -99,6 +101,19 @@ class RunPlan:
             "seed": self.seed,
             "config": config,
         }
+
+
+def draw_task(plan: RunPlan) -> Task:
+    """The task of a run before its first step, on its device. The global random state is left as it was.
+
+    Raises:
+        RunError: there is no such device.
+    """
+    _check_device(plan.config.train.device)
+    with reproducible(plan.seed, plan.config.train):
+        task = plan.make_task()
+        _move(task, plan.config.train.device)
+        return task
 
 
 def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
@@ -152,6 +167,7 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
     with reproducible(plan.seed, plan.config.train):
         try:
             trainer = _make_trainer(plan)
+            description |= {"losses": list(trainer.task.loss_names), **({"origin": plan.origin} if plan.origin else {})}
             if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
             if not (path / CHECKPOINT).exists():  # it begins, or begins again
@@ -281,9 +297,10 @@ def _occupied(path: Path) -> RunError:
 
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:
-    """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi came from."""
+    """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi or the code came from."""
     table = read_description(path)
-    table.pop("phi from", None)
+    for name in ("phi from", "losses", "origin"):
+        table.pop(name, None)
     before, now = flattened(table), flattened(description)
     missing = "missing"
     differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]
