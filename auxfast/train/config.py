@@ -16,6 +16,11 @@ from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
 
+# Defaults of the trainer.
+_INNER_OPTIMIZER = Component("Adam", {"lr": 3e-3})
+_OUTER_OPTIMIZER = Component("Adam", {"lr": 0.02})
+_SOLVER = MINRES(steps=10, damping=0.1)
+
 _MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
 
@@ -46,9 +51,9 @@ class TrainConfig:
 
     outer_steps: int = 60
     inner_steps: int = 10
-    inner_optimizer: Component = Component("Adam", {"lr": 3e-3})
-    outer_optimizer: Component = Component("Adam", {"lr": 0.02})
-    solver: Solver = MINRES(steps=10, damping=0.1)
+    inner_optimizer: Component = _INNER_OPTIMIZER
+    outer_optimizer: Component = _OUTER_OPTIMIZER
+    solver: Solver = _SOLVER
     inner_scheduler: Component | None = None
     weight_decay: float = 0.0
     max_inner_grad_norm: float | None = None

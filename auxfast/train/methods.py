@@ -83,6 +83,6 @@ def parse_method(name: str) -> Method:
         return Method(family, monotone, phi)
     raise ValueError(
         f"method: got {name!r}, must be one of {', '.join(WEIGHTING_LABELS)}; or one of {', '.join(COMBINER_LABELS)}, "
-        "which may end in -free (not monotone) and then in -frozen (the control) or -fixed (at the learned parameters); or "
-        f"{OWN}, the task's own training loss, with the last two endings"
+        f"{OWN} (the task's own training loss), which may end in -free (not monotone; not for {OWN}) and then in "
+        "-frozen (the control) or -fixed (at the learned parameters)"
     )

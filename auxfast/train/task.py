@@ -13,12 +13,10 @@ class Batch(NamedTuple):
 
     losses: (batch, num_losses), or (batch, num_losses, H, W) of pixels, with a graph to the model.
     mask: None, or 0 and 1 in the same shape, where 0 marks a loss that the sample lacks: its label is unknown.
-    extra: what else the task's own training loss needs of the batch: its samples' indices, features, predictions.
     """
 
     losses: Tensor
     mask: Tensor | None
-    extra: Any = None
 
 
 class Task(Protocol):
@@ -31,17 +29,18 @@ class Task(Protocol):
     loss. GradNorm, GCS and MGDA compare the losses' gradients in them, as their papers do; otherwise in all parameters.
 
     And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
-    a module that holds them and returns the training loss of a batch, a scalar, when called with `(losses, mask)`, or
-    with `(losses, mask, extra)` where a batch has one. The method `own` trains with it and learns its parameters,
-    `own-frozen` is the control. If it has a `project_()`, that is called after each outer step.
+    a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs
+    besides losses and mask, such as the samples' indices, are further entries of the batch, then a named tuple of one's
+    own that begins with these two. The method `own` trains with it and learns its parameters, `own-frozen` is the
+    control. If it has a `project_()`, that is called after each outer step.
     """
 
     loss_names: tuple[str, ...]
     main: int  # index of the main loss among the losses
     model: nn.Module
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        """The losses of the model on a batch of training samples."""
+    def training_batch(self, generator: torch.Generator) -> Batch | Any:
+        """The losses of the model on a batch of training samples: a `Batch`, or one's own named tuple (see above)."""
 
     def outer_loss(self) -> Tensor:
         """The main loss of the model on the auxiliary set: a scalar with a graph to the model."""

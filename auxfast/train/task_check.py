@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auxfast.train.files import one_line
+from auxfast.train.files import described
 from auxfast.train.task import Batch, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
@@ -78,18 +78,17 @@ def check_batch(batch: Batch, num_losses: int) -> None:
     Raises:
         TypeError, ValueError: it is not what `Task.training_batch` must return.
     """
-    try:
-        losses, _, _, shape = batch.losses, batch.mask, batch.extra, tuple(batch.losses.shape)
-    except AttributeError as error:
+    if getattr(batch, "_fields", ())[:2] != Batch._fields or not isinstance(batch.losses, Tensor):
         raise TypeError(
             f"task.training_batch: got {type(batch).__name__}, must return a Batch(losses, mask) of tensors"
-        ) from error
+        )
+    shape = tuple(batch.losses.shape)
     if shape[1:2] != (num_losses,):
         raise ValueError(
             f"task.training_batch: got losses of shape {shape}, must be (batch, {num_losses}) or (batch, "
             f"{num_losses}, height, width), one for each of task.loss_names"
         )
-    if not losses.requires_grad:
+    if not batch.losses.requires_grad:
         raise ValueError("task.training_batch: got losses without a graph, must be computed from task.model")
 
 
@@ -120,8 +119,7 @@ def check_task(task: Task, *, own: bool = False) -> None:
     _check_graph("training_batch", "losses", batch.losses.sum(), parameters)
     if own:
         training_loss = own_training_loss(task)
-        inputs = batch[:2] if batch.extra is None else batch
-        loss = _called("training_loss", lambda: training_loss(*inputs))
+        loss = _called("training_loss", lambda: training_loss(*batch))
         check_scalar("training_loss", loss)
         _check_graph("training_loss", "a loss", loss, parameters)
         _check_graph("training_loss", "a loss", loss, list(training_loss.parameters()), "its own parameters")
@@ -142,7 +140,7 @@ def _called(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:  # it is the user's code
-        raise ValueError(f"task.{name}: raised {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(f"task.{name}: raised {described(error)}") from error
 
 
 def _check_losses(batch: Batch) -> None:

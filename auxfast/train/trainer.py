@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit import HyperOptimizer
+from auxfast.implicit.optimizer import Projectable
 from auxfast.solvers import SolveStats
 from auxfast.train.config import TrainConfig
 from auxfast.train.optimizers import make_optimizer, make_scheduler
@@ -80,7 +81,7 @@ class Trainer:
             make_optimizer(self.config.outer_optimizer, self.outer_parameters),
             solver=self.config.solver,
             max_grad_norm=self.config.max_outer_grad_norm,
-            project=[self.combiner] if hasattr(self.combiner, "project_") else [],
+            project=[self.combiner] if isinstance(self.combiner, Projectable) else [],
             warn=False,  # the progress bar and the report show every residual
         )
 

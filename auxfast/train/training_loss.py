@@ -21,7 +21,7 @@ _IMAGE = (64, 64)  # pixels in which a convolutional combiner's weight is measur
 
 
 class TrainingLoss(nn.Module, ABC):
-    """Maps a `Batch`, entry by entry, to a scalar, a mean over the batch (and pixels).
+    """Maps a batch, called as `loss(*batch)`, to a scalar, a mean over its samples (and pixels).
 
     `learned`: whether outer steps move its parameters.
     """
@@ -29,7 +29,7 @@ class TrainingLoss(nn.Module, ABC):
     learned = False
 
     @abstractmethod
-    def forward(self, losses: Tensor, mask: Tensor | None, extra: Any = None) -> Tensor: ...
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor: ...
 
     @abstractmethod
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
@@ -50,9 +50,9 @@ class CombinedLoss(TrainingLoss):
         self.learned = learned
         self._takes_images = isinstance(combiner, ConvCombiner)
 
-    def forward(self, losses: Tensor, mask: Tensor | None, extra: Any = None) -> Tensor:
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         if not isinstance(self.combiner, Combiner):
-            own: Tensor = self.combiner(losses, mask) if extra is None else self.combiner(losses, mask, extra)
+            own: Tensor = self.combiner(losses, mask, *further)
             return own
         if self._takes_images and losses.dim() != 4:
             raise ValueError(
@@ -68,7 +68,7 @@ class CombinedLoss(TrainingLoss):
         """See `TrainingLoss`. They are the gradient through the combiner, at the losses of this batch."""
         with torch.enable_grad():
             losses = full_precision(batch.losses.detach()).requires_grad_()
-            combined = self(losses, batch.mask, batch.extra)
+            combined = self(losses, *batch[1:])
             (gradient,) = torch.autograd.grad(combined, losses, allow_unused=True, materialize_grads=True)
         mask = torch.ones_like(losses) if batch.mask is None else batch.mask
         samples = losses[:, 0].numel()
@@ -91,7 +91,7 @@ class WeightedLoss(TrainingLoss):
         self._constant = isinstance(weighting, (SingleTask, Equal))  # calling it anew would take 10% of a small step
         self._last: Tensor | None = None  # (num_losses,), weights of the last batch
 
-    def forward(self, losses: Tensor, mask: Tensor | None, extra: Any = None) -> Tensor:
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         means = mean_losses(losses, mask)
         if self._last is None or not self._constant:
             self._last = self.weighting(means, self._parameters_of_model)
