@@ -48,6 +48,7 @@ from auxfast.train.run import (
 from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
+from auxfast.train.task_check import as_number
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, make_training_loss
@@ -357,8 +358,8 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         records = trainer.run(record_step)
     save()
     result = RunResult(
-        score=float(trainer.task.score()),
-        validation_score=float(trainer.task.validation_score()),
+        score=as_number(trainer.task.score()),
+        validation_score=as_number(trainer.task.validation_score()),
         outer_steps=len(records),
         stopped_early=trainer.stopped_early,
         inner_seconds=sum(record.inner_seconds for record in records),

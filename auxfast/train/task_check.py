@@ -122,18 +122,24 @@ def check_task(task: Task, *, own: bool = False) -> None:
         loss = _called("training_loss", lambda: training_loss(*batch))
         check_scalar("training_loss", loss)
         _check_graph("training_loss", "a loss", loss, parameters)
-        _check_graph("training_loss", "a loss", loss, list(training_loss.parameters()), "its own parameters")
+        outer = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
+        _check_graph("training_loss", "a loss", loss, outer, "its own parameters")
     outer_loss = _called("outer_loss", task.outer_loss)
     check_scalar("outer_loss", outer_loss)
     _check_graph("outer_loss", "a loss", outer_loss, parameters)
     for name in ("validation_score", "score"):
         score = _called(name, getattr(task, name))
         try:
-            number = float(score)
+            number = as_number(score)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"task.{name}: got {type(score).__name__}, must return a number, more is better") from error
         if math.isnan(number):
             raise ValueError(f"task.{name}: got nan before the first step, must return a number, more is better")
+
+
+def as_number(score: Any) -> float:
+    """A score that a task has returned, which may be a tensor."""
+    return float(score.detach() if isinstance(score, Tensor) else score)
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from auxfast.solvers import SolveStats
 from auxfast.train.config import TrainConfig
 from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
-from auxfast.train.task_check import check_batch, check_members, check_scalar
+from auxfast.train.task_check import as_number, check_batch, check_members, check_scalar
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, main_loss
 
 _MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
@@ -248,7 +248,7 @@ class Trainer:
 
     def _validate(self) -> float:
         """The validation score; keeps a copy of what scored best."""
-        score = float(self.task.validation_score())
+        score = as_number(self.task.validation_score())
         if not math.isnan(score) and (self.best is None or score > self.best["score"]):
             self.best = {
                 "step": len(self.records),
