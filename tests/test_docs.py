@@ -87,6 +87,7 @@ def test_the_programs_of_the_certificates_are_told_of_negative_curvature_and_of_
     assert names["right"].grads[0].item() == pytest.approx(-2)
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_trainer_compare_methods_on_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
     for package in ("tqdm", "matplotlib", "jinja2", "scipy"):
         pytest.importorskip(package)

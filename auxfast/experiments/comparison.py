@@ -69,6 +69,8 @@ def compare(
 ) -> ComparisonResult:
     """Trains a task with every method from every seed, prints a table, and keeps each run in a folder of its own.
 
+    Before that one task is drawn, each of its methods is called once, and faults are told.
+
         result = compare(make_task, ["stl", "equal", "linear-frozen", "linear"], seeds=range(5))
         result.report("report.html")
 

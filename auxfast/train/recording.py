@@ -20,10 +20,10 @@ from auxfast.train.environment import environment
 from auxfast.train.files import (
     RunError,
     WriteError,
+    described,
     finite,
     fitting,
     load_checkpoint,
-    one_line,
     read_json,
     save_checkpoint,
     write_bytes,
@@ -182,7 +182,7 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
         except RunError:
             raise
         except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it
-            raise RunError(f"{name} cannot be trained: {type(error).__name__}: {one_line(error)}") from error
+            raise RunError(f"{name} cannot be trained: {described(error)}") from error
 
 
 def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
