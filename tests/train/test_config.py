@@ -324,7 +324,7 @@ sys.modules["cattrs"] = None  # importing it raises
 from auxfast.train import RunConfig, Trainer, make_training_loss, override, parse_method
 from train.problems import OneWeight, train_config
 task, config = OneWeight(), RunConfig(train_config(outer_steps=2))
-Trainer(task, make_training_loss(parse_method("linear"), config, task), config.train, seed=0, learn=True).run()
+Trainer(task, make_training_loss(parse_method("linear"), config, task), config.train, seed=0).run()
 override(config, {"train.outer_steps": 3})
 """
 

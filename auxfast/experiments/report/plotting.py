@@ -40,6 +40,7 @@ _COLOURS = {  # frozen combiners have their family's colour, and are drawn hollo
     "nonlinear": RED,
     "polynomial": PURPLE,
     "conv": ORANGE,
+    "own": "#332288",
 }
 
 
