@@ -1,0 +1,71 @@
+"""The sum of a sample's loss weights: what a combiner multiplies training with, as a function of `phi`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from auxfast.autograd.transforms import in_forward_mode
+from auxfast.ops.inputs import op_inputs, without_autocast
+from auxfast.ops.network import CombinerNetwork
+
+_forward = torch.ops.auxfast.combiner_forward.default
+_second_order = torch.ops.auxfast.combiner_second_order.default
+
+
+def total_weight_reference(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Tensor:
+    """The total in PyTorch operations, differentiable to any order in `phi`: the derivative of the value along a step
+    of 1 in every loss, forward beside the value."""
+    parts = network.split(phi)
+    h, slope = losses, torch.ones_like(losses)
+    with without_autocast(losses):
+        for layer in range(len(network.hidden)):
+            weight = parts[f"{layer}.weight"]
+            h, slope = F.linear(h, weight, parts.get(f"{layer}.bias")), F.linear(slope, weight)
+            if network.activation == "softplus":
+                h, slope = F.softplus(h, threshold=40.0), h.sigmoid() * slope
+        total = (slope @ parts["out.weight"]).sum()
+    return total if network.main is None else total + len(losses)
+
+
+class _TotalWeight(torch.autograd.Function):
+    """The total by the combiner's kernels. Its gradient in phi is the second order along a tangent of ones."""
+
+    twice_differentiable = True  # so that auxfast.autograd.double_backward need not find out
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, losses: Tensor, network: CombinerNetwork) -> Tensor:
+        ctx.save_for_backward(phi, losses)
+        ctx.network = network
+        return _forward(losses, phi, network.packed, False)[1].sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        phi, losses = ctx.saved_tensors
+        if torch.is_grad_enabled() or in_forward_mode():  # nobody's hot path: the reference records it
+            with torch.enable_grad():
+                total = total_weight_reference(losses, phi, ctx.network)
+            (to_phi,) = torch.autograd.grad(total, phi, grad, create_graph=True)
+            return to_phi, None, None
+        one = losses.new_ones(())
+        _, to_phi = _second_order(torch.ones_like(losses), one, losses, phi, losses.new_empty(0), ctx.network.packed)
+        return grad * to_phi, None, None
+
+
+def total_weight_at(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Tensor:
+    """The sum over a sample's losses of d value / d loss, added up over the samples; differentiable to any order in
+    `phi`, and constant in the losses.
+
+    Args:
+        losses: (batch, num_losses), of the dtype of `phi` or, if that is float16 or bfloat16, float32; on its device.
+        phi: (network.num_parameters,).
+        network: the architecture, with the reduction "sum".
+    """
+    losses, phi, native = op_inputs(losses.detach(), phi, network, None)
+    if not native:
+        return total_weight_reference(losses, phi, network)
+    total: Tensor = _TotalWeight.apply(phi, losses, network)
+    return total
