@@ -21,6 +21,7 @@ Positive = Literal["clip", "exp"]
 Shapes = dict[str, tuple[int, ...]]
 
 SMALLEST_SHARE = 1e-3  # of a part's mean weight: what a 0 becomes where phi holds logarithms
+LARGEST_FACTOR = 1e6  # that keeps the total of the weights: no division by 0 where all have been clipped away
 
 _is_compiling = torch.compiler.is_compiling  # looked up once: combiners ask at every call
 
@@ -47,7 +48,8 @@ class Combiner(nn.Module, ABC):
             that steps are relative and no weight reaches 0. See `positive_` for weights that start at 0.
         total_weight: what the weights of a sample's losses add up to, whatever `phi`, at losses of 1 or at those given
             to `keep_total_`: the combined value is multiplied by `total_weight / total`. Learning then shapes the mix,
-            and cannot raise or lower the speed of training. Where the total is 0 the factor is 1. None: no factor.
+            and cannot raise or lower the speed of training. The factor is a million at most: where the total is 0, so
+            is the value. None: no factor.
         shapes: name and shape of every part of `phi`.
 
     Attributes:
@@ -66,6 +68,7 @@ class Combiner(nn.Module, ABC):
     last_call: tuple[Tensor, Tensor | None] | None = None
     _total_weight: float | None = None
     _takes_images: ClassVar[bool] = False
+    _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
     _reference: Tensor | None  # (1, num_losses), the losses at which the total is kept; None for losses of 1
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
@@ -91,6 +94,7 @@ class Combiner(nn.Module, ABC):
         self.total_weight = total_weight
         self.phi = nn.Parameter(torch.zeros(sum(self._sizes)))
         self.register_buffer("_reference", None, persistent=False)
+        self.register_buffer("_biases", None, persistent=False)
         nn.Module.register_state_dict_post_hook(self, _note_layers)
         self._enlist()
 
@@ -110,8 +114,16 @@ class Combiner(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """The initial values of `phi`, anew, as after `to_empty()`."""
         self._reset_weights()
+        self._write_biases()
         if self.positive == "exp":
             self.phi.copy_(self._converted(self.phi, "exp"))
+
+    def _write_biases(self) -> None:
+        """Writes `_biases`, on the device of `phi`. It is of a dtype that `torch.optim.swa_utils` can average."""
+        names = zip(self._shapes, self._sizes, strict=True)
+        is_bias = [name.endswith("bias") for name, size in names for _ in range(size)]
+        wanted = self.positive == "exp" and any(is_bias)
+        self._biases = torch.tensor(is_bias, dtype=torch.uint8, device=self.phi.device) if wanted else None
 
     @abstractmethod
     def _reset_weights(self) -> None:
@@ -144,11 +156,17 @@ class Combiner(nn.Module, ABC):
     def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         """The combined value of every sample, reduced."""
         value = self._values(losses, mask, weights, reduction)
-        return value if self._total_weight is None else value * self._factor(weights)
+        return value if self._total_weight is None else value / self._share(weights)
 
     def _weights(self) -> Tensor:
         """The flat weights and biases that `phi` stands for."""
-        return self.phi if self.positive == "clip" else self._map(torch.exp, full_precision(self.phi))
+        if self.positive == "clip":
+            return self.phi
+        phi, biases = full_precision(self.phi), self._biases
+        if biases is None:
+            return phi.exp()
+        is_bias = biases.bool()
+        return torch.where(is_bias, phi, phi.masked_fill(is_bias, 0.0).exp())  # the exponential of a bias may overflow
 
     @abstractmethod
     def _values(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
@@ -159,13 +177,11 @@ class Combiner(nn.Module, ABC):
         """The sum of the loss weights of a sample, without the factor. losses: (1, num_losses), of the dtype of
         `weights`, which is at least float32. In an image every pixel has these."""
 
-    def _factor(self, weights: Tensor) -> Tensor:
-        """`total_weight / total`. It is no function of the losses at hand: a factor that followed them would make the
-        gradient in the inner parameters that of no loss."""
-        kept = self._total_weight
-        assert kept is not None
-        total = self._total_at(self._reference, weights)
-        return kept / torch.where(total > 0, total, kept)
+    def _share(self, weights: Tensor) -> Tensor:
+        """`total / total_weight`, by which values are divided. It is no function of the losses at hand: a factor that
+        followed them would make the gradient in the inner parameters that of no loss."""
+        assert self._total_weight is not None
+        return (self._total_at(self._reference, weights) * (1 / self._total_weight)).clamp(min=1 / LARGEST_FACTOR)
 
     def _total_at(self, losses: Tensor | None, weights: Tensor) -> Tensor:
         weights = full_precision(weights)
@@ -205,7 +221,7 @@ class Combiner(nn.Module, ABC):
         weights = self._weights()
         total = self._total_at(reference, weights)
         if self._total_weight is not None:
-            total = total * self._factor(weights)
+            total = total / self._share(weights)
         self.total_weight, self._reference = total.item(), reference
 
     def _mean_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
@@ -251,6 +267,7 @@ class Combiner(nn.Module, ABC):
         if positive != self.positive:
             self.phi.copy_(self._converted(self.phi, positive))
             self.positive = positive
+            self._write_biases()
 
     def _check_positive(self, positive: Positive) -> None:
         if positive not in get_args(Positive):
@@ -314,6 +331,7 @@ class Combiner(nn.Module, ABC):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+        self._write_biases()  # they are lost on the device "meta", and no state_dict holds them
 
     def _convert_saved(self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any]) -> list[str]:
         """Converts a saved `phi` to what it holds here, and returns what is wrong with it. Metadata without an entry

@@ -77,7 +77,7 @@ class NetworkCombiner(Combiner):
             phi = self.network_phi()
         value = self.op(losses, phi, self.network, mask)
         if self._total_weight is not None:
-            value = value * self._factor(phi)
+            value = value / self._share(phi)
         if phi.requires_grad and torch.is_grad_enabled():
             self._remember(losses, mask)
         return value

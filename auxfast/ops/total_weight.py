@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from auxfast.autograd.function import call_backward_directly, direct_apply
+from auxfast.autograd.torch_calls import without_frame
 from auxfast.autograd.transforms import in_forward_mode
-from auxfast.ops.inputs import op_inputs, without_autocast
+from auxfast.ops.inputs import runs_on_kernels, without_autocast
 from auxfast.ops.network import CombinerNetwork
 
-_forward = torch.ops.auxfast.combiner_forward.default
-_second_order = torch.ops.auxfast.combiner_second_order.default
+_forward = without_frame(torch.ops.auxfast.combiner_forward.default)
+_second_order = without_frame(torch.ops.auxfast.combiner_second_order.default)
 
 
 def total_weight_reference(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Tensor:
@@ -40,7 +42,7 @@ class _TotalWeight(torch.autograd.Function):
     def forward(ctx: Any, phi: Tensor, losses: Tensor, network: CombinerNetwork) -> Tensor:
         ctx.save_for_backward(phi, losses)
         ctx.network = network
-        return _forward(losses, phi, network.packed, False)[1].sum()
+        return _total(losses, phi, network)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -50,9 +52,13 @@ class _TotalWeight(torch.autograd.Function):
                 total = total_weight_reference(losses, phi, ctx.network)
             (to_phi,) = torch.autograd.grad(total, phi, grad, create_graph=True)
             return to_phi, None, None
-        one = losses.new_ones(())
-        _, to_phi = _second_order(torch.ones_like(losses), one, losses, phi, losses.new_empty(0), ctx.network.packed)
+        one, nothing = losses.new_ones(()), losses.new_empty(0)
+        _, to_phi = _second_order(torch.ones_like(losses), one, losses, phi, nothing, ctx.network.packed)
         return grad * to_phi, None, None
+
+
+_apply = direct_apply(_TotalWeight)
+call_backward_directly(_TotalWeight)
 
 
 def total_weight_at(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Tensor:
@@ -60,12 +66,18 @@ def total_weight_at(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Te
     `phi`, and constant in the losses.
 
     Args:
-        losses: (batch, num_losses), of the dtype of `phi` or, if that is float16 or bfloat16, float32; on its device.
-        phi: (network.num_parameters,).
+        losses: (batch, num_losses), float32 or float64, without a graph.
+        phi: (network.num_parameters,), of the dtype of the losses and on their device.
         network: the architecture, with the reduction "sum".
     """
-    losses, phi, native = op_inputs(losses.detach(), phi, network, None)
-    if not native:
+    if not runs_on_kernels(losses, network):
         return total_weight_reference(losses, phi, network)
-    total: Tensor = _TotalWeight.apply(phi, losses, network)
+    if not (phi.requires_grad and torch.is_grad_enabled()):
+        return _total(losses, phi, network)
+    total: Tensor = _apply(phi, losses, network)
+    return total
+
+
+def _total(losses: Tensor, phi: Tensor, network: CombinerNetwork) -> Tensor:
+    total: Tensor = _forward(losses, phi, network.packed, False)[1].sum()
     return total
