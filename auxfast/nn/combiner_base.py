@@ -324,13 +324,13 @@ class Combiner(nn.Module, ABC):
         faults = faults or self._convert_saved(key, state_dict, local_metadata)
         error_msgs += faults
         if not faults:
-            if "total_weight" in local_metadata:
-                self.total_weight = local_metadata["total_weight"]
-                reference = local_metadata["reference"]
-                self._reference = None if reference is None else torch.tensor([reference]).to(state_dict[key])
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            if "total_weight" in local_metadata:
+                self.total_weight, reference = local_metadata["total_weight"], local_metadata["reference"]
+                exact = None if reference is None else torch.tensor([reference], dtype=torch.float64)
+                self._reference = None if exact is None else exact.to(self.phi)
         self._write_biases()  # they are lost on the device "meta", and no state_dict holds them
 
     def _convert_saved(self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any]) -> list[str]:
