@@ -10,7 +10,6 @@ from torch import Tensor
 
 from auxfast.autograd.function import call_backward_directly, direct_apply
 from auxfast.autograd.torch_calls import without_frame
-from auxfast.autograd.transforms import in_forward_mode
 from auxfast.ops.inputs import runs_on_kernels, without_autocast
 from auxfast.ops.network import CombinerNetwork
 
@@ -47,9 +46,8 @@ class _TotalWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         phi, losses = ctx.saved_tensors
-        if torch.is_grad_enabled() or in_forward_mode():  # nobody's hot path: the reference records it
-            with torch.enable_grad():
-                total = total_weight_reference(losses, phi, ctx.network)
+        if torch.is_grad_enabled():  # nobody's hot path: the reference records it
+            total = total_weight_reference(losses, phi, ctx.network)
             (to_phi,) = torch.autograd.grad(total, phi, grad, create_graph=True)
             return to_phi, None, None
         one, nothing = losses.new_ones(()), losses.new_empty(0)
