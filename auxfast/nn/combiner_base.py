@@ -194,11 +194,9 @@ class Combiner(nn.Module, ABC):
     @total_weight.setter
     def total_weight(self, total: float | None) -> None:
         if total is not None:
-            if isinstance(total, bool) or not isinstance(total, Real) or not 0 < total < inf:
-                raise ValueError(f"total_weight must be None or a finite number above 0, got {total!r}")
+            _check_positive_number(total)
             self._check_total_weight()
-            total = float(total)
-        self._total_weight = total
+        self._total_weight = None if total is None else float(total)
 
     def _check_total_weight(self) -> None:
         """Raises ValueError where no total can be kept."""
@@ -341,7 +339,7 @@ class Combiner(nn.Module, ABC):
             return []
         phi = state_dict[key].detach()
         if saved == "clip" and not phi.is_meta and (self._map(torch.relu, phi) != phi).any():
-            return [f"{key} holds negative weights, which have no logarithm: project_() before saving, or positive='clip'"]
+            return [f"{key} holds negative weights, without logarithms: project_() before saving, or positive='clip'"]
         state_dict[key] = self._converted(phi, self.positive)
         return []
 
@@ -359,6 +357,11 @@ class Combiner(nn.Module, ABC):
                 parts = [given[name] if name in given else part.to(like) for name, part in own.items()]
                 state_dict[f"{prefix}phi"] = torch.cat([part.detach().flatten() for part in parts])
         return faults
+
+
+def _check_positive_number(total: Any) -> None:
+    if isinstance(total, bool) or not isinstance(total, Real) or not 0 < float(total) < inf:
+        raise ValueError(f"total_weight must be None or a finite number above 0, got {total!r}")
 
 
 def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[Combiner]:

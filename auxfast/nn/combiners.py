@@ -29,8 +29,9 @@ class LinearCombiner(Combiner):
     """g(l) = sum_j phi_j l_j.
 
     Args:
-        num_losses, main, monotone, reduction, positive, total_weight: see `Combiner`. Without `main` the main loss has a learned weight like
-            all others; note that scaling all weights then only scales the learning rate.
+        num_losses, main, monotone, reduction, positive, total_weight: see `Combiner`. Without `main` the main loss has
+            a learned weight like all others; scaling all weights then only scales the learning rate, which
+            `total_weight` rules out.
         init_value: every weight at the start.
     """
 
@@ -159,6 +160,7 @@ class NonlinearCombiner(NetworkCombiner):
 
     op = staticmethod(combiner)
     network: CombinerNetwork
+    _summed: CombinerNetwork
     activation: Activation = "softplus"
 
     def __init__(

@@ -84,7 +84,7 @@ class ConvCombiner(NetworkCombiner):
     def _check_total_weight(self) -> None:
         super()._check_total_weight()
         if self.main is not None and self.network.main_reduction == "sum":
-            raise ValueError("total_weight needs main_reduction 'mean' or 'valid_mean': a sum's weight grows with the image")
+            raise ValueError("total_weight needs main_reduction 'mean' or 'valid_mean': a sum grows with the image")
 
     def extra_repr(self) -> str:
         network = self.network

@@ -304,7 +304,7 @@ def test_a_total_is_refused_where_none_can_be_kept():
         LinearCombiner(3, monotone=False, total_weight=1.0)
     with pytest.raises(ValueError, match="total_weight needs monotone=True"):
         NonlinearCombiner(3, monotone=False).keep_total_()
-    with pytest.raises(ValueError, match=r"total_weight needs main_reduction .* grows with the image"):
+    with pytest.raises(ValueError, match=r"total_weight needs main_reduction .*: a sum grows with the image"):
         ConvCombiner(3, main_reduction="sum", total_weight=1.0)
     with pytest.raises(ValueError, match=r"total_weight must be .*, got 0\.0"):
         LinearCombiner(3, init_value=0.0).keep_total_()
