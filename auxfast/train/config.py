@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import date, time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from auxfast.nn.combiner_base import Positive
 from auxfast.solvers import MINRES, Solver
 from auxfast.solvers.base import check_solver
 from auxfast.train.methods import WEIGHTING_LABELS
@@ -105,6 +106,10 @@ class CombinerConfig:
         channels: channels of the convolutional combiner's layers.
         degree: highest degree of the polynomial combiner's terms.
         weight_norm: whether the networks train each row of weights as direction and length.
+        positive: what keeps the weights of monotone combiners from being negative: "clip" at 0, as in the paper, or
+            "exp", logarithms that are learned (see `auxfast.nn.Combiner`).
+        keep_total: whether the weights of monotone combiners, at losses of 1, always add up to what they do at the
+            start: learning then shapes the mix, and not the speed of training.
     """
 
     initial_weight: float = 1.0
@@ -113,10 +118,15 @@ class CombinerConfig:
     channels: tuple[int, ...] = (8, 16)
     degree: int = 2
     weight_norm: bool = False
+    positive: Positive = "clip"
+    keep_total: bool = False
 
     def __post_init__(self) -> None:
         _check_number("combiner.initial_weight", self.initial_weight)
         _check_count("combiner.degree", self.degree)
+        if self.positive not in get_args(Positive):
+            allowed = " or ".join(map(repr, get_args(Positive)))
+            raise ValueError(f"combiner.positive: got {self.positive!r}, must be {allowed}")
         for name in ("hidden", "channels"):
             widths = getattr(self, name)
             if not widths:

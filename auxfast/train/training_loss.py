@@ -162,19 +162,31 @@ def make_combiner(method: Method, config: CombinerConfig, num_losses: int, main:
 
     With `config.skip` all start as the main loss + a function of all losses (paper, section 3.2). The linear and the
     polynomial one give every auxiliary `config.initial_weight` (and the main loss no second weight; without the skip:
-    1); in the networks that is the auxiliaries' mean weight at losses of 1 (in an image of 64 x 64 pixels).
+    1); in the networks that is the auxiliaries' mean weight at losses of 1 (in an image of 64 x 64 pixels). Where
+    weights are learned as logarithms, those of 0 are small ones instead (see `Combiner.positive_`).
     """
     skip = main if config.skip else None
-    if method.family in ("linear", "polynomial"):
-        combiner: Combiner
-        if method.family == "linear":
-            combiner = LinearCombiner(num_losses, skip, init_value=config.initial_weight, monotone=method.monotone)
-        else:
-            combiner = PolynomialCombiner(
-                num_losses, config.degree, skip, init_value=config.initial_weight, monotone=method.monotone
-            )
-        combiner.phi[main] = 0.0 if config.skip else 1.0
-        return combiner
+    make = _simple_combiner if method.family in ("linear", "polynomial") else _network_combiner
+    combiner = make(method, config, num_losses, main, skip)
+    if method.monotone:
+        combiner.positive_(config.positive)
+        if config.keep_total:
+            combiner.keep_total_()
+    return combiner
+
+
+def _simple_combiner(method: Method, config: CombinerConfig, num_losses: int, main: int, skip: int | None) -> Combiner:
+    options: dict[str, Any] = {"init_value": config.initial_weight, "monotone": method.monotone}
+    combiner: Combiner
+    if method.family == "linear":
+        combiner = LinearCombiner(num_losses, skip, **options)
+    else:
+        combiner = PolynomialCombiner(num_losses, config.degree, skip, **options)
+    combiner.phi[main] = 0.0 if config.skip else 1.0
+    return combiner
+
+
+def _network_combiner(method: Method, config: CombinerConfig, num_losses: int, main: int, skip: int | None) -> Combiner:
     widths = config.channels if method.family == "conv" else config.hidden
     kinds: dict[str, Any] = {"deep-linear": DeepLinearCombiner, "nonlinear": NonlinearCombiner, "conv": ConvCombiner}
     network: NonlinearCombiner | ConvCombiner = kinds[method.family](

@@ -54,7 +54,8 @@ def test_what_is_out_of_range_is_refused_by_name(name, value, allowed):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("hidden", ()), ("channels", (4, 0)), ("degree", 0), ("initial_weight", -1.0)]
+    ("name", "value"),
+    [("hidden", ()), ("channels", (4, 0)), ("degree", 0), ("initial_weight", -1.0), ("positive", "log")],
 )
 def test_combiners_that_cannot_be_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"combiner\.{name}: got .*, must be"):

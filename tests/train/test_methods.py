@@ -67,6 +67,28 @@ def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip,
         assert main > skip
 
 
+@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("family", COMBINER_LABELS)
+def test_logarithms_and_a_kept_total_start_with_the_same_weights(family, weight_norm):
+    ones = Batch(torch.ones(1, 3, 64, 64), None)
+    options = {"initial_weight": 0.3, "weight_norm": weight_norm}
+    plain = _training_loss(family, **options)
+    loss = _training_loss(family, **options, positive="exp", keep_total=True)
+    assert loss.combiner.positive == "exp"
+    assert loss.mean_weights(ones) == pytest.approx(plain.mean_weights(ones), rel=2e-3, abs=2e-3)
+    total = sum(loss.mean_weights(ones))
+    with torch.no_grad():
+        loss.combiner.phi += torch.linspace(-2, 2, loss.combiner.phi.numel())
+    assert loss.mean_weights(ones) != pytest.approx(plain.mean_weights(ones), rel=0.05)
+    assert sum(loss.mean_weights(ones)) == pytest.approx(total, rel=0.05)  # an image of 64 x 64 has borders
+
+
+@pytest.mark.parametrize("family", COMBINER_LABELS)
+def test_combiners_that_are_not_monotone_have_neither(family):
+    combiner = _training_loss(f"{family}-free", positive="exp", keep_total=True).combiner
+    assert (combiner.positive, combiner.total_weight) == ("clip", None)
+
+
 @pytest.mark.parametrize("family", COMBINER_LABELS)
 def test_only_monotone_combiners_are_kept_monotone(family):
     for ending, lowest in (("", 0), ("-free", -1)):
