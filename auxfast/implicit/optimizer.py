@@ -16,15 +16,18 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import trust_region
+from auxfast.implicit.trust_region import called, trust_region
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
-from auxfast.nn.combiner_base import combiners_of, unprojected
+from auxfast.nn.combiner_base import unprojected
 from auxfast.solvers import MINRES, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
-_BETAS = (0.9, 0.99)  # some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end
+_BETAS = (
+    0.9,
+    0.99,
+)  # some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end
 
 
 @runtime_checkable
@@ -44,6 +47,8 @@ class HyperOptimizer:
         max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
         max_weight_change: the largest share by which one step may change the mean weight of any loss on the batch of a
             combiner's latest call, whatever the torch optimizer proposes: a longer step is shortened. `None`: no limit.
+        keep_total: whether the learned weights of each combiner keep their sum on that batch (a main loss that is added
+            as it is has no part in it). Learning then shapes the mix, and leaves the speed of inner training alone.
         project: modules whose `project_()` is called after each update.
 
     Attributes:
@@ -70,6 +75,7 @@ class HyperOptimizer:
         curvature: CurvatureName = "hessian",
         max_grad_norm: float | None = None,
         max_weight_change: float | None = 0.15,
+        keep_total: bool = False,
         project: Sequence[Projectable] = (),
         warn: bool = True,
     ) -> None:
@@ -97,7 +103,7 @@ class HyperOptimizer:
         self.state = SolverState()
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
-        self.max_weight_change = max_weight_change
+        self.max_weight_change, self.keep_total = max_weight_change, keep_total
         self.watch = Watch()
 
     @classmethod
@@ -105,11 +111,10 @@ class HyperOptimizer:
         """The optimizer to begin with for a combiner of losses: it needs no tuning on the tasks that it was tried on
         (docs/outer-loop.md), and takes the same settings for every combiner.
 
-        It changes a monotone combiner in place, without changing the combined loss: `phi` becomes the logarithms of the
-        weights, so that none is lost for good, and the learned weights keep their total, so that learning shapes the mix
-        and leaves the speed of inner training alone (see `Combiner.positive_` and `Combiner.keep_total_`). The steps are
-        Adam's, of a hypergradient by `Identity()`, which looks at no curvature: in stochastic training, which ends far
-        from a minimum, that points where retraining goes, and an inverse Hessian often does not.
+        It keeps the total of the weights, and makes `phi` of a monotone combiner, in place, the logarithms of the
+        weights (`Combiner.positive_`), so that none is lost for good; the combined loss stays as it is. The steps are
+        Adam's, along a hypergradient by `Identity()`, which looks at no curvature: in stochastic training, which ends
+        far from a minimum, that points where retraining goes, and an inverse Hessian often does not.
 
         Args:
             combiner: one that has not been trained yet, on its device.
@@ -128,9 +133,8 @@ class HyperOptimizer:
         check_positive("lr", lr)
         if combiner.monotone:
             combiner.positive_("exp")
-            combiner.keep_total_()
         optimizer = torch.optim.Adam(combiner.parameters(), lr=lr, betas=_BETAS)
-        return cls(optimizer, **{"solver": Identity(), "project": [combiner], **settings})
+        return cls(optimizer, **{"solver": Identity(), "keep_total": True, "project": [combiner], **settings})
 
     def step(
         self,
@@ -173,7 +177,7 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        with trust_region(params, self.max_weight_change):
+        with trust_region(params, self.max_weight_change, self.keep_total):
             self.optimizer.step()
             for module in self.project:
                 module.project_()
@@ -182,9 +186,8 @@ class HyperOptimizer:
 
     def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
         """Warns of what is noticed for the first time."""
-        combiners = [combiner for combiner in combiners_of(params) if combiner.last_call is not None]
         value = float(outer_loss) if isinstance(outer_loss, Tensor) else None
-        for kind in self.watch.look_at(value, combiners):
+        for kind in self.watch.look_at(value, called(params)):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from auxfast.implicit.trust_region import mean_weights
 from auxfast.nn import Combiner
 
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
@@ -20,7 +21,7 @@ TEXTS = {
     ),
     "grown": (
         "The weights of the losses have grown tenfold since the first outer step, and act as a larger learning rate of "
-        "the inner training. Keep their total: HyperOptimizer.recommended(combiner), or combiner.keep_total_()."
+        "the inner training. Keep their total: HyperOptimizer.recommended(combiner), or keep_total=True."
     ),
     "outer loss rising": (
         "The outer loss has been rising for 20 outer steps or more: the inner training overfits, or the outer steps "
@@ -55,7 +56,7 @@ class Watch:
             outer_loss: its value before the step; None where it was not computed here.
             combiners: those that were called.
         """
-        weights = [combiner.mean_weights(*combiner.last_call).abs() for combiner in combiners]
+        weights = [mean_weights(combiner).abs() for combiner in combiners]
         seen = []
         for combiner, own in zip(combiners, weights, strict=True):
             if combiner.main is not None and combiner.num_losses > 1:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from math import inf
-from numbers import Real
 from threading import Lock
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from auxfast.autograd.transforms import in_transform
-from auxfast.ops.inputs import full_precision, not_a_tensor, present_losses
+from auxfast.ops.inputs import full_precision, not_a_tensor
 from auxfast.ops.network import Reduction, check_losses
 
 Positive = Literal["clip", "exp"]
 Shapes = dict[str, tuple[int, ...]]
 
 SMALLEST_SHARE = 1e-3  # of a part's mean weight: what a 0 becomes where phi holds logarithms
-LARGEST_FACTOR = 1e6  # that keeps the total of the weights: no division by 0 where all have been clipped away
 
 _is_compiling = torch.compiler.is_compiling  # looked up once: combiners ask at every call
 
-_MONOTONE: WeakSet[Combiner] = WeakSet()  # all there are: a parameter does not tell whose it is
-_MONOTONE_LOCK = Lock()
+_ALL: WeakSet[Combiner] = WeakSet()  # all there are: a parameter does not tell whose it is
+_ALL_LOCK = Lock()
 
 
 class Combiner(nn.Module, ABC):
@@ -46,30 +44,22 @@ class Combiner(nn.Module, ABC):
             >= 0, as in the paper. A weight that was clipped in a network of layers may never come back, since the
             gradients of its neighbours vanish with it. "exp": `phi` holds their logarithms (and biases as they are), so
             that steps are relative and no weight reaches 0. See `positive_` for weights that start at 0.
-        total_weight: what the weights of a sample's losses add up to, whatever `phi`, at losses of 1 or at those given
-            to `keep_total_`: the combined value is multiplied by `total_weight / total`. Learning then shapes the mix,
-            and cannot raise or lower the speed of training. The factor is a million at most: where the total is 0, so
-            is the value. None: no factor.
         shapes: name and shape of every part of `phi`.
 
     Attributes:
-        total_weight: may be set at any time.
         last_call: losses and mask of the latest call in which `phi` required a gradient, detached; None before. They
             are kept alive, and no copy, pickle or state_dict has them.
 
     Raises:
         TypeError: `num_losses` or `main` is no int.
-        ValueError: an argument is outside its range; or `positive="exp"` or `total_weight` without `monotone`, where
-            weights may be negative.
+        ValueError: an argument is outside its range; or `positive="exp"` without `monotone`, where weights may be
+            negative.
     """
 
     phi: nn.Parameter  # (number of parameters,)
     positive: Positive
     last_call: tuple[Tensor, Tensor | None] | None = None
-    _total_weight: float | None = None
-    _takes_images: ClassVar[bool] = False
     _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
-    _reference: Tensor | None  # (1, num_losses), the losses at which the total is kept; None for losses of 1
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
     def __init__(
@@ -79,7 +69,6 @@ class Combiner(nn.Module, ABC):
         monotone: bool,
         reduction: Reduction,
         positive: Positive,
-        total_weight: float | None,
         shapes: Shapes,
     ) -> None:
         check_losses(num_losses, main)
@@ -91,9 +80,7 @@ class Combiner(nn.Module, ABC):
         self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         self._check_positive(positive)
         self.positive = positive
-        self.total_weight = total_weight
         self.phi = nn.Parameter(torch.zeros(sum(self._sizes)))
-        self.register_buffer("_reference", None, persistent=False)
         self.register_buffer("_biases", None, persistent=False)
         nn.Module.register_state_dict_post_hook(self, _note_layers)
         self._enlist()
@@ -106,9 +93,8 @@ class Combiner(nn.Module, ABC):
         self._enlist()
 
     def _enlist(self) -> None:
-        if self.monotone:
-            with _MONOTONE_LOCK:
-                _MONOTONE.add(self)
+        with _ALL_LOCK:
+            _ALL.add(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -153,10 +139,9 @@ class Combiner(nn.Module, ABC):
             # Module.__setattr__ would take 1 us more.
             self.__dict__["last_call"] = losses.detach(), None if mask is None else mask.detach()
 
+    @abstractmethod
     def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
-        """The combined value of every sample, reduced."""
-        value = self._values(losses, mask, weights, reduction)
-        return value if self._total_weight is None else value / self._share(weights)
+        """The combined value of every sample, reduced. weights: see `_weights`."""
 
     def _weights(self) -> Tensor:
         """The flat weights and biases that `phi` stands for."""
@@ -168,66 +153,18 @@ class Combiner(nn.Module, ABC):
         is_bias = biases.bool()
         return torch.where(is_bias, phi, phi.masked_fill(is_bias, 0.0).exp())  # the exponential of a bias may overflow
 
-    @abstractmethod
-    def _values(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
-        """The combined value of every sample without the factor, reduced."""
-
-    @abstractmethod
-    def _total(self, weights: Tensor, losses: Tensor) -> Tensor:
-        """The sum of the loss weights of a sample, without the factor. losses: (1, num_losses), of the dtype of
-        `weights`, which is at least float32. In an image every pixel has these."""
-
-    def _share(self, weights: Tensor) -> Tensor:
-        """`total / total_weight`, by which values are divided. It is no function of the losses at hand: a factor that
-        followed them would make the gradient in the inner parameters that of no loss."""
-        assert self._total_weight is not None
-        return (self._total_at(self._reference, weights) * (1 / self._total_weight)).clamp(min=1 / LARGEST_FACTOR)
-
-    def _total_at(self, losses: Tensor | None, weights: Tensor) -> Tensor:
-        weights = full_precision(weights)
-        return self._total(weights, weights.new_ones(1, self.num_losses) if losses is None else losses.to(weights))
-
-    @property
-    def total_weight(self) -> float | None:
-        return self._total_weight
-
-    @total_weight.setter
-    def total_weight(self, total: float | None) -> None:
-        if total is not None:
-            _check_positive_number(total)
-            self._check_total_weight()
-        self._total_weight = None if total is None else float(total)
-
-    def _check_total_weight(self) -> None:
-        """Raises ValueError where no total can be kept."""
-        if not self.monotone:
-            raise ValueError("total_weight needs monotone=True: weights of both signs may add up to 0")
-
     @torch.no_grad()
-    def keep_total_(self, losses: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Sets `total_weight` to what the weights add up to now, at the mean of these losses: no value changes by it,
-        until `phi` moves.
+    def scale_(self, factor: float) -> None:
+        """Multiplies the combined value, but for the main loss that is added to it as it is, by `factor`, above 0."""
+        part = self._factor_of(self.layers())
+        if self.positive == "exp":
+            part += math.log(factor)
+        else:
+            part *= factor
 
-        Args:
-            losses, mask: as in a call. By default losses of 1.
-
-        Raises:
-            ValueError: the weights add up to 0; or see `total_weight`.
-        """
-        self._check_total_weight()
-        reference = None if losses is None else self._mean_losses(losses, mask)
-        weights = self._weights()
-        total = self._total_at(reference, weights)
-        if self._total_weight is not None:
-            total = total / self._share(weights)
-        self.total_weight, self._reference = total.item(), reference
-
-    def _mean_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
-        """(1, num_losses): the mean of each loss over the samples, or pixels, that have it; 0 where none has."""
-        given = present_losses(losses.detach(), mask, self.num_losses, self._takes_images)
-        count = torch.ones_like(given) if mask is None else mask.bool().to(given)
-        sums, counts = (t.transpose(0, 1).flatten(1).sum(1) for t in (given, count))
-        return (sums / counts.clamp(min=1)).unsqueeze(0)
+    @abstractmethod
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        """The part of `phi` to which the combined value is proportional."""
 
     def layers(self) -> dict[str, Tensor]:
         """The parts of `phi` by name, as views: writing to them (in `torch.no_grad()`) writes to `phi`. With
@@ -287,8 +224,7 @@ class Combiner(nn.Module, ABC):
         """The adaptive weights, of the shape of `losses`: the derivative of each sample's combined value in its losses.
 
         These are the paper's alpha (section 3.2), and 1 more in the main loss's column: what each sample's losses are
-        multiplied with, to first order. They contain the factor of `total_weight`, and not the 1 / batch of a mean.
-        Detached.
+        multiplied with, to first order. They do not contain the 1 / batch of a mean. Detached.
         """
         if not isinstance(losses, Tensor):
             raise not_a_tensor(losses)
@@ -297,10 +233,18 @@ class Combiner(nn.Module, ABC):
             (weights,) = torch.autograd.grad(self._combine(losses, mask, self._weights(), "sum"), losses)
         return weights
 
+    def mean_weights(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The adaptive weight of each loss, (num_losses,): the mean of `loss_weights` over the samples that have it. Of
+        images, their pixels' sum for an image. 0 for a loss that no sample has."""
+        weights = self.loss_weights(losses, mask)
+        present = torch.ones_like(weights) if mask is None else mask.to(weights)
+        samples = losses[:, 0].numel()
+        sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (weights, present))
+        return sums * (samples / len(losses)) / counts.clamp(min=1)
+
     def extra_repr(self) -> str:
         text = f"num_losses={self.num_losses}, main={self.main}, monotone={self.monotone}, reduction={self.reduction!r}"
-        text += "" if self.positive == "clip" else f", positive={self.positive!r}"
-        return text if self.total_weight is None else f"{text}, total_weight={self.total_weight:g}"
+        return text if self.positive == "clip" else f"{text}, positive={self.positive!r}"
 
     def _load_from_state_dict(
         self,
@@ -325,10 +269,6 @@ class Combiner(nn.Module, ABC):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            if "total_weight" in local_metadata:
-                self.total_weight, reference = local_metadata["total_weight"], local_metadata["reference"]
-                exact = None if reference is None else torch.tensor([reference], dtype=torch.float64)
-                self._reference = None if exact is None else exact.to(self.phi)
         self._write_biases()  # they are lost on the device "meta", and no state_dict holds them
 
     def _convert_saved(self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any]) -> list[str]:
@@ -359,11 +299,6 @@ class Combiner(nn.Module, ABC):
         return faults
 
 
-def _check_positive_number(total: Any) -> None:
-    if isinstance(total, bool) or not isinstance(total, Real) or not 0 < float(total) < inf:
-        raise ValueError(f"total_weight must be None or a finite number above 0, got {total!r}")
-
-
 def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[Combiner]:
     """The combiners that `project_` has to keep monotone whose `phi` is among `parameters`, and in none of the modules
     `projected`. There are none if something in `projected` is no module, since that does not tell what it projects."""
@@ -371,21 +306,22 @@ def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[
     if not all(isinstance(module, nn.Module) for module in modules):
         return []
     done = {id(parameter) for module in modules for parameter in module.parameters()}
-    learned = {id(parameter) for parameter in parameters} - done
-    with _MONOTONE_LOCK:
-        combiners = [combiner for combiner in _MONOTONE if combiner._clips]
-    return [combiner for combiner in combiners if any(id(phi) in learned for phi in combiner.parameters())]
+    return [c for c in combiners_of(p for p in parameters if id(p) not in done) if c._clips]
+
+
+def combiners_of(parameters: Iterable[Tensor]) -> list[Combiner]:
+    """The combiners whose `phi` is among `parameters`."""
+    wanted = {id(parameter) for parameter in parameters}
+    with _ALL_LOCK:
+        combiners = [*_ALL]
+    return [combiner for combiner in combiners if any(id(phi) in wanted for phi in combiner.parameters())]
 
 
 def _note_layers(module: Combiner, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """Leaves in the state_dict's metadata what `phi` means: equal numbers of values can be other networks, and be
-    weights or their logarithms. The total that is kept, if any, stands there too."""
+    weights or their logarithms."""
     local_metadata["layers"] = dict(module._shapes)
     local_metadata["positive"] = module.positive
-    if module.total_weight is not None:
-        reference = module._reference
-        local_metadata["total_weight"] = module.total_weight
-        local_metadata["reference"] = None if reference is None else tuple(reference[0].tolist())
 
 
 def _logarithms(weights: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.combiner import combiner
 from auxfast.ops.inputs import full_precision, present_losses, reduce_values, without_autocast
 from auxfast.ops.network import Activation, CombinerNetwork, Reduction, check_count, layer_sizes
-from auxfast.ops.total_weight import total_weight_at
 
 MOST_MONOMIALS = 1_000_000  # a batch of 256 takes 1 GB of them, and the list of them some seconds
 
@@ -29,9 +28,8 @@ class LinearCombiner(Combiner):
     """g(l) = sum_j phi_j l_j.
 
     Args:
-        num_losses, main, monotone, reduction, positive, total_weight: see `Combiner`. Without `main` the main loss has
-            a learned weight like all others; scaling all weights then only scales the learning rate, which
-            `total_weight` rules out.
+        num_losses, main, monotone, reduction, positive: see `Combiner`. Without `main` the main loss has a learned
+            weight like all others; note that scaling all weights then only scales the learning rate.
         init_value: every weight at the start.
     """
 
@@ -44,29 +42,28 @@ class LinearCombiner(Combiner):
         monotone: bool = True,
         reduction: Reduction = "mean",
         positive: Positive = "clip",
-        total_weight: float | None = None,
     ) -> None:
         _check_init_value(init_value, positive)
-        super().__init__(num_losses, main, monotone, reduction, positive, total_weight, {"weight": (num_losses,)})
+        super().__init__(num_losses, main, monotone, reduction, positive, {"weight": (num_losses,)})
         self.init_value = init_value
         self.reset_parameters()
 
     def _reset_weights(self) -> None:
         nn.init.constant_(self.phi, self.init_value)
 
-    def _values(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
         return reduce_values(_linear(losses, weights, self.main, losses), reduction)
 
-    def _total(self, weights: Tensor, losses: Tensor) -> Tensor:
-        return weights.sum() + (self.main is not None)
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["weight"]
 
 
 class PolynomialCombiner(Combiner):
     """Linear in all monomials of the losses up to a degree (paper, section C.5).
 
     Args:
-        num_losses, main, monotone, reduction, positive, total_weight: see `Combiner`.
+        num_losses, main, monotone, reduction, positive: see `Combiner`.
         degree: the highest degree, at least 1. There are binomial(num_losses + degree, degree) - 1 monomials, which may
             be a million at most.
         init_value: weights of the losses themselves at the start; products start at 0.
@@ -84,7 +81,6 @@ class PolynomialCombiner(Combiner):
         monotone: bool = True,
         reduction: Reduction = "mean",
         positive: Positive = "clip",
-        total_weight: float | None = None,
     ) -> None:
         check_count("num_losses", num_losses)
         check_count("degree", degree)
@@ -96,7 +92,7 @@ class PolynomialCombiner(Combiner):
             )
         by_degree = [list(combinations_with_replacement(range(num_losses), d)) for d in range(1, degree + 1)]
         all_monomials = [monomial for monomials in by_degree for monomial in monomials]
-        super().__init__(num_losses, main, monotone, reduction, positive, total_weight, {"weight": (count,)})
+        super().__init__(num_losses, main, monotone, reduction, positive, {"weight": (count,)})
         self.degree, self.monomials, self.init_value = degree, all_monomials, init_value
         self.reset_parameters()
 
@@ -121,21 +117,15 @@ class PolynomialCombiner(Combiner):
         super()._load_from_state_dict(*args)
         self._write_places()  # they are lost on the device "meta", and no state_dict holds them
 
-    def _values(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
         powers = [losses]
         for lower, factor in self._places():
             powers.append(powers[-1][:, lower] * losses[:, factor])
         return reduce_values(_linear(torch.cat(powers, dim=1), weights, self.main, losses), reduction)
 
-    def _total(self, weights: Tensor, losses: Tensor) -> Tensor:
-        powers, slopes = [losses], [torch.ones_like(losses)]  # slopes: along a step of 1 in every loss
-        for lower, factor in self._places():
-            slopes.append(slopes[-1][:, lower] * losses[:, factor] + powers[-1][:, lower])
-            powers.append(powers[-1][:, lower] * losses[:, factor])
-        with without_autocast(losses):
-            total = torch.cat(slopes, dim=1) @ weights
-        return total.sum() + (self.main is not None)
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["weight"]
 
     def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")) for d in range(1, self.degree))
@@ -150,7 +140,7 @@ class NonlinearCombiner(NetworkCombiner):
     Runs on fused kernels for up to 8 hidden layers of up to 64 units (`auxfast.ops.combiner`).
 
     Args:
-        num_losses, main, monotone, reduction, positive, total_weight: see `Combiner`.
+        num_losses, main, monotone, reduction, positive: see `Combiner`.
         hidden: width of each hidden layer, at least one.
         bias: whether hidden layers have biases; they start at 0.
         weight_norm: train each row of the weights as direction and length (see `NetworkCombiner`).
@@ -174,17 +164,13 @@ class NonlinearCombiner(NetworkCombiner):
         weight_norm: bool = False,
         reduction: Reduction = "mean",
         positive: Positive = "clip",
-        total_weight: float | None = None,
     ) -> None:
         network = CombinerNetwork(num_losses, layer_sizes("hidden", hidden), self.activation, bias, main, reduction)
-        super().__init__(network, monotone, weight_norm, positive, total_weight)
+        super().__init__(network, monotone, weight_norm, positive)
         self.reset_parameters()
 
     def _draw(self, weight: Tensor) -> None:
         weight.uniform_(0, 2 / weight.shape[-1])
-
-    def _total(self, weights: Tensor, losses: Tensor) -> Tensor:
-        return total_weight_at(losses, weights, self._summed)
 
     def extra_repr(self) -> str:
         network = self.network
@@ -207,7 +193,6 @@ class DeepLinearCombiner(NonlinearCombiner):
         weight_norm: bool = False,
         reduction: Reduction = "mean",
         positive: Positive = "clip",
-        total_weight: float | None = None,
     ) -> None:
         super().__init__(
             num_losses,
@@ -218,7 +203,6 @@ class DeepLinearCombiner(NonlinearCombiner):
             weight_norm=weight_norm,
             reduction=reduction,
             positive=positive,
-            total_weight=total_weight,
         )
 
 

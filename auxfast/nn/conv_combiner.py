@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-import torch
 from torch import Tensor
 
 from auxfast.nn.combiner_base import Positive
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.loss_image import loss_image
-from auxfast.ops.network import Activation, CombinerNetwork, LossImageNetwork, MainReduction, Reduction, layer_sizes
-from auxfast.ops.total_weight import total_weight_at
+from auxfast.ops.network import Activation, LossImageNetwork, MainReduction, Reduction, layer_sizes
 
 
 class ConvCombiner(NetworkCombiner):
@@ -32,9 +30,6 @@ class ConvCombiner(NetworkCombiner):
             that the mask keeps. The network's own mean is always over all positions.
         init_range: weights start uniform in it, as in the paper's code; biases at 0.
         weight_norm: train what leads to each channel as direction and length (see `NetworkCombiner`).
-        total_weight: see `Combiner`. The weights of an image's pixels add up to it away from the borders, where every
-            pixel reaches the output through all places of a kernel; with its borders, an image of 64 x 64 pixels has
-            some percent less. Not with `main_reduction="sum"`, whose weight grows with the image.
 
     Raises:
         TypeError: `num_losses` or `main` is no int, or `channels` no sequence.
@@ -43,7 +38,6 @@ class ConvCombiner(NetworkCombiner):
 
     op = staticmethod(loss_image)
     network: LossImageNetwork
-    _takes_images = True
 
     def __init__(
         self,
@@ -58,7 +52,6 @@ class ConvCombiner(NetworkCombiner):
         weight_norm: bool = False,
         reduction: Reduction = "mean",
         positive: Positive = "clip",
-        total_weight: float | None = None,
     ) -> None:
         low, high = init_range
         if not -inf < low <= high < inf or (monotone and low < 0):
@@ -66,25 +59,12 @@ class ConvCombiner(NetworkCombiner):
             raise ValueError(f"init_range must be finite (low, high) with {lowest} <= high, got {init_range}")
         sizes = layer_sizes("channels", channels)
         network = LossImageNetwork(num_losses, sizes, activation, main, main_reduction, reduction)
-        super().__init__(network, monotone, weight_norm, positive, total_weight)
+        super().__init__(network, monotone, weight_norm, positive)
         self.init_range = (low, high)
-        self._dense = CombinerNetwork(num_losses, sizes, activation, True, main, "sum")
         self.reset_parameters()
 
     def _draw(self, weight: Tensor) -> None:
         weight.uniform_(*self.init_range)
-
-    # An image of equal pixels without borders stays one from layer to layer: it is a sample of the dense network whose
-    # weights are the sums of the kernels.
-    def _total(self, weights: Tensor, losses: Tensor) -> Tensor:
-        parts = self.network.split(weights).items()
-        sums = [part.sum((-2, -1)).flatten() if part.dim() == 4 else part for _, part in parts]
-        return total_weight_at(losses, torch.cat(sums), self._dense)
-
-    def _check_total_weight(self) -> None:
-        super()._check_total_weight()
-        if self.main is not None and self.network.main_reduction == "sum":
-            raise ValueError("total_weight needs main_reduction 'mean' or 'valid_mean': a sum grows with the image")
 
     def extra_repr(self) -> str:
         network = self.network

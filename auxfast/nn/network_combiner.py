@@ -24,7 +24,7 @@ class NetworkCombiner(Combiner):
 
     Args:
         network: the architecture.
-        monotone, positive, total_weight: see `Combiner`.
+        monotone, positive: see `Combiner`.
         weight_norm: train each row of the weights (what leads to one unit or channel) as direction `weight_v` and
             length `weight_g` (Salimans & Kingma 2016), as the paper's code does. A row whose direction is zero counts
             as zero, with finite gradients. With `positive="exp"` both are logarithms.
@@ -40,12 +40,10 @@ class NetworkCombiner(Combiner):
         monotone: bool,
         weight_norm: bool,
         positive: Positive,
-        total_weight: float | None,
     ) -> None:
         shapes = _raw_shapes(network) if weight_norm else network.shapes
-        super().__init__(network.num_losses, network.main, monotone, network.reduction, positive, None, shapes)
+        super().__init__(network.num_losses, network.main, monotone, network.reduction, positive, shapes)
         self.network, self.weight_norm = network, weight_norm
-        self.total_weight = total_weight  # which asks the network
         self._summed = replace(network, reduction="sum")
         if not network.fits_kernels:
             warn(
@@ -76,15 +74,16 @@ class NetworkCombiner(Combiner):
         if phi is None:  # also if phi is parametrized
             phi = self.network_phi()
         value = self.op(losses, phi, self.network, mask)
-        if self._total_weight is not None:
-            value = value / self._share(phi)
         if phi.requires_grad and torch.is_grad_enabled():
             self._remember(losses, mask)
         return value
 
-    def _values(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         network = self.network if reduction == self.reduction else self._summed
         return self.op(losses, weights, network, mask)
+
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["out.weight_g" if self.weight_norm else "out.weight"]
 
     def _weights(self) -> Tensor:
         return self.network_phi()

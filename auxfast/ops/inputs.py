@@ -83,7 +83,8 @@ def op_inputs(
     losses: Tensor, phi: Tensor, network: Network, mask: Tensor | None, image: bool = False
 ) -> tuple[Tensor, Tensor, bool]:
     """The losses as `present_losses` leaves them; `phi`, checked against the network and the losses, and in float32 if
-    it came in less; and whether the kernels run."""
+    it came in less; and whether the kernels run. They do not where something that their Functions know nothing of is
+    under way, and would get errors or silent zeros."""
     losses = present_losses(losses, mask, network.num_losses, image)
     if phi.shape != network.phi_shape:
         raise ValueError(f"phi must be {network.phi_shape}, got {tuple(phi.shape)}")
@@ -94,19 +95,14 @@ def op_inputs(
     device = losses.device
     if device != phi.device:
         raise RuntimeError(f"losses are on {device} and phi is on {phi.device}: move one to the other")
-    return losses, phi, runs_on_kernels(losses, network)
-
-
-def runs_on_kernels(losses: Tensor, network: Network) -> bool:
-    """Whether the kernels run for these losses. They do not where something that their Functions know nothing of is
-    under way, and would get errors or silent zeros."""
-    return (
+    native = (
         not (_is_compiling() or in_transform())
-        and has_kernels(losses.device)  # these two: use_native() without its frame
+        and has_kernels(device)  # these two: use_native() without its frame
         and not within_reference_kernels()
         and network.fits_kernels
         and losses.numel() > 0
     )
+    return losses, phi, native
 
 
 def without_autocast(losses: Tensor) -> AbstractContextManager[Any]:

@@ -28,6 +28,10 @@ class Task(Protocol):
     A task may also have `shared_parameters()`: the model's parameters that the losses share, without those of a single
     loss. GradNorm, GCS and MGDA compare the losses' gradients in them, as their papers do; otherwise in all parameters.
 
+    It may have `release_auxiliary()`: from now on `training_batch` draws from the samples of the auxiliary set too. The
+    trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
+    that the labels which told the weights apart are trained on in the end.
+
     And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
     a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs
     besides losses and mask, such as the samples' indices, are further entries of the batch, then a named tuple of one's

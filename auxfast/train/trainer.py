@@ -70,6 +70,7 @@ class Trainer:
         self.inner = make_optimizer(config.inner_optimizer, self.parameters)
         self.scheduler = None if config.inner_scheduler is None else make_scheduler(config.inner_scheduler, self.inner)
         self.records: list[OuterRecord] = []
+        self._has_released = False
         self.best: dict[str, Any] | None = None  # {"step", "score", "model", "training_loss"}
         # Outer steps draw their batches apart, so that a frozen control sees the same inner steps.
         self.generator = torch.Generator().manual_seed(seed)
@@ -81,6 +82,8 @@ class Trainer:
             make_optimizer(self.config.outer_optimizer, self.outer_parameters),
             solver=self.config.solver,
             max_grad_norm=self.config.max_outer_grad_norm,
+            max_weight_change=self.config.max_weight_change,
+            keep_total=self.config.keep_total,
             project=[self.combiner] if isinstance(self.combiner, Projectable) else [],
             warn=False,  # the progress bar and the report show every residual
         )
@@ -88,6 +91,12 @@ class Trainer:
     @property
     def done(self) -> bool:
         return len(self.records) >= self.config.outer_steps or self.stopped_early
+
+    @property
+    def cools_down(self) -> bool:
+        """Whether the last outer step has been taken, and phi stays until the end."""
+        left = self.config.outer_steps - len(self.records)
+        return left <= int(self.config.cooldown * self.config.outer_steps)
 
     @property
     def stopped_early(self) -> bool:
@@ -164,12 +173,16 @@ class Trainer:
         self.records = list(records)
 
     def _round(self) -> OuterRecord:
-        """Takes `inner_steps` inner steps and an outer one. Returns what was measured."""
+        """Takes `inner_steps` inner steps and, unless the run cools down, an outer one. Returns what was measured."""
+        learns = self.outer is not None and not self.cools_down
+        if self.cools_down and not self._has_released and hasattr(self.task, "release_auxiliary"):
+            self.task.release_auxiliary()
+            self._has_released = True
         start = time.perf_counter()
         batch, training_loss = self._inner_steps()
         inner_seconds = self._seconds_since(start)
         outer_loss, stats, outer_seconds = None, None, 0.0
-        if self.outer is not None:
+        if learns:
             start = time.perf_counter()
             batch, training_loss, outer_loss = self._bilevel_losses()
             outer_seconds = self._seconds_since(start)
@@ -177,7 +190,7 @@ class Trainer:
         self._check_finite("outer", outer_loss)
         validation_score = self._validate() if self.config.patience is not None else None
         loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
-        if self.outer is not None:
+        if learns:
             assert outer_loss is not None
             start = time.perf_counter()
             stats = self._outer_step(outer_loss, training_loss)

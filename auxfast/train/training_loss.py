@@ -163,15 +163,14 @@ def make_combiner(method: Method, config: CombinerConfig, num_losses: int, main:
     With `config.skip` all start as the main loss + a function of all losses (paper, section 3.2). The linear and the
     polynomial one give every auxiliary `config.initial_weight` (and the main loss no second weight; without the skip:
     1); in the networks that is the auxiliaries' mean weight at losses of 1 (in an image of 64 x 64 pixels). Where
-    weights are learned as logarithms, those of 0 are small ones instead (see `Combiner.positive_`).
+    weights are learned as logarithms, the main loss has that weight too, so that it can grow if the auxiliaries'
+    shrinks, and weights of 0 are small ones instead (see `Combiner.positive_`).
     """
     skip = main if config.skip else None
     make = _simple_combiner if method.family in ("linear", "polynomial") else _network_combiner
     combiner = make(method, config, num_losses, main, skip)
     if method.monotone:
         combiner.positive_(config.positive)
-        if config.keep_total:
-            combiner.keep_total_()
     return combiner
 
 
@@ -182,7 +181,8 @@ def _simple_combiner(method: Method, config: CombinerConfig, num_losses: int, ma
         combiner = LinearCombiner(num_losses, skip, **options)
     else:
         combiner = PolynomialCombiner(num_losses, config.degree, skip, **options)
-    combiner.phi[main] = 0.0 if config.skip else 1.0
+    second_weight = 0.0 if config.positive == "clip" else config.initial_weight
+    combiner.phi[main] = second_weight if config.skip else 1.0
     return combiner
 
 

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from auxfast.nn import NonlinearCombiner
 
-from .test_total_weight import ALL, losses_of
+from .every_combiner import ALL, losses_of
 
 # Forward-mode AD and Dynamo, on their first use, touch what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

@@ -17,9 +17,9 @@ import auxfast
 from auxfast import reference_kernels
 from auxfast.nn import Combiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
 
+from .every_combiner import ALL, losses_of, moved
 from .test_combiners import disturbed, normal
 from .test_state import by_layers
-from .test_total_weight import ALL, losses_of, moved
 
 # Forward-mode AD and Dynamo, on their first use, touch what torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -179,7 +179,6 @@ def test_a_huge_bias_makes_no_nan():
 @ALL
 def test_torch_compile(make):
     combiner = moved(make(3, main=0, positive="exp"))
-    combiner.keep_total_()
     losses = losses_of(combiner)
     torch.compiler.reset()
     compiled = torch.compile(combiner, backend="eager", fullgraph=True)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, accuracy
 from auxfast.experiments.report.plotting import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished
 from auxfast.solvers import MINRES
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.methods import parse_method
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
@@ -215,7 +215,7 @@ EXPERIMENT = Experiment(
     score_name="accuracy of the final head, %",
     loss_names=LOSS_NAMES,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=30,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.05, "momentum": 0.9}),
@@ -223,7 +223,7 @@ EXPERIMENT = Experiment(
             solver=MINRES(steps=8, damping=0.1),
             weight_decay=1e-3,
         ),
-        combiner=CombinerConfig(initial_weight=GUESS, hidden=(10, 10)),
+        combiner=PaperCombiner(initial_weight=GUESS, hidden=(10, 10)),
         weighting={"equal": {"auxiliary_weight": GUESS}},
         task=DeepSupervisionOptions(),
     ),
