@@ -15,7 +15,7 @@ _NOISY = replace(
     settings={
         "as in the paper": {},
         "noisier auxiliaries": {"task.auxiliary_noise": 0.5},
-        "few and noisy main labels": {"task.labelled": 100, "task.auxiliary": 20, "task.main_noise": 5.0},
+        "few and noisy main labels": {"task.labelled": 60, "task.auxiliary": 12, "task.main_noise": 3.0},
     },
 )
 
