@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "auxfast-runs" / "learning", help="folder of all runs")
     parser.add_argument("--results", type=Path, help="folder of table and figures (benchmarks/results, if all was run)")
     given = parser.parse_args(arguments)
-    everything = not (given.smoke or given.methods or given.first_seed) and given.tasks == list(TASKS)
+    everything = not (given.smoke or given.methods or given.seeds or given.first_seed) and given.tasks == list(TASKS)
     methods = given.methods or (LEARNED if given.crashes else METHODS)
     count = given.seeds or (1 if given.smoke else 20 if given.crashes else 10)
     seeds = range(given.first_seed, given.first_seed + count)

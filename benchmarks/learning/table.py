@@ -103,8 +103,9 @@ def _has_exploded(records: Sequence[OuterRecord]) -> bool:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """The row as a table, with the verdict on each difference: 1 above and -1 below, beyond noise."""
-    return {**asdict(row), "signs": {baseline: row.sign(baseline) for baseline in BASELINES}}
+    """The row as a table, with the sign of each difference (see `Row.sign`)."""
+    over = {baseline: over and {**over._asdict(), "sign": row.sign(baseline)} for baseline, over in row.over.items()}
+    return {**asdict(row), "score": row.score and row.score._asdict(), "over": over}
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
