@@ -72,7 +72,7 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)
 
-learning: native $(installed)-demo  ## learn on eight tasks with the defaults, an hour; goes on where it was stopped
+learning: native $(installed)-demo  ## learn on eight tasks with the defaults: half an hour, resumable
 	$(PYTHON) -m benchmarks.learning $(LEARNING)
 
 docs: $(installed)-docs  ## build the documentation site, build/site
