@@ -94,7 +94,7 @@ def test_the_table_pairs_seeds_and_counts_what_was_lost(suite):
     assert row.outer_loss == pytest.approx((1.0, 0.9))
     text = suite.table.as_markdown([row])
     assert "**+10.05 +- 0.05**" in text
-    assert "below its frozen start in 0 of 1; below Equal in 0 of 1. Lost: 1 crashed, 1 dead, 1 exploded." in text
+    assert "below its frozen start in 0 of 1; below Equal in 0 of 1; lost: 1 crashed, 1 dead, 1 exploded." in text
 
 
 @pytest.mark.slow

@@ -152,13 +152,17 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     lines = []
     for combiner in dict.fromkeys(row.combiner for row in rows):
         own = [row for row in rows if row.combiner == combiner]
-        above = [row.place for row in own if row.sign("frozen") == row.sign("equal") == 1]
-        parts = [f"above its frozen start and Equal {_where(above, len(own))}"]
-        for baseline, name in (("frozen", "its frozen start"), ("equal", "Equal")):
-            parts.append(f"below {name} {_where([row.place for row in own if row.sign(baseline) == -1], len(own))}")
-        lines.append(f"- {combiner}: {'; '.join(parts)}. Lost: {_lost(own)}.")
+        parts = [
+            _count(own, ("frozen", "equal"), 1, "above its frozen start and Equal"),
+            _count(own, ("frozen",), -1, "below its frozen start"),
+            _count(own, ("equal",), -1, "below Equal"),
+        ]
+        lines.append(f"- {combiner}: {'; '.join(filter(None, [*parts, f'lost: {_lost(own)}']))}.")
     return lines
 
 
-def _where(places: Sequence[str], count: int) -> str:
-    return f"in {len(places)} of {count}" + f" ({'; '.join(places)})" * bool(places)
+def _count(rows: Sequence[Row], baselines: Sequence[str], sign: int, words: str) -> str:
+    """How many of the rows have this sign beside each baseline, and which; nothing where noise is not known."""
+    known = [row for row in rows if all((over := row.over[name]) and over.sem is not None for name in baselines)]
+    places = [row.place for row in known if all(row.sign(name) == sign for name in baselines)]
+    return f"{words} in {len(places)} of {len(known)}" + f" ({'; '.join(places)})" * bool(places) if known else ""
