@@ -217,8 +217,8 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes on from
-        here gives the same numbers as one without a break."""
+        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes on
+        from here gives the same numbers as one without a break."""
         solver_state = dict(vars(self.state))
         own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": deepcopy(vars(self.watch))}
         return {**self.optimizer.state_dict(), **own}
