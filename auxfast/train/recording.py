@@ -294,7 +294,7 @@ def _has_begun(path: Path) -> bool:
 
 
 def _occupied(path: Path) -> RunError:
-    return RunError(f"{path} holds a run already: --resume goes on with it; or choose another --out")
+    return RunError(f"{path} holds a run already: --resume (resume=True) goes on with it; or choose another --out")
 
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:
