@@ -112,8 +112,8 @@ def _checked_loss_names(plans: Sequence[RunPlan], expected: Sequence[str]) -> tu
     """
     methods = {plan.method: plan for plan in plans}
     of_task = next((plan for method, plan in methods.items() if method.is_combiner), plans[0])
-    task = draw_task(of_task)
     try:
+        task = draw_task(of_task)
         check_task(task, own=any(method.family == OWN for method in methods))
         for method, plan in methods.items():
             check_method(method, plan.config, len(task.loss_names))

@@ -48,7 +48,7 @@ from auxfast.train.run import (
 from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
-from auxfast.train.task_check import as_number
+from auxfast.train.task_check import as_number, check_members
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, make_training_loss
@@ -109,10 +109,18 @@ def draw_task(plan: RunPlan) -> Task:
 
     Raises:
         RunError: there is no such device.
+        ImportError: it needs a package that is not installed.
+        TypeError, ValueError: it cannot be drawn, lacks a member, or has one that is not what it must be.
     """
     _check_device(plan.config.train.device)
     with reproducible(plan.seed, plan.config.train):
-        task = plan.make_task()
+        try:
+            task = plan.make_task()
+        except (RunError, ImportError):
+            raise
+        except Exception as error:  # it is the user's code
+            raise ValueError(f"make_task: raised {described(error)}") from error
+        check_members(task)
         _move(task, plan.config.train.device)
         return task
 
@@ -294,7 +302,7 @@ def _has_begun(path: Path) -> bool:
 
 
 def _occupied(path: Path) -> RunError:
-    return RunError(f"{path} holds a run already: --resume goes on with it; or choose another --out")
+    return RunError(f"{path} holds a run already: --resume (resume=True) goes on with it; or choose another --out")
 
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:

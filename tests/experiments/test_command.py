@@ -98,7 +98,7 @@ def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_p
         patched.setattr(command, "record_run", lambda *_, **__: pytest.fail("training started"))
         assert train("--method", "equal,stl", "--seeds", "0") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume goes on with it; or .*", message)
+    assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume \(.*\) goes on .*; or .*", message)
     assert train("--method", "stl", "--seeds", "0", "--resume") == 0
     assert capsys.readouterr().out == first
 

@@ -127,3 +127,7 @@ def test_a_task_that_is_none_is_told_before_training(tmp_path, no_training):
 
     with pytest.raises(ValueError, match=r"task\.validation_score: got nan before the first step"):
         compare(NoScore, out=tmp_path)
+    with pytest.raises(ValueError, match=r"task\.loss_names: NoneType has none"):
+        compare(lambda seed: None, out=tmp_path)
+    with pytest.raises(ValueError, match=r"make_task: raised KeyError: .* \(test_comparison\.py, line \d+"):
+        compare(lambda seed: {}["x"], out=tmp_path)

@@ -147,7 +147,7 @@ def test_scalars_are_written_for_tensorboard_if_that_is_installed(tmp_path, monk
 
 def test_another_run_is_not_overwritten(tmp_path):
     made = run(tmp_path)
-    message = rf"{made.path} holds a run already: --resume goes on with it; or choose another"
+    message = rf"{made.path} holds a run already: --resume \(resume=True\) goes on with it; or choose another"
     with pytest.raises(RunError, match=message):
         run(tmp_path)
     with pytest.raises(RunError, match=message):
