@@ -65,7 +65,7 @@ def test_skipped_outer_steps_are_recorded():
 
 
 class Careless(Noisy):
-    """A task whose validation draws dropout masks, moves BatchNorm's statistics and may leave the model in eval mode."""
+    """Validation draws dropout masks, moves BatchNorm's statistics, and may leave the model in eval mode."""
 
     def __init__(self, careless: bool) -> None:
         super().__init__(0, NoisyOptions(), hold_out=True)
