@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out",
         type=Path,
-        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html; with --csv or --latex: "
-        "none)",
+        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html; none with --csv or "
+        "--latex)",
     )
     report.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each run, for other programs")
     report.add_argument("--latex", type=Path, metavar="FILE", help="write the tables for a paper (package booktabs)")

@@ -236,7 +236,8 @@ _FREE_DASH = (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5))  # marks combiners that are not m
 _LOSS_COLOURS = (BLACK, BLUE, RED, GREEN)
 _MAX_NAMED_LOSSES = 12  # more names would not stand beside each other
 _COLUMNS = 2  # panels side by side: more would make their type small on a page
-_TITLE_HEIGHT, _PANEL_HEIGHT, _LINE_HEIGHT = 0.6, 3.6, 0.17  # inches
+_TITLE_HEIGHT, _PANEL_HEIGHT = 0.6, 3.6  # inches
+_LINE_HEIGHT = 0.07  # of a line of names, as a fraction of the axes' height
 NOTE = (
     "Scores: ticks are seeds; circles, bars and figures are mean ± standard error, hollow where a combiner is not "
     "learned.\nCourses: mean ± one standard deviation over seeds. Residuals: median and quartiles."
@@ -310,7 +311,7 @@ def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
 
 def _draw_held_out(axes: Any, section: Section, made: Sequence[Row]) -> None:
     """Draws the validation score over the outer steps, of each method all of whose runs recorded it."""
-    ends = []
+    ends, later = [], []
     for row in made:
         courses = [[r.validation_score for r in run.records] for run in section.runs if run.method == row.method]
         known = [[score for score in course if score is not None] for course in courses]
@@ -318,6 +319,10 @@ def _draw_held_out(axes: Any, section: Section, made: Sequence[Row]) -> None:
             colour = _COLOURS[row.method.family]
             dash = _DASHES[row.method.phi] if row.method.monotone else _FREE_DASH
             ends.append((*draw_course(axes, known, colour, "_", dash), _short(row.method), colour))
+            later += [min(course[len(course) // 3 :]) for course in known]
+    if later:  # scores before anything was learned would leave no height for the rest
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=max(low, min(later) - 0.1 * (high - min(later))))
     _label_steps(axes)
     axes.set_title(
         "Held-out score (validation part)" if ends else "Held-out score: not recorded in these runs", fontsize=11
@@ -337,7 +342,7 @@ def _draw_shares(axes: Any, section: Section, method: Method) -> None:
     if method.monotone:
         axes.set_ylim(bottom=0)
     _label_steps(axes)
-    axes.set_title(f"Shares of the loss weights, %: {method.label}", fontsize=11)
+    axes.set_title(f"Shares of the loss weights, %: {method.label}", fontsize=11, loc="left")
     _label_ends(axes, ends)
     tidy(axes)
 
@@ -353,7 +358,7 @@ def _loss_colours(count: int) -> Sequence[Any]:
     if count <= len(_LOSS_COLOURS):
         return _LOSS_COLOURS[:count]
     colour_map = import_extra("matplotlib", "matplotlib").colormaps["viridis"]  # without its end, too light to read
-    return [BLACK, *(colour_map(0.8 * j / (count - 2)) for j in range(count - 1))]
+    return [BLACK, *(colour_map(0.7 * j / (count - 2)) for j in range(count - 1))]
 
 
 def _draw_residuals(axes: Any, section: Section, learned: Sequence[Method]) -> None:
@@ -369,7 +374,7 @@ def _draw_residuals(axes: Any, section: Section, learned: Sequence[Method]) -> N
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":")  # a solution of zero has this residual
     _log_scale(axes)
     _label_steps(axes)
-    axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11)
+    axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11, loc="left")
     _label_ends(axes, [end for end in ends if np.isfinite(end[1])])
     tidy(axes)
 
@@ -381,18 +386,18 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
     to_axes = axes.transData + axes.transAxes.inverted()
     ordered = sorted(ends, key=lambda end: end[1])
     heights = [to_axes.transform((x, y))[1] for x, y, *_ in ordered]
-    places = _spread(heights, _LINE_HEIGHT / (0.75 * _PANEL_HEIGHT))
+    places = _spread(heights, _LINE_HEIGHT, 1 - _LINE_HEIGHT / 2)
     for (x, y, name, colour), place in zip(ordered, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1}
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
         where = {"xytext": (1.04, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         axes.annotate(name, (x, y), color=colour, fontsize=9.5, arrowprops=line, **where)
 
 
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The nearest places, in the least squares, to those in ascending order that are at least a gap apart."""
+def _spread(places: Sequence[float], gap: float, top: float) -> list[float]:
+    """The places below `top`, a gap apart, that are nearest in the least squares to those given in ascending order."""
     groups: list[list[float]] = []  # of places that touch: each keeps the mean of what its members want
     for i, place in enumerate(places):
-        group = [place - i * gap]
+        group = [max(0.0, min(place - i * gap, top - (len(places) - 1) * gap))]
         while groups and fmean(groups[-1]) >= fmean(group):
             group = groups.pop() + group
         groups.append(group)
@@ -433,7 +438,7 @@ def _draw_cost(axes: Any, made: Sequence[Row]) -> None:
     axes.set_yticks(range(len(made)), [_short(row.method) for row in made])
     axes.set_ylim(len(made) - 0.4, -0.6)
     axes.set_xlim(right=1.7 * max(row.seconds for row in made) / unit.seconds)
-    axes.set_title(f"Time of a run, {_short(unit.method)} = 1 ({unit.seconds:.2g} s)", fontsize=11)
+    axes.set_title(f"Time of a run, {_short(unit.method)} = 1 ({unit.seconds:.2g} s)", fontsize=11, loc="left")
     axes.legend(fontsize=9.5, frameon=False, loc="upper right")
     tidy(axes)
 

@@ -85,11 +85,9 @@ def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float])
     difference = paired_difference(own, baseline)
     if difference is None:
         return Finding(f"{claim}: {not_known(0)}.", None)
-    holds, seeds = difference.above_noise(), f"paired over {difference.seeds} seeds"
-    text = (
-        f"{claim}: the difference is {difference.signed()}, {not_known(difference.seeds) if holds is None else seeds}."
-    )
-    return Finding(text, holds)
+    holds = difference.above_noise()
+    seeds = f"; {not_known(difference.seeds)}" if holds is None else f", paired over {difference.seeds} seeds"
+    return Finding(f"{claim}: the difference is {difference.signed()}{seeds}.", holds)
 
 
 def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -> Finding:
