@@ -89,12 +89,10 @@ def test_the_page_says_when_how_and_where_it_was_made(experiment, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["/usr/bin/auxfast", "report", "my runs"])
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
     html = (tmp_path / "page.html").read_text()
-    made = re.search(
-        r"Made on \d{4}-\d\d-\d\d \d\d:\d\d .* by <code>(.*)</code> with auxfast (.*)\. Trained with (.*)\.</p>", html
-    )
-    assert made.group(1) == "auxfast report &#39;my runs&#39;"
-    assert made.group(2) == auxfast.__version__
-    assert made.group(3).startswith(f"auxfast {auxfast.__version__}, torch {run.environment['versions']['torch']}, on ")
+    version, torch_version = auxfast.__version__, run.environment["versions"]["torch"]
+    assert re.search(r"Made on \d{4}-\d\d-\d\d \d\d:\d\d ", html)
+    assert f"by <code>auxfast report &#39;my runs&#39;</code> with auxfast {version}." in html
+    assert f"Trained with auxfast {version}, torch {torch_version}, on " in html
     (run.path / "environment.json").unlink()
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
     assert "Trained with unknown versions, on an unknown machine." in (tmp_path / "page.html").read_text()

@@ -51,7 +51,7 @@ def test_several_sections_are_told_together():
         _sections({"stl": 1, "equal": 5, "linear": 9}, {"stl": 1, "equal": 9, "linear": 9}, {"stl": 5, "linear": 3})
     )
     assert overall(sections) == [
-        "Linear, learned: against STL +8.0 on one and two, worse (-2.0) on three; against Equal +4.0 on one, no better on "
-        "two."
+        "Linear, learned: against STL +8.0 on one and two, worse (-2.0) on three; "
+        "against Equal +4.0 on one, no better on two."
     ]
     assert overall(sections[:1]) == []
