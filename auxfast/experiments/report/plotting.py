@@ -324,9 +324,8 @@ def _draw_held_out(axes: Any, section: Section, made: Sequence[Row]) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(bottom=max(low, min(later) - 0.1 * (high - min(later))))
     _label_steps(axes)
-    axes.set_title(
-        "Held-out score (validation part)" if ends else "Held-out score: not recorded in these runs", fontsize=11
-    )
+    title = "Held-out score (validation part)" if ends else "Held-out score: not recorded in these runs"
+    axes.set_title(title, fontsize=11, loc="left")
     _label_ends(axes, ends)
     tidy(axes)
 
