@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from itertools import accumulate
 
 from auxfast.train.run import Run
 from auxfast.train.trainer import OuterRecord
 
-_WINDOW = 10  # outer steps over which the outer loss is averaged: a single batch says little
-_RISE = 1.2  # ratio to the lowest average from which the outer loss counts as rising
+_WINDOW = 10  # outer steps over which the outer loss is summed: a single batch says little
+_RISE = 1.2  # ratio to the lowest sum from which the outer loss counts as rising
 
 
 def notes(records: Sequence[OuterRecord]) -> list[str]:
@@ -24,9 +24,9 @@ def notes(records: Sequence[OuterRecord]) -> list[str]:
         found.append("auxiliaries below 1%")
     if max(main, *auxiliaries) > 10 * max(start):
         found.append("weights grew tenfold")
-    losses = [record.outer_loss for record in records if record.outer_loss is not None]
-    averages = [fmean(losses[i - _WINDOW : i]) for i in range(_WINDOW, len(losses) + 1)]
-    if averages and averages[-1] > _RISE * min(averages) > 0:
+    totals = list(accumulate((record.outer_loss or 0.0 for record in records), initial=0.0))
+    windows = [later - earlier for earlier, later in zip(totals, totals[_WINDOW:], strict=False)]
+    if windows and windows[-1] > _RISE * min(windows) > 0:
         found.append("outer loss rising")
     return found
 
