@@ -128,7 +128,7 @@ def _add_train(commands: Any) -> None:
         description="Trains every method from every seed, prints a table of the scores, and keeps each run in a folder "
         "of its own below OUT, where `auxfast report` finds it.",
     )
-    train.add_argument("experiment", nargs="?", help="its name")
+    train.add_argument("experiment", nargs="?", help="its name; or one's own, FILE.py:NAME or MODULE:NAME")
     train.add_argument("--list", action="store_true", help="list the experiments, and do nothing else")
     train.add_argument("--method", type=_names, default=(), metavar="A,B", help="methods (default: the experiment's)")
     train.add_argument(
@@ -207,7 +207,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(f"cannot read {error.filename}: {error.strerror}", 2)
     except ValueError as error:
         return _fail(error, 2)
-    except MissingExtraError as error:
+    except (MissingExtraError, RunError) as error:
         return _fail(error, 1)
     try:
         command.run_comparison(comparison)

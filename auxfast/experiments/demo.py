@@ -10,7 +10,7 @@ from typing import Any
 
 from auxfast.experiments.command import plan_comparison, train_all
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.paper import get_experiment
+from auxfast.experiments.registry import get_experiment
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, Row, results_of, rows
 from auxfast.experiments.report.story import overall, sentences

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, ch
 _DEFAULT_SOLVER = MINRES()
 
 
+@runtime_checkable
 class Projectable(Protocol):
     """Something that can move its parameters back into the set where they belong, as a combiner can."""
 

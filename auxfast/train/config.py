@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 import torch
 
-from auxfast.solvers import Solver
+from auxfast.solvers import MINRES, Solver
 from auxfast.solvers.base import check_solver
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
+
+# Defaults of the trainer.
+_INNER_OPTIMIZER = Component("Adam", {"lr": 3e-3})
+_OUTER_OPTIMIZER = Component("Adam", {"lr": 0.02})
+_SOLVER = MINRES(steps=10, damping=0.1)
 
 _MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
@@ -44,11 +49,11 @@ class TrainConfig:
             where that means nothing; an unknown name or option.
     """
 
-    outer_steps: int
-    inner_steps: int
-    inner_optimizer: Component
-    outer_optimizer: Component
-    solver: Solver
+    outer_steps: int = 60
+    inner_steps: int = 10
+    inner_optimizer: Component = _INNER_OPTIMIZER
+    outer_optimizer: Component = _OUTER_OPTIMIZER
+    solver: Solver = _SOLVER
     inner_scheduler: Component | None = None
     weight_decay: float = 0.0
     max_inner_grad_norm: float | None = None
@@ -129,7 +134,7 @@ class RunConfig:
         task: options of the experiment's own, a frozen dataclass; None if it has none.
     """
 
-    train: TrainConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
     combiner: CombinerConfig = field(default_factory=CombinerConfig)
     weighting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: Any = None

@@ -20,6 +20,7 @@ from auxfast.train.trainer import OuterRecord
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
+_NEWER = {"losses": list, "origin": str}  # older runs do not have them
 
 Entries = TypeVar("Entries")
 
@@ -47,6 +48,9 @@ class Run:
         records: one for each outer step that is on disk.
         result: the result; None while the run is unfinished.
         environment: the machine and the versions that it started with; empty if that file is gone.
+        losses: names of the task's losses.
+        origin: where the experiment can be imported from, such as /home/me/mine.py:EXPERIMENT; empty if it is one of
+            auxfast, or nowhere.
     """
 
     path: Path
@@ -58,6 +62,8 @@ class Run:
     records: tuple[OuterRecord, ...]
     result: RunResult | None
     environment: Mapping[str, Any]
+    losses: tuple[str, ...] = ()
+    origin: str = ""
 
 
 def read_run(path: Path) -> Run:
@@ -79,6 +85,8 @@ def read_run(path: Path) -> Run:
         records=tuple(read_metrics(path / METRICS)) if (path / METRICS).exists() else (),
         result=result,
         environment=_read_environment(path / ENVIRONMENT),
+        losses=tuple(description.get("losses", ())),
+        origin=description.get("origin", ""),
     )
 
 
@@ -108,6 +116,11 @@ def read_description(path: Path) -> dict[str, Any]:
         for key, kind in _DESCRIPTION.items():
             if type(table.get(key)) is not kind:
                 raise ValueError(f"{key}: got {table.get(key)!r}, must be {words(kind)}")
+        for key, kind in _NEWER.items():
+            if key in table and type(table[key]) is not kind:
+                raise ValueError(f"{key}: got {table[key]!r}, must be {'a list' if kind is list else words(kind)}")
+        if any(type(name) is not str for name in table.get("losses", ())):
+            raise ValueError(f"losses: got {table['losses']!r}, must be a list, each entry a string")
         parse_method(table["method"])
     except ValueError as error:
         raise not_of_this_version(path, error) from error

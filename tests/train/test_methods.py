@@ -23,17 +23,19 @@ def _training_loss(name: str, **combiner) -> CombinedLoss:
         ("nonlinear-free", Method("nonlinear", monotone=False)),
         ("conv-frozen", Method("conv", phi="frozen")),
         ("polynomial-free-fixed", Method("polynomial", monotone=False, phi="fixed")),
+        ("own", Method("own")),
+        ("own-frozen", Method("own", phi="frozen")),
     ],
 )
 def test_a_method_has_a_name_that_is_parsed_back(name, method):
     assert parse_method(name) == method
     assert method.name == name
     assert method.is_combiner == (name != "stl")
-    assert method.learned == (name in ("linear", "deep-linear", "nonlinear-free"))
+    assert method.learned == (name in ("linear", "deep-linear", "nonlinear-free", "own"))
 
 
 @pytest.mark.parametrize(
-    "name", ["", "line", "stl-frozen", "equal-free", "linear-frozen-free", "linear-fixed-frozen-x"]
+    "name", ["", "line", "stl-frozen", "equal-free", "linear-frozen-free", "linear-fixed-frozen-x", "own-free"]
 )
 def test_other_names_are_refused_with_what_there_is(name):
     with pytest.raises(ValueError, match=rf"method: got {name!r}, must be one of stl, equal.*-free .*-frozen .*-fixed"):
@@ -42,7 +44,12 @@ def test_other_names_are_refused_with_what_there_is(name):
 
 def test_labels_differ():
     endings = ("", "-free", "-frozen", "-free-fixed")
-    names = [*WEIGHTING_LABELS, *(family + ending for family in COMBINER_LABELS for ending in endings)]
+    names = [
+        *WEIGHTING_LABELS,
+        "own",
+        "own-frozen",
+        *(family + ending for family in COMBINER_LABELS for ending in endings),
+    ]
     assert len({parse_method(name).label for name in names}) == len(names)
 
 

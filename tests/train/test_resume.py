@@ -34,6 +34,8 @@ CASES = {
     "nonlinear-free": {"solver": Neumann(steps=3, step_size="auto", warm_start=True), "max_inner_grad_norm": 0.1},
     "nonlinear-frozen": {"inner_optimizer": Component("RMSprop", {"lr": 0.01, "momentum": 0.5})},
     "linear-frozen": {"inner_scheduler": Component("CosineAnnealingWarmRestarts", {"T_0": 4}), "patience": 30},
+    "own": {"outer_optimizer": Component("Adam", {"lr": 0.1}), "patience": 30},
+    "own-frozen": {},
     "linear-free": {"solver": ConjugateGradient(steps=3, preconditioner=Jacobi(probes=2), warm_start=True)},
 }
 SOLVERS = {

@@ -41,6 +41,7 @@ _COLOURS = {  # frozen combiners have their family's colour, and are drawn hollo
     "nonlinear": RED,
     "polynomial": PURPLE,
     "conv": ORANGE,
+    "own": "#332288",
 }
 
 
@@ -374,7 +375,7 @@ def _draw_residuals(axes: Any, section: Section, learned: Sequence[Method]) -> N
     _log_scale(axes)
     _label_steps(axes)
     axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11, loc="left")
-    _label_ends(axes, [end for end in ends if np.isfinite(end[1])])
+    _label_ends(axes, ends)
     tidy(axes)
 
 
@@ -383,13 +384,14 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
     when everything else is drawn."""
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
-    ordered = sorted(ends, key=lambda end: end[1])
-    heights = [to_axes.transform((x, y))[1] for x, y, *_ in ordered]
-    places = _spread(heights, _LINE_HEIGHT, 1 - _LINE_HEIGHT / 2)
-    for (x, y, name, colour), place in zip(ordered, places, strict=True):
+    ordered = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
+    # A residual of 0 lies infinitely far below the axes: lines are followed to their edges only.
+    points = [np.clip(to_axes.transform((x, y)), 0, 1) for x, y, *_ in ordered]
+    places = _spread([height for _, height in points], _LINE_HEIGHT, 1 - _LINE_HEIGHT / 2)
+    for (*_, name, colour), point, place in zip(ordered, points, places, strict=True):
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
-        where = {"xytext": (1.04, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-        axes.annotate(name, (x, y), color=colour, fontsize=9.5, arrowprops=line, **where)
+        where = {"xytext": (1.04, place), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}
+        axes.annotate(name, point, color=colour, fontsize=9.5, arrowprops=line, **where)
 
 
 def _spread(places: Sequence[float], gap: float, top: float) -> list[float]:

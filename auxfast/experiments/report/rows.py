@@ -13,12 +13,13 @@ from auxfast.experiments.report.statistics import (
     VERDICT_SEEDS,
     Estimate,
     estimate,
+    learned_against_controls,
     not_known,
     paired_difference,
     scores,
 )
 from auxfast.train.files import RunError
-from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, Method
+from auxfast.train.methods import COMBINER_LABELS, OWN, WEIGHTING_LABELS, Method
 from auxfast.train.run import Run
 from auxfast.train.serialization import flattened, to_table
 
@@ -88,6 +89,8 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
         RunError: two are of the same method, setting and seed, or one does not fit the experiment (any more).
     """
     known = [updated(experiment, run) for run in runs]
+    if not experiment.loss_names and known:
+        experiment = replace(experiment, loss_names=known[0].losses)
     finished = [run for run in known if run.result is not None]
     seen: dict[Any, Run] = {}
     for run in finished:
@@ -97,7 +100,7 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
     by_setting = {setting: [run for run in finished if run.setting == setting] for setting in experiment.settings}
     sections = [Section(experiment, setting, own) for setting, own in by_setting.items() if own]
     seeds = len({run.seed for run in finished})
-    found = experiment.findings(finished) if experiment.findings is not None and finished else []
+    found = (experiment.findings or learned_against_controls)(finished) if finished else []
     findings = [_decided(finding, seeds) for finding in found]
     return Results(experiment, finished, sections, findings, [run for run in known if run.result is None])
 
@@ -111,7 +114,7 @@ def _decided(finding: Finding, seeds: int) -> Finding:
 
 def methods(section: Section) -> list[Method]:
     """Methods that were run: first the experiment's in its order, then the others by families."""
-    families = [*WEIGHTING_LABELS, *COMBINER_LABELS]
+    families = [*WEIGHTING_LABELS, *COMBINER_LABELS, OWN]
     order = {name: place for place, name in enumerate(section.experiment.methods)}
     ran = {run.method for run in section.runs}
     return sorted(ran, key=lambda m: (order.get(m.name, len(order)), families.index(m.family), m.name))

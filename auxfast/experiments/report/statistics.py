@@ -97,6 +97,18 @@ def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -
     return compare(f"{setting}: {claim}" if setting else claim, own, base)
 
 
+def learned_against_controls(runs: Sequence[Run]) -> list[Finding]:
+    """Findings whether each learned method scores above STL, Equal and its own frozen start, where these were run."""
+    ran = dict.fromkeys((run.setting, run.method.name) for run in runs)
+    learned = [(run.setting, run.method.name) for run in runs if run.method.learned]
+    return [
+        better(runs, method, control, setting)
+        for setting, method in dict.fromkeys(learned)
+        for control in ("stl", "equal", f"{method}-frozen")
+        if (setting, control) in ran
+    ]
+
+
 def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
     """Finding whether a method scores above another in each of the settings (see `compare`)."""
     parts: list[str] = []

@@ -1,5 +1,7 @@
 """The panels of a report, of runs made by hand."""
 
+from io import BytesIO
+
 import pytest
 
 from auxfast.experiments.report.plotting import draw_sections
@@ -11,12 +13,13 @@ pytest.importorskip("matplotlib")
 
 
 def _panels(scores, records):
-    """The axes of each panel by title, without that of the scores; all runs have the records."""
+    """The axes of each panel by title, without that of the scores, once it is drawn; all runs have the records."""
     experiment = noisy_experiment()
     runs = runs_of(experiment, scores)
     for run in runs:
         run.records[:] = [made._replace(outer_loss=1.0 if run.method.learned else None) for made in records]
     figure = draw_sections(results_of(experiment, runs).sections)
+    figure.savefig(BytesIO())
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
@@ -35,6 +38,13 @@ def test_lines_are_labelled_at_their_ends_in_their_order_and_labels_stand_apart(
     assert heights[1] - heights[0] == pytest.approx(0.07)
     assert heights[2] - heights[1] == pytest.approx(0.07)
     assert 0 <= heights[0] < heights[2] <= 1
+
+
+@pytest.mark.parametrize(("residuals", "labelled"), [((0.1, 0.0), True), ((0.0, 0.0), True), ((0.1, None), False)])
+def test_residuals_that_a_logarithm_does_not_have_can_be_drawn(residuals, labelled):
+    axes = _panels({"linear": [1.0]}, [record(residual=residual) for residual in residuals])
+    (panel,) = (axis for title, axis in axes.items() if title.startswith("Residual"))
+    assert [text.get_text() for text in panel.texts] == ["Linear, learned"] * labelled
 
 
 def test_held_out_scores_are_drawn_for_each_method():
