@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "train":
         return _train(options)
     if options.command == "report":
-        return _report(options.runs, options.out)
+        return _report(options)
     return _demo(options.seeds, options.out, options.experiment)
 
 
@@ -112,9 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out",
         type=Path,
-        default=Path("auxfast-report.html"),
-        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html)",
+        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html; none with --csv or "
+        "--latex)",
     )
+    report.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each run, for other programs")
+    report.add_argument("--latex", type=Path, metavar="FILE", help="write the tables for a paper (package booktabs)")
     commands.add_parser("info", help="what a bug report needs: versions, devices, build, kernels in use")
     return parser
 
@@ -214,9 +216,10 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(paths: Sequence[Path], out: Path) -> int:
+def _report(options: argparse.Namespace) -> int:
+    out = options.out or (None if options.csv or options.latex else Path("auxfast-report.html"))
     try:
-        command.report(paths, out)
+        command.report(options.runs, out, options.csv, options.latex)
     except ValueError as error:
         return _fail(error, 2)
     except (MissingExtraError, RunError) as error:

@@ -49,7 +49,7 @@ class Experiment:
         methods: names of the methods that are compared, in the order of the table.
         settings: variations by name, each a change of some of the configuration's entries: {"task.shots": 5}.
         package: module that the data need, and the name of its package on the index.
-        draw: draws the experiment's own picture of its runs to a file.
+        draw: draws the experiment's own picture of its runs to a file, an SVG for a page.
         findings: claims of the experiment, as its runs decide them; None: that each learned method is better than STL,
             than Equal, and than its own frozen start, as far as these were run.
         origin: where it was imported from, `FILE.py:NAME` or `MODULE:NAME`; empty if it is one of auxfast, or nowhere.

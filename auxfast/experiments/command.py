@@ -11,8 +11,11 @@ from typing import Any
 from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.registry import by_experiment, get_experiment, refuse_shipped_name, titles
+from auxfast.experiments.report.export import write_csv, write_latex
+from auxfast.experiments.report.notes import notes
 from auxfast.experiments.report.page import write_report
-from auxfast.experiments.report.rows import Results, describe, results_of
+from auxfast.experiments.report.rows import Results, results_of
+from auxfast.experiments.report.text import describe
 from auxfast.train.methods import OWN, parse_method
 from auxfast.train.recording import RunPlan, check_plans, draw_task, record_run
 from auxfast.train.run import Run, find_runs
@@ -138,15 +141,23 @@ def run_comparison(comparison: Comparison) -> Results:
     return results
 
 
-def report(paths: Iterable[Path], out: Path) -> None:
-    """Prints what the runs at or below `paths` show, and writes a page or a picture of them to `out`.
+def report(paths: Iterable[Path], out: Path | None = None, csv: Path | None = None, latex: Path | None = None) -> None:
+    """Prints what the runs at or below `paths` show, and writes it to the files that are given.
+
+    Args:
+        out: a page or a picture, see `write_report`.
+        csv, latex: see `write_csv` and `write_latex`.
 
     Raises:
         ValueError, MissingExtraError, RunError: see `write_report`.
     """
     import_extra("cattrs", "cattrs")
-    print(write_report([results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))], out))
-    print(f"\nWrote {out}")
+    found = [results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))]
+    files = [(write, path) for write, path in ((write_report, out), (write_csv, csv), (write_latex, latex)) if path]
+    for write, path in files:
+        write(found, path)
+    print(describe(*found))
+    print(f"\nWrote {', '.join(str(path) for _, path in files)}")
 
 
 def list_experiments() -> None:
@@ -192,31 +203,47 @@ def _toml() -> Any:
 
 
 def train_all(comparison: Comparison) -> list[Run]:
-    """Makes the runs, with a progress bar."""
+    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run."""
     plans, names = comparison.plans, comparison.experiment.loss_names
     tqdm = import_extra("tqdm", "tqdm").tqdm
     check_plans(plans, resume=comparison.resume)
-    runs, done = [], 0
-    with tqdm(total=sum(plan.config.train.outer_steps for plan in plans), unit="outer step", dynamic_ncols=True) as bar:
-
-        def show(record: OuterRecord) -> None:
-            bar.set_postfix(progress(record, names), refresh=False)
-            bar.update(done + record.step + 1 - bar.n)
-
+    runs: list[Run] = []
+    total = sum(plan.config.train.outer_steps for plan in plans)
+    with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=None) as bar:  # None: unless in a terminal
+        done = 0
         for plan in plans:
+            records: list[OuterRecord] = []
+
+            def show(record: OuterRecord, done: int = done, records: list[OuterRecord] = records) -> None:
+                records.append(record)
+                bar.set_postfix(progress(records, names), refresh=False)
+                bar.update(done + record.step + 1 - bar.n)
+
             bar.set_description(plan.title, refresh=False)
             runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
+            if bar.disable or notes(runs[-1].records):
+                bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 
 
-def progress(record: OuterRecord, loss_names: Sequence[str]) -> dict[str, str]:
-    """Words of the progress bar: losses, the two largest weights, and how the outer step went."""
+def outcome(run: Run) -> str:
+    """Words for how a finished run ended: its score, its time, and what is to be noted."""
+    assert run.result is not None
+    return ", ".join([f"score {run.result.score:.4g}", f"{run.result.seconds:.1f} s", *notes(run.records)])
+
+
+def progress(records: Sequence[OuterRecord], loss_names: Sequence[str]) -> dict[str, str]:
+    """Words of the progress bar: losses, the two largest weights, how the last outer step went, and what is to be noted
+    of those so far."""
+    record = records[-1]
     values = {"training": record.training_loss, "outer": record.outer_loss, "residual": record.residual}
     shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
     weights = sorted(zip(record.loss_weights, loss_names, strict=True), key=lambda pair: -pair[0])
     shown["weights"] = ", ".join(f"{name}: {weight:.2f}" for weight, name in weights[:2])
     if record.outer_loss is not None:
         shown["outer time"] = f"{record.outer_seconds / (record.inner_seconds + record.outer_seconds):.0%}"
+    if found := notes(records):
+        shown["note"] = ", ".join(found)
     return shown

@@ -11,8 +11,9 @@ from typing import Any
 from auxfast.experiments.base import Experiment, MakeTask
 from auxfast.experiments.command import plan_runs, run_comparison
 from auxfast.experiments.report.page import write_report
-from auxfast.experiments.report.rows import Results, describe
+from auxfast.experiments.report.rows import Results
 from auxfast.experiments.report.statistics import Estimate, paired_difference
+from auxfast.experiments.report.text import describe
 from auxfast.train.config import RunConfig
 from auxfast.train.run import Run
 from auxfast.train.serialization import override

@@ -183,7 +183,7 @@ def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
     records: list[OuterRecord] = []
     for step, line in enumerate(lines[:count]):
         try:
-            record = _entries(OuterRecord, json.loads(line))
+            record = _entries(OuterRecord, json.loads(line), OuterRecord._field_defaults)
             if record.step != step:  # two processes have written it
                 raise ValueError(f"step: got {record.step}, must be {step}")
             for name in ("loss_weights", "phi"):
@@ -215,11 +215,11 @@ def _read_environment(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _entries(kind: Callable[..., Entries], table: Any) -> Entries:
-    """The named tuple that a table from JSON describes."""
+def _entries(kind: Callable[..., Entries], table: Any, defaults: Mapping[str, Any] = {}) -> Entries:
+    """The named tuple that a table from JSON describes. `defaults`: of fields that are newer than the table may be."""
     if not isinstance(table, dict):
         raise ValueError(f"got {table!r}, must be a table")
-    hints = _hints(kind)
+    hints, table = _hints(kind), {**defaults, **table}
     for name in [*hints, *table]:
         if name not in table or name not in hints:
             raise ValueError(f"{name}: {'there is none' if name in hints else 'no such entry'}")

@@ -50,7 +50,8 @@ class Task(Protocol):
         """The main loss of the model on the auxiliary set: a scalar with a graph to the model."""
 
     def validation_score(self) -> float:
-        """How good the model is on the validation part, for early stopping: more is better."""
+        """How good the model is on the validation part: more is better. It is measured at every outer step, for the
+        report and for early stopping: what it takes adds to every run."""
 
     def score(self) -> float:
         """How good the model is on the test part: more is better."""

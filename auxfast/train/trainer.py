@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
 from auxfast.implicit.optimizer import Projectable
 from auxfast.solvers import SolveStats
@@ -34,13 +35,15 @@ class OuterRecord(NamedTuple):
     training_loss: float
     main_loss: float | None  # mean over the samples of the training batch that have it; None if none has
     outer_loss: float | None
-    validation_score: float | None  # measured after the inner steps, with early stopping only
+    validation_score: float | None  # measured after the inner steps; None in runs of versions that did not always
     residual: float | None  # relative residual of the linear system behind the hypergradient; None if not certified
     matvecs: int | None  # Hessian-vector products of the outer step
     loss_weights: tuple[float, ...]  # d (training loss) / d (mean of loss j): see TrainingLoss.mean_weights
     phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or none
     inner_seconds: float
     outer_seconds: float
+    skipped: bool = False  # whether the outer step changed nothing: see HyperOptimizer.step
+    validation_seconds: float = 0.0  # what the task's validation_score took
 
 
 class Trainer:
@@ -85,7 +88,7 @@ class Trainer:
             max_weight_change=self.config.max_weight_change,
             keep_total=self.config.keep_total,
             project=[self.combiner] if isinstance(self.combiner, Projectable) else [],
-            warn=False,  # the progress bar and the report show every residual
+            warn=False,  # the progress bar and the report show every residual, and count skipped steps
         )
 
     @property
@@ -188,13 +191,17 @@ class Trainer:
             outer_seconds = self._seconds_since(start)
         self._check_finite("training", training_loss)
         self._check_finite("outer", outer_loss)
-        validation_score = self._validate() if self.config.patience is not None else None
+        start = time.perf_counter()
+        validation_score = self._validate()
+        validation_seconds = self._seconds_since(start)
         loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
+        skipped = False
         if learns:
-            assert outer_loss is not None
-            start = time.perf_counter()
+            assert self.outer is not None and outer_loss is not None
+            start, before = time.perf_counter(), self.outer.skipped_steps
             stats = self._outer_step(outer_loss, training_loss)
             outer_seconds += self._seconds_since(start)
+            skipped = self.outer.skipped_steps > before
         return OuterRecord(
             step=len(self.records),
             training_loss=training_loss.item(),
@@ -207,6 +214,8 @@ class Trainer:
             phi=phi,
             inner_seconds=inner_seconds,
             outer_seconds=outer_seconds,
+            skipped=skipped,
+            validation_seconds=validation_seconds,
         )
 
     def _inner_steps(self) -> tuple[Batch, Tensor]:
@@ -260,9 +269,14 @@ class Trainer:
         return self.outer.step(outer_loss, training_loss, self.parameters)
 
     def _validate(self) -> float:
-        """The validation score; keeps a copy of what scored best."""
-        score = as_number(self.task.validation_score())
-        if not math.isnan(score) and (self.best is None or score > self.best["score"]):
+        """The validation score; with early stopping, keeps a copy of what scored best."""
+        with _untouched(self.task.model):
+            score = as_number(self.task.validation_score())
+        if (
+            self.config.patience is not None
+            and not math.isnan(score)
+            and (self.best is None or score > self.best["score"])
+        ):
             self.best = {
                 "step": len(self.records),
                 "score": score,
@@ -304,6 +318,16 @@ class Trainer:
         if self._cuda:
             torch.cuda.synchronize(self.config.device)
         return time.perf_counter() - start
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Lets a measurement leave modes, buffers and random states as they were: a run is the same with and without it."""
+    modes = [(module, module.training) for module in model.modules()]
+    with preserved_state():
+        yield
+    for module, training in modes:
+        module.training = training
 
 
 def _finite(value: float) -> float | None:

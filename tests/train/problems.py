@@ -143,4 +143,4 @@ def noisy_plan(
 
 
 def without_seconds(records):
-    return [record._replace(inner_seconds=0.0, outer_seconds=0.0) for record in records]
+    return [record._replace(inner_seconds=0.0, outer_seconds=0.0, validation_seconds=0.0) for record in records]

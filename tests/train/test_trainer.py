@@ -32,8 +32,8 @@ def test_without_outer_steps_only_the_model_learns():
     records = trainer.run()
     assert torch.equal(combiner.phi, before)
     assert trainer.task.model.weight.item() == pytest.approx(0.25, abs=1e-4)  # (0 + 2 - 1) / 4
-    assert {(r.outer_loss, r.residual, r.matvecs, r.validation_score, r.outer_seconds) for r in records} == {
-        (None, None, None, None, 0.0)
+    assert {(r.outer_loss, r.residual, r.matvecs, r.skipped, r.outer_seconds) for r in records} == {
+        (None, None, None, False, 0.0)
     }
     assert [record.step for record in records] == list(range(20))
 
@@ -56,6 +56,43 @@ def test_records_are_handed_over_as_they_are_made():
     records = _trainer(_equal_weights(), learn=True, outer_steps=3).run(seen.append)
     assert seen == records
     assert len(records) == 3
+
+
+def test_skipped_outer_steps_are_recorded():
+    trainer = _trainer(_equal_weights(), learn=True, outer_steps=4, solver=Neumann(steps=2, step_size="auto"))
+    outer_loss, zero = trainer.task.outer_loss, lambda: 0 * trainer.task.model.weight.sum()
+    trainer.task.outer_loss = lambda: outer_loss() + (zero().sqrt() if len(trainer.records) == 2 else 0)  # of slope NaN
+    assert [record.skipped for record in trainer.run()] == [False, False, True, False]
+
+
+class Careless(Noisy):
+    """Validation draws dropout masks, moves BatchNorm's statistics, and may leave the model in eval mode."""
+
+    def __init__(self, careless: bool) -> None:
+        super().__init__(0, NoisyOptions(), hold_out=True)
+        self.careless = careless
+
+    def validation_score(self) -> float:
+        score = -self.outer_loss().item()
+        if self.careless:
+            self.model.eval()
+        return score
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_the_validation_score_is_recorded_at_every_outer_step_and_changes_nothing(careless, monkeypatch):
+    states, records = [], []
+    for measured in (True, False):
+        torch.manual_seed(0)
+        task = Careless(careless)
+        if not measured:
+            task.validation_score = lambda: 0.0
+        trainer = _trainer(_equal_weights(), task=task, learn=True, outer_steps=3, inner_steps=2)
+        records.append(trainer.run())
+        states.append([*task.model.state_dict().values(), torch.get_rng_state()])
+    assert len({record.validation_score for record in records[0]}) == 3
+    assert all(record.validation_seconds > 0 for record in records[0])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
 
 
 @pytest.mark.parametrize(("name", "learned"), [("linear", True), ("linear-frozen", False), ("equal", False)])

@@ -186,7 +186,7 @@ def _main_grows(runs: Sequence[Run]) -> Finding:
         f"Attention turns to the main loss: its share of the losses' weights goes from {first:.0f}% to {last:.0f}%, "
         f"{growth.signed()} percentage points over {len(runs)} seed{'s' * (len(runs) > 1)}."
     )
-    return Finding(text, growth.mean > 0 and growth.beyond_noise() if growth.sem is not None else None)
+    return Finding(text, growth.above_noise())
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:

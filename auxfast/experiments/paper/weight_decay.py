@@ -143,7 +143,7 @@ def _measurements_decay_least(runs: Sequence[Run]) -> Finding:
         f"decays are {means}; the measurements' is the smallest of all with {lowest} of {len(runs)} seeds."
     )
     difference = estimate((last[:, 1:].mean(dim=1) - last[:, 0]).tolist())
-    return Finding(text, None if difference.sem is None else difference.mean > 0 and difference.beyond_noise())
+    return Finding(text, difference.above_noise())
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
