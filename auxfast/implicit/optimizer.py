@@ -16,7 +16,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import called, trust_region
+from auxfast.implicit.trust_region import called, mean_weights, trust_region
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import unprojected
@@ -185,9 +185,11 @@ class HyperOptimizer:
         return result.stats
 
     def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
-        """Warns of what is noticed for the first time."""
+        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at."""
+        combiner = next(iter(called(params)), None)
+        weights = [] if combiner is None else mean_weights(combiner).tolist()
         value = float(outer_loss) if isinstance(outer_loss, Tensor) else None
-        for kind in self.watch.look_at(value, called(params)):
+        for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)
 
