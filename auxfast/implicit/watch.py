@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from auxfast.nn import Combiner
-
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
 _SMOOTHING = 0.8  # of the outer loss: a mean over some five steps

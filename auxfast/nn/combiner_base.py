@@ -313,11 +313,12 @@ def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[
 
 
 def combiners_of(parameters: Iterable[Tensor]) -> list[Combiner]:
-    """The combiners whose `phi` is among `parameters`."""
-    wanted = {id(parameter) for parameter in parameters}
+    """The combiners whose `phi` is among `parameters`, in the order of these."""
+    place = {id(parameter): i for i, parameter in enumerate(parameters)}
     with _ALL_LOCK:
         combiners = [*_ALL]
-    return [combiner for combiner in combiners if any(id(phi) in wanted for phi in combiner.parameters())]
+    found = [(place[id(phi)], c) for c in combiners for phi in c.parameters() if id(phi) in place]
+    return [combiner for _, combiner in sorted(found, key=lambda pair: pair[0])]
 
 
 def _note_layers(module: Combiner, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

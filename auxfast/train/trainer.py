@@ -197,7 +197,8 @@ class Trainer:
         loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
         skipped = False
         if learns:
-            assert self.outer is not None and outer_loss is not None
+            assert self.outer is not None
+            assert outer_loss is not None
             start, before = time.perf_counter(), self.outer.skipped_steps
             stats = self._outer_step(outer_loss, training_loss)
             outer_seconds += self._seconds_since(start)
