@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
-_SMOOTHING = 0.8  # of the outer loss: a mean over some five steps
+_SMOOTHING = 0.9  # of the outer loss: a mean over some ten steps
 _RISEN, _PATIENCE = 0.05, 20  # share of the lowest smoothed outer loss; outer steps since then
 
 TEXTS = {

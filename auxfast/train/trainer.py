@@ -181,7 +181,7 @@ class Trainer:
         self.records = list(records)
 
     def _round(self) -> OuterRecord:
-        """Takes `inner_steps` inner steps and, but at the run's start and end, an outer one. Returns what was measured."""
+        """Takes `inner_steps` inner steps and an outer one, if phi moves by now. Returns what was measured."""
         learns = self.outer is not None and not (self.warms_up or self.cools_down)
         if self.cools_down and not self._has_released and hasattr(self.task, "release_auxiliary"):
             self.task.release_auxiliary()

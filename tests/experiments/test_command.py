@@ -72,7 +72,7 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
     learned = OuterRecord(
         3, 0.5, 0.4, 0.25, None, 0.125, 7, (1.0, 0.5, 2.0), None, inner_seconds=3.0, outer_seconds=1.0
     )
-    assert command.progress([learned], ("main", "a", "b")) == {
+    assert command.progress(learned, ("main", "a", "b")) == {
         "training": "0.5",
         "outer": "0.25",
         "residual": "0.125",
@@ -80,9 +80,9 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
         "outer time": "25%",
     }
     weighted = learned._replace(outer_loss=None, residual=None)
-    assert list(command.progress([weighted], ("main", "a", "b"))) == ["training", "weights"]
+    assert list(command.progress(weighted, ("main", "a", "b"))) == ["training", "weights"]
     skipped = learned._replace(skipped=True)
-    assert command.progress([skipped, learned, skipped], ("main", "a", "b"))["note"] == "skipped 2 steps"
+    assert command.progress(skipped, ("main", "a", "b"), ["skipped 2 steps"])["note"] == "skipped 2 steps"
 
 
 def test_by_default_all_settings_and_the_experiment_s_methods_are_trained(train, tmp_path, capsys):

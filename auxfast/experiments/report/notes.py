@@ -15,15 +15,32 @@ _WORDS = {
 }
 
 
-def notes(records: Sequence[OuterRecord]) -> list[str]:
-    """Notes on a run with these records so far, whose first loss is the main one; none where nothing is learned."""
-    watch = Watch()
-    for record in records:
+class NoteTaker:
+    """Notes on a run, taken record by record."""
+
+    def __init__(self) -> None:
+        self._watch, self._skipped = Watch(), 0
+
+    def add(self, record: OuterRecord) -> None:
+        """Takes notes of the next record, whose first loss is the main one."""
+        self._skipped += record.skipped
         if record.outer_loss is not None:
-            watch.look_at(record.outer_loss, record.loss_weights, main=0)
-    skipped = skipped_steps(records)
-    found = [f"skipped {skipped} step{'s' * (skipped > 1)}"] if skipped else []
-    return found + [_WORDS[kind] for kind in watch.noticed]
+            self._watch.look_at(record.outer_loss, record.loss_weights, main=0)
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes so far; none where nothing is learned."""
+        skipped = self._skipped
+        found = [f"skipped {skipped} step{'s' * (skipped > 1)}"] if skipped else []
+        return found + [_WORDS[kind] for kind in self._watch.noticed]
+
+
+def notes(records: Sequence[OuterRecord]) -> list[str]:
+    """Notes on a run with these records."""
+    taker = NoteTaker()
+    for record in records:
+        taker.add(record)
+    return taker.notes
 
 
 def skipped_steps(records: Sequence[OuterRecord]) -> int:
