@@ -23,12 +23,12 @@ def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[
     Args:
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
-        totals: what the learned weights of each combiner that was called add up to, without that of a main loss which
-            is added as it is; filled in the first time, and kept from then on. None: they may add up to anything.
+        totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
+            time, and kept from then on. None: they may add up to anything.
     """
     combiners = called(parameters) if most is not None or totals is not None else []
     if totals is not None:
-        totals += [learned_total(c, mean_weights(c)) for c in combiners[len(totals) :]]
+        totals += [learned_total(c) for c in combiners[len(totals) :]]
     limits = [_Limits(c, most, totals[i] if totals else None) for i, c in enumerate(combiners)]
     yield
     for limit in limits:
@@ -46,9 +46,17 @@ def mean_weights(combiner: Combiner) -> Tensor:
     return combiner.mean_weights(*combiner.last_call)
 
 
-def learned_total(combiner: Combiner, weights: Tensor) -> float:
-    """The sum of the weights, without that of a main loss which is added as it is."""
-    return float(weights.double().sum()) - (combiner.main is not None)
+@torch.no_grad()
+def learned_total(combiner: Combiner) -> float:
+    """What the weights of a sample's losses add up to, without the 1 of a main loss which is added as it is: the largest
+    of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
+    comes to weigh the samples of large losses alone, and those without bound.)"""
+    assert combiner.last_call is not None
+    losses, mask = combiner.last_call
+    totals = combiner.loss_weights(losses, mask).double().flatten(1).sum(dim=1)
+    if combiner.main is not None:
+        totals -= 1.0 if mask is None else mask[:, [combiner.main]].flatten(1).any(dim=1).to(totals)
+    return float(totals.max()) if len(totals) else 0.0
 
 
 class _Limits:
@@ -82,7 +90,7 @@ class _Limits:
         """The mean weights, after they are made to add up to the total."""
         weights = mean_weights(self.combiner)
         if self.total is not None:
-            now = learned_total(self.combiner, weights)
+            now = learned_total(self.combiner)
             if self.total > 0 and 0 < now < float("inf"):
                 self.combiner.scale_(self.total / now)
                 return mean_weights(self.combiner)
