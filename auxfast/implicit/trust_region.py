@@ -24,7 +24,7 @@ def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
         totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
-            time, and kept from then on. None: they may add up to anything.
+            time, and kept from then on. None: they may add up to anything, as weights of both signs always may.
     """
     combiners = called(parameters) if most is not None or totals is not None else []
     if totals is not None:
@@ -48,7 +48,7 @@ def mean_weights(combiner: Combiner) -> Tensor:
 
 @torch.no_grad()
 def learned_total(combiner: Combiner) -> float:
-    """What the weights of a sample's losses add up to, without the 1 of a main loss which is added as it is: the largest
+    """What the weights of a sample's losses add up to, without the 1 of a main loss that is added as it is: the largest
     of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
     comes to weigh the samples of large losses alone, and those without bound.)"""
     assert combiner.last_call is not None
@@ -91,7 +91,7 @@ class _Limits:
         weights = mean_weights(self.combiner)
         if self.total is not None:
             now = learned_total(self.combiner)
-            if self.total > 0 and 0 < now < float("inf"):
+            if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
                 self.combiner.scale_(self.total / now)
                 return mean_weights(self.combiner)
         return weights

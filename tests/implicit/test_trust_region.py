@@ -91,10 +91,10 @@ def test_the_largest_total_of_a_sample_s_learned_weights_stays_what_it_was_at_th
     outer = auxfast.HyperOptimizer.recommended(problem.combiner, lr=0.5)
     total = learned_totals(problem).max()
     for _ in range(8):
-        with torch.no_grad():
-            problem.w += 0.05  # so that the losses, and with them the weights, change between the steps
         problem.step(outer)
         torch.testing.assert_close(learned_totals(problem).max(), total, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            problem.w += 0.05  # so that the losses, and with them the weights, change between the steps
 
 
 def test_the_total_is_kept_across_a_checkpoint():
