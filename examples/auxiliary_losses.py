@@ -25,7 +25,7 @@ def train(method: str) -> tuple[float, list[list[float]]]:
     net = torch.nn.Linear(FEATURES, 1)
     inner = torch.optim.SGD(net.parameters(), lr=0.02)
     combiner = auxfast.nn.LinearCombiner(3, main=0)  # main loss + a sum of learned weight * loss
-    outer = auxfast.HyperOptimizer(torch.optim.Adam(combiner.parameters(), lr=0.03), project=[combiner])
+    outer = auxfast.HyperOptimizer.recommended(combiner)
 
     def losses() -> Tensor:  # (batch, num_losses)
         errors: Tensor = net(x) - labels

@@ -47,7 +47,7 @@ def test_the_quickstart_finds_the_harmful_auxiliary_and_verifies_a_hypergradient
     names = run(DOCS / "quickstart.md")
     _, helpful, harmful = names["combiner"].loss_weights(names["losses"]())[0].tolist()
     assert harmful < 0.1 < 1 < helpful
-    assert names["stats"].residual < 0.01
+    assert names["result"].stats.residual < 0.01
     assert [grad.shape for grad in names["result"].grads] == [(3,)]
     (shown,) = fenced(DOCS / "quickstart.md", "text")
     printed = capsys.readouterr().out

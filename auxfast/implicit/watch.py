@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
 _SMOOTHING = 0.9  # of the outer loss: a mean over some ten steps
-_RISEN, _PATIENCE = 0.05, 20  # share of the lowest smoothed outer loss; outer steps since then
+_RISEN = 0.1  # of the lowest smoothed outer loss, and of what it has fallen by: below that it may be noise
+_PATIENCE = 20  # outer steps by which those at which it rises outnumber the others
 
 TEXTS = {
     "vanished": (
@@ -34,16 +35,18 @@ class Watch:
 
     Attributes:
         first_total: the sum of the loss weights at first.
+        first_outer_loss: the outer loss before the first outer step.
         outer_loss: the smoothed outer loss.
         lowest: the lowest it has been.
-        since_lowest: outer steps since then.
+        rises: outer steps at which it has risen, less those at which it has fallen, from the last time that was 0.
         noticed: the keys of `TEXTS` that were seen, in their order.
     """
 
     first_total: float | None = None
-    outer_loss: float | None = None
+    first_outer_loss: float | None = None
+    outer_loss: float = 0.0
     lowest: float = float("inf")
-    since_lowest: int = 0
+    rises: int = 0
     noticed: list[str] = field(default_factory=list)
 
     def look_at(self, outer_loss: float | None, weights: Sequence[float], main: int | None) -> list[str]:
@@ -71,9 +74,11 @@ class Watch:
         return total >= _GROWN * self.first_total > 0
 
     def _rises(self, outer_loss: float) -> bool:
-        smoothed = outer_loss if self.outer_loss is None else self.outer_loss
-        self.outer_loss = _SMOOTHING * smoothed + (1 - _SMOOTHING) * outer_loss
-        self.since_lowest += 1
-        if self.outer_loss < self.lowest:
-            self.lowest, self.since_lowest = self.outer_loss, 0
-        return self.since_lowest >= _PATIENCE and self.outer_loss - self.lowest > _RISEN * abs(self.lowest)
+        if self.first_outer_loss is None:
+            self.first_outer_loss = self.outer_loss = outer_loss
+        before = self.outer_loss
+        self.outer_loss = _SMOOTHING * before + (1 - _SMOOTHING) * outer_loss
+        self.lowest = min(self.lowest, self.outer_loss)
+        self.rises = self.rises + 1 if self.outer_loss > before else max(0, self.rises - 1)
+        least = _RISEN * max(abs(self.lowest), self.first_outer_loss - self.lowest)
+        return self.rises >= _PATIENCE and self.outer_loss - self.lowest > least

@@ -106,7 +106,10 @@ class Noisy:
 def train_config(**changes) -> TrainConfig:
     """The paper's loop without safeguards: an outer step after every round, of any size."""
     settings = {
-        "warmup": 0.0, "cooldown": 0.0, "max_weight_change": None, "keep_total": False,
+        "warmup": 0.0,
+        "cooldown": 0.0,
+        "max_weight_change": None,
+        "keep_total": False,
         "outer_steps": 20,
         "inner_steps": 20,
         "inner_optimizer": SGD,

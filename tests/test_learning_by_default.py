@@ -1,0 +1,62 @@
+"""The first programs of the documentation learn with any combiner and seed, and nothing is tuned for it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages import DOCS, ROOT, fenced
+
+COMBINERS = (
+    "LinearCombiner(3, main=0)",
+    "LinearCombiner(3)",
+    "DeepLinearCombiner(3)",
+    "NonlinearCombiner(3)",
+    "NonlinearCombiner(3, (10, 10))",
+    "PolynomialCombiner(3)",
+)
+OUTER_STEP = re.compile(r"^ *outer\.step\(.*$", re.MULTILINE)
+EVERY = pytest.mark.parametrize("combiner", COMBINERS)
+SEEDS = [2, 7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20) if seed not in (2, 7))]
+MANY = pytest.mark.parametrize("seed", SEEDS)
+
+
+def changed(program: str, combiner: str, seed: int) -> str:
+    """The program with another combiner and another seed."""
+    assert program.count("LinearCombiner(3, main=0)") == program.count("torch.manual_seed(0)") == 1
+    return program.replace("LinearCombiner(3, main=0)", combiner).replace("manual_seed(0)", f"manual_seed({seed})")
+
+
+def quickstart(combiner: str, seed: int, *, learn: bool = True) -> dict:
+    """The names that the quickstart's first two programs define, with its outer steps or without."""
+    program = changed("\n".join(fenced(DOCS / "quickstart.md", "python")[:2]), combiner, seed)
+    assert len(OUTER_STEP.findall(program)) == 1
+    names: dict = {}
+    exec(program if learn else OUTER_STEP.sub("        pass", program), names)
+    return names
+
+
+@EVERY
+@MANY
+def test_the_quickstart_ends_well(combiner, seed):
+    learned, frozen = (quickstart(combiner, seed, learn=learn) for learn in (True, False))
+    errors = [names["held_out_loss"]().item() for names in (learned, frozen)]
+    assert errors[0] < 0.2 * errors[1]
+    weights = learned["combiner"].mean_weights(learned["losses"]().detach())
+    main, helpful, harmful = weights.tolist()
+    assert harmful < 0.2 * helpful
+    assert 0.1 < main + helpful < 10  # nothing has died or exploded
+    assert learned["outer"].skipped_steps == 0
+
+
+# On its 100 samples and 30 features a polynomial combiner may lead astray, of which HyperOptimizer warns then.
+@pytest.mark.parametrize("combiner", COMBINERS[:-1])
+@MANY
+def test_the_first_example_ends_better_than_without_learning(combiner, seed):
+    program = changed((ROOT / "examples" / "auxiliary_losses.py").read_text(), combiner, seed)
+    names: dict = {"__name__": "example"}
+    exec(program, names)
+    learned, _ = names["train"]("learned weights")
+    names["STEPS_PER_OUTER_STEP"] = names["STEPS"] + 1
+    frozen, _ = names["train"]("learned weights")
+    assert learned < 0.8 * frozen
