@@ -53,12 +53,15 @@ def verify_against_retraining(
     `print(report)`, is one of three for each solver. The statistics are means over seeds, with bounds by Student's t at
     5%, one-sided, so that few seeds of a noisy training decide nothing:
 
-    - *points right*: the outer loss falls along the hypergradient. The change per unit of it, the inner product of both
-      sides by the norm of the hypergradient, is above 0 beyond noise.
-    - *does not point where retraining goes*: that change is below 0 beyond noise; or retraining agrees with itself
-      beyond noise (the changes by the moves up have a positive inner product with those by the moves down), and the
-      cosine of the hypergradient with it is below 0.5 beyond noise.
+    - *points right*: the cosine of the hypergradient with retraining is above 0 beyond noise: a step against it lowers
+      the outer loss.
+    - *does not point where retraining goes*: that cosine is below 0 beyond noise; or it is below 0.5 beyond noise,
+      while retraining agrees with itself (the cosine of its changes by moves up and by moves down is above 0 beyond
+      noise; pure noise has -0.5).
     - *not distinguishable from noise*: neither. Take more seeds, or a larger share.
+
+    With one or two directions, where a cosine is little more than a sign, "above 0" and "below 0" are those of the
+    change by retraining along the hypergradient.
 
     It costs `len(seeds) * (2 * directions + 1) + 1` trainings.
 

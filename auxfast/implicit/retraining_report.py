@@ -89,20 +89,13 @@ class Prediction:
         return float(self.predicted.mean(0).norm()) / truth if truth else math.nan
 
     @property
-    def fall(self) -> SeedMean:
-        """By how much the outer loss falls, by retraining, for a unit step against the hypergradient."""
-        norms = self.predicted.norm(dim=1)
-        products = (self.predicted * self.retrained).sum(1)
-        return SeedMean.of(torch.where(norms > 0, products / norms, 0))
-
-    @property
     def outcome(self) -> Outcome:
         """Decision behind the verdict: "right", "wrong" or "noise"; see `verify_against_retraining`."""
-        fall = self.fall
-        if fall.lower > 0:
+        alignment = _alignment(self.predicted, self.retrained)
+        if alignment.lower > 0:
             return "right"
-        repeats = SeedMean.of((self.changes_up * self.changes_down).sum(1)).lower > 0
-        if fall.upper < 0 or (repeats and self.cosine.upper < _WRONG_DIRECTION):
+        repeats = _alignment(self.changes_up, self.changes_down).lower > 0
+        if alignment.upper < 0 or (repeats and self.cosine.upper < _WRONG_DIRECTION):
             return "wrong"
         return "noise"
 
@@ -190,6 +183,15 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """(..., m), (..., m) -> (...); 0 where one is zero"""
     norms = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(norms > 0, (a * b).sum(-1) / norms, 0)
+
+
+def _alignment(a: Tensor, b: Tensor) -> SeedMean:
+    """Cosines of each seed, by which Student's test is right for three entries or more. Of fewer, cosines are little
+    more than signs, and what is tested is the part of b along a."""
+    if a.shape[1] > 2:
+        return SeedMean.of(_cosines(a, b))
+    norms = a.norm(dim=1)
+    return SeedMean.of(torch.where(norms > 0, (a * b).sum(1) / norms, 0))
 
 
 def _mean(values: Tensor) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from statistics import fmean
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -110,6 +111,14 @@ class Retraining:
         steps = self.config.outer_steps * self.config.inner_steps
         return float(options["lr"] / (1 - options.get("momentum", 0)) * steps)
 
+    def stability(self, largest_eigenvalues: Iterable[float]) -> str:
+        """The learning rate as a part of the largest stable one, 2 (1 + momentum) / (largest eigenvalue)."""
+        options = self.config.inner_optimizer.options
+        if self.config.inner_optimizer.name != "SGD":
+            return "not known"
+        limits = [2 * (1 + options.get("momentum", 0)) / value for value in largest_eigenvalues]
+        return f"{fmean(options['lr'] / limit for limit in limits):.2f}"
+
     def weights(self) -> Tensor:
         """(num_losses,): their sum stays that of the start."""
         return self.logs.softmax(0) * self.start.sum()
@@ -204,9 +213,11 @@ def compare(name: str, seeds: Iterable[int], step: float, outer_losses: Iterable
         predictions |= verify(solver=single).predictions
         retraining.batches = BATCHES
         print(f"\n### {name}, outer loss: {outer}\n")
+        stability = retraining.stability(stats.largest_eigenvalue for stats in predictions["Neumann, 3"].stats)
         print(
-            f"{len(seeds)} seeds; outer loss {report.outer_losses.mean():.3g}; norm of the inner gradient "
-            f"{report.inner_gradient_norms.mean():.2g}; moves up against moves down: cosine {report.agreement}\n"
+            f"{len(seeds)} seeds; outer loss {report.outer_losses.mean():.3g}; inner gradient "
+            f"{report.inner_gradient_norms.mean():.2g}; learning rate by the largest stable one {stability}; "
+            f"moves up against moves down: cosine {report.agreement}\n"
         )
         print("| | cosine | of means | signs | size | outcome |\n|---|---|---|---|---|---|")
         for label, prediction in predictions.items():
