@@ -12,7 +12,7 @@ from torch import Tensor
 from auxfast._callers import stacklevel
 from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import Identity, StopReason
+from auxfast.solvers import GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 _LARGE_RESIDUAL = 0.5
@@ -68,6 +68,17 @@ _TEXTS = {
         "inner_params], or what verify_hypergradient suggests."
     ),
     "identity": _IDENTITY,
+    "flow": (
+        "GradientFlow's estimate of its own relative error, result.stats.residual, is above its tol. Allow more steps, "
+        "or set a larger tol; tol=None says that the number of steps is meant. Where result.stats.stop_reason is "
+        "'stagnated', rounding is what limits it: take parameters of float64."
+    ),
+    "edge of stability": (
+        "The inner training is at the edge of stability: its learning rate times the largest eigenvalue of the inner "
+        "Hessian (result.stats.largest_eigenvalue) is 2 or nearly so. Descent goes to and fro along that direction, "
+        "and no hypergradient says reliably where a change of the outer parameters would lead. Lower the inner "
+        "learning rate, or the weights of the losses."
+    ),
 }
 
 
@@ -118,6 +129,8 @@ def problem_of(
             return "no curvature"
     if stats.stop_reason in (StopReason.DIVERGED, StopReason.NOT_SYMMETRIC):
         return str(stats.stop_reason)
+    if isinstance(solver, GradientFlow):  # negative curvature is what it is for
+        return _problem_of_flow(solver, stats)
     if stats.negative_curvature:
         return str(StopReason.NEGATIVE_CURVATURE)
     if nothing:
@@ -126,6 +139,12 @@ def problem_of(
         stagnated = stats.stop_reason is StopReason.STAGNATED
         return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
     return None
+
+
+def _problem_of_flow(solver: GradientFlow, stats: SolveStats) -> str | None:
+    if solver.is_at_edge_of_stability(stats):
+        return "edge of stability"
+    return "flow" if not stats.converged and solver.tol is not None else None
 
 
 def no_more_than_identity(
@@ -137,7 +156,9 @@ def no_more_than_identity(
 ) -> str | None:
     """The problem that the solution is nearly parallel to the right-hand side, by the first elements of the largest
     tensor. `None` also where the `state` knows that a warning was given: the comparison costs as much as a check."""
-    if stats.residual < _LARGE_RESIDUAL or isinstance(solver, Identity) or (state and "identity" in state.warned):
+    if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
+        return None
+    if isinstance(solver, (GradientFlow, Identity)):  # a short flow is right to be parallel
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]

@@ -7,6 +7,7 @@ from auxfast.solvers.base import LinearOperator, Matvec, Solver, SolverState, So
 from auxfast.solvers.chebyshev import Chebyshev
 from auxfast.solvers.conjugate_gradient import ConjugateGradient
 from auxfast.solvers.dense import Dense
+from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.krylov import KrylovSolver
@@ -23,6 +24,7 @@ __all__ = [
     "Chebyshev",
     "ConjugateGradient",
     "Dense",
+    "GradientFlow",
     "Identity",
     "IterativeSolver",
     "Jacobi",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import BestIterate, Rows
+from auxfast.solvers.lanczos import Lanczos
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply
 
@@ -116,8 +117,7 @@ class KrylovSpace:
 
 
 def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
-    """`steps` Lanczos steps on every row of `residual`, batched and fully reorthogonalised (Paige 1972; the solution is
-    that of MINRES, Paige & Saunders 1975).
+    """`steps` Lanczos steps on every row of `residual`; the solution is that of MINRES (Paige & Saunders 1975).
 
     Costs `steps` products a row, and holds `steps + 1` vectors a row, twice as many with a preconditioner. Nothing
     waits for the device before the end; on a CPU it stops where every row has found an invariant subspace, in which
@@ -129,39 +129,12 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
         steps: at least 1.
         precondition: with it the solution makes the residual smallest in the norm that it induces.
     """
-    rows, size = residual.shape
-    basis = residual.new_zeros(rows, steps + 1, size)  # orthonormal (in the preconditioner's inner product)
-    images = basis if precondition is None else torch.zeros_like(basis)
-    coefficients = torch.zeros(3, steps + 1, rows, dtype=torch.float64, device=residual.device)
-    diagonal, beside, above = coefficients
-
-    def norm_and_image(vector: Tensor) -> tuple[Tensor, Tensor]:
-        """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
-        image = vector if precondition is None else precondition(vector)
-        return torch.linalg.vecdot(vector.double(), image.double()).clamp(min=0).sqrt(), image
-
-    def append(j: int, vector: Tensor, negligible: Tensor) -> None:
-        norm, image = norm_and_image(vector)
-        kept = (norm > negligible) & norm.isfinite()
-        beside[j] = torch.where(kept, norm, 0)
-        for store, row in ((basis, vector), (images, image))[: 1 if images is basis else 2]:
-            store[:, j] = torch.where(kept[:, None], row / norm[:, None], 0)
-
-    append(0, residual, negligible=diagonal[0])  # diagonal[0] is still 0: no residual is negligible
-    rounding = 10 * torch.finfo(residual.dtype).eps
-    for j in range(steps):
-        vector = system.product(images[:, j].contiguous())
-        negligible = rounding * norm_and_image(vector)[0]
-        for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
-            overlap = images[:, : j + 1] @ vector[..., None]  # (k, j + 1, 1)
-            vector = vector - (basis[:, : j + 1].mT @ overlap)[..., 0]
-            diagonal[j] += overlap[:, j, 0]
-            if j == 1:
-                above[1] += overlap[:, 0, 0]
-        append(j + 1, vector, negligible)
-        if residual.device.type == "cpu" and not beside[j + 1].any():
+    process = Lanczos(system, residual, steps, precondition)
+    for _ in range(steps):
+        process.step()
+        if residual.device.type == "cpu" and process.is_exhausted():
             break
-    return _solve(residual, basis, images, *coefficients.tolist())
+    return _solve(residual, process.basis, process.images, *process.coefficients.tolist())
 
 
 def _solve(

@@ -20,6 +20,7 @@ from auxfast.solvers import (
     Chebyshev,
     ConjugateGradient,
     Dense,
+    GradientFlow,
     Identity,
     Jacobi,
     Neumann,
@@ -47,10 +48,12 @@ SOLVERS: dict[str, Solver] = {
     "MINRES, Jacobi": MINRES(tol=1e-8, preconditioner=Jacobi()),
     "Nystrom": Nystrom(20, tol=1e-8),
     "Dense": Dense(tol=1e-8),
+    "GradientFlow": GradientFlow(20.0, tol=1e-8),
 }
-APPROXIMATES = {"Identity": "it approximates H by a multiple of the identity"}
+NO_SYSTEM = {"GradientFlow": "it solves no linear system, and has no residual; test_gradient_flow.py has its claims"}
+APPROXIMATES = {"Identity": "it approximates H by a multiple of the identity", **NO_SYSTEM}
 FIXED_STEP = dict.fromkeys(("Neumann", "Neumann, tolerance", "Chebyshev"), "its step or bounds are for one scale")
-NO_WARM_START = dict.fromkeys(("Identity", "Nystrom", "Dense"), "it has no such setting")
+NO_WARM_START = dict.fromkeys(("Identity", "Nystrom", "Dense", "GradientFlow"), "it has no such setting")
 
 
 def every_solver(*lacking: Mapping[str, str]) -> pytest.MarkDecorator:
@@ -116,7 +119,7 @@ def test_tensors_of_any_shape_are_solved(solver, shape, device):
     assert stats.residual <= 1e-6
 
 
-@every_solver()
+@every_solver(NO_SYSTEM)
 @spectra
 @dtypes
 def test_residual_is_true(solver, values, dtype, device):
@@ -129,7 +132,7 @@ def test_residual_is_true(solver, values, dtype, device):
     assert stats.matvecs == operator.products
 
 
-@every_solver({"Identity": "a scale that is wrong makes it worse than x = 0"})
+@every_solver({"Identity": "a scale that is wrong makes it worse than x = 0"}, NO_SYSTEM)
 @spectra
 @dtypes
 def test_residual_is_a_bound(solver, values, dtype, device):
@@ -155,7 +158,7 @@ def test_stats_are_consistent(solver, values):
     assert stats.largest_eigenvalue is None or stats.largest_eigenvalue <= float(values.max()) + 1e-9
 
 
-@every_solver({"Identity": "damping would change its certificate and nothing else, so it has none"})
+@every_solver({"Identity": "damping would change its certificate and nothing else, so it has none"}, NO_SYSTEM)
 def test_damping_is_a_shift(solver, device):
     """Damping is added to all eigenvalues, and makes an indefinite H definite. The estimate of the largest is of H."""
     operator, b = Operator(with_eigenvalues(UNIFORM - 0.2).to(device)), gaussian(SIZE).to(device)
@@ -273,7 +276,7 @@ def test_wrong_products_are_refused(solver):
             solver.solve(matvec, [torch.ones(4), torch.ones(4)])
 
 
-@every_solver()
+@every_solver(NO_SYSTEM)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("for_good", [True, False], ids=["for good", "once"])
 @pytest.mark.parametrize("first", [1, 2, 3, 5, 9, 10, 11, 13, 20, 21])
@@ -384,7 +387,7 @@ def test_same_bits_on_every_run(solver):
 
 
 MATRIX_PRODUCTS = dict.fromkeys(
-    ("Neumann, auto", "Chebyshev, auto", "ConjugateGradient, Nystrom", "Nystrom", "Dense"),
+    ("Neumann, auto", "Chebyshev, auto", "ConjugateGradient, Nystrom", "Nystrom", "Dense", "GradientFlow"),
     "torch's matrix products add in an order that depends on the number of threads",
 )
 
@@ -408,6 +411,7 @@ ITERATIVE = {
     "Chebyshev": Chebyshev(1, (1e-3, 1.0), 1e-12),
     "ConjugateGradient": ConjugateGradient(1, 1e-15),
     "MINRES": MINRES(1, 1e-15),
+    "GradientFlow": GradientFlow(1e5, 1, tol=1e-15),
 }
 
 
@@ -443,25 +447,25 @@ WRONG = {
     "tol": ("must be", [0, 1, 1.5, -1e-3, math.nan, math.inf, True, "1e-3"]),
     "damping": ("must be a finite number of at least 0", [-1e-9, -1.0, math.nan, math.inf, False, "0"]),
     "seed": ("must be an integer from 0 to", [-1, 2**64, 1.5, True]),
-    **dict.fromkeys(("warm_start", "certify"), ("must be True or False", [0, 1, None, "no"])),
-    "scale": ("must be a finite number above 0", NOT_POSITIVE),
+    **dict.fromkeys(("warm_start", "certify", "floored"), ("must be True or False", [0, 1, None, "no"])),
+    **dict.fromkeys(("scale", "time", "learning_rate"), ("must be a finite number above 0", NOT_POSITIVE)),
     "step_size": ("must be a finite number above 0", [*NOT_POSITIVE, "best"]),
     "bounds": ('must be "auto" or two numbers', [(1.0, 0.5), (0.0, 0.5), (0.1, math.inf), (0.1,), "wide", 3.0]),
 }
 FREE = {"preconditioner"}  # it has settings of its own
 SETTINGS = [
-    (cls, setting.name, value, WRONG[setting.name][0])
-    for cls in dict.fromkeys(map(type, SOLVERS.values()))
-    for setting in dataclasses.fields(cls)
+    (solver, setting.name, value, WRONG[setting.name][0])
+    for solver in {type(solver): solver for solver in SOLVERS.values()}.values()
+    for setting in dataclasses.fields(solver)
     if setting.name not in FREE
     for value in WRONG[setting.name][1]
 ]
 
 
-@pytest.mark.parametrize(("cls", "name", "value", "message"), SETTINGS)
-def test_settings_are_checked(cls, name, value, message):
+@pytest.mark.parametrize(("solver", "name", "value", "message"), SETTINGS)
+def test_settings_are_checked(solver, name, value, message):
     with pytest.raises(ValueError, match=rf"^{name}\b.*{message}"):
-        cls(**{name: value})
+        dataclasses.replace(solver, **{name: value})
 
 
 def test_extreme_settings_are_allowed():

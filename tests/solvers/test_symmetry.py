@@ -12,6 +12,7 @@ from auxfast.solvers import (
     Chebyshev,
     ConjugateGradient,
     Dense,
+    GradientFlow,
     Identity,
     Jacobi,
     Matvec,
@@ -31,6 +32,7 @@ TELLING = {
     "Chebyshev, auto": Chebyshev(30),
     "Nystrom": Nystrom(8),
     "Dense": Dense(),
+    "GradientFlow": GradientFlow(20.0),
 }
 telling = pytest.mark.parametrize("solver", TELLING.values(), ids=TELLING.keys())
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
