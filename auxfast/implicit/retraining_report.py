@@ -166,8 +166,8 @@ class RetrainingReport:
         lines = [
             f"{len(self.seeds)} seeds, each entry of the outer parameters moved up and down by {moved}",
             *table,
-            f"outer loss                    {_mean(self.outer_losses)}",
-            f"norm of the inner gradient    {_mean(self.inner_gradient_norms)}",
+            f"outer loss                    {_mean(self.outer_losses, '')}",
+            f"norm of the inner gradient    {_mean(self.inner_gradient_norms, '')}",
             f"moves up against moves down   cosine {self.agreement}",
         ]
         for name, prediction in self.predictions.items():
@@ -194,6 +194,6 @@ def _alignment(a: Tensor, b: Tensor) -> SeedMean:
     return SeedMean.of(torch.where(norms > 0, (a * b).sum(1) / norms, 0))
 
 
-def _mean(values: Tensor) -> str:
+def _mean(values: Tensor, sign: str = "+") -> str:
     mean = SeedMean.of(values)
-    return f"{mean.mean:+.3g} +- {mean.error:.1g}"
+    return f"{mean.mean:{sign}.3g} +- {mean.error:.1g}"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import auxfast
 from auxfast.nn import LinearCombiner
-from auxfast.solvers import MINRES, Identity, Neumann, Solver, SolveStats, StopReason
+from auxfast.solvers import MINRES, GradientFlow, Identity, Neumann, Solver, SolveStats
 from auxfast.train import Trainer
 from auxfast.train.config import Component
 from auxfast.train.training_loss import CombinedLoss, mean_losses
@@ -68,20 +68,27 @@ class End(NamedTuple):
 
     model: dict[str, Tensor]
     generator: Tensor  # its state: the batches that would come next
-    root_moments: list[Tensor]  # sqrt(v) of Adam for each parameter; ones for SGD
+    root_of_metric: list[Tensor]  # of Adam; see `InMetric`
 
 
 @dataclass(frozen=True)
-class AdamIdentity:
-    """`x = b / (sqrt(v) + eps)`: the identity approximation in the metric of the inner Adam."""
+class InMetric:
+    """A solver in the metric of the inner Adam, whose step is `P g` for a gradient g: with `P = 1 / (sqrt(v) + eps)`,
+    `x = sqrt(P) solve(sqrt(P) H sqrt(P), sqrt(P) b)`."""
 
-    root_moments: Callable[[], Iterable[Tensor]]
+    solver: Solver
+    root_of_metric: Callable[[], list[Tensor]]
 
     def solve(
         self, matvec: Any, rhs: Sequence[Tensor], *, batched: bool = False, state: Any = None
     ) -> tuple[list[Tensor], SolveStats]:
-        solution = [b / (root + 1e-8) for b, root in zip(rhs, self.root_moments(), strict=True)]
-        return solution, SolveStats(0, 0, float("nan"), False, StopReason.STEPS)
+        root = self.root_of_metric()
+
+        def scaled(vectors: Sequence[Tensor]) -> list[Tensor]:
+            return [p * v for p, v in zip(root, vectors, strict=True)]
+
+        solution, stats = self.solver.solve(lambda v: scaled(matvec(scaled(v))), scaled(rhs))
+        return scaled(solution), stats
 
 
 class Retraining:
@@ -132,9 +139,7 @@ class Retraining:
             combiner.phi.copy_(torch.tensor(weights))
         trainer = Trainer(task, CombinedLoss(combiner), self.config, seed)
         trainer.run()
-        states = [trainer.inner.state[p] for p in trainer.parameters]
-        roots = [s["exp_avg_sq"].sqrt() if "exp_avg_sq" in s else torch.ones(()) for s in states]
-        return End(task.model.state_dict(), trainer.generator.get_state(), roots)
+        return End(task.model.state_dict(), trainer.generator.get_state(), _root_of_metric(trainer.inner))
 
     def __call__(self, seed: int) -> tuple[Any, Any, list[Tensor]]:
         task = self.draw(seed)
@@ -177,22 +182,35 @@ def _recorded(model: torch.nn.Module, outputs: list[Tensor]) -> Iterator[None]:
         hook.remove()
 
 
+def _root_of_metric(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Empty but for Adam."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return []
+    (group,) = optimizer.param_groups
+    states = [optimizer.state[parameter] for parameter in group["params"]]
+    unbiased = [state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"]) for state in states]
+    return [(v.sqrt() + group["eps"]).rsqrt() for v in unbiased]
+
+
 def solvers(retraining: Retraining) -> dict[str, Solver]:
     """What is compared with the Hessian; `compare` adds Gauss-Newton products and single batches."""
 
-    def root_moments() -> Iterable[Tensor]:
+    def root_of_metric() -> list[Tensor]:
         assert retraining.last is not None
-        return retraining.last.root_moments
+        return retraining.last.root_of_metric
 
+    flow = GradientFlow(retraining.time, tol=None)
     chosen: dict[str, Solver] = {
         "identity": Identity(retraining.time),
         "Neumann, 3": Neumann(steps=3, step_size="auto", tol=None),
+        "GradientFlow": flow,
         "MINRES, 10, damping 1": MINRES(steps=10, damping=1.0, tol=None),
         "MINRES, 10, damping 0.1": _DAMPED,
         "MINRES": MINRES(),
     }
     if retraining.config.inner_optimizer.name == "Adam":
-        chosen["identity, Adam's metric"] = AdamIdentity(root_moments)
+        chosen["identity, Adam's metric"] = InMetric(Identity(retraining.time), root_of_metric)
+        chosen["GradientFlow, Adam's metric"] = InMetric(flow, root_of_metric)
     return chosen
 
 
@@ -213,7 +231,7 @@ def compare(name: str, seeds: Iterable[int], step: float, outer_losses: Iterable
         predictions |= verify(solver=single).predictions
         retraining.batches = BATCHES
         print(f"\n### {name}, outer loss: {outer}\n")
-        stability = retraining.stability(stats.largest_eigenvalue for stats in predictions["Neumann, 3"].stats)
+        stability = retraining.stability(stats.largest_eigenvalue for stats in predictions["GradientFlow"].stats)
         print(
             f"{len(seeds)} seeds; outer loss {report.outer_losses.mean():.3g}; inner gradient "
             f"{report.inner_gradient_norms.mean():.2g}; learning rate by the largest stable one {stability}; "
