@@ -17,7 +17,8 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 # Tests of their own run these: test_theorem, compat/test_migration, and those of the kernels' pages.
 TESTED_ELSEWHERE = [DOCS / "theorem.md", DOCS / "compat.md", *(DOCS / "kernels").glob("*.md")]
 WITH_CLAIMS = [
-    DOCS / f"{name}.md" for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop")
+    DOCS / f"{name}.md"
+    for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop")
 ]
 API = {
     "nn.md": "auxfast.nn",

@@ -147,6 +147,13 @@ class RetrainingReport:
         return SeedMean.of(_cosines(self.changes_up, self.changes_down))
 
     @property
+    def largest_eigenvalue(self) -> float | None:
+        """The largest eigenvalue of the inner Hessian that a solver has estimated, if one does: near 2 / (learning
+        rate) plain descent goes to and fro, and nothing points right."""
+        stats = (stats for prediction in self.predictions.values() for stats in prediction.stats)
+        return max((s.largest_eigenvalue for s in stats if s.largest_eigenvalue is not None), default=None)
+
+    @property
     def verdict(self) -> str:
         """The verdict on the solver, or one line for each of several."""
         if len(self.predictions) == 1:
@@ -170,6 +177,11 @@ class RetrainingReport:
             f"norm of the inner gradient    {_mean(self.inner_gradient_norms, '')}",
             f"moves up against moves down   cosine {self.agreement}",
         ]
+        if self.largest_eigenvalue is not None and self.largest_eigenvalue > 0:
+            lines.append(
+                f"largest inner eigenvalue      {self.largest_eigenvalue:.3g}: gradient descent is stable up to a "
+                f"learning rate of {2 / self.largest_eigenvalue:.2g}"
+            )
         for name, prediction in self.predictions.items():
             lines.append(
                 f"{name}: cosine {prediction.cosine} (of means {prediction.cosine_of_means:+.2f}), "

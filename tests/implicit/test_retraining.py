@@ -8,7 +8,7 @@ from torch import nn
 
 import auxfast
 from auxfast import verify_against_retraining
-from auxfast.solvers import MINRES, Identity
+from auxfast.solvers import MINRES, GradientFlow, Identity
 
 CURVATURES = torch.tensor([10.0, 1.0], dtype=torch.float64)
 PULL = torch.tensor([[1.0, 1.0], [-0.2, -0.19]], dtype=torch.float64)
@@ -82,6 +82,14 @@ def test_an_exact_solve_is_told_to_be_wrong_where_training_stopped_early():
     assert float(report.inner_gradient_norms.min()) > 0.01
     assert "exact: the hypergradient does not point" in report.verdict
     assert "one step: points right" in str(report)
+
+
+def test_the_largest_stable_learning_rate_is_told_where_a_solver_knows_it():
+    problem = Valley(steps=5)
+    report = verify_against_retraining(problem, [problem.phi], solver=GradientFlow(time=0.5), seeds=range(2))
+    assert report.largest_eigenvalue == pytest.approx(10)
+    assert "stable up to a learning rate of 0.2" in str(report)
+    assert report.predictions["GradientFlow"].outcome == "right"
 
 
 def test_several_solvers_share_the_trainings():
