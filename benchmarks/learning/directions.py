@@ -235,6 +235,7 @@ def compare(name: str, seeds: Iterable[int], step: float, outer_losses: Iterable
         print(
             f"{len(seeds)} seeds; outer loss {report.outer_losses.mean():.3g}; inner gradient "
             f"{report.inner_gradient_norms.mean():.2g}; learning rate by the largest stable one {stability}; "
+            f"negative curvature for {sum(s.negative_curvature for s in predictions['MINRES'].stats)} of them; "
             f"moves up against moves down: cosine {report.agreement}\n"
         )
         print("| | cosine | of means | signs | size | outcome |\n|---|---|---|---|---|---|")
