@@ -24,11 +24,12 @@ has_gpu = -c 'import auxfast, sys; info = auxfast.build_info(); info["cuda_avail
 sanitizer = $(firstword $(shell command -v compute-sanitizer) \
   $(wildcard $(addsuffix /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda)))
 BENCHMARK ?= --benchmark-enable
+LEARNING ?=
 native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/cuda_on_cpu/* tests/cuda_on_cpu/*/*))
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
-  bench docs picture lint format clean
+  bench learning docs picture lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
@@ -70,6 +71,9 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)
+
+learning: native $(installed)-demo  ## learn on eight tasks with the defaults: half an hour, resumable
+	$(PYTHON) -m benchmarks.learning $(LEARNING)
 
 docs: $(installed)-docs  ## build the documentation site, build/site
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

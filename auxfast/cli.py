@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "train":
         return _train(options)
     if options.command == "report":
-        return _report(options.runs, options.out)
+        return _report(options)
     return _demo(options.seeds, options.out, options.experiment)
 
 
@@ -112,9 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out",
         type=Path,
-        default=Path("auxfast-report.html"),
-        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html)",
+        help="an .html page that needs no other file, or a .png (default: ./auxfast-report.html; none with --csv or "
+        "--latex)",
     )
+    report.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each run, for other programs")
+    report.add_argument("--latex", type=Path, metavar="FILE", help="write the tables for a paper (package booktabs)")
     commands.add_parser("info", help="what a bug report needs: versions, devices, build, kernels in use")
     return parser
 
@@ -126,7 +128,7 @@ def _add_train(commands: Any) -> None:
         description="Trains every method from every seed, prints a table of the scores, and keeps each run in a folder "
         "of its own below OUT, where `auxfast report` finds it.",
     )
-    train.add_argument("experiment", nargs="?", help="its name")
+    train.add_argument("experiment", nargs="?", help="its name; or one's own, FILE.py:NAME or MODULE:NAME")
     train.add_argument("--list", action="store_true", help="list the experiments, and do nothing else")
     train.add_argument("--method", type=_names, default=(), metavar="A,B", help="methods (default: the experiment's)")
     train.add_argument(
@@ -205,7 +207,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(f"cannot read {error.filename}: {error.strerror}", 2)
     except ValueError as error:
         return _fail(error, 2)
-    except MissingExtraError as error:
+    except (MissingExtraError, RunError) as error:
         return _fail(error, 1)
     try:
         command.run_comparison(comparison)
@@ -214,9 +216,10 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(paths: Sequence[Path], out: Path) -> int:
+def _report(options: argparse.Namespace) -> int:
+    out = options.out or (None if options.csv or options.latex else Path("auxfast-report.html"))
     try:
-        command.report(paths, out)
+        command.report(options.runs, out, options.csv, options.latex)
     except ValueError as error:
         return _fail(error, 2)
     except (MissingExtraError, RunError) as error:

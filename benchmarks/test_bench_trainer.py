@@ -87,7 +87,7 @@ def by_hand(task: Regression, name: str) -> Callable[[], Any]:
 def by_trainer(task: Regression, name: str) -> Callable[[], Any]:
     method = parse_method(name)
     loss = make_training_loss(method, CONFIG, task)
-    trainer = Trainer(task, loss, CONFIG.train, 0, learn=method.learned)
+    trainer = Trainer(task, loss, CONFIG.train, 0)
 
     def train() -> None:
         trainer.records.clear()

@@ -24,6 +24,7 @@ API = {
     "nn.md": "auxfast.nn",
     "solvers.md": "auxfast.solvers",
     "train.md": "auxfast.train",
+    "experiments.md": "auxfast.experiments",
     "weighting.md": "auxfast.weighting",
     "compat.md": "auxfast.compat.auxilearn",
 }
@@ -95,12 +96,18 @@ def test_the_programs_of_the_certificates_are_told_of_negative_curvature_and_of_
     assert names["right"].grads[0].item() == pytest.approx(-2)
 
 
-def test_the_program_of_the_trainer_trains_a_task_of_ones_own(capsys):
+@pytest.mark.slow
+def test_the_programs_of_the_trainer_compare_methods_on_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+    for package in ("tqdm", "matplotlib", "jinja2", "scipy"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
     names = run(DOCS / "trainer.md")
-    _, helpful, harmful = names["records"][-1].loss_weights
-    assert harmful < 0.1 < 1 < helpful
-    assert names["task"].score() > -0.1
-    assert "(" in capsys.readouterr().out
+    assert "Linear, learned" in capsys.readouterr().out
+    _, helpful, harmful = names["result"].runs[-1].records[-1].loss_weights
+    assert 0 <= harmful < 0.2 * helpful
+    assert names["result"].difference("linear", "linear-frozen").above_noise()
+    assert names["mixed"].difference("own", "own-frozen").above_noise()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_configuration_file_is_one(tmp_path, capsys):
@@ -155,7 +162,8 @@ def test_files_that_a_page_names_exist(page):
 def test_commands_name_experiments_that_there_are(capsys):
     main(["train", "--list"])
     known = re.findall(r"^(\S+)", capsys.readouterr().out, re.MULTILINE)
-    named = {name for page in PAGES for name in re.findall(r"auxfast train ([a-z][a-z-]+)", page.read_text())}
+    command = re.compile(r"auxfast train ([a-z][a-z-]+)(?![\w.:-])")  # and not a file or a module
+    named = {name for page in PAGES for name in command.findall(page.read_text())}
     assert "illustrative" in named
     assert named <= set(known)
 

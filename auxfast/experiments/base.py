@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from auxfast.nn import Combiner
 from auxfast.train.config import RunConfig
-from auxfast.train.methods import Method
+from auxfast.train.methods import Method, parse_method
 from auxfast.train.recording import OnOuterStep, RunPlan, record_run, restore_run
 from auxfast.train.run import Run, not_of_this_version, read_config
 from auxfast.train.serialization import override, to_table
 from auxfast.train.task import Task
 
+MakeTask = Callable[..., Task]
+"""Draws a task: `make_task(seed)`, with one or both of two further arguments, if you like.
 
-class MakeTask(Protocol):
-    """Draws a task with the experiment's own options (`RunConfig.task`).
-
-    `hold_out`: whether the auxiliary set is kept from training. Otherwise its samples are trained on like all others,
-    so that every method has the same labels to spend.
-    """
-
-    def __call__(self, seed: int, options: Any, *, hold_out: bool) -> Task: ...
+options: the experiment's own options (`RunConfig.task`).
+hold_out: whether the auxiliary set is kept from training. Otherwise its samples are trained on like all others, so that
+    every method has the same labels to spend.
+"""
 
 
 class Finding(NamedTuple):
@@ -36,35 +36,52 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment:
-    """A problem, and the settings that were chosen for it.
+    """A problem, and the settings that were chosen for it. `Experiment("mine", make_task)` is enough for one's own.
 
     Args:
-        name: name on the command line.
-        title: one line for tables and pictures.
+        name: name on the command line, and of the folder of its runs.
+        make_task: draws a task, see `MakeTask`.
+        title: one line for tables and pictures; the name, if there is none.
         about: a sentence or two for a reader of the report, on the task and the auxiliaries.
         score_name: name of `Task.score`, with its unit.
-        loss_names: names of the task's losses, the main loss first.
+        loss_names: names of the task's losses; empty: as the task has them.
         config: configuration of its runs.
-        make_task: draws a task.
         methods: names of the methods that are compared, in the order of the table.
         settings: variations by name, each a change of some of the configuration's entries: {"task.shots": 5}.
         package: module that the data need, and the name of its package on the index.
-        draw: draws the experiment's own picture of its runs to a file.
-        findings: claims of the experiment, as its runs decide them.
+        draw: draws the experiment's own picture of its runs to a file, an SVG for a page.
+        findings: claims of the experiment, as its runs decide them; None: that each learned method is better than STL,
+            than Equal, and than its own frozen start, as far as these were run.
+        origin: where it was imported from, `FILE.py:NAME` or `MODULE:NAME`; empty if it is one of auxfast, or nowhere.
+
+    Raises:
+        TypeError, ValueError: the name is no name for a folder, or `make_task` or a method is none.
     """
 
     name: str
-    title: str
-    about: str
-    score_name: str
-    loss_names: tuple[str, ...]
-    config: RunConfig
     make_task: MakeTask
-    methods: tuple[str, ...]
+    title: str = ""
+    about: str = ""
+    score_name: str = "score"
+    loss_names: tuple[str, ...] = ()
+    config: RunConfig = field(default_factory=RunConfig)
+    methods: Sequence[str] = ("stl", "equal", "linear-frozen", "linear")
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     package: tuple[str, str] | None = None
     draw: Callable[[Path, Sequence[Run]], None] | None = None
     findings: Callable[[Sequence[Run]], list[Finding]] | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.search("[A-Za-z0-9]", self.name):
+            raise ValueError(f"name: got {self.name!r}, must be a name for a folder, with a letter or a digit")
+        if not callable(self.make_task):
+            raise TypeError(f"make_task: got {type(self.make_task).__name__}, must be a function make_task(seed)")
+        if isinstance(self.methods, str) or not self.methods:
+            raise TypeError(f"methods: got {self.methods!r}, must be a list of names, such as ('equal', 'linear')")
+        for method in self.methods:
+            parse_method(method)
+        object.__setattr__(self, "title", self.title or self.name)
 
 
 def run_config(experiment: Experiment, setting: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -83,11 +100,16 @@ def run_config(experiment: Experiment, setting: str, overrides: Mapping[str, Any
 def plan_run(experiment: Experiment, setting: str, method: Method, seed: int, out: Path, config: RunConfig) -> RunPlan:
     """The run of one method from one seed, with the `config` of this setting (see `run_config`)."""
     make_task = _task_maker(experiment, method, seed, config)
-    return RunPlan(out, experiment.name, setting, method, seed, config, make_task)
+    return RunPlan(out, experiment.name, setting, method, seed, config, make_task, experiment.origin)
 
 
 def _task_maker(experiment: Experiment, method: Method, seed: int, config: RunConfig) -> Callable[[], Task]:
-    return partial(experiment.make_task, seed, config.task, hold_out=method.is_combiner)
+    """The experiment's `make_task` with those arguments that it takes."""
+    taken = inspect.signature(experiment.make_task).parameters
+    if config.task is not None and "options" not in taken:
+        raise ValueError(f"config.task: got {config.task!r}, and make_task takes no `options`")
+    given = {"options": config.task, "hold_out": method.is_combiner}
+    return partial(experiment.make_task, seed, **{name: value for name, value in given.items() if name in taken})
 
 
 def train_run(

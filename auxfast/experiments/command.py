@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.paper import EXPERIMENTS, by_experiment, get_experiment
+from auxfast.experiments.registry import by_experiment, get_experiment, refuse_shipped_name, titles
+from auxfast.experiments.report.export import write_csv, write_latex
+from auxfast.experiments.report.notes import notes
 from auxfast.experiments.report.page import write_report
-from auxfast.experiments.report.rows import describe, results_of
-from auxfast.train.methods import parse_method
-from auxfast.train.recording import RunPlan, check_plans, record_run
+from auxfast.experiments.report.rows import Results, results_of
+from auxfast.experiments.report.text import describe
+from auxfast.train.methods import OWN, parse_method
+from auxfast.train.recording import RunPlan, check_plans, draw_task, record_run
 from auxfast.train.run import Run, find_runs
+from auxfast.train.task_check import check_task
 from auxfast.train.trainer import OuterRecord
 from auxfast.train.training_loss import check_method
 
@@ -43,64 +47,125 @@ def plan_comparison(
     """The runs to make. No methods, no settings: all of the experiment's.
 
     Args:
-        name: name of the experiment.
+        name: name of the experiment, or its place, see `get_experiment`.
         config: a TOML file of overrides.
         changes: further overrides, which come last, each "key=value" with a TOML value; a bare word is a string.
 
     Raises:
-        ValueError: there is no such experiment, method, setting or entry of the configuration; says which there are.
+        ValueError, MissingExtraError, RunError: see `get_experiment` and `plan_runs`.
         OSError: `config` cannot be read.
-        MissingExtraError: the experiment's package, cattrs or tqdm is not installed.
     """
     import_extra("cattrs", "cattrs")
-    experiment = get_experiment(name)
+    return plan_runs(
+        get_experiment(name),
+        methods=methods,
+        settings=settings,
+        seeds=seeds,
+        overrides=_overrides(config, changes),
+        out=out,
+        resume=resume,
+    )
+
+
+def plan_runs(
+    experiment: Experiment,
+    *,
+    methods: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any] | None = None,
+    out: Path,
+    resume: bool = False,
+) -> Comparison:
+    """The runs to make. No methods, no settings: all of the experiment's. A task of each setting is drawn and checked.
+
+    Raises:
+        ValueError: there is no such method, setting or entry of the configuration, and says which there are; the
+            experiment has the name of a shipped one; or its task is not what a task must be.
+        MissingExtraError: the experiment's package, cattrs or tqdm is not installed.
+        RunError: there is no such device.
+    """
+    import_extra("cattrs", "cattrs")
+    refuse_shipped_name(experiment)
     parsed = dict.fromkeys(parse_method(method) for method in methods or experiment.methods)
     ordered = sorted(parsed, key=lambda method: method.phi == "fixed")  # fixed ones need the learned ones
-    overrides = _overrides(config, changes)
     configs = {setting: run_config(experiment, setting, overrides) for setting in settings or experiment.settings}
-    for own in configs.values():
-        for method in ordered:
-            check_method(method, own, len(experiment.loss_names))
     for package in (experiment.package, ("tqdm", "tqdm")):
         if package is not None:
             import_extra(*package)
-    plans = (  # the order is seed by seed, so that an interrupted comparison has the same seeds of all methods
+    plans = tuple(  # the order is seed by seed, so that an interrupted comparison has the same seeds of all methods
         plan_run(experiment, setting, method, seed, out, own)
         for setting, own in configs.items()
         for seed in sorted(set(seeds))
         for method in ordered
     )
-    return Comparison(experiment, tuple(plans), resume)
+    if not plans:
+        raise ValueError("seeds: got none, must name one at least")
+    for setting in configs:
+        own_plans = [plan for plan in plans if plan.setting == setting]
+        experiment = replace(experiment, loss_names=_checked_loss_names(own_plans, experiment.loss_names))
+    return Comparison(experiment, plans, resume)
 
 
-def run_comparison(comparison: Comparison) -> None:
-    """Makes the runs, and prints what they scored.
+def _checked_loss_names(plans: Sequence[RunPlan], expected: Sequence[str]) -> tuple[str, ...]:
+    """Names of the losses of a setting's task, which is checked with each of the plans' methods.
+
+    Raises:
+        ValueError: the task, or a method with it, cannot be trained.
+    """
+    methods = {plan.method: plan for plan in plans}
+    of_task = next((plan for method, plan in methods.items() if method.is_combiner), plans[0])
+    try:
+        task = draw_task(of_task)
+        check_task(task, own=any(method.family == OWN for method in methods))
+        for method, plan in methods.items():
+            check_method(method, plan.config, len(task.loss_names))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    names = tuple(task.loss_names)
+    if expected and names != tuple(expected):
+        raise ValueError(f"task.loss_names: got {names}, must be the experiment's, {tuple(expected)}")
+    return names
+
+
+def run_comparison(comparison: Comparison) -> Results:
+    """Makes the runs, and prints what they scored. Returns their results.
 
     Raises:
         RunError: see `record_run`; all runs before it are finished.
     """
-    runs = train_all(comparison)
-    print(f"\n{describe(results_of(comparison.experiment, runs))}")
+    results = results_of(comparison.experiment, train_all(comparison))
+    print(f"\n{describe(results)}")
     folder = comparison.plans[0].out / comparison.experiment.name
     print(f"\nPictures, and what happened in training:  auxfast report {folder}")
+    return results
 
 
-def report(paths: Iterable[Path], out: Path) -> None:
-    """Prints what the runs at or below `paths` show, and writes a page or a picture of them to `out`.
+def report(paths: Iterable[Path], out: Path | None = None, csv: Path | None = None, latex: Path | None = None) -> None:
+    """Prints what the runs at or below `paths` show, and writes it to the files that are given.
+
+    Args:
+        out: a page or a picture, see `write_report`.
+        csv, latex: see `write_csv` and `write_latex`.
 
     Raises:
         ValueError, MissingExtraError, RunError: see `write_report`.
     """
     import_extra("cattrs", "cattrs")
-    print(write_report([results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))], out))
-    print(f"\nWrote {out}")
+    found = [results_of(experiment, runs) for experiment, runs in by_experiment(find_runs(paths))]
+    files = [(write, path) for write, path in ((write_report, out), (write_csv, csv), (write_latex, latex)) if path]
+    for write, path in files:
+        write(found, path)
+    print(describe(*found))
+    print(f"\nWrote {', '.join(str(path) for _, path in files)}")
 
 
 def list_experiments() -> None:
     """Prints one line for each experiment."""
-    width = max(map(len, EXPERIMENTS))
-    for name, experiment in EXPERIMENTS.items():
-        print(f"{name.ljust(width)}  {experiment.title}")
+    listed = dict(titles())
+    width = max(map(len, listed))
+    for name, title in listed.items():
+        print(f"{name.ljust(width)}  {title}")
 
 
 def _overrides(config: Path | None, changes: Sequence[str]) -> dict[str, Any]:
@@ -138,31 +203,47 @@ def _toml() -> Any:
 
 
 def train_all(comparison: Comparison) -> list[Run]:
-    """Makes the runs, with a progress bar."""
+    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run."""
     plans, names = comparison.plans, comparison.experiment.loss_names
     tqdm = import_extra("tqdm", "tqdm").tqdm
     check_plans(plans, resume=comparison.resume)
-    runs, done = [], 0
-    with tqdm(total=sum(plan.config.train.outer_steps for plan in plans), unit="outer step", dynamic_ncols=True) as bar:
-
-        def show(record: OuterRecord) -> None:
-            bar.set_postfix(progress(record, names), refresh=False)
-            bar.update(done + record.step + 1 - bar.n)
-
+    runs: list[Run] = []
+    total = sum(plan.config.train.outer_steps for plan in plans)
+    with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=None) as bar:  # None: unless in a terminal
+        done = 0
         for plan in plans:
+            records: list[OuterRecord] = []
+
+            def show(record: OuterRecord, done: int = done, records: list[OuterRecord] = records) -> None:
+                records.append(record)
+                bar.set_postfix(progress(records, names), refresh=False)
+                bar.update(done + record.step + 1 - bar.n)
+
             bar.set_description(plan.title, refresh=False)
             runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
+            if bar.disable or notes(runs[-1].records):
+                bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 
 
-def progress(record: OuterRecord, loss_names: Sequence[str]) -> dict[str, str]:
-    """Words of the progress bar: losses, the two largest weights, and how the outer step went."""
+def outcome(run: Run) -> str:
+    """Words for how a finished run ended: its score, its time, and what is to be noted."""
+    assert run.result is not None
+    return ", ".join([f"score {run.result.score:.4g}", f"{run.result.seconds:.1f} s", *notes(run.records)])
+
+
+def progress(records: Sequence[OuterRecord], loss_names: Sequence[str]) -> dict[str, str]:
+    """Words of the progress bar: losses, the two largest weights, how the last outer step went, and what is to be noted
+    of those so far."""
+    record = records[-1]
     values = {"training": record.training_loss, "outer": record.outer_loss, "residual": record.residual}
     shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
     weights = sorted(zip(record.loss_weights, loss_names, strict=True), key=lambda pair: -pair[0])
     shown["weights"] = ", ".join(f"{name}: {weight:.2f}" for weight, name in weights[:2])
     if record.outer_loss is not None:
         shown["outer time"] = f"{record.outer_seconds / (record.inner_seconds + record.outer_seconds):.0%}"
+    if found := notes(records):
+        shown["note"] = ", ".join(found)
     return shown

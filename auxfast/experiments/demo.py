@@ -10,9 +10,11 @@ from typing import Any
 
 from auxfast.experiments.command import plan_comparison, train_all
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.paper import get_experiment
+from auxfast.experiments.registry import get_experiment
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, Row, results_of, rows
+from auxfast.experiments.report.story import overall, sentences
+from auxfast.experiments.report.text import describe
 from auxfast.experiments.timing import describe_timing, time_hypergradient
 from auxfast.train.environment import environment
 from auxfast.train.files import finite, write_json, writing
@@ -45,13 +47,14 @@ def run_demo(seeds: Sequence[int], out: Path, names: Sequence[str] = DEFAULT) ->
         comparisons = [plan_comparison(name, seeds=seeds, out=Path(folder)) for name in names]
         found = [results_of(comparison.experiment, train_all(comparison)) for comparison in comparisons]
         for page in ("report.png", "report.html"):
-            text = write_report(found, out / page)
-    print(f"\n{text}")
+            write_report(found, out / page)
+    print(f"\n{describe(*found)}")
     timing = time_hypergradient(get_experiment(names[-1]))
     print(f"\n{describe_timing(timing)}")
     summary = {
         "environment": environment(),
         "seeds": list(seeds),
+        "story": overall([section for results in found for section in results.sections]),
         "experiments": {results.experiment.name: _summary(results) for results in found},
         "hypergradient": timing,
         "seconds": round(time.perf_counter() - start, 2),
@@ -83,6 +86,7 @@ def _summary(results: Results) -> dict[str, Any]:
         "score": experiment.score_name,
         "losses": list(experiment.loss_names),
         "config": results.runs[0].config,
+        "story": sentences(section),
         "findings": [finding._asdict() for finding in results.findings],
         "methods": methods,
     }

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,13 +16,21 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
+from auxfast.implicit.trust_region import called, trust_region
+from auxfast.implicit.watch import TEXTS, Watch
+from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import unprojected
-from auxfast.solvers import MINRES
+from auxfast.solvers import MINRES, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
+_BETAS = (
+    0.9,
+    0.99,
+)  # some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end
 
 
+@runtime_checkable
 class Projectable(Protocol):
     """Something that can move its parameters back into the set where they belong, as a combiner can."""
 
@@ -37,19 +45,26 @@ class HyperOptimizer:
         solver, curvature, warn: see `hypergradient`. What the solver learns in one step, and which warnings were given,
             is kept for the next in `state`.
         max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
+        max_weight_change: the largest share by which one step may change the mean weight of any loss on the batch of a
+            combiner's latest call, whatever the torch optimizer proposes: a longer step is shortened. `None`: no limit.
+        keep_total: whether the learned weights of each combiner keep their sum on that batch (a main loss that is added
+            as it is has no part in it). Learning then shapes the mix, and leaves the speed of inner training alone.
         project: modules whose `project_()` is called after each update.
 
     Attributes:
         optimizer: the one that was given. Learning rate schedulers take it.
         state: what the solver keeps from one step for the next.
         skipped_steps: the number of steps that changed nothing; see `step`.
+        watch: what was noticed in the course of the steps; `watch.noticed` names it.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or needs a closure, as LBFGS does; `solver` is no solver; or
             something in `project` has no `project_()`.
-        ValueError: `curvature` is unknown, or `max_grad_norm` is not above 0.
+        ValueError: `curvature` is unknown, or `max_grad_norm` or `max_weight_change` is not above 0.
 
-    Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects.
+    Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects; and, once each, of
+    auxiliary losses that have all lost their weight, of weights that have grown tenfold, and of an outer loss that has
+    been rising for long.
     """
 
     def __init__(
@@ -59,6 +74,8 @@ class HyperOptimizer:
         solver: Solver = _DEFAULT_SOLVER,
         curvature: CurvatureName = "hessian",
         max_grad_norm: float | None = None,
+        max_weight_change: float | None = 0.15,
+        keep_total: bool = False,
         project: Sequence[Projectable] = (),
         warn: bool = True,
     ) -> None:
@@ -74,6 +91,8 @@ class HyperOptimizer:
         check_curvature(curvature)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
+        if max_weight_change is not None:
+            check_positive("max_weight_change", max_weight_change)
         self.project = _projectable(project)
         if warn:
             _warn_of_unprojected(optimizer, self.project)
@@ -84,6 +103,38 @@ class HyperOptimizer:
         self.state = SolverState()
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
+        self.max_weight_change, self.keep_total = max_weight_change, keep_total
+        self.watch = Watch()
+
+    @classmethod
+    def recommended(cls, combiner: Combiner, *, lr: float = 0.1, **settings: Any) -> HyperOptimizer:
+        """The optimizer to begin with for a combiner of losses: it needs no tuning on the tasks that it was tried on
+        (docs/outer-loop.md), and takes the same settings for every combiner.
+
+        It keeps the total of the weights, and makes `phi` of a monotone combiner, in place, the logarithms of the
+        weights (`Combiner.positive_`), so that none is lost for good; the combined loss stays as it is. The steps are
+        Adam's, along a hypergradient by `Identity()`, which looks at no curvature: in stochastic training, which ends
+        far from a minimum, that points where retraining goes, and an inverse Hessian often does not.
+
+        Args:
+            combiner: one that has not been trained yet, on its device.
+            lr: relative change of a weight in one step, at most about.
+            settings: further arguments of `HyperOptimizer`, such as `solver`.
+
+        Raises:
+            TypeError: `combiner` is none; or see `HyperOptimizer`.
+            ValueError: see `HyperOptimizer`.
+        """
+        if not isinstance(combiner, Combiner):
+            raise TypeError(
+                f"combiner must be one of auxfast.nn, not a {type(combiner).__name__}: for other outer parameters make "
+                "HyperOptimizer(torch_optimizer, ...)"
+            )
+        check_positive("lr", lr)
+        if combiner.monotone:
+            combiner.positive_("exp")
+        optimizer = torch.optim.Adam(combiner.parameters(), lr=lr, betas=_BETAS)
+        return cls(optimizer, **{"solver": Identity(), "keep_total": True, "project": [combiner], **settings})
 
     def step(
         self,
@@ -126,10 +177,19 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        self.optimizer.step()
-        for module in self.project:
-            module.project_()
+        with trust_region(params, self.max_weight_change, self.keep_total):
+            self.optimizer.step()
+            for module in self.project:
+                module.project_()
+        self._look(outer_loss, params)
         return result.stats
+
+    def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
+        """Warns of what is noticed for the first time."""
+        value = float(outer_loss) if isinstance(outer_loss, Tensor) else None
+        for kind in self.watch.look_at(value, called(params)):
+            if self.warn:
+                warn_once(kind, TEXTS[kind], self.state)
 
     def _skip(self, state: dict[str, Any], stats: SolveStats, reason: str) -> SolveStats:
         """Counts a step that is not taken, and gives the solver the state back that it had before."""
@@ -157,10 +217,11 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the torch optimizer, `state`, which the solver keeps, and `skipped_steps`. A run that goes on from
-        here gives the same numbers as one without a break."""
+        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes on
+        from here gives the same numbers as one without a break."""
         solver_state = dict(vars(self.state))
-        return {**self.optimizer.state_dict(), "solver_state": solver_state, "skipped_steps": self.skipped_steps}
+        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": deepcopy(vars(self.watch))}
+        return {**self.optimizer.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing.
@@ -175,6 +236,7 @@ class HyperOptimizer:
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self.watch = Watch(**deepcopy(state_dict.get("watch", {})))
 
 
 def _projectable(project: Any) -> tuple[Projectable, ...]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from threading import Lock
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from auxfast.ops.inputs import not_a_tensor
+from auxfast.autograd.transforms import in_transform
+from auxfast.ops.inputs import full_precision, not_a_tensor
 from auxfast.ops.network import Reduction, check_losses
 
+Positive = Literal["clip", "exp"]
 Shapes = dict[str, tuple[int, ...]]
 
-_MONOTONE: WeakSet[Combiner] = WeakSet()  # all there are: a parameter does not tell whose it is
-_MONOTONE_LOCK = Lock()
+SMALLEST_SHARE = 1e-3  # of a part's mean weight: what a 0 becomes where phi holds logarithms
+
+_is_compiling = torch.compiler.is_compiling  # looked up once: combiners ask at every call
+
+_ALL: WeakSet[Combiner] = WeakSet()  # all there are: a parameter does not tell whose it is
+_ALL_LOCK = Lock()
 
 
 class Combiner(nn.Module, ABC):
@@ -31,16 +38,28 @@ class Combiner(nn.Module, ABC):
         num_losses: columns of the losses, or channels of the loss image.
         main: column (channel) of the main loss, added to the combiner's output as it is (the paper's l_main + g); None
             for no such skip.
-        monotone: keep the output non-decreasing in every loss: `project_()` then clips the weights to >= 0.
+        monotone: keep the output non-decreasing in every loss, by weights that are never negative.
         reduction: "mean" or "sum" over the batch, or "none".
+        positive: how weights are kept from being negative. "clip": `phi` holds them, and `project_()` clips them to
+            >= 0, as in the paper. A weight that was clipped in a network of layers may never come back, since the
+            gradients of its neighbours vanish with it. "exp": `phi` holds their logarithms (and biases as they are), so
+            that steps are relative and no weight reaches 0. See `positive_` for weights that start at 0.
         shapes: name and shape of every part of `phi`.
+
+    Attributes:
+        last_call: losses and mask of the latest call in which `phi` required a gradient, detached; None before. They
+            are kept alive, and no copy, pickle or state_dict has them.
 
     Raises:
         TypeError: `num_losses` or `main` is no int.
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range; or `positive="exp"` without `monotone`, where weights may be
+            negative.
     """
 
     phi: nn.Parameter  # (number of parameters,)
+    positive: Positive
+    last_call: tuple[Tensor, Tensor | None] | None = None
+    _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
     def __init__(
@@ -49,6 +68,7 @@ class Combiner(nn.Module, ABC):
         main: int | None,
         monotone: bool,
         reduction: Reduction,
+        positive: Positive,
         shapes: Shapes,
     ) -> None:
         check_losses(num_losses, main)
@@ -58,22 +78,42 @@ class Combiner(nn.Module, ABC):
         self.num_losses, self.main, self.monotone, self.reduction = num_losses, main, monotone, reduction
         self._shapes = shapes
         self._sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        self._check_positive(positive)
+        self.positive = positive
         self.phi = nn.Parameter(torch.zeros(sum(self._sizes)))
+        self.register_buffer("_biases", None, persistent=False)
         nn.Module.register_state_dict_post_hook(self, _note_layers)
         self._enlist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "last_call"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self._enlist()
 
     def _enlist(self) -> None:
-        if self.monotone:
-            with _MONOTONE_LOCK:
-                _MONOTONE.add(self)
+        with _ALL_LOCK:
+            _ALL.add(self)
 
-    @abstractmethod
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values of `phi`, anew, as after `to_empty()`."""
+        self._reset_weights()
+        self._write_biases()
+        if self.positive == "exp":
+            self.phi.copy_(self._converted(self.phi, "exp"))
+
+    def _write_biases(self) -> None:
+        """Writes `_biases`, on the device of `phi`. It is of a dtype that `torch.optim.swa_utils` can average."""
+        names = zip(self._shapes, self._sizes, strict=True)
+        is_bias = [name.endswith("bias") for name, size in names for _ in range(size)]
+        wanted = self.positive == "exp" and any(is_bias)
+        self._biases = torch.tensor(is_bias, dtype=torch.uint8, device=self.phi.device) if wanted else None
+
+    @abstractmethod
+    def _reset_weights(self) -> None:
+        """Writes the initial weights into `phi`, as "clip" has them."""
 
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The combined loss of `losses` (batch, num_losses): a scalar, or (batch,) if the reduction is "none".
@@ -87,14 +127,48 @@ class Combiner(nn.Module, ABC):
                 `phi`.
             ValueError: a shape is wrong, or `mask` holds something else than 0 and 1 (found on the CPU alone).
         """
-        return self._combine(losses, mask, self.reduction)
+        weights = self._weights()
+        value = self._combine(losses, mask, weights, self.reduction)
+        if weights.requires_grad and torch.is_grad_enabled():
+            self._remember(losses, mask)
+        return value
+
+    def _remember(self, losses: Tensor, mask: Tensor | None) -> None:
+        """Sets `last_call`, but for tensors that mean nothing outside of this call."""
+        if not (_is_compiling() or in_transform()):
+            # Module.__setattr__ would take 1 us more.
+            self.__dict__["last_call"] = losses.detach(), None if mask is None else mask.detach()
 
     @abstractmethod
-    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-        """The combined value of every sample, reduced."""
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
+        """The combined value of every sample, reduced. weights: see `_weights`."""
+
+    def _weights(self) -> Tensor:
+        """The flat weights and biases that `phi` stands for."""
+        if self.positive == "clip":
+            return self.phi
+        phi, biases = full_precision(self.phi), self._biases
+        if biases is None:
+            return phi.exp()
+        is_bias = biases.bool()
+        return torch.where(is_bias, phi, phi.masked_fill(is_bias, 0.0).exp())  # the exponential of a bias may overflow
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Multiplies the combined value, but for the main loss that is added to it as it is, by `factor`, above 0."""
+        part = self._factor_of(self.layers())
+        if self.positive == "exp":
+            part += math.log(factor)
+        else:
+            part *= factor
+
+    @abstractmethod
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        """The part of `phi` to which the combined value is proportional."""
 
     def layers(self) -> dict[str, Tensor]:
-        """The parts of `phi` by name, as views: writing to them (in `torch.no_grad()`) writes to `phi`."""
+        """The parts of `phi` by name, as views: writing to them (in `torch.no_grad()`) writes to `phi`. With
+        `positive="exp"` all but biases are logarithms."""
         parts, at = {}, 0
         for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
             parts[name] = self.phi.narrow(0, at, size).view(shape)  # not split(), whose views may not be written to
@@ -104,11 +178,47 @@ class Combiner(nn.Module, ABC):
     @torch.no_grad()
     def project_(self) -> None:
         """Projects `phi` onto the monotone set, by clipping weights to >= 0 (paper, section 3.2); biases are free. Call
-        it after every outer step. Does nothing if not `monotone`."""
-        if self.monotone:
+        it after every outer step. Does nothing if not `monotone`, or with `positive="exp"`."""
+        if self._clips:
             for name, part in self.layers().items():
                 if not name.endswith("bias"):
                     part.clamp_(min=0)
+
+    @property
+    def _clips(self) -> bool:
+        return self.monotone and self.positive == "clip"
+
+    @torch.no_grad()
+    def positive_(self, positive: Positive) -> None:
+        """Converts `phi` so that it holds the weights ("clip") or their logarithms ("exp"). The combined values stay,
+        to rounding, but for weights that are 0 or less: to become logarithms they are set to a thousandth of the mean
+        weight of their part of `phi` (to 0.001 if there is no other weight), which adds a thousandth to the part's
+        sum at most. An optimizer of `phi` should be made anew: its momentum is of the other kind.
+
+        Raises:
+            ValueError: `positive` is neither; or "exp" without `monotone`.
+        """
+        self._check_positive(positive)
+        if positive != self.positive:
+            self.phi.copy_(self._converted(self.phi, positive))
+            self.positive = positive
+            self._write_biases()
+
+    def _check_positive(self, positive: Positive) -> None:
+        if positive not in get_args(Positive):
+            raise ValueError(f"positive must be one of {', '.join(get_args(Positive))}, got {positive!r}")
+        if positive == "exp" and not self.monotone:
+            raise ValueError("positive='exp' needs monotone=True: its weights are never negative")
+
+    def _converted(self, phi: Tensor, positive: Positive) -> Tensor:
+        """A `phi` of weights or their logarithms, as the other."""
+        return self._map(torch.exp if positive == "clip" else _logarithms, full_precision(phi)).to(phi.dtype)
+
+    def _map(self, function: Callable[[Tensor], Tensor], phi: Tensor) -> Tensor:
+        """`function` of every part of `phi` but biases."""
+        parts = zip(self._shapes, phi.split(self._sizes), strict=True)
+        mapped = [part if name.endswith("bias") else function(part) for name, part in parts]
+        return torch.cat(mapped) if len(mapped) > 1 else mapped[0]
 
     def loss_weights(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The adaptive weights, of the shape of `losses`: the derivative of each sample's combined value in its losses.
@@ -120,11 +230,21 @@ class Combiner(nn.Module, ABC):
             raise not_a_tensor(losses)
         with torch.enable_grad():
             losses = losses.detach().requires_grad_()
-            (weights,) = torch.autograd.grad(self._combine(losses, mask, "sum"), losses)
+            (weights,) = torch.autograd.grad(self._combine(losses, mask, self._weights(), "sum"), losses)
         return weights
 
+    def mean_weights(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The adaptive weight of each loss, (num_losses,): the mean of `loss_weights` over the samples that have it. Of
+        images, their pixels' sum for an image. 0 for a loss that no sample has."""
+        weights = self.loss_weights(losses, mask)
+        present = torch.ones_like(weights) if mask is None else mask.to(weights)
+        samples = losses[:, 0].numel()
+        sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (weights, present))
+        return sums * (samples / len(losses)) / counts.clamp(min=1)
+
     def extra_repr(self) -> str:
-        return f"num_losses={self.num_losses}, main={self.main}, monotone={self.monotone}, reduction={self.reduction!r}"
+        text = f"num_losses={self.num_losses}, main={self.main}, monotone={self.monotone}, reduction={self.reduction!r}"
+        return text if self.positive == "clip" else f"{text}, positive={self.positive!r}"
 
     def _load_from_state_dict(
         self,
@@ -143,11 +263,25 @@ class Combiner(nn.Module, ABC):
             saved: Shapes = local_metadata.get("layers", self._shapes)
             faults = _differences(saved, self._shapes, f"{key}: ")
             faults = faults or _faults(key, state_dict[key], self.phi.shape, _listed(self._shapes))
+        faults = faults or self._convert_saved(key, state_dict, local_metadata)
         error_msgs += faults
         if not faults:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+        self._write_biases()  # they are lost on the device "meta", and no state_dict holds them
+
+    def _convert_saved(self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any]) -> list[str]:
+        """Converts a saved `phi` to what it holds here, and returns what is wrong with it. Metadata without an entry
+        `positive` are of an earlier version, which had "clip" alone; no metadata at all do not tell."""
+        saved = local_metadata.get("positive", "clip" if local_metadata else self.positive)
+        if key not in state_dict or saved == self.positive:
+            return []
+        phi = state_dict[key].detach()
+        if saved == "clip" and not phi.is_meta and (self._map(torch.relu, phi) != phi).any():
+            return [f"{key} holds negative weights, without logarithms: project_() before saving, or positive='clip'"]
+        state_dict[key] = self._converted(phi, self.positive)
+        return []
 
     def _join_layers(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> list[str]:
         """Puts `phi` into a state_dict that holds layers by name, in their place, and returns what is wrong with them.
@@ -166,21 +300,35 @@ class Combiner(nn.Module, ABC):
 
 
 def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[Combiner]:
-    """The monotone combiners whose `phi` is among `parameters`, and in none of the modules `projected`. There are none
-    if something in `projected` is no module, since that does not tell what it projects."""
+    """The combiners that `project_` has to keep monotone whose `phi` is among `parameters`, and in none of the modules
+    `projected`. There are none if something in `projected` is no module, since that does not tell what it projects."""
     modules = [*projected]
     if not all(isinstance(module, nn.Module) for module in modules):
         return []
     done = {id(parameter) for module in modules for parameter in module.parameters()}
-    learned = {id(parameter) for parameter in parameters} - done
-    with _MONOTONE_LOCK:
-        combiners = [*_MONOTONE]
-    return [combiner for combiner in combiners if any(id(phi) in learned for phi in combiner.parameters())]
+    return [c for c in combiners_of(p for p in parameters if id(p) not in done) if c._clips]
+
+
+def combiners_of(parameters: Iterable[Tensor]) -> list[Combiner]:
+    """The combiners whose `phi` is among `parameters`."""
+    wanted = {id(parameter) for parameter in parameters}
+    with _ALL_LOCK:
+        combiners = [*_ALL]
+    return [combiner for combiner in combiners if any(id(phi) in wanted for phi in combiner.parameters())]
 
 
 def _note_layers(module: Combiner, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Leaves the shapes of the layers in the state_dict's metadata: equal numbers of values can be other networks."""
+    """Leaves in the state_dict's metadata what `phi` means: equal numbers of values can be other networks, and be
+    weights or their logarithms."""
     local_metadata["layers"] = dict(module._shapes)
+    local_metadata["positive"] = module.positive
+
+
+def _logarithms(weights: Tensor) -> Tensor:
+    """See `Combiner.positive_`."""
+    smallest = SMALLEST_SHARE * weights.clamp(min=0).mean()
+    smallest = torch.where(smallest > 0, smallest, SMALLEST_SHARE)
+    return torch.where(weights > 0, weights, smallest).log()
 
 
 def _differences(saved: Shapes, own: Shapes, where: str) -> list[str]:

@@ -6,7 +6,7 @@ faster at the batch sizes of training. `layers()` gives the parts by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement, pairwise
 from math import comb, isfinite
 from numbers import Real
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auxfast.nn.combiner_base import Combiner
+from auxfast.nn.combiner_base import Combiner, Positive
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.combiner import combiner
 from auxfast.ops.inputs import full_precision, present_losses, reduce_values, without_autocast
@@ -28,8 +28,8 @@ class LinearCombiner(Combiner):
     """g(l) = sum_j phi_j l_j.
 
     Args:
-        num_losses, main, monotone, reduction: see `Combiner`. Without `main` the main loss has a learned weight like
-            all others; note that scaling all weights then only scales the learning rate.
+        num_losses, main, monotone, reduction, positive: see `Combiner`. Without `main` the main loss has a learned
+            weight like all others; note that scaling all weights then only scales the learning rate.
         init_value: every weight at the start.
     """
 
@@ -41,25 +41,29 @@ class LinearCombiner(Combiner):
         init_value: float = 1.0,
         monotone: bool = True,
         reduction: Reduction = "mean",
+        positive: Positive = "clip",
     ) -> None:
-        _check_init_value(init_value)
-        super().__init__(num_losses, main, monotone, reduction, {"weight": (num_losses,)})
+        _check_init_value(init_value, positive)
+        super().__init__(num_losses, main, monotone, reduction, positive, {"weight": (num_losses,)})
         self.init_value = init_value
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def _reset_weights(self) -> None:
         nn.init.constant_(self.phi, self.init_value)
 
-    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
-        return reduce_values(_linear(losses, self.phi, self.main, losses), reduction)
+        return reduce_values(_linear(losses, weights, self.main, losses), reduction)
+
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["weight"]
 
 
 class PolynomialCombiner(Combiner):
     """Linear in all monomials of the losses up to a degree (paper, section C.5).
 
     Args:
-        num_losses, main, monotone, reduction: see `Combiner`.
+        num_losses, main, monotone, reduction, positive: see `Combiner`.
         degree: the highest degree, at least 1. There are binomial(num_losses + degree, degree) - 1 monomials, which may
             be a million at most.
         init_value: weights of the losses themselves at the start; products start at 0.
@@ -76,10 +80,11 @@ class PolynomialCombiner(Combiner):
         init_value: float = 1.0,
         monotone: bool = True,
         reduction: Reduction = "mean",
+        positive: Positive = "clip",
     ) -> None:
         check_count("num_losses", num_losses)
         check_count("degree", degree)
-        _check_init_value(init_value)
+        _check_init_value(init_value, positive)
         count = comb(num_losses + degree, degree) - 1
         if count > MOST_MONOMIALS:
             raise ValueError(
@@ -87,12 +92,12 @@ class PolynomialCombiner(Combiner):
             )
         by_degree = [list(combinations_with_replacement(range(num_losses), d)) for d in range(1, degree + 1)]
         all_monomials = [monomial for monomials in by_degree for monomial in monomials]
-        super().__init__(num_losses, main, monotone, reduction, {"weight": (count,)})
+        super().__init__(num_losses, main, monotone, reduction, positive, {"weight": (count,)})
         self.degree, self.monomials, self.init_value = degree, all_monomials, init_value
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _reset_weights(self) -> None:
         self.phi.zero_()
         self.phi[: self.num_losses] = self.init_value
         self._write_places()
@@ -112,13 +117,18 @@ class PolynomialCombiner(Combiner):
         super()._load_from_state_dict(*args)
         self._write_places()  # they are lost on the device "meta", and no state_dict holds them
 
-    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
         powers = [losses]
-        for d in range(1, self.degree):
-            lower, factor = self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")
+        for lower, factor in self._places():
             powers.append(powers[-1][:, lower] * losses[:, factor])
-        return reduce_values(_linear(torch.cat(powers, dim=1), self.phi, self.main, losses), reduction)
+        return reduce_values(_linear(torch.cat(powers, dim=1), weights, self.main, losses), reduction)
+
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["weight"]
+
+    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")) for d in range(1, self.degree))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
@@ -130,7 +140,7 @@ class NonlinearCombiner(NetworkCombiner):
     Runs on fused kernels for up to 8 hidden layers of up to 64 units (`auxfast.ops.combiner`).
 
     Args:
-        num_losses, main, monotone, reduction: see `Combiner`.
+        num_losses, main, monotone, reduction, positive: see `Combiner`.
         hidden: width of each hidden layer, at least one.
         bias: whether hidden layers have biases; they start at 0.
         weight_norm: train each row of the weights as direction and length (see `NetworkCombiner`).
@@ -140,6 +150,7 @@ class NonlinearCombiner(NetworkCombiner):
 
     op = staticmethod(combiner)
     network: CombinerNetwork
+    _summed: CombinerNetwork
     activation: Activation = "softplus"
 
     def __init__(
@@ -152,9 +163,10 @@ class NonlinearCombiner(NetworkCombiner):
         bias: bool = True,
         weight_norm: bool = False,
         reduction: Reduction = "mean",
+        positive: Positive = "clip",
     ) -> None:
         network = CombinerNetwork(num_losses, layer_sizes("hidden", hidden), self.activation, bias, main, reduction)
-        super().__init__(network, monotone, weight_norm)
+        super().__init__(network, monotone, weight_norm, positive)
         self.reset_parameters()
 
     def _draw(self, weight: Tensor) -> None:
@@ -180,15 +192,25 @@ class DeepLinearCombiner(NonlinearCombiner):
         monotone: bool = True,
         weight_norm: bool = False,
         reduction: Reduction = "mean",
+        positive: Positive = "clip",
     ) -> None:
         super().__init__(
-            num_losses, hidden, main, monotone=monotone, bias=False, weight_norm=weight_norm, reduction=reduction
+            num_losses,
+            hidden,
+            main,
+            monotone=monotone,
+            bias=False,
+            weight_norm=weight_norm,
+            reduction=reduction,
+            positive=positive,
         )
 
 
-def _check_init_value(value: Any) -> None:
+def _check_init_value(value: Any, positive: Positive) -> None:
     if not (isinstance(value, Real) and isfinite(value)):
         raise ValueError(f"init_value must be a finite number, got {value!r}")
+    if value < 0 and positive == "exp":
+        raise ValueError(f"init_value must be at least 0 with positive='exp', got {value!r}")
 
 
 def _linear(features: Tensor, weight: Tensor, main: int | None, losses: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from math import inf
 
 from torch import Tensor
 
+from auxfast.nn.combiner_base import Positive
 from auxfast.nn.network_combiner import NetworkCombiner
 from auxfast.ops.loss_image import loss_image
 from auxfast.ops.network import Activation, LossImageNetwork, MainReduction, Reduction, layer_sizes
@@ -22,7 +23,7 @@ class ConvCombiner(NetworkCombiner):
     Runs on fused kernels for up to 4 convolutions of up to 64 channels (`auxfast.ops.loss_image`).
 
     Args:
-        num_losses, main, monotone, reduction: see `Combiner`.
+        num_losses, main, monotone, reduction, positive: see `Combiner`.
         channels: outputs of each convolution, at least one. The paper's code has (8, 16) and (8, 16, 32).
         activation: "softplus", or "identity" for a deep linear network.
         main_reduction: how the main loss's pixels are reduced: "mean", "sum", or "valid_mean", the mean over those
@@ -50,6 +51,7 @@ class ConvCombiner(NetworkCombiner):
         init_range: tuple[float, float] = (0.0, 0.1),
         weight_norm: bool = False,
         reduction: Reduction = "mean",
+        positive: Positive = "clip",
     ) -> None:
         low, high = init_range
         if not -inf < low <= high < inf or (monotone and low < 0):
@@ -57,7 +59,7 @@ class ConvCombiner(NetworkCombiner):
             raise ValueError(f"init_range must be finite (low, high) with {lowest} <= high, got {init_range}")
         sizes = layer_sizes("channels", channels)
         network = LossImageNetwork(num_losses, sizes, activation, main, main_reduction, reduction)
-        super().__init__(network, monotone, weight_norm)
+        super().__init__(network, monotone, weight_norm, positive)
         self.init_range = (low, high)
         self.reset_parameters()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auxfast._callers import stacklevel
 from auxfast.autograd.torch_calls import own_parameter
-from auxfast.nn.combiner_base import Combiner, Shapes
+from auxfast.nn.combiner_base import Combiner, Positive, Shapes
 from auxfast.ops.inputs import full_precision
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork, Network, Reduction
 
@@ -24,19 +24,25 @@ class NetworkCombiner(Combiner):
 
     Args:
         network: the architecture.
-        monotone: see `Combiner`.
+        monotone, positive: see `Combiner`.
         weight_norm: train each row of the weights (what leads to one unit or channel) as direction `weight_v` and
             length `weight_g` (Salimans & Kingma 2016), as the paper's code does. A row whose direction is zero counts
-            as zero, with finite gradients.
+            as zero, with finite gradients. With `positive="exp"` both are logarithms.
 
     Warns of a network that is too large for the kernels.
     """
 
     op: Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]  # (losses, phi, network, mask)
 
-    def __init__(self, network: CombinerNetwork | LossImageNetwork, monotone: bool, weight_norm: bool) -> None:
+    def __init__(
+        self,
+        network: CombinerNetwork | LossImageNetwork,
+        monotone: bool,
+        weight_norm: bool,
+        positive: Positive,
+    ) -> None:
         shapes = _raw_shapes(network) if weight_norm else network.shapes
-        super().__init__(network.num_losses, network.main, monotone, network.reduction, shapes)
+        super().__init__(network.num_losses, network.main, monotone, network.reduction, positive, shapes)
         self.network, self.weight_norm = network, weight_norm
         self._summed = replace(network, reduction="sum")
         if not network.fits_kernels:
@@ -47,7 +53,7 @@ class NetworkCombiner(Combiner):
             )
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _reset_weights(self) -> None:
         """Draws the weights anew; biases are 0."""
         layers = self.layers()
         for name, part in layers.items():
@@ -64,20 +70,33 @@ class NetworkCombiner(Combiner):
 
     # This is Combiner.forward without the ways over _combine and Module.__getattr__, which take 1.5 us each.
     def forward(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        phi = self.network_phi() if self.weight_norm else own_parameter(self, "phi")
-        return self.op(losses, self.phi if phi is None else phi, self.network, mask)  # None if phi is parametrized
+        phi = None if self.weight_norm or self.positive == "exp" else own_parameter(self, "phi")
+        if phi is None:  # also if phi is parametrized
+            phi = self.network_phi()
+        value = self.op(losses, phi, self.network, mask)
+        if phi.requires_grad and torch.is_grad_enabled():
+            self._remember(losses, mask)
+        return value
 
-    def _combine(self, losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         network = self.network if reduction == self.reduction else self._summed
-        return self.op(losses, self.network_phi(), network, mask)
+        return self.op(losses, weights, network, mask)
+
+    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
+        return layers["out.weight_g" if self.weight_norm else "out.weight"]
+
+    def _weights(self) -> Tensor:
+        return self.network_phi()
 
     def network_phi(self) -> Tensor:
-        """The flat weights and biases that the network runs on; `network.split` names them. This is `phi` itself or,
-        with weight normalisation, `weight_g * weight_v / |weight_v|` row by row."""
+        """The flat weights and biases that the network runs on; `network.split` names them. This is `phi` itself, or
+        the weights of which it holds the logarithms; with weight normalisation `weight_g * weight_v / |weight_v|` row
+        by row."""
+        phi = super()._weights()
         if not self.weight_norm:
-            return self.phi
+            return phi
         parts = []
-        phi = full_precision(self.phi)  # squares leave the range of float16
+        phi = full_precision(phi)  # squares leave the range of float16
         for (name, shape), part in zip(self._shapes.items(), phi.split(self._sizes), strict=True):
             if name.endswith("bias"):
                 parts.append(part)
@@ -95,7 +114,7 @@ class NetworkCombiner(Combiner):
         """See `Combiner.project_`. A row that clipping leaves without any direction gets all of them at length 0, so
         that it can grow again."""
         super().project_()
-        if self.monotone and self.weight_norm:
+        if self._clips and self.weight_norm:
             layers = self.layers()
             for name, length in layers.items():
                 if name.endswith("weight_g"):

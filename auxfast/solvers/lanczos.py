@@ -40,39 +40,39 @@ class Lanczos:
         self.basis = start.new_zeros(rows, steps + 1, size)
         self.images = self.basis if precondition is None else torch.zeros_like(self.basis)
         self.coefficients = torch.zeros(3, steps + 1, rows, dtype=torch.float64, device=start.device)
+        self._diagonal, self._beside, self._above = self.coefficients
         self.taken = 0
-        self._append(start, negligible=self.coefficients[0, 0])  # which is still 0: no row is negligible
+        norms, image = self._norms_and_images(start)
+        self._append(start, image, norms, norms > 0)
 
     def step(self) -> None:
         """Multiplies the last vectors and appends the next ones."""
         j = self.taken
+        basis, images = self.basis[:, : j + 1], self.images[:, : j + 1]
         vector = self._system.product(self.images[:, j].contiguous())
-        negligible = self._rounding * self._norm_and_image(vector)[0]
-        diagonal, _, above = self.coefficients
+        negligible = self._rounding * self._norms_and_images(vector)[0]
         for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
-            overlap = self.images[:, : j + 1] @ vector[..., None]  # (k, j + 1, 1)
-            vector = vector - (self.basis[:, : j + 1].mT @ overlap)[..., 0]
-            diagonal[j] += overlap[:, j, 0]
+            overlap = images @ vector[..., None]  # (k, j + 1, 1)
+            vector = vector - (basis.mT @ overlap)[..., 0]
+            self._diagonal[j] += overlap[:, j, 0]
             if j == 1:
-                above[1] += overlap[:, 0, 0]
+                self._above[1] += overlap[:, 0, 0]
+        norms, image = self._norms_and_images(vector)
+        self._diagonal[j] += norms - norms  # NaN where that is not finite
         self.taken += 1
-        self._append(vector, negligible)
+        self._append(vector, image, norms, norms > negligible)
 
     def is_exhausted(self) -> bool:
         """Whether no row has a vector left to multiply; waits for the device."""
-        return not bool(self.coefficients[1, self.taken].any())
+        return not bool(self._beside[self.taken].any())
 
-    def _norm_and_image(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+    def _norms_and_images(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
         image = vector if self._precondition is None else self._precondition(vector)
         return row_dots(vector, image).clamp(min=0).sqrt(), image
 
-    def _append(self, vector: Tensor, negligible: Tensor) -> None:
-        j = self.taken
-        norm, image = self._norm_and_image(vector)
-        kept = (norm > negligible) & norm.isfinite()
-        self.coefficients[1, j] = torch.where(kept, norm, 0)
-        if j:
-            self.coefficients[0, j - 1] += torch.where(norm.isfinite(), 0, torch.nan)
+    def _append(self, vector: Tensor, image: Tensor, norms: Tensor, kept: Tensor) -> None:
+        kept = kept & norms.isfinite()
+        self._beside[self.taken] = torch.where(kept, norms, 0)
         for store, row in ((self.basis, vector), (self.images, image))[: 1 if self.images is self.basis else 2]:
-            store[:, j] = torch.where(kept[:, None], row / norm[:, None], 0)
+            store[:, self.taken] = torch.where(kept[:, None], row / norms[:, None], 0)

@@ -8,6 +8,7 @@ from auxfast.train.recording import RunPlan, record_run
 from auxfast.train.run import Run, RunResult, find_runs, read_config, read_run
 from auxfast.train.serialization import override
 from auxfast.train.task import Batch, Task
+from auxfast.train.task_check import check_task
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import make_training_loss
 
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "Trainer",
+    "check_task",
     "find_runs",
     "make_training_loss",
     "override",

@@ -6,15 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import date, time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from auxfast.solvers import Solver
+from auxfast.nn.combiner_base import Positive
+from auxfast.solvers import Identity, Solver
 from auxfast.solvers.base import check_solver
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
+
+# The defaults of the outer loop are those of HyperOptimizer.recommended. They were chosen on half of the tasks of
+# benchmarks/learning, on other seeds than those that it reports.
+_INNER_OPTIMIZER = Component("Adam", {"lr": 3e-3})
+_OUTER_OPTIMIZER = Component("Adam", {"lr": 0.1, "betas": [0.9, 0.99]})
+_SOLVER = Identity()
 
 _MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
@@ -30,6 +37,9 @@ class TrainConfig:
         weight_decay: a part of the inner loss (half of it times the squared norm of the inner parameters), which the
             hypergradient knows: in the optimizer it would not.
         max_inner_grad_norm, max_outer_grad_norm: norm to which larger gradients, larger hypergradients are scaled down.
+        max_weight_change, keep_total: see `HyperOptimizer`.
+        cooldown: share of the outer steps, at the end of the run, in which phi stays as it is. Training then takes the
+            auxiliary set too, if the task can give it back (`Task.release_auxiliary`).
         patience: number of outer steps without a better validation score after which training stops, and returns to
             the best.
         amp: whether losses are computed in bfloat16 where that is safe (`torch.autocast`).
@@ -44,15 +54,18 @@ class TrainConfig:
             where that means nothing; an unknown name or option.
     """
 
-    outer_steps: int
-    inner_steps: int
-    inner_optimizer: Component
-    outer_optimizer: Component
-    solver: Solver
+    outer_steps: int = 60
+    inner_steps: int = 10
+    inner_optimizer: Component = _INNER_OPTIMIZER
+    outer_optimizer: Component = _OUTER_OPTIMIZER
+    solver: Solver = _SOLVER
     inner_scheduler: Component | None = None
     weight_decay: float = 0.0
     max_inner_grad_norm: float | None = None
     max_outer_grad_norm: float | None = 1.0
+    max_weight_change: float | None = 0.15
+    keep_total: bool = True
+    cooldown: float = 0.25
     patience: int | None = None
     amp: bool = False
     device: str = "cpu"
@@ -68,7 +81,10 @@ class TrainConfig:
         if self.patience is not None:
             _check_count("train.patience", self.patience)
         _check_number("train.weight_decay", self.weight_decay)
-        for name in ("max_inner_grad_norm", "max_outer_grad_norm"):
+        _check_number("train.cooldown", self.cooldown)
+        if self.cooldown >= 1:
+            raise ValueError(f"train.cooldown: got {self.cooldown}, must be a share below 1")
+        for name in ("max_inner_grad_norm", "max_outer_grad_norm", "max_weight_change"):
             if getattr(self, name) is not None:
                 _check_number(f"train.{name}", getattr(self, name), above=True)
         try:
@@ -100,6 +116,8 @@ class CombinerConfig:
         channels: channels of the convolutional combiner's layers.
         degree: highest degree of the polynomial combiner's terms.
         weight_norm: whether the networks train each row of weights as direction and length.
+        positive: what keeps the weights of monotone combiners from being negative: "clip" at 0, as in the paper, or
+            "exp", logarithms that are learned (see `auxfast.nn.Combiner`).
     """
 
     initial_weight: float = 1.0
@@ -108,10 +126,14 @@ class CombinerConfig:
     channels: tuple[int, ...] = (8, 16)
     degree: int = 2
     weight_norm: bool = False
+    positive: Positive = "exp"
 
     def __post_init__(self) -> None:
         _check_number("combiner.initial_weight", self.initial_weight)
         _check_count("combiner.degree", self.degree)
+        if self.positive not in get_args(Positive):
+            allowed = " or ".join(map(repr, get_args(Positive)))
+            raise ValueError(f"combiner.positive: got {self.positive!r}, must be {allowed}")
         for name in ("hidden", "channels"):
             widths = getattr(self, name)
             if not widths:
@@ -129,7 +151,7 @@ class RunConfig:
         task: options of the experiment's own, a frozen dataclass; None if it has none.
     """
 
-    train: TrainConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
     combiner: CombinerConfig = field(default_factory=CombinerConfig)
     weighting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: Any = None

@@ -10,9 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
+
+_PACKAGE, _OTHERS = Path(__file__).parents[1], Path(torch.__file__).parents[1]  # folders of auxfast and of libraries
 
 
 class RunError(Exception):
@@ -105,6 +108,14 @@ def one_line(reason: object) -> str:
     if isinstance(reason, KeyError) and len(reason.args) == 1:  # its own text is the key alone
         return f"there is no {reason}"
     return " ".join(str(reason).split()) or type(reason).__name__
+
+
+def described(error: Exception) -> str:
+    """An error of a user's code in a line: its kind, its text, and the last line of code that is no library's."""
+    frames = [(Path(frame.filename), frame.lineno) for frame in extract_tb(error.__traceback__)]
+    own = [(path, line) for path, line in frames if path.is_file() and not {_PACKAGE, _OTHERS} & {*path.parents}]
+    place = f" ({own[-1][0].name}, line {own[-1][1]})" if own else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 def save_checkpoint(path: Path, state: Any) -> None:

@@ -20,6 +20,7 @@ COMBINER_LABELS = {
     "polynomial": "Polynomial",
     "conv": "Convolutional",
 }
+OWN = "own"  # the training loss that the task brings: see `Task`
 _PHI_LABELS = {"frozen": "frozen", "fixed": "fixed at the learned"}
 
 
@@ -28,9 +29,9 @@ class Method:
     """A way to combine the losses.
 
     Args:
-        family: a key of WEIGHTING_LABELS or COMBINER_LABELS.
+        family: a key of WEIGHTING_LABELS or COMBINER_LABELS, or OWN.
         monotone: whether a combiner is kept among the monotone ones.
-        phi: treatment of a combiner's parameters: "learned"; "frozen" at their start, which is the control; or "fixed"
+        phi: treatment of the outer parameters: "learned"; "frozen" at their start, which is the control; or "fixed"
             at those which the learned method ended with from the first seed (paper, C.6).
     """
 
@@ -51,12 +52,13 @@ class Method:
         if not self.is_combiner:
             return WEIGHTING_LABELS[self.family]
         free = "" if self.monotone else ", not monotone"
-        return f"{COMBINER_LABELS[self.family]}{free}, {_PHI_LABELS.get(self.phi, self.phi)}"
+        return f"{COMBINER_LABELS.get(self.family, 'Own')}{free}, {_PHI_LABELS.get(self.phi, self.phi)}"
 
     @property
     def is_combiner(self) -> bool:
-        """Combiners keep the auxiliary set from training; weightings need none, and train on its labels too."""
-        return self.family in COMBINER_LABELS
+        """Whether it has outer parameters, as the task's own training loss does: these keep the auxiliary set from
+        training; weightings need none, and train on its labels too."""
+        return self.family not in WEIGHTING_LABELS
 
     @property
     def learned(self) -> bool:
@@ -76,9 +78,11 @@ def parse_method(name: str) -> Method:
             family, phi = family.removesuffix(f"-{ending}"), ending
     if family.endswith("-free"):
         family, monotone = family.removesuffix("-free"), False
-    if family in COMBINER_LABELS or (family in WEIGHTING_LABELS and family == name):
+    plain = family == name and family in WEIGHTING_LABELS
+    if plain or family in COMBINER_LABELS or (family == OWN and monotone):
         return Method(family, monotone, phi)
     raise ValueError(
         f"method: got {name!r}, must be one of {', '.join(WEIGHTING_LABELS)}; or one of {', '.join(COMBINER_LABELS)}, "
-        "which may end in -free (not monotone) and then in -frozen (the control) or -fixed (at the learned parameters)"
+        f"{OWN} (the task's own training loss), which may end in -free (not monotone; not for {OWN}) and then in "
+        "-frozen (the control) or -fixed (at the learned parameters)"
     )

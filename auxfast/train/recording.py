@@ -20,10 +20,10 @@ from auxfast.train.environment import environment
 from auxfast.train.files import (
     RunError,
     WriteError,
+    described,
     finite,
     fitting,
     load_checkpoint,
-    one_line,
     read_json,
     save_checkpoint,
     write_bytes,
@@ -48,6 +48,7 @@ from auxfast.train.run import (
 from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
+from auxfast.train.task_check import as_number, check_members
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, make_training_loss
@@ -63,6 +64,7 @@ class RunPlan:
         out: the folder of all runs.
         experiment, setting: names, for the record.
         make_task: draws the task of this seed and this method.
+        origin: where the experiment can be imported from, for the record; empty if it is one of auxfast, or nowhere.
     """
 
     out: Path
@@ -72,6 +74,7 @@ class RunPlan:
     seed: int
     config: RunConfig
     make_task: Callable[[], Task]
+    origin: str = ""
 
     @property
     def title(self) -> str:
@@ -99,6 +102,27 @@ class RunPlan:
             "seed": self.seed,
             "config": config,
         }
+
+
+def draw_task(plan: RunPlan) -> Task:
+    """The task of a run before its first step, on its device. The global random state is left as it was.
+
+    Raises:
+        RunError: there is no such device.
+        ImportError: it needs a package that is not installed.
+        TypeError, ValueError: it cannot be drawn, lacks a member, or has one that is not what it must be.
+    """
+    _check_device(plan.config.train.device)
+    with reproducible(plan.seed, plan.config.train):
+        try:
+            task = plan.make_task()
+        except (RunError, ImportError):
+            raise
+        except Exception as error:  # it is the user's code
+            raise ValueError(f"make_task: raised {described(error)}") from error
+        check_members(task)
+        _move(task, plan.config.train.device)
+        return task
 
 
 def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
@@ -152,6 +176,7 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
     with reproducible(plan.seed, plan.config.train):
         try:
             trainer = _make_trainer(plan)
+            description |= {"losses": list(trainer.task.loss_names), **({"origin": plan.origin} if plan.origin else {})}
             if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
             if not (path / CHECKPOINT).exists():  # it begins, or begins again
@@ -165,11 +190,12 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
         except RunError:
             raise
         except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it
-            raise RunError(f"{name} cannot be trained: {type(error).__name__}: {one_line(error)}") from error
+            raise RunError(f"{name} cannot be trained: {described(error)}") from error
 
 
 def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> tuple[Task, Combiner | None]:
-    """Task and combiner as a run's last checkpoint has them, on the CPU; in the end these are the best ones.
+    """Task and combiner as a run's last checkpoint has them, on the CPU; in the end these are the best ones. Outer
+    parameters of the task's own are in its `training_loss`.
 
     Raises:
         RunError: there is no checkpoint, or it is corrupt.
@@ -181,7 +207,8 @@ def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> t
     with fitting(checkpoint):
         task.model.load_state_dict(state["trainer"]["model"])
         loss.load_state_dict(state["trainer"]["training_loss"])
-    return task, loss.combiner if isinstance(loss, CombinedLoss) else None
+    combiner = loss.combiner if isinstance(loss, CombinedLoss) else None
+    return task, combiner if isinstance(combiner, Combiner) else None
 
 
 @contextmanager
@@ -207,7 +234,7 @@ def _make_trainer(plan: RunPlan) -> Trainer:
     _check_device(device)
     task, loss = _start(plan.make_task, plan.method, plan.seed, plan.config)
     _move(task, device)
-    return Trainer(task, loss.to(device), plan.config.train, plan.seed, learn=plan.method.learned)
+    return Trainer(task, loss.to(device), plan.config.train, plan.seed)
 
 
 def _start(make_task: Callable[[], Task], method: Method, seed: int, config: RunConfig) -> tuple[Task, TrainingLoss]:
@@ -275,13 +302,14 @@ def _has_begun(path: Path) -> bool:
 
 
 def _occupied(path: Path) -> RunError:
-    return RunError(f"{path} holds a run already: --resume goes on with it; or choose another --out")
+    return RunError(f"{path} holds a run already: --resume (resume=True) goes on with it; or choose another --out")
 
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:
-    """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi came from."""
+    """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi or the code came from."""
     table = read_description(path)
-    table.pop("phi from", None)
+    for name in ("phi from", "losses", "origin"):
+        table.pop(name, None)
     before, now = flattened(table), flattened(description)
     missing = "missing"
     differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]
@@ -338,8 +366,8 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         records = trainer.run(record_step)
     save()
     result = RunResult(
-        score=float(trainer.task.score()),
-        validation_score=float(trainer.task.validation_score()),
+        score=as_number(trainer.task.score()),
+        validation_score=as_number(trainer.task.validation_score()),
         outer_steps=len(records),
         stopped_early=trainer.stopped_early,
         inner_seconds=sum(record.inner_seconds for record in records),

@@ -20,6 +20,7 @@ from auxfast.train.trainer import OuterRecord
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
+_NEWER = {"losses": list, "origin": str}  # older runs do not have them
 
 Entries = TypeVar("Entries")
 
@@ -47,6 +48,9 @@ class Run:
         records: one for each outer step that is on disk.
         result: the result; None while the run is unfinished.
         environment: the machine and the versions that it started with; empty if that file is gone.
+        losses: names of the task's losses.
+        origin: where the experiment can be imported from, such as /home/me/mine.py:EXPERIMENT; empty if it is one of
+            auxfast, or nowhere.
     """
 
     path: Path
@@ -58,6 +62,8 @@ class Run:
     records: tuple[OuterRecord, ...]
     result: RunResult | None
     environment: Mapping[str, Any]
+    losses: tuple[str, ...] = ()
+    origin: str = ""
 
 
 def read_run(path: Path) -> Run:
@@ -79,6 +85,8 @@ def read_run(path: Path) -> Run:
         records=tuple(read_metrics(path / METRICS)) if (path / METRICS).exists() else (),
         result=result,
         environment=_read_environment(path / ENVIRONMENT),
+        losses=tuple(description.get("losses", ())),
+        origin=description.get("origin", ""),
     )
 
 
@@ -108,6 +116,11 @@ def read_description(path: Path) -> dict[str, Any]:
         for key, kind in _DESCRIPTION.items():
             if type(table.get(key)) is not kind:
                 raise ValueError(f"{key}: got {table.get(key)!r}, must be {words(kind)}")
+        for key, kind in _NEWER.items():
+            if key in table and type(table[key]) is not kind:
+                raise ValueError(f"{key}: got {table[key]!r}, must be {'a list' if kind is list else words(kind)}")
+        if any(type(name) is not str for name in table.get("losses", ())):
+            raise ValueError(f"losses: got {table['losses']!r}, must be a list, each entry a string")
         parse_method(table["method"])
     except ValueError as error:
         raise not_of_this_version(path, error) from error
@@ -170,7 +183,7 @@ def read_metrics(path: Path, count: int | None = None) -> list[OuterRecord]:
     records: list[OuterRecord] = []
     for step, line in enumerate(lines[:count]):
         try:
-            record = _entries(OuterRecord, json.loads(line))
+            record = _entries(OuterRecord, json.loads(line), OuterRecord._field_defaults)
             if record.step != step:  # two processes have written it
                 raise ValueError(f"step: got {record.step}, must be {step}")
             for name in ("loss_weights", "phi"):
@@ -202,11 +215,11 @@ def _read_environment(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _entries(kind: Callable[..., Entries], table: Any) -> Entries:
-    """The named tuple that a table from JSON describes."""
+def _entries(kind: Callable[..., Entries], table: Any, defaults: Mapping[str, Any] = {}) -> Entries:
+    """The named tuple that a table from JSON describes. `defaults`: of fields that are newer than the table may be."""
     if not isinstance(table, dict):
         raise ValueError(f"got {table!r}, must be a table")
-    hints = _hints(kind)
+    hints, table = _hints(kind), {**defaults, **table}
     for name in [*hints, *table]:
         if name not in table or name not in hints:
             raise ValueError(f"{name}: {'there is none' if name in hints else 'no such entry'}")

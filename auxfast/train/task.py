@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +27,31 @@ class Task(Protocol):
 
     A task may also have `shared_parameters()`: the model's parameters that the losses share, without those of a single
     loss. GradNorm, GCS and MGDA compare the losses' gradients in them, as their papers do; otherwise in all parameters.
+
+    It may have `release_auxiliary()`: from now on `training_batch` draws from the samples of the auxiliary set too. The
+    trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
+    that the labels which told the weights apart are trained on in the end.
+
+    And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
+    a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs
+    besides losses and mask, such as the samples' indices, are further entries of the batch, then a named tuple of one's
+    own that begins with these two. The method `own` trains with it and learns its parameters, `own-frozen` is the
+    control. If it has a `project_()`, that is called after each outer step.
     """
 
     loss_names: tuple[str, ...]
     main: int  # index of the main loss among the losses
     model: nn.Module
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        """The losses of the model on a batch of training samples."""
+    def training_batch(self, generator: torch.Generator) -> Batch | Any:
+        """The losses of the model on a batch of training samples: a `Batch`, or one's own named tuple (see above)."""
 
     def outer_loss(self) -> Tensor:
         """The main loss of the model on the auxiliary set: a scalar with a graph to the model."""
 
     def validation_score(self) -> float:
-        """How good the model is on the validation part, for early stopping: more is better."""
+        """How good the model is on the validation part: more is better. It is measured at every outer step, for the
+        report and for early stopping: what it takes adds to every run."""
 
     def score(self) -> float:
         """How good the model is on the test part: more is better."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
-from auxfast.nn import Combiner
+from auxfast.implicit.optimizer import Projectable
 from auxfast.solvers import SolveStats
 from auxfast.train.config import TrainConfig
 from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
+from auxfast.train.task_check import as_number, check_batch, check_members, check_scalar
 from auxfast.train.training_loss import CombinedLoss, TrainingLoss, main_loss
 
 _MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
@@ -33,17 +35,19 @@ class OuterRecord(NamedTuple):
     training_loss: float
     main_loss: float | None  # mean over the samples of the training batch that have it; None if none has
     outer_loss: float | None
-    validation_score: float | None  # measured after the inner steps, with early stopping only
+    validation_score: float | None  # measured after the inner steps; None in runs of versions that did not always
     residual: float | None  # relative residual of the linear system behind the hypergradient; None if not certified
     matvecs: int | None  # Hessian-vector products of the outer step
     loss_weights: tuple[float, ...]  # d (training loss) / d (mean of loss j): see TrainingLoss.mean_weights
-    phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or no combiner
+    phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or none
     inner_seconds: float
     outer_seconds: float
+    skipped: bool = False  # whether the outer step changed nothing: see HyperOptimizer.step
+    validation_seconds: float = 0.0  # what the task's validation_score took
 
 
 class Trainer:
-    """Trains `task.model` on a training loss and, with `learn`, the loss's combiner on the outer loss.
+    """Trains `task.model` on a training loss and, where that is a learned one, its outer parameters on the outer loss.
 
         trainer = Trainer(task, make_training_loss(method, config, task), config.train, seed=0)
         records = trainer.run()
@@ -54,19 +58,22 @@ class Trainer:
     Args:
         task, training_loss: on `config.device`, and at their start.
         seed: seed of the batches.
-        learn: whether outer steps move the combiner of `training_loss`, which then has to be a `CombinedLoss`.
+
+    Raises:
+        TypeError, ValueError: the task lacks a member, or has one that is not what it must be.
     """
 
-    def __init__(
-        self, task: Task, training_loss: TrainingLoss, config: TrainConfig, seed: int, *, learn: bool = False
-    ) -> None:
+    def __init__(self, task: Task, training_loss: TrainingLoss, config: TrainConfig, seed: int) -> None:
+        check_members(task)
         self.task, self.training_loss, self.config = task, training_loss, config
         self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-        self.combiner: Combiner | None = training_loss.combiner if isinstance(training_loss, CombinedLoss) else None
-        self.outer = self._hyper_optimizer() if learn else None
+        self.combiner = training_loss.combiner if isinstance(training_loss, CombinedLoss) else None
+        self.outer_parameters = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
+        self.outer = self._hyper_optimizer() if training_loss.learned else None
         self.inner = make_optimizer(config.inner_optimizer, self.parameters)
         self.scheduler = None if config.inner_scheduler is None else make_scheduler(config.inner_scheduler, self.inner)
         self.records: list[OuterRecord] = []
+        self._has_released = False
         self.best: dict[str, Any] | None = None  # {"step", "score", "model", "training_loss"}
         # Outer steps draw their batches apart, so that a frozen control sees the same inner steps.
         self.generator = torch.Generator().manual_seed(seed)
@@ -74,19 +81,25 @@ class Trainer:
         self.outer_generator = torch.Generator().manual_seed(outer_seed)
 
     def _hyper_optimizer(self) -> HyperOptimizer:
-        if self.combiner is None:
-            raise ValueError("learn: a weighting has no combiner to learn")
         return HyperOptimizer(
-            make_optimizer(self.config.outer_optimizer, self.combiner.parameters()),
+            make_optimizer(self.config.outer_optimizer, self.outer_parameters),
             solver=self.config.solver,
             max_grad_norm=self.config.max_outer_grad_norm,
-            project=[self.combiner],
-            warn=False,  # the progress bar and the report show every residual
+            max_weight_change=self.config.max_weight_change,
+            keep_total=self.config.keep_total,
+            project=[self.combiner] if isinstance(self.combiner, Projectable) else [],
+            warn=False,  # the progress bar and the report show every residual, and count skipped steps
         )
 
     @property
     def done(self) -> bool:
         return len(self.records) >= self.config.outer_steps or self.stopped_early
+
+    @property
+    def cools_down(self) -> bool:
+        """Whether the last outer step has been taken, and phi stays until the end."""
+        left = self.config.outer_steps - len(self.records)
+        return left <= int(self.config.cooldown * self.config.outer_steps)
 
     @property
     def stopped_early(self) -> bool:
@@ -163,24 +176,32 @@ class Trainer:
         self.records = list(records)
 
     def _round(self) -> OuterRecord:
-        """Takes `inner_steps` inner steps and an outer one. Returns what was measured."""
+        """Takes `inner_steps` inner steps and, unless the run cools down, an outer one. Returns what was measured."""
+        learns = self.outer is not None and not self.cools_down
+        if self.cools_down and not self._has_released and hasattr(self.task, "release_auxiliary"):
+            self.task.release_auxiliary()
+            self._has_released = True
         start = time.perf_counter()
         batch, training_loss = self._inner_steps()
         inner_seconds = self._seconds_since(start)
         outer_loss, stats, outer_seconds = None, None, 0.0
-        if self.outer is not None:
+        if learns:
             start = time.perf_counter()
             batch, training_loss, outer_loss = self._bilevel_losses()
             outer_seconds = self._seconds_since(start)
         self._check_finite("training", training_loss)
         self._check_finite("outer", outer_loss)
-        validation_score = self._validate() if self.config.patience is not None else None
+        start = time.perf_counter()
+        validation_score = self._validate()
+        validation_seconds = self._seconds_since(start)
         loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
-        if self.outer is not None:
-            assert outer_loss is not None
-            start = time.perf_counter()
+        skipped = False
+        if learns:
+            assert self.outer is not None and outer_loss is not None
+            start, before = time.perf_counter(), self.outer.skipped_steps
             stats = self._outer_step(outer_loss, training_loss)
             outer_seconds += self._seconds_since(start)
+            skipped = self.outer.skipped_steps > before
         return OuterRecord(
             step=len(self.records),
             training_loss=training_loss.item(),
@@ -193,12 +214,15 @@ class Trainer:
             phi=phi,
             inner_seconds=inner_seconds,
             outer_seconds=outer_seconds,
+            skipped=skipped,
+            validation_seconds=validation_seconds,
         )
 
     def _inner_steps(self) -> tuple[Batch, Tensor]:
         """Takes the inner steps. Returns the last one's batch, and its training loss."""
         parameters, decay, max_norm = self.parameters, self.config.weight_decay, self.config.max_inner_grad_norm
-        self.training_loss.requires_grad_(False)  # only the outer step needs gradients in phi
+        for parameter in self.outer_parameters:  # only the outer step needs gradients in phi
+            parameter.requires_grad_(False)
         try:
             for _ in range(self.config.inner_steps):
                 self.inner.zero_grad()
@@ -213,26 +237,16 @@ class Trainer:
                 if self.scheduler is not None:
                     self.scheduler.step()
         finally:
-            self.training_loss.requires_grad_(True)
+            for parameter in self.outer_parameters:
+                parameter.requires_grad_(True)
         return batch, loss.detach()
 
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
         with self._autocast():
             batch = self.task.training_batch(generator)
-        try:
-            losses, mask, shape = batch.losses, batch.mask, tuple(batch.losses.shape)
-        except AttributeError as error:
-            raise TypeError(
-                f"task.training_batch: got {type(batch).__name__}, must return a Batch(losses, mask) of tensors"
-            ) from error
-        num_losses = len(self.task.loss_names)
-        if shape[1:2] != (num_losses,):
-            raise ValueError(
-                f"task.training_batch: got losses of shape {shape}, must be (batch, {num_losses}) or (batch, "
-                f"{num_losses}, height, width), one for each of task.loss_names"
-            )
+        check_batch(batch, len(self.task.loss_names))
         # A combiner needs all digits of its few losses: it runs without autocast.
-        return batch, self.training_loss(losses, mask)
+        return batch, self.training_loss(*batch)
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
         """A batch, its training loss, and the outer loss."""
@@ -244,9 +258,7 @@ class Trainer:
 
     def _outer_loss(self) -> Tensor:
         loss = self.task.outer_loss()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"task.outer_loss: got {given}, must return a scalar tensor with a graph to the model")
+        check_scalar("outer_loss", loss)
         return loss
 
     def _outer_step(self, outer_loss: Tensor, training_loss: Tensor) -> SolveStats:
@@ -257,9 +269,14 @@ class Trainer:
         return self.outer.step(outer_loss, training_loss, self.parameters)
 
     def _validate(self) -> float:
-        """The validation score; keeps a copy of what scored best."""
-        score = float(self.task.validation_score())
-        if not math.isnan(score) and (self.best is None or score > self.best["score"]):
+        """The validation score; with early stopping, keeps a copy of what scored best."""
+        with _untouched(self.task.model):
+            score = as_number(self.task.validation_score())
+        if (
+            self.config.patience is not None
+            and not math.isnan(score)
+            and (self.best is None or score > self.best["score"])
+        ):
             self.best = {
                 "step": len(self.records),
                 "score": score,
@@ -269,9 +286,9 @@ class Trainer:
         return score
 
     def _phi(self) -> tuple[float, ...] | None:
-        if self.combiner is None or self.combiner.phi.numel() > _MAX_RECORDED_PHI:
+        if self.combiner is None or sum(phi.numel() for phi in self.outer_parameters) > _MAX_RECORDED_PHI:
             return None
-        return tuple(self.combiner.phi.tolist())
+        return tuple(entry for phi in self.outer_parameters for entry in phi.flatten().tolist())
 
     def _check_finite(self, name: str, loss: Tensor | None) -> None:
         if loss is not None and not math.isfinite(loss.item()):
@@ -301,6 +318,16 @@ class Trainer:
         if self._cuda:
             torch.cuda.synchronize(self.config.device)
         return time.perf_counter() - start
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Lets a measurement leave modes, buffers and random states as they were: a run is the same with and without it."""
+    modes = [(module, module.training) for module in model.modules()]
+    with preserved_state():
+        yield
+    for module, training in modes:
+        module.training = training
 
 
 def _finite(value: float) -> float | None:

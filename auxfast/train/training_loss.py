@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from auxfast.nn import Combiner, ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
 from auxfast.ops.inputs import full_precision
 from auxfast.train.config import CombinerConfig, RunConfig
-from auxfast.train.methods import Method
+from auxfast.train.methods import OWN, Method
 from auxfast.train.task import Batch, Task
+from auxfast.train.task_check import own_training_loss
 from auxfast.weighting import Equal, SingleTask, make_weighting
 
 _IMAGE = (64, 64)  # pixels in which a convolutional combiner's weight is measured: 256 x 256 would give 5% more
 
 
 class TrainingLoss(nn.Module, ABC):
-    """Maps (losses, mask) to a scalar, a mean over the batch (and pixels). Shapes are those of `Batch`."""
+    """Maps a batch, called as `loss(*batch)`, to a scalar, a mean over its samples (and pixels).
+
+    `learned`: whether outer steps move its parameters.
+    """
+
+    learned = False
 
     @abstractmethod
-    def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor: ...
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor: ...
 
     @abstractmethod
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
@@ -32,14 +38,22 @@ class TrainingLoss(nn.Module, ABC):
 
 
 class CombinedLoss(TrainingLoss):
-    """Training loss by a combiner. Given images of losses, a combiner of samples sees every pixel as a sample."""
+    """Training loss by a combiner. Given images of losses, a combiner of samples sees every pixel as a sample.
 
-    def __init__(self, combiner: Combiner) -> None:
+    Args:
+        combiner: one of `auxfast.nn`, or the task's own training loss (see `Task`).
+    """
+
+    def __init__(self, combiner: nn.Module, *, learned: bool = True) -> None:
         super().__init__()
         self.combiner = combiner
+        self.learned = learned
         self._takes_images = isinstance(combiner, ConvCombiner)
 
-    def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
+        if not isinstance(self.combiner, Combiner):
+            own: Tensor = self.combiner(losses, mask, *further)
+            return own
         if self._takes_images and losses.dim() != 4:
             raise ValueError(
                 "losses must be images, (batch, num_losses, height, width), for the method conv, and this task's are "
@@ -54,7 +68,8 @@ class CombinedLoss(TrainingLoss):
         """See `TrainingLoss`. They are the gradient through the combiner, at the losses of this batch."""
         with torch.enable_grad():
             losses = full_precision(batch.losses.detach()).requires_grad_()
-            (gradient,) = torch.autograd.grad(self(losses, batch.mask), losses)
+            combined = self(losses, *batch[1:])
+            (gradient,) = torch.autograd.grad(combined, losses, allow_unused=True, materialize_grads=True)
         mask = torch.ones_like(losses) if batch.mask is None else batch.mask
         samples = losses[:, 0].numel()
         sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (gradient, mask))
@@ -76,7 +91,7 @@ class WeightedLoss(TrainingLoss):
         self._constant = isinstance(weighting, (SingleTask, Equal))  # calling it anew would take 10% of a small step
         self._last: Tensor | None = None  # (num_losses,), weights of the last batch
 
-    def forward(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         means = mean_losses(losses, mask)
         if self._last is None or not self._constant:
             self._last = self.weighting(means, self._parameters_of_model)
@@ -104,8 +119,11 @@ def main_loss(batch: Batch, main: int) -> Tensor:
 def make_training_loss(method: Method, config: RunConfig, task: Task) -> TrainingLoss:
     """The training loss of `method` at its start. Combiners draw their weights from torch's random state."""
     num_losses = len(task.loss_names)
+    if method.family == OWN:
+        return CombinedLoss(own_training_loss(task), learned=method.learned)
     if method.is_combiner:
-        return CombinedLoss(make_combiner(method, config.combiner, num_losses, task.main))
+        combiner = make_combiner(method, config.combiner, num_losses, task.main)
+        return CombinedLoss(combiner, learned=method.learned)
     shared = task.shared_parameters() if hasattr(task, "shared_parameters") else task.model.parameters()
     parameters = [parameter for parameter in shared if parameter.requires_grad]
     return WeightedLoss(make_method_weighting(method, config, num_losses, task.main), parameters)
@@ -126,6 +144,8 @@ def make_method_weighting(method: Method, config: RunConfig, num_losses: int, ma
 
 def check_method(method: Method, config: RunConfig, num_losses: int) -> None:
     """Raises ValueError, which names the entry, unless the method can combine so many losses. No random state moves."""
+    if method.family == OWN:
+        return
     if not method.is_combiner:
         make_method_weighting(method, config, num_losses)
         return
@@ -142,19 +162,31 @@ def make_combiner(method: Method, config: CombinerConfig, num_losses: int, main:
 
     With `config.skip` all start as the main loss + a function of all losses (paper, section 3.2). The linear and the
     polynomial one give every auxiliary `config.initial_weight` (and the main loss no second weight; without the skip:
-    1); in the networks that is the auxiliaries' mean weight at losses of 1 (in an image of 64 x 64 pixels).
+    1); in the networks that is the auxiliaries' mean weight at losses of 1 (in an image of 64 x 64 pixels). Where
+    weights are learned as logarithms, the main loss has that weight too, so that it can grow if the auxiliaries'
+    shrinks, and weights of 0 are small ones instead (see `Combiner.positive_`).
     """
     skip = main if config.skip else None
-    if method.family in ("linear", "polynomial"):
-        combiner: Combiner
-        if method.family == "linear":
-            combiner = LinearCombiner(num_losses, skip, init_value=config.initial_weight, monotone=method.monotone)
-        else:
-            combiner = PolynomialCombiner(
-                num_losses, config.degree, skip, init_value=config.initial_weight, monotone=method.monotone
-            )
-        combiner.phi[main] = 0.0 if config.skip else 1.0
-        return combiner
+    make = _simple_combiner if method.family in ("linear", "polynomial") else _network_combiner
+    combiner = make(method, config, num_losses, main, skip)
+    if method.monotone:
+        combiner.positive_(config.positive)
+    return combiner
+
+
+def _simple_combiner(method: Method, config: CombinerConfig, num_losses: int, main: int, skip: int | None) -> Combiner:
+    options: dict[str, Any] = {"init_value": config.initial_weight, "monotone": method.monotone}
+    combiner: Combiner
+    if method.family == "linear":
+        combiner = LinearCombiner(num_losses, skip, **options)
+    else:
+        combiner = PolynomialCombiner(num_losses, config.degree, skip, **options)
+    second_weight = 0.0 if config.positive == "clip" else config.initial_weight
+    combiner.phi[main] = second_weight if config.skip else 1.0
+    return combiner
+
+
+def _network_combiner(method: Method, config: CombinerConfig, num_losses: int, main: int, skip: int | None) -> Combiner:
     widths = config.channels if method.family == "conv" else config.hidden
     kinds: dict[str, Any] = {"deep-linear": DeepLinearCombiner, "nonlinear": NonlinearCombiner, "conv": ConvCombiner}
     network: NonlinearCombiner | ConvCombiner = kinds[method.family](

@@ -102,7 +102,7 @@ EXPERIMENT = Experiment(
     score_name="accuracy, %",
     loss_names=LOSS_NAMES,
     config=untuned_config(
-        outer_steps=30, inner_steps=20, inner_optimizer=Component("SGD", {"lr": 0.05, "momentum": 0.9})
+        outer_steps=30, inner_steps=20, inner_optimizer=Component("SGD", {"lr": 0.01, "momentum": 0.9})
     ),
     make_task=make_task,
     methods=METHODS,

@@ -49,7 +49,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the heads, each (batch, its size). images: (batch, 1, 8, 8)."""
-        return self.heads(self.body(images)).split(_OUTPUTS, dim=1)
+        return tuple(self.heads(self.body(images)).split(_OUTPUTS, dim=1))
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""The outer loop of every task of the suite, chosen in one place.
+"""The outer loop of every task of the suite: the defaults of the trainer.
 
 A task has its own inner training, which its user brings: sizes, optimizer and its learning rate, batches, numbers of
-steps. Whatever the outer loop can be given is `OUTER` and `COMBINER`, the same for all tasks, combiners and seeds.
+steps. Everything of the outer loop is what `TrainConfig()` and `CombinerConfig()` have by default.
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from auxfast.experiments.base import Experiment
-from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
-
-OUTER: dict[str, Any] = {
-    "outer_optimizer": Component("Adam", {"lr": 0.02}),
-    "solver": MINRES(steps=10, damping=0.1),
-}
-COMBINER: dict[str, Any] = {}
 
 METHODS = (
     *("stl", "equal", "linear-frozen", "linear"),
@@ -43,9 +36,8 @@ def untuned_config(
         inner_steps=inner_steps,
         inner_optimizer=inner_optimizer,
         weight_decay=weight_decay,
-        **OUTER,
     )
-    combiner = CombinerConfig(initial_weight=weight, **COMBINER)
+    combiner = CombinerConfig(initial_weight=weight)
     return RunConfig(train, combiner, {"equal": {"auxiliary_weight": weight}}, task)
 
 

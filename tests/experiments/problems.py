@@ -19,4 +19,5 @@ def noisy_experiment(**changes) -> Experiment:
         make_task=lambda seed, options, *, hold_out: Noisy(seed, options, hold_out),
         methods=("stl", "linear"),
         settings={"": {}, "more features": {"task.features": 6}},
+        findings=lambda runs: [],
     )

@@ -47,7 +47,24 @@ def test_every_method_is_trained_from_every_seed(train, tmp_path, capsys):
         assert re.search(rf"^{re.escape(label)} .* \+- ", output.out, re.MULTILINE)
     assert re.search(r"outer steps' share of the training time: linear \d+%", output.out)
     assert output.out.endswith(f"auxfast report {tmp_path / 'out' / 'noisy'}\n")
-    assert "100%" in output.err
+
+
+def test_where_nobody_watches_each_run_is_a_line(train, capsys):
+    assert train("--method", "stl,linear", "--seeds", "3") == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\[1/2\] noisy, seed 3, stl: score -?\d\.\d+, \d+\.\d s", first)
+    assert second.startswith("[2/2] noisy, seed 3, linear: score ")
+
+
+def test_in_a_terminal_there_is_a_bar_and_lines_are_of_runs_to_look_at(train, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(command, "notes", lambda records: ["a note"] if records[-1].outer_loss is not None else [])
+    assert train("--method", "stl,linear", "--seeds", "3") == 0
+    error = capsys.readouterr().err
+    assert "100%" in error
+    assert "14/14" in error
+    assert re.search(r"\[2/2\] noisy, seed 3, linear: score .*, a note\n", error)
+    assert "[1/2]" not in error
 
 
 def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
@@ -55,7 +72,7 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
     learned = OuterRecord(
         3, 0.5, 0.4, 0.25, None, 0.125, 7, (1.0, 0.5, 2.0), None, inner_seconds=3.0, outer_seconds=1.0
     )
-    assert command.progress(learned, ("main", "a", "b")) == {
+    assert command.progress([learned], ("main", "a", "b")) == {
         "training": "0.5",
         "outer": "0.25",
         "residual": "0.125",
@@ -63,7 +80,9 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
         "outer time": "25%",
     }
     weighted = learned._replace(outer_loss=None, residual=None)
-    assert list(command.progress(weighted, ("main", "a", "b"))) == ["training", "weights"]
+    assert list(command.progress([weighted], ("main", "a", "b"))) == ["training", "weights"]
+    skipped = learned._replace(skipped=True)
+    assert command.progress([skipped, learned, skipped], ("main", "a", "b"))["note"] == "skipped 2 steps"
 
 
 def test_by_default_all_settings_and_the_experiment_s_methods_are_trained(train, tmp_path, capsys):
@@ -98,7 +117,7 @@ def test_a_second_time_is_refused_before_training_unless_it_resumes(train, tmp_p
         patched.setattr(command, "record_run", lambda *_, **__: pytest.fail("training started"))
         assert train("--method", "equal,stl", "--seeds", "0") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume goes on with it; or .*", message)
+    assert re.fullmatch(r"auxfast: .*noisy/stl/seed-0 holds a run already: --resume \(.*\) goes on .*; or .*", message)
     assert train("--method", "stl", "--seeds", "0", "--resume") == 0
     assert capsys.readouterr().out == first
 
@@ -123,7 +142,7 @@ def test_an_interrupted_comparison_goes_on_with_resume(train, tmp_path, capsys, 
     monkeypatch.setattr(command, "record_run", real)
     assert train("--seeds", "0", "--resume") == 0
     assert [run.result.outer_steps for run in find_runs([tmp_path])] == [7, 7]
-    assert "14/14" in capsys.readouterr().err
+    assert "[2/2] noisy, seed 0, linear" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_comparison_like_ctrl_c(train, tmp_path, capsys, monkeypatch):

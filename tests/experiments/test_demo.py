@@ -52,8 +52,13 @@ def test_the_demo_writes_what_it_measured_and_the_same_scores_again(short_demo, 
         assert len(re.findall(rf"^{re.escape(label)}.* \+- ", output.out, re.MULTILINE)) == 2
     assert "minus stl" in output.out
     assert re.search(r"native \d+\.\d\d ms, reference \d+\.\d\d ms: (\d\.\d\d times|NOT) faster", output.out)
-    assert "residual=" in output.err
-    assert "100%" in output.err
+    assert "[12/12] digits, seed 1, nonlinear: score " in output.err
+    told = "Linear, learned: against STL, Equal and its frozen start not known on diabetes and digits."
+    assert results["story"][0] == told
+    assert output.out.startswith(f"\n{told}\n")
+    assert results["experiments"]["digits"]["story"][1].startswith(
+        "Nonlinear, learned: against STL, Equal and its frozen"
+    )
 
     assert main(["demo", "--seeds", "2", "--out", str(second)]) == 0
     again = json.loads((second / "results.json").read_text())
@@ -97,7 +102,7 @@ def _without_times(experiments):
         for method in experiment["methods"].values():
             del method["inner seconds"], method["outer seconds"]
             for run in method.get("history", []):
-                del run["inner_seconds"], run["outer_seconds"]
+                del run["inner_seconds"], run["outer_seconds"], run["validation_seconds"]
     return experiments
 
 

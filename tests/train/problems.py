@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,28 @@ class NoisyOptions:
     features: int = 4
 
 
+class NoisyBatch(NamedTuple):
+    """A batch that also says which samples it has."""
+
+    losses: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+
+
+class ExampleWeights(nn.Module):
+    """A training loss with outer parameters of a task's own: a weight for each of 60 samples, 1/2 at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(60))
+
+    def forward(self, losses: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return (self.logits[rows].sigmoid()[:, None] * losses * mask).mean()
+
+
 class Noisy:
-    """Regression with everything that a resumed run could forget: drawn batches, dropout, BatchNorm, and a mask."""
+    """Regression with everything that a resumed run could forget: drawn batches, dropout, BatchNorm, and a mask; and a
+    weight for each sample as outer parameters of its own."""
 
     loss_names = ("main", "first", "second")
     main = 0
@@ -61,12 +82,13 @@ class Noisy:
         self.model = nn.Sequential(
             nn.Linear(options.features, 8), nn.BatchNorm1d(8), nn.Dropout(options.dropout), nn.Tanh(), nn.Linear(8, 3)
         )
+        self.training_loss = ExampleWeights()
         self.drawn: list[list[int]] = []
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
+    def training_batch(self, generator: torch.Generator) -> NoisyBatch:
         rows = self.training[torch.randperm(len(self.training), generator=generator)[:16]]
         self.drawn.append(rows.tolist())
-        return Batch((self.model(self.inputs[rows]) - self.targets[rows]).square(), self.mask[rows])
+        return NoisyBatch((self.model(self.inputs[rows]) - self.targets[rows]).square(), self.mask[rows], rows)
 
     def outer_loss(self) -> torch.Tensor:
         return F.mse_loss(self.model(self.inputs[:20])[:, 0], self.targets[:20, 0])
@@ -121,4 +143,4 @@ def noisy_plan(
 
 
 def without_seconds(records):
-    return [record._replace(inner_seconds=0.0, outer_seconds=0.0) for record in records]
+    return [record._replace(inner_seconds=0.0, outer_seconds=0.0, validation_seconds=0.0) for record in records]

@@ -54,7 +54,8 @@ def test_what_is_out_of_range_is_refused_by_name(name, value, allowed):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("hidden", ()), ("channels", (4, 0)), ("degree", 0), ("initial_weight", -1.0)]
+    ("name", "value"),
+    [("hidden", ()), ("channels", (4, 0)), ("degree", 0), ("initial_weight", -1.0), ("positive", "log")],
 )
 def test_combiners_that_cannot_be_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"combiner\.{name}: got .*, must be"):
@@ -324,7 +325,7 @@ sys.modules["cattrs"] = None  # importing it raises
 from auxfast.train import RunConfig, Trainer, make_training_loss, override, parse_method
 from train.problems import OneWeight, train_config
 task, config = OneWeight(), RunConfig(train_config(outer_steps=2))
-Trainer(task, make_training_loss(parse_method("linear"), config, task), config.train, seed=0, learn=True).run()
+Trainer(task, make_training_loss(parse_method("linear"), config, task), config.train, seed=0).run()
 override(config, {"train.outer_steps": 3})
 """
 

@@ -23,17 +23,19 @@ def _training_loss(name: str, **combiner) -> CombinedLoss:
         ("nonlinear-free", Method("nonlinear", monotone=False)),
         ("conv-frozen", Method("conv", phi="frozen")),
         ("polynomial-free-fixed", Method("polynomial", monotone=False, phi="fixed")),
+        ("own", Method("own")),
+        ("own-frozen", Method("own", phi="frozen")),
     ],
 )
 def test_a_method_has_a_name_that_is_parsed_back(name, method):
     assert parse_method(name) == method
     assert method.name == name
     assert method.is_combiner == (name != "stl")
-    assert method.learned == (name in ("linear", "deep-linear", "nonlinear-free"))
+    assert method.learned == (name in ("linear", "deep-linear", "nonlinear-free", "own"))
 
 
 @pytest.mark.parametrize(
-    "name", ["", "line", "stl-frozen", "equal-free", "linear-frozen-free", "linear-fixed-frozen-x"]
+    "name", ["", "line", "stl-frozen", "equal-free", "linear-frozen-free", "linear-fixed-frozen-x", "own-free"]
 )
 def test_other_names_are_refused_with_what_there_is(name):
     with pytest.raises(ValueError, match=rf"method: got {name!r}, must be one of stl, equal.*-free .*-frozen .*-fixed"):
@@ -42,7 +44,12 @@ def test_other_names_are_refused_with_what_there_is(name):
 
 def test_labels_differ():
     endings = ("", "-free", "-frozen", "-free-fixed")
-    names = [*WEIGHTING_LABELS, *(family + ending for family in COMBINER_LABELS for ending in endings)]
+    names = [
+        *WEIGHTING_LABELS,
+        "own",
+        "own-frozen",
+        *(family + ending for family in COMBINER_LABELS for ending in endings),
+    ]
     assert len({parse_method(name).label for name in names}) == len(names)
 
 
@@ -50,7 +57,7 @@ def test_labels_differ():
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("family", COMBINER_LABELS)
 def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip, weight_norm):
-    loss = _training_loss(family, initial_weight=0.3, skip=skip, weight_norm=weight_norm)
+    loss = _training_loss(family, initial_weight=0.3, skip=skip, weight_norm=weight_norm, positive="clip")
     main, *others = loss.mean_weights(Batch(torch.ones(1, 3, 64, 64), None))
     assert sum(others) / 2 == pytest.approx(0.3, rel=1e-4)
     if family in ("linear", "polynomial"):
@@ -60,10 +67,28 @@ def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip,
         assert main > skip
 
 
+@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("family", COMBINER_LABELS)
+def test_logarithms_start_with_the_same_weights(family, weight_norm):
+    ones = Batch(torch.ones(1, 3, 64, 64), None)
+    options = {"initial_weight": 0.3, "weight_norm": weight_norm}
+    plain = _training_loss(family, **options, positive="clip")
+    loss = _training_loss(family, **options, positive="exp")
+    main = 0.3 if family in ("linear", "polynomial") else 0.0  # the main loss's second weight, which is to grow
+    assert loss.combiner.positive == "exp"
+    weights, (plain_main, *others) = loss.mean_weights(ones), plain.mean_weights(ones)
+    assert weights == pytest.approx([plain_main + main, *others], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("family", COMBINER_LABELS)
+def test_combiners_that_are_not_monotone_have_no_logarithms(family):
+    assert _training_loss(f"{family}-free", positive="exp").combiner.positive == "clip"
+
+
 @pytest.mark.parametrize("family", COMBINER_LABELS)
 def test_only_monotone_combiners_are_kept_monotone(family):
     for ending, lowest in (("", 0), ("-free", -1)):
-        combiner = _training_loss(family + ending).combiner
+        combiner = _training_loss(family + ending, positive="clip").combiner
         with torch.no_grad():
             combiner.phi.fill_(-1)
         combiner.project_()
@@ -99,7 +124,7 @@ def test_what_a_mask_hides_plays_no_part(name, shape):
 
 def test_a_combiner_of_samples_takes_pixels_for_samples():
     losses, mask = torch.rand(2, 3, 3, 4), torch.rand(2, 3, 3, 4) > 0.3
-    loss = _training_loss("linear", initial_weight=0.2)
+    loss = _training_loss("linear", initial_weight=0.2, positive="clip")
     present = losses * mask
     expected = present[:, 0].mean() + 0.2 * present[:, 1:].sum(dim=1).mean()
     torch.testing.assert_close(loss(losses, mask), expected)
@@ -111,7 +136,9 @@ def test_single_task_learning_is_a_combiner_without_weight_on_the_auxiliaries(sh
     losses, mask = torch.rand(SHAPES[shape]), (torch.rand(SHAPES[shape]) > 0.4).float()
     stl = make_training_loss(parse_method("stl"), RunConfig(train_config()), Noisy(0, NoisyOptions(), hold_out=True))
     for given in (mask, None):
-        torch.testing.assert_close(stl(losses, given), _training_loss("linear", initial_weight=0.0)(losses, given))
+        torch.testing.assert_close(
+            stl(losses, given), _training_loss("linear", initial_weight=0.0, positive="clip")(losses, given)
+        )
 
 
 def test_the_main_loss_is_a_mean_over_those_who_have_it():

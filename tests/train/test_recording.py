@@ -139,7 +139,9 @@ def test_scalars_are_written_for_tensorboard_if_that_is_installed(tmp_path, monk
     assert (writer.path, writer.purge_step) == (made.path / "tensorboard", 0)
     assert ("training_loss", made.records[3].training_loss, 3) in writer.scalars
     assert ("loss_weights/first", made.records[6].loss_weights[1], 6) in writer.scalars
-    assert "validation_score" not in {name for name, _, _ in writer.scalars}
+    assert ("validation_score", made.records[3].validation_score, 3) in writer.scalars
+    run(tmp_path / "with", "stl")
+    assert "outer_loss" not in {name for name, _, _ in Writer.made[1].scalars}
 
 
 # ------------------------------------------------------------------------------------------------- what can go wrong
@@ -147,7 +149,7 @@ def test_scalars_are_written_for_tensorboard_if_that_is_installed(tmp_path, monk
 
 def test_another_run_is_not_overwritten(tmp_path):
     made = run(tmp_path)
-    message = rf"{made.path} holds a run already: --resume goes on with it; or choose another"
+    message = rf"{made.path} holds a run already: --resume \(resume=True\) goes on with it; or choose another"
     with pytest.raises(RunError, match=message):
         run(tmp_path)
     with pytest.raises(RunError, match=message):

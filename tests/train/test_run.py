@@ -40,6 +40,16 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert read.loss_weights[1:] == (1.0, 2.0)
 
 
+def test_records_of_versions_that_did_not_count_skipped_steps_are_read(tmp_path):
+    made = run(tmp_path)
+    older = [record._asdict() for record in made.records]
+    for record in older:
+        del record["skipped"], record["validation_seconds"]
+        record["validation_score"] = None
+    (made.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in older))
+    assert {(record.skipped, record.validation_score) for record in read_run(made.path).records} == {(False, None)}
+
+
 def test_runs_are_found_wherever_they_are(tmp_path):
     for seed in (10, 2):
         run(tmp_path, "stl", seed)

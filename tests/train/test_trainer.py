@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
 from auxfast.solvers import Neumann
@@ -21,7 +22,7 @@ def _equal_weights(*weights: float) -> LinearCombiner:
 
 
 def _trainer(combiner: Combiner, *, task=None, learn: bool = False, **changes) -> Trainer:
-    return Trainer(task or OneWeight(), CombinedLoss(combiner), train_config(**changes), 0, learn=learn)
+    return Trainer(task or OneWeight(), CombinedLoss(combiner, learned=learn), train_config(**changes), 0)
 
 
 def test_without_outer_steps_only_the_model_learns():
@@ -31,8 +32,8 @@ def test_without_outer_steps_only_the_model_learns():
     records = trainer.run()
     assert torch.equal(combiner.phi, before)
     assert trainer.task.model.weight.item() == pytest.approx(0.25, abs=1e-4)  # (0 + 2 - 1) / 4
-    assert {(r.outer_loss, r.residual, r.matvecs, r.validation_score, r.outer_seconds) for r in records} == {
-        (None, None, None, None, 0.0)
+    assert {(r.outer_loss, r.residual, r.matvecs, r.skipped, r.outer_seconds) for r in records} == {
+        (None, None, None, False, 0.0)
     }
     assert [record.step for record in records] == list(range(20))
 
@@ -57,10 +58,48 @@ def test_records_are_handed_over_as_they_are_made():
     assert len(records) == 3
 
 
-def test_a_weighting_cannot_be_learned():
-    task, config = OneWeight(), train_config()
-    with pytest.raises(ValueError, match="a weighting has no combiner to learn"):
-        Trainer(task, make_training_loss(parse_method("equal"), RunConfig(config), task), config, 0, learn=True)
+def test_skipped_outer_steps_are_recorded():
+    trainer = _trainer(_equal_weights(), learn=True, outer_steps=4, solver=Neumann(steps=2, step_size="auto"))
+    outer_loss, zero = trainer.task.outer_loss, lambda: 0 * trainer.task.model.weight.sum()
+    trainer.task.outer_loss = lambda: outer_loss() + (zero().sqrt() if len(trainer.records) == 2 else 0)  # of slope NaN
+    assert [record.skipped for record in trainer.run()] == [False, False, True, False]
+
+
+class Careless(Noisy):
+    """Validation draws dropout masks, moves BatchNorm's statistics, and may leave the model in eval mode."""
+
+    def __init__(self, careless: bool) -> None:
+        super().__init__(0, NoisyOptions(), hold_out=True)
+        self.careless = careless
+
+    def validation_score(self) -> float:
+        score = -self.outer_loss().item()
+        if self.careless:
+            self.model.eval()
+        return score
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_the_validation_score_is_recorded_at_every_outer_step_and_changes_nothing(careless, monkeypatch):
+    states, records = [], []
+    for measured in (True, False):
+        torch.manual_seed(0)
+        task = Careless(careless)
+        if not measured:
+            task.validation_score = lambda: 0.0
+        trainer = _trainer(_equal_weights(), task=task, learn=True, outer_steps=3, inner_steps=2)
+        records.append(trainer.run())
+        states.append([*task.model.state_dict().values(), torch.get_rng_state()])
+    assert len({record.validation_score for record in records[0]}) == 3
+    assert all(record.validation_seconds > 0 for record in records[0])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize(("name", "learned"), [("linear", True), ("linear-frozen", False), ("equal", False)])
+def test_whether_outer_steps_are_taken_follows_from_the_method(name, learned):
+    task, config = OneWeight(), train_config(outer_steps=1)
+    (record,) = Trainer(task, make_training_loss(parse_method(name), RunConfig(config), task), config, 0).run()
+    assert (record.outer_loss is not None) == learned
 
 
 def test_the_hypergradient_knows_the_weight_decay():
@@ -154,6 +193,66 @@ def test_an_outer_loss_that_is_not_finite_is_named():
         _trainer(_equal_weights(), task=NoOuter(), learn=True).run()
 
 
+# ---------------------------------------------------------------------------------------- outer parameters of its own
+
+
+class OwnShares(nn.Module):
+    """The helpful auxiliary's and the harmful one's weights as a softmax; what has no gradient is not learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(2))
+        self.of_main = nn.Parameter(torch.tensor(0.25), requires_grad=False)
+        self.projected = 0
+
+    def forward(self, losses: torch.Tensor, mask: None) -> torch.Tensor:
+        main, *others = losses.mean(dim=0)
+        return self.of_main * main + self.logits.softmax(0) @ torch.stack(others)
+
+    def project_(self) -> None:
+        self.projected += 1
+
+
+def _own(name: str, **changes) -> tuple[Trainer, OwnShares]:
+    task, config = OneWeight(), train_config(**changes)
+    task.training_loss = own = OwnShares()
+    return Trainer(task, make_training_loss(parse_method(name), RunConfig(config), task), config, 0), own
+
+
+def test_a_task_s_own_outer_parameters_are_learned():
+    trainer, own = _own("own")
+    records = trainer.run()
+    assert records[-1].outer_loss < 0.5 * records[0].outer_loss
+    assert records[0].loss_weights == pytest.approx((0.25, 0.5, 0.5))
+    main, helpful, harmful = records[-1].loss_weights
+    assert main == 0.25
+    assert helpful > 0.8 > 0.2 > harmful
+    assert records[0].phi == (0.0, 0.0)
+    assert own.projected == len(records)
+    assert [parameter.requires_grad for parameter in own.parameters()] == [True, False]
+
+
+def test_their_frozen_control_stays_and_takes_no_outer_steps():
+    trainer, own = _own("own-frozen", outer_steps=3)
+    records = trainer.run()
+    assert [record.outer_loss for record in records] == [None] * 3
+    assert {record.loss_weights for record in records} == {records[0].loss_weights}
+    assert own.logits.tolist() == [0, 0]
+
+
+def test_a_training_loss_that_ignores_the_losses_gives_them_no_weight():
+    trainer, own = _own("own", outer_steps=1)
+    own.forward = lambda losses, mask: own.logits.sigmoid() @ (trainer.task.model.weight - 1).square().expand(2, 1)
+    (record,) = trainer.run()
+    assert record.loss_weights == (0.0, 0.0, 0.0)
+
+
+def test_the_method_own_needs_a_training_loss_of_the_task():
+    task, config = OneWeight(), train_config()
+    with pytest.raises(TypeError, match=r"task\.training_loss: there is none, and the method own needs it"):
+        make_training_loss(parse_method("own"), RunConfig(config), task)
+
+
 # ------------------------------------------------------------------------------------------------------ early stopping
 
 
@@ -227,7 +326,7 @@ def test_amp_runs_the_model_in_bfloat16_and_still_learns(method, amp):
     method = parse_method(method)
     torch.manual_seed(0)
     loss, before = make_training_loss(method, RunConfig(config), task), task.validation_score()
-    Trainer(task, loss, config, 0, learn=method.learned).run()
+    Trainer(task, loss, config, 0).run()
     assert task.output == (torch.bfloat16 if amp else torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in task.model.parameters())
     assert task.validation_score() > 0.5 * before  # minus a squared error

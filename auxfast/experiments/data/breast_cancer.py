@@ -46,8 +46,9 @@ def load_breast_cancer() -> BreastCancerData:
         ValueError: the data are not what this reader knows (features, shapes, ranges, finite numbers).
     """
     bunch = import_extra("sklearn.datasets", "scikit-learn").load_breast_cancer()
-    if tuple(bunch.feature_names) != _FEATURES:
-        raise ValueError(f"breast cancer features: {list(bunch.feature_names)}, expected {list(_FEATURES)}")
+    names = [str(name) for name in bunch.feature_names]
+    if names != list(_FEATURES):
+        raise ValueError(f"breast cancer features: {names}, expected {list(_FEATURES)}")
     features, labels = np.asarray(bunch.data), np.asarray(bunch.target)
     check_array("breast cancer features", features, shape=(_BIOPSIES, len(_FEATURES)), low=0, high=5000)
     check_array("breast cancer labels", labels, shape=(_BIOPSIES,), low=0, high=1, whole=True)

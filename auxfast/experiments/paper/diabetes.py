@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, load_diabetes, split, standardise
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, explained_variance
 from auxfast.experiments.report.statistics import better
 from auxfast.solvers import Neumann
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
@@ -136,14 +136,14 @@ EXPERIMENT = Experiment(
     score_name="R2 x 100",
     loss_names=DiabetesTask.loss_names,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=60,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.02, "momentum": 0.9}),
             outer_optimizer=Component("SGD", {"lr": 0.03, "momentum": 0.9}),
             solver=Neumann(steps=20, step_size=0.02),
         ),
-        combiner=CombinerConfig(initial_weight=1.0, hidden=(10, 10)),
+        combiner=PaperCombiner(initial_weight=1.0, hidden=(10, 10)),
         weighting={"equal": {"auxiliary_weight": 0.2}},
         task=DiabetesOptions(),
     ),

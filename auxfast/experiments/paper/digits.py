@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
 from auxfast.experiments.data.digits import DIGIT_ATTRIBUTES
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, accuracy
 from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
@@ -162,7 +162,7 @@ EXPERIMENT = Experiment(
     score_name="accuracy, %",
     loss_names=LOSS_NAMES,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=30,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -171,7 +171,7 @@ EXPERIMENT = Experiment(
             weight_decay=3e-3,
             max_outer_grad_norm=0.5,
         ),
-        combiner=CombinerConfig(initial_weight=1.0, hidden=(10, 10)),
+        combiner=PaperCombiner(initial_weight=1.0, hidden=(10, 10)),
         weighting={"equal": {"auxiliary_weight": 1.0}},
         task=DigitsOptions(),
     ),

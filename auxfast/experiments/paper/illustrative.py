@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, split
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.report.plotting import BLACK, BLUE, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import estimate, finished
 from auxfast.solvers import Dense
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig, TrainConfig
 from auxfast.train.optimizers import make_optimizer
 from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
@@ -305,7 +305,7 @@ EXPERIMENT = Experiment(
     score_name="minus 100 x distance of w to w*",
     loss_names=IllustrativeTask.loss_names,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=200,
             inner_steps=10,
             inner_optimizer=Component("SGD", {"lr": 0.04}),
@@ -314,7 +314,7 @@ EXPERIMENT = Experiment(
             max_outer_grad_norm=0.1,
             checkpoint_every=100,
         ),
-        combiner=CombinerConfig(initial_weight=1.0, skip=False),
+        combiner=PaperCombiner(initial_weight=1.0, skip=False),
         task=IllustrativeOptions(),
     ),
     make_task=make_task,

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, split
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, explained_variance
 from auxfast.experiments.report.plotting import BLUE, GREY, new_figure, tidy
 from auxfast.experiments.report.statistics import finished
 from auxfast.solvers import Dense
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
 
@@ -189,14 +189,14 @@ EXPERIMENT = Experiment(
     score_name="R2 x 100",
     loss_names=LOSS_NAMES,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=40,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.02}),
             outer_optimizer=Component("SGD", {"lr": 0.003, "momentum": 0.9}),
             solver=Dense(),
         ),
-        combiner=CombinerConfig(initial_weight=0.1),
+        combiner=PaperCombiner(initial_weight=0.1),
         weighting={"equal": {"auxiliary_weight": 0.1}},
         task=NoisyAuxiliariesOptions(),
     ),

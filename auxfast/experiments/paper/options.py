@@ -1,6 +1,14 @@
-"""The check that all experiments' options share."""
+"""What the experiments' settings share: the check of options, and the paper's outer loop as it stands."""
 
 from __future__ import annotations
+
+from functools import partial
+
+from auxfast.train.config import CombinerConfig, TrainConfig
+
+# The paper's Algorithm 1 knows none of the safeguards that are the trainer's defaults.
+PaperTraining = partial(TrainConfig, max_weight_change=None, keep_total=False, cooldown=0.0)
+PaperCombiner = partial(CombinerConfig, positive="clip")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, accuracy
 from auxfast.experiments.report.plotting import (
     BLACK,
@@ -41,7 +41,7 @@ from auxfast.experiments.report.plotting import (
 from auxfast.experiments.report.statistics import better, estimate, finished
 from auxfast.nn import PolynomialCombiner
 from auxfast.solvers import MINRES
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import CombinerConfig, Component, RunConfig
 from auxfast.train.run import Run, read_config
 from auxfast.train.task import Batch
 
@@ -186,7 +186,7 @@ def _main_grows(runs: Sequence[Run]) -> Finding:
         f"Attention turns to the main loss: its share of the losses' weights goes from {first:.0f}% to {last:.0f}%, "
         f"{growth.signed()} percentage points over {len(runs)} seed{'s' * (len(runs) > 1)}."
     )
-    return Finding(text, growth.mean > 0 and growth.beyond_noise() if growth.sem is not None else None)
+    return Finding(text, growth.above_noise())
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
@@ -235,7 +235,7 @@ EXPERIMENT = Experiment(
     score_name="accuracy, %",
     loss_names=LOSS_NAMES,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=60,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.05, "momentum": 0.9}),
@@ -243,7 +243,7 @@ EXPERIMENT = Experiment(
             solver=MINRES(steps=10, damping=0.01),
             weight_decay=3e-3,
         ),
-        combiner=CombinerConfig(initial_weight=0.5),
+        combiner=PaperCombiner(initial_weight=0.5),
         task=PolynomialKernelOptions(),
     ),
     make_task=make_task,

@@ -28,6 +28,11 @@ class SplitTask(ABC):
     def score_on(self, rows: Tensor) -> float:
         """Score of the model on the samples of these indices, (n,): more is better. It needs no graph."""
 
+    def release_auxiliary(self) -> None:
+        """Adds those samples of the auxiliary set to the training part that are not in it."""
+        held_out = self.auxiliary[~torch.isin(self.auxiliary, self.training)]
+        self.training = torch.cat([self.training, held_out])
+
     @torch.no_grad()
     def validation_score(self) -> float:
         return self.score_on(self.validation)

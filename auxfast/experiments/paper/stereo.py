@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from auxfast.experiments.base import Experiment, Finding, restore
 from auxfast.experiments.data import StereoData, allocate_auxiliary, draw_batch, load_stereo, split
 from auxfast.experiments.data.stereo import COLOUR_CLASSES, UNKNOWN
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask
 from auxfast.experiments.report.plotting import draw_loss_images
 from auxfast.experiments.report.statistics import better, finished
 from auxfast.solvers import MINRES
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
@@ -202,14 +202,14 @@ EXPERIMENT = Experiment(
     score_name="mIoU, %",
     loss_names=StereoTask.loss_names,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=15,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.1, "momentum": 0.9}),
             outer_optimizer=Component("SGD", {"lr": 0.01, "momentum": 0.9}),
             solver=MINRES(steps=8, damping=0.1),
         ),
-        combiner=CombinerConfig(initial_weight=0.1, channels=(8, 16)),
+        combiner=PaperCombiner(initial_weight=0.1, channels=(8, 16)),
         weighting={"equal": {"auxiliary_weight": 0.1}},
         task=StereoOptions(),
     ),

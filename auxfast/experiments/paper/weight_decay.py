@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, load_diabetes, split, standardise
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask, explained_variance
 from auxfast.experiments.report.plotting import BLACK, BLUE, GREEN, GREY, RED, draw_course, new_figure, tidy
 from auxfast.experiments.report.statistics import better, estimate, finished, scores
 from auxfast.solvers import Dense
-from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
+from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
@@ -143,7 +143,7 @@ def _measurements_decay_least(runs: Sequence[Run]) -> Finding:
         f"decays are {means}; the measurements' is the smallest of all with {lowest} of {len(runs)} seeds."
     )
     difference = estimate((last[:, 1:].mean(dim=1) - last[:, 0]).tolist())
-    return Finding(text, None if difference.sem is None else difference.mean > 0 and difference.beyond_noise())
+    return Finding(text, difference.above_noise())
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
@@ -206,7 +206,7 @@ EXPERIMENT = Experiment(
     score_name="R2 x 100",
     loss_names=WeightDecayTask.loss_names,
     config=RunConfig(
-        train=TrainConfig(
+        train=PaperTraining(
             outer_steps=60,
             inner_steps=20,
             inner_optimizer=Component("SGD", {"lr": 0.02, "momentum": 0.9}),
@@ -214,7 +214,7 @@ EXPERIMENT = Experiment(
             solver=Dense(),
             patience=60,
         ),
-        combiner=CombinerConfig(initial_weight=1.5),
+        combiner=PaperCombiner(initial_weight=1.5),
         weighting={"equal": {"auxiliary_weight": 1.5}},
         task=WeightDecayOptions(),
     ),

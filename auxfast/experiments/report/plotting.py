@@ -11,10 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from auxfast.experiments.data.extras import import_extra
-from auxfast.experiments.report.rows import Row, Section, methods, rows
+from auxfast.experiments.report.rows import Row, Section, methods, reference, rows
 from auxfast.experiments.report.statistics import Estimate, estimate, scores
 from auxfast.train.methods import Method, parse_method
 from auxfast.train.run import Run
+from auxfast.train.trainer import OuterRecord
 
 # Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
 BLACK, GREY, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
@@ -40,6 +41,7 @@ _COLOURS = {  # frozen combiners have their family's colour, and are drawn hollo
     "nonlinear": RED,
     "polynomial": PURPLE,
     "conv": ORANGE,
+    "own": "#332288",
 }
 
 
@@ -59,17 +61,23 @@ def tidy(axes: Any) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
-def draw_course(axes: Any, courses: Sequence[Sequence[float]], colour: str, label: str, dash: str = "-") -> None:
+def draw_course(
+    axes: Any, courses: Sequence[Sequence[float]], colour: Any, label: str, dash: Any = "-"
+) -> tuple[int, float]:
     """A line over the outer steps: the mean of the runs' `courses`, and their standard deviation as a band.
 
     Args:
         courses: (runs, outer steps); cut to the shortest, should runs have stopped early.
+
+    Returns:
+        The line's end.
     """
     steps = min(map(len, courses))
     values = np.array([course[:steps] for course in courses])
     mean, deviation = values.mean(axis=0), values.std(axis=0)
-    axes.plot(range(1, steps + 1), mean, dash, color=colour, linewidth=1.8, label=label)
+    axes.plot(range(1, steps + 1), mean, linestyle=dash, color=colour, linewidth=1.8, label=label)
     axes.fill_between(range(1, steps + 1), mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+    return steps, mean[-1]
 
 
 # ------------------------------------------------------------------------------------------------- scores over settings
@@ -227,13 +235,13 @@ def _draw_column(
 _DASHES = {"learned": "-", "frozen": "--", "fixed": ":"}
 _FREE_DASH = (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5))  # marks combiners that are not monotone
 _LOSS_COLOURS = (BLACK, BLUE, RED, GREEN)
-_MAX_NAMED_LOSSES = 12  # more lines of a legend would hide the curves
-_COLUMNS = 4  # panels side by side
-_TITLE_HEIGHT, _PANEL_HEIGHT = 0.9, 4.2  # inches
+_MAX_NAMED_LOSSES = 12  # more names would not stand beside each other
+_COLUMNS = 2  # panels side by side: more would make their type small on a page
+_TITLE_HEIGHT, _PANEL_HEIGHT = 0.6, 3.6  # inches
+_LINE_HEIGHT = 0.07  # of a line of names, as a fraction of the axes' height
 NOTE = (
     "Scores: ticks are seeds; circles, bars and figures are mean ± standard error, hollow where a combiner is not "
-    "learned; dotted line: the first method. Curves: mean over seeds; weights: ± one standard deviation. Residuals: "
-    "median and quartiles."
+    "learned.\nCourses: mean ± one standard deviation over seeds. Residuals: median and quartiles."
 )
 
 
@@ -243,9 +251,11 @@ def draw_sections(all_sections: Sequence[Section]) -> Any:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    heights = [_height(section) for section in all_sections]
-    figure = new_figure(18, sum(heights) + 0.5, dpi=100)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    heights = [
+        _TITLE_HEIGHT + _scores_height(section) + _PANEL_HEIGHT * _panel_rows(section) for section in all_sections
+    ]
+    figure = new_figure(11.5, sum(heights) + 0.5)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, section in zip(parts, all_sections, strict=True):
         _draw_section(part, section)
@@ -253,44 +263,37 @@ def draw_sections(all_sections: Sequence[Section]) -> Any:
     return figure
 
 
-def _height(section: Section) -> float:
-    """Height of the section's part of the figure, in inches."""
-    return _TITLE_HEIGHT + _scores_height(section) + _PANEL_HEIGHT * _weight_rows(section)
-
-
 def _scores_height(section: Section) -> float:
-    """Height of the first row of panels, in inches: a line of scores takes 0.4."""
-    return max(4.0, 0.4 * len(methods(section)))
+    """Height of the panel of scores, in inches."""
+    return 1.2 + 0.35 * len(methods(section))
 
 
-def _weight_rows(section: Section) -> int:
-    """Rows of panels below the first: weights of each learned method, and residual and cost if there is one."""
+def _panel_rows(section: Section) -> int:
+    """Rows of panels below the scores: held-out scores and cost; and weights of each learned method, and residuals."""
     learned = sum(method.learned for method in methods(section))
-    return -(-(learned + 2) // _COLUMNS) if learned else 0
+    return 1 + -(-(learned + 1) // _COLUMNS) * (learned > 0)
 
 
 def _draw_section(part: Any, section: Section) -> None:
     part.suptitle(section.title, fontsize=13, fontweight="bold")
-    weight_rows = _weight_rows(section)
-    ratios = [_scores_height(section), *[_PANEL_HEIGHT] * weight_rows]
-    top, *bottom = part.subfigures(1 + weight_rows, 1, squeeze=False, height_ratios=ratios)[:, 0]
-    scores, curves = top.subplots(1, 2, width_ratios=(1.3, 1))
+    panel_rows = _panel_rows(section)
+    above, below = part.subfigures(2, 1, height_ratios=(_scores_height(section), _PANEL_HEIGHT * panel_rows))
+    curves, cost, *others = below.subplots(panel_rows, _COLUMNS, squeeze=False).flat
     made = rows(section)
-    _draw_scores(scores, section, made)
-    _draw_curves(curves, section, made)
-    panels = [axes for row in bottom for axes in row.subplots(1, _COLUMNS)]
+    _draw_scores(above.subplots(), section, made)
+    _draw_held_out(curves, section, made)
+    _draw_cost(cost, made)
     learned = [row.method for row in made if row.method.learned]
-    for axes, method in zip(panels, learned, strict=False):
-        _draw_weights(axes, section, method)
+    for axes, method in zip(others, learned, strict=False):
+        _draw_shares(axes, section, method)
     if learned:
-        _draw_residuals(panels[len(learned)], section, learned)
-        _draw_cost(panels[len(learned) + 1], made)
-    for axes in panels[len(learned) + 2 :]:
+        _draw_residuals(others[len(learned)], section, learned)
+    for axes in others[len(learned) + 1 :]:
         axes.set_axis_off()
 
 
 def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
-    """Draws a line a method: its seeds, mean and standard error. Writes these two, and the difference to STL."""
+    """Draws a line a method: its seeds, mean and standard error, which stand beside it too."""
     for y, row in enumerate(made):
         colour, filled = _COLOURS[row.method.family], row.method.learned or not row.method.is_combiner
         style = {"color": colour, "markersize": 7}
@@ -299,88 +302,107 @@ def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
         axes.errorbar(
             row.mean.mean, y, xerr=row.mean.sem or 0, fmt="o", markerfacecolor=face, capsize=4, linewidth=2, **style
         )
-        texts = [str(row.mean)]
-        if "stl" in row.differences:
-            texts.append(row.differences["stl"].signed())
-        _write_columns(
-            axes, y, [text.replace("+-", "±") for text in texts], fontweight="bold" if row.best else "normal"
-        )
-    _write_columns(axes, -0.75, ["score", "minus STL"], color=GREY)
-    axes.axvline(made[0].mean.mean, color=GREY, linewidth=1, linestyle=":", zorder=0)
+        figure, weight = str(row.mean).replace("+-", "±"), "bold" if row.best else "normal"
+        axes.annotate(figure, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontweight=weight)
     axes.set_yticks(range(len(made)), [_short(row.method) for row in made])
     axes.set_ylim(len(made) - 0.4, -0.6)
     axes.set_xlabel(f"test score: {section.experiment.score_name}")
-    axes.set_title("Test score", fontsize=11)
     tidy(axes)
 
 
-def _write_columns(axes: Any, y: float, texts: Sequence[str], **style: Any) -> None:
-    """Writes up to two columns of text to the right of the axes, at height `y` of the data."""
-    for x, text in zip((1.12, 1.34), texts, strict=False):
-        place = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center", "annotation_clip": False}
-        axes.annotate(text, (x, y), fontsize=9.5, **place, **style)
-
-
-def _draw_curves(axes: Any, section: Section, made: Sequence[Row]) -> None:
-    """Draws the main loss of training batches, which all methods have; or the validation score, if it was recorded."""
-    watched = all(record.validation_score is not None for run in section.runs for record in run.records)
+def _draw_held_out(axes: Any, section: Section, made: Sequence[Row]) -> None:
+    """Draws the validation score over the outer steps, of each method all of whose runs recorded it."""
+    ends, later = [], []
     for row in made:
-        records = [run.records for run in section.runs if run.method == row.method]
-        seen = [[r.validation_score if watched else r.main_loss for r in own] for own in records]
-        shortest = min(map(len, seen))
-        values = np.array([own[:shortest] for own in seen], dtype=float)  # None becomes NaN
-        colour = _COLOURS[row.method.family]
-        dash = _DASHES[row.method.phi] if row.method.monotone else _FREE_DASH
-        axes.plot(range(1, shortest + 1), values.mean(axis=0), linestyle=dash, color=colour, label=_short(row.method))
-    if not watched:
-        _log_scale(axes)
+        courses = [[r.validation_score for r in run.records] for run in section.runs if run.method == row.method]
+        known = [[score for score in course if score is not None] for course in courses]
+        if known == courses:
+            colour = _COLOURS[row.method.family]
+            dash = _DASHES[row.method.phi] if row.method.monotone else _FREE_DASH
+            ends.append((*draw_course(axes, known, colour, "_", dash), _short(row.method), colour))
+            later += [min(course[len(course) // 3 :]) for course in known]
+    if later:  # scores before anything was learned would leave no height for the rest
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=max(low, min(later) - 0.1 * (high - min(later))))
     _label_steps(axes)
-    axes.set_ylabel("validation score" if watched else "main loss of a training batch")
-    axes.set_title("Validation score" if watched else "Main training loss", fontsize=11)
-    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    title = "Held-out score (validation part)" if ends else "Held-out score: not recorded in these runs"
+    axes.set_title(title, fontsize=11, loc="left")
+    _label_ends(axes, ends)
     tidy(axes)
 
 
-def _draw_weights(axes: Any, section: Section, method: Method) -> None:
-    """Draws the weight of each loss over the outer steps, for one learned combiner."""
+def _draw_shares(axes: Any, section: Section, method: Method) -> None:
+    """Draws each loss's share of the total of the weights over the outer steps, for one learned combiner."""
     runs = [run for run in section.runs if run.method == method]
-    names = section.experiment.loss_names
+    names, ends = section.experiment.loss_names, []
     for j, (name, colour) in enumerate(zip(names, _loss_colours(len(names)), strict=True)):
-        label = name if len(names) <= _MAX_NAMED_LOSSES or j in (0, 1, len(names) - 1) else "_"
-        draw_course(axes, [[record.loss_weights[j] for record in run.records] for run in runs], colour, label)
+        end = draw_course(axes, [[_shares(record)[j] for record in run.records] for run in runs], colour, "_")
+        if len(names) <= _MAX_NAMED_LOSSES or j in (0, 1, len(names) - 1):
+            ends.append((*end, name, colour))
     if method.monotone:
         axes.set_ylim(bottom=0)
     _label_steps(axes)
-    axes.set_ylabel("weight: d training loss / d loss")
-    axes.set_title(f"Loss weights: {method.label}", fontsize=11)
-    axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", loc="best")
+    axes.set_title(f"Shares of the loss weights, %: {method.label}", fontsize=11, loc="left")
+    _label_ends(axes, ends)
     tidy(axes)
+
+
+def _shares(record: OuterRecord) -> list[float]:
+    """Weights in percent of the sum of those that are not negative."""
+    total = sum(max(weight, 0.0) for weight in record.loss_weights)
+    return [100 * weight / total if total else 0.0 for weight in record.loss_weights]
 
 
 def _loss_colours(count: int) -> Sequence[Any]:
     """Black for the main loss; distinct colours for few losses, a sequence from dark to light for many."""
     if count <= len(_LOSS_COLOURS):
         return _LOSS_COLOURS[:count]
-    colour_map = import_extra("matplotlib", "matplotlib").colormaps["viridis"]
-    return [BLACK, *(colour_map(0.1 + 0.8 * j / (count - 2)) for j in range(count - 1))]
+    colour_map = import_extra("matplotlib", "matplotlib").colormaps["viridis"]  # without its end, too light to read
+    return [BLACK, *(colour_map(0.7 * j / (count - 2)) for j in range(count - 1))]
 
 
 def _draw_residuals(axes: Any, section: Section, learned: Sequence[Method]) -> None:
     """Draws the relative residual of the linear solve at each outer step: how far each hypergradient can be trusted."""
+    ends = []
     for method in learned:
         residual = _residuals([run for run in section.runs if run.method == method])
         low, middle, high = np.quantile(residual, (0.25, 0.5, 0.75), axis=0, method="nearest")
         steps, colour = range(1, len(middle) + 1), _COLOURS[method.family]
-        dash = "-" if method.monotone else _FREE_DASH
-        axes.plot(steps, middle, linestyle=dash, color=colour, linewidth=1.8, label=_short(method))
+        axes.plot(steps, middle, linestyle="-" if method.monotone else _FREE_DASH, color=colour, linewidth=1.8)
         axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        ends.append((len(middle), middle[-1], _short(method), colour))
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":")  # a solution of zero has this residual
     _log_scale(axes)
     _label_steps(axes)
-    axes.set_ylabel("relative residual  ‖b - Hx‖ / ‖b‖")
-    axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11)
-    axes.legend(fontsize=9, framealpha=1, edgecolor="none")
+    axes.set_title("Residual of the solve (0: exact, 1: no better than none)", fontsize=11, loc="left")
+    _label_ends(axes, ends)
     tidy(axes)
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Writes names beside the ends of lines, (x, y, name, colour) each, as near to them as they do not overlap. Call it
+    when everything else is drawn."""
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ordered = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
+    # A residual of 0 lies infinitely far below the axes: lines are followed to their edges only.
+    points = [np.clip(to_axes.transform((x, y)), 0, 1) for x, y, *_ in ordered]
+    places = _spread([height for _, height in points], _LINE_HEIGHT, 1 - _LINE_HEIGHT / 2)
+    for (*_, name, colour), point, place in zip(ordered, points, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+        where = {"xytext": (1.04, place), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}
+        axes.annotate(name, point, color=colour, fontsize=9.5, arrowprops=line, **where)
+
+
+def _spread(places: Sequence[float], gap: float, top: float) -> list[float]:
+    """The places below `top`, a gap apart, that are nearest in the least squares to those given in ascending order."""
+    groups: list[list[float]] = []  # of places that touch: each keeps the mean of what its members want
+    for i, place in enumerate(places):
+        group = [max(0.0, min(place - i * gap, top - (len(places) - 1) * gap))]
+        while groups and fmean(groups[-1]) >= fmean(group):
+            group = groups.pop() + group
+        groups.append(group)
+    return [mean + i * gap for i, mean in enumerate(fmean(group) for group in groups for _ in group)]
 
 
 def _label_steps(axes: Any) -> None:
@@ -406,19 +428,19 @@ def _residuals(runs: Sequence[Run]) -> np.ndarray:
 
 
 def _draw_cost(axes: Any, made: Sequence[Row]) -> None:
-    """Draws the seconds of a run's inner and outer steps, and writes its Hessian-vector products."""
+    """Draws what inner and outer steps of a run take, as a ratio to the unit's; writes its Hessian-vector products."""
+    unit = reference(made)
     for y, row in enumerate(made):
-        inner, outer = row.inner_seconds, row.outer_seconds
+        inner, outer = row.inner_seconds / unit.seconds, row.outer_seconds / unit.seconds
         axes.barh(y, inner, color=GREY, label="inner steps" if y == 0 else "_")
         axes.barh(y, outer, left=inner, color=ORANGE, label="outer steps" if y == 0 else "_")
-        text = f"{row.outer_share:.0%} outer, {row.matvecs:.0f} products" if row.method.learned else ""
-        axes.annotate(text, (inner + outer, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(made)), [_short(row.method) for row in made], fontsize=8.5)
+        text = f"{inner + outer:.1f}" + (f" ({row.matvecs:.0f} products)" if row.method.learned else "")
+        axes.annotate(text, (inner + outer, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5)
+    axes.set_yticks(range(len(made)), [_short(row.method) for row in made])
     axes.set_ylim(len(made) - 0.4, -0.6)
-    axes.set_xlim(right=1.8 * max(row.inner_seconds + row.outer_seconds for row in made))
-    axes.set_xlabel("seconds of training, mean over seeds")
-    axes.set_title("Cost (products: with the Hessian)", fontsize=11)
-    axes.legend(fontsize=9, frameon=False, loc="upper right")
+    axes.set_xlim(right=1.7 * max(row.seconds for row in made) / unit.seconds)
+    axes.set_title(f"Time of a run, {_short(unit.method)} = 1 ({unit.seconds:.2g} s)", fontsize=11, loc="left")
+    axes.legend(fontsize=9.5, frameon=False, loc="upper right")
     tidy(axes)
 
 

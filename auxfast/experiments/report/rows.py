@@ -1,20 +1,29 @@
-"""Results of runs: scores, paired differences, findings and cost, in rows and in plain text."""
+"""Results of runs: scores, paired differences, findings and cost, in rows and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from auxfast.experiments.base import Experiment, Finding, run_config, updated
-from auxfast.experiments.report.statistics import Estimate, estimate, paired_difference, scores
+from auxfast.experiments.report.notes import notes_on_runs
+from auxfast.experiments.report.statistics import (
+    VERDICT_SEEDS,
+    Estimate,
+    estimate,
+    learned_against_controls,
+    not_known,
+    paired_difference,
+    scores,
+)
 from auxfast.train.files import RunError
-from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, Method
+from auxfast.train.methods import COMBINER_LABELS, OWN, WEIGHTING_LABELS, Method
 from auxfast.train.run import Run
 from auxfast.train.serialization import flattened, to_table
 
-BASELINES = ("stl", "equal")
-_VERDICTS = {True: "holds", False: "NOT SHOWN", None: "not known"}
+BASELINES = ("stl", "equal", "frozen")  # the last is a combiner's own frozen control
 
 
 class Section(NamedTuple):
@@ -64,9 +73,13 @@ class Row(NamedTuple):
     matvecs: float
 
     @property
+    def seconds(self) -> float:
+        return self.inner_seconds + self.outer_seconds
+
+    @property
     def outer_share(self) -> float:
         """Share of the training time that is spent in outer steps."""
-        return self.outer_seconds / (self.inner_seconds + self.outer_seconds)
+        return self.outer_seconds / self.seconds
 
 
 def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
@@ -76,6 +89,8 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
         RunError: two are of the same method, setting and seed, or one does not fit the experiment (any more).
     """
     known = [updated(experiment, run) for run in runs]
+    if not experiment.loss_names and known:
+        experiment = replace(experiment, loss_names=known[0].losses)
     finished = [run for run in known if run.result is not None]
     seen: dict[Any, Run] = {}
     for run in finished:
@@ -84,13 +99,22 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
             raise RunError(f"{first.path} and {run.path} are the same run: report one of the folders")
     by_setting = {setting: [run for run in finished if run.setting == setting] for setting in experiment.settings}
     sections = [Section(experiment, setting, own) for setting, own in by_setting.items() if own]
-    findings = experiment.findings(finished) if experiment.findings is not None and finished else []
+    seeds = len({run.seed for run in finished})
+    found = (experiment.findings or learned_against_controls)(finished) if finished else []
+    findings = [_decided(finding, seeds) for finding in found]
     return Results(experiment, finished, sections, findings, [run for run in known if run.result is None])
+
+
+def _decided(finding: Finding, seeds: int) -> Finding:
+    """The finding, without a verdict where there are too few seeds for one."""
+    if finding.holds is None or seeds >= VERDICT_SEEDS:
+        return finding
+    return Finding(f"{finding.text} ({not_known(seeds)})", None)
 
 
 def methods(section: Section) -> list[Method]:
     """Methods that were run: first the experiment's in its order, then the others by families."""
-    families = [*WEIGHTING_LABELS, *COMBINER_LABELS]
+    families = [*WEIGHTING_LABELS, *COMBINER_LABELS, OWN]
     order = {name: place for place, name in enumerate(section.experiment.methods)}
     ran = {run.method for run in section.runs}
     return sorted(ran, key=lambda m: (order.get(m.name, len(order)), families.index(m.family), m.name))
@@ -103,6 +127,7 @@ def rows(section: Section) -> list[Row]:
     for method, own in all_scores.items():
         others = {other.name: paired_difference(own, theirs) for other, theirs in all_scores.items() if other != method}
         above = [difference is not None and difference.above_noise() for difference in others.values()]
+        baselines = zip(BASELINES, ("stl", "equal", replace(method, phi="frozen").name), strict=True)
         results = [run.result for run in section.runs if run.method == method and run.result is not None]
         matvecs = [sum(record.matvecs or 0 for record in run.records) for run in section.runs if run.method == method]
         made.append(
@@ -110,7 +135,7 @@ def rows(section: Section) -> list[Row]:
                 method=method,
                 scores=own,
                 mean=estimate(list(own.values())),
-                differences={base: d for base in BASELINES if (d := others.get(base)) is not None},
+                differences={base: d for base, name in baselines if (d := others.get(name)) is not None},
                 best=bool(above) and all(above),
                 inner_seconds=fmean(result.inner_seconds for result in results),
                 outer_seconds=fmean(result.outer_seconds for result in results),
@@ -132,13 +157,30 @@ def differing_entries(section: Section) -> dict[str, list[Any]]:
 
 
 def table(section: Section, made: Sequence[Row]) -> list[list[str]]:
-    """A line of titles, and one for each of the section's rows: score, difference to each baseline that was run."""
+    """A line of titles, and one for each of the section's rows: score, difference to each baseline that was run, and
+    what a run takes as a ratio."""
     baselines = [base for base in BASELINES if any(base in row.differences for row in made)]
-    lines = [["method", section.experiment.score_name, *(f"minus {base}" for base in baselines), "seeds"]]
+    unit = reference(made)
+    titles = [section.experiment.score_name, *(f"minus {base}" for base in baselines)]
+    lines = [["method", *titles, f"time / {unit.method.name}", "seeds"]]
     for row in made:
         differences = [row.differences[base].signed() if base in row.differences else "" for base in baselines]
-        lines.append([row.method.label, str(row.mean), *differences, str(len(row.scores))])
+        cost = f"{row.seconds / unit.seconds:.1f}"
+        lines.append([row.method.label, str(row.mean), *differences, cost, str(len(row.scores))])
     return lines
+
+
+def reference(made: Sequence[Row]) -> Row:
+    """The row whose time is the unit: Equal's, or else the first."""
+    return next((row for row in made if row.method.name == "equal"), made[0])
+
+
+def validation_cost(section: Section) -> list[str]:
+    """A remark on what the validation scores took, where they were recorded."""
+    records = [record for run in section.runs for record in run.records]
+    validating = sum(record.validation_seconds for record in records)
+    training = sum(record.inner_seconds + record.outer_seconds for record in records)
+    return [f"validation scores took {validating / training:.1%} on top of the training time"] if validating else []
 
 
 def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
@@ -153,19 +195,13 @@ def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def cautions(section: Section) -> list[str]:
-    """Remarks on the runs' configurations that a reader of the table has to know."""
+    """Remarks on the runs and their configurations that a reader of the table has to know."""
     texts = [
         f"{key} is {run!r} here, and {own!r} in the experiment" for key, (own, run) in changed_entries(section).items()
     ]
     for key, values in differing_entries(section).items():
         texts.append(f"not all runs have the same {key}: {', '.join(map(repr, values))}")
-    return texts
-
-
-def describe(results: Results) -> str:
-    """Tables, what is not finished, and findings, in plain text."""
-    findings = [_describe_findings(results.findings)] if results.findings else []
-    return "\n\n".join([*map(_describe_section, results.sections), *describe_unfinished(results), *findings])
+    return texts + notes_on_runs(section.runs)
 
 
 def describe_unfinished(results: Results) -> list[str]:
@@ -179,32 +215,3 @@ def describe_unfinished(results: Results) -> list[str]:
     names = "; ".join(f"{name}: {'seeds' if len(own) > 1 else 'seed'} {', '.join(own)}" for name, own in seeds.items())
     count = f"{results.unfinished} unfinished run{'s' * (results.unfinished > 1)} of {results.experiment.name}"
     return [f"left out: {count} ({names}); the same `auxfast train` with --resume goes on from there"]
-
-
-def _describe_section(section: Section) -> str:
-    """The table of a setting in plain text; `*`: best beyond noise."""
-    made = rows(section)
-    cells = table(section, made)
-    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(line[1:], width[1:], strict=True))])
-        for line in cells
-    ]
-    lines = [
-        lines[0],
-        "-" * len(lines[0]),
-        *(f"{line}  *" if row.best else line for line, row in zip(lines[1:], made, strict=True)),
-    ]
-    note = "mean +- SEM over seeds; differences are paired"
-    best = next((row.method.label for row in made if row.best), None)
-    if best is not None:
-        note += "; * better than every other beyond noise (paired t test, 5%)"
-    shares = [f"{row.method.name} {row.outer_share:.0%}" for row in made if row.method.learned]
-    remarks = [f"outer steps' share of the training time: {', '.join(shares)}"] if shares else []
-    remarks += [f"CAUTION: {text}" for text in cautions(section)]
-    return "\n".join([section.title, *lines, note, *remarks])
-
-
-def _describe_findings(found: Sequence[Finding]) -> str:
-    """Lines of text, one for each finding, with the verdict in front."""
-    return "\n".join(f"{_VERDICTS[finding.holds] + ':':14} {finding.text}" for finding in found)

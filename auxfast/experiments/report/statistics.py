@@ -12,6 +12,8 @@ from auxfast.experiments.data.extras import import_extra
 from auxfast.train.methods import parse_method
 from auxfast.train.run import Run
 
+VERDICT_SEEDS = 5  # with fewer, only differences of several times the noise could ever be told from chance
+
 
 class Estimate(NamedTuple):
     """Mean over `seeds` seeds, and its standard error (None for a single seed)."""
@@ -30,21 +32,27 @@ class Estimate(NamedTuple):
     def signed(self) -> str:
         return f"{'+' if self.mean >= 0 else ''}{self}"
 
-    def beyond_noise(self) -> bool:
+    def beyond_noise(self) -> bool | None:
         """Whether the mean differs from 0 by more than chance explains, by Student's t test at 5%, two-sided: from
-        two seeds by 12.7 standard errors, from five by 2.8, from many by 2.
+        five seeds by 2.8 standard errors, from many by 2. None below `VERDICT_SEEDS` seeds: it is not known.
 
         Raises:
             MissingExtraError: SciPy is not installed.
         """
-        if self.sem is None:
-            return False
+        if self.sem is None or self.seeds < VERDICT_SEEDS:
+            return None
         student = import_extra("scipy.stats", "scipy").t
         return bool(abs(self.mean) > student.ppf(0.975, self.seeds - 1) * self.sem)
 
-    def above_noise(self) -> bool:
-        """Whether the mean is above 0, and beyond noise."""
-        return self.mean > 0 and self.beyond_noise()
+    def above_noise(self) -> bool | None:
+        """Whether the mean is above 0, and beyond noise; None: see `beyond_noise`."""
+        beyond = self.beyond_noise()
+        return beyond and self.mean > 0
+
+
+def not_known(seeds: int) -> str:
+    """Words for a verdict that `seeds` seeds are too few for."""
+    return f"not known: {seeds} seed{'s' * (seeds != 1)}, a verdict takes {VERDICT_SEEDS}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -75,10 +83,11 @@ def compare(claim: str, own: Mapping[int, float], baseline: Mapping[int, float])
     """Finding whether `own` scores, by seed, are above `baseline`'s beyond noise, paired over the seeds that both have.
     `claim` says so in words."""
     difference = paired_difference(own, baseline)
-    if difference is None or difference.seeds < 2:
-        return Finding(f"{claim}: not known; it takes two seeds with finished runs of both.", None)
-    text = f"{claim}: the difference is {difference.signed()}, paired over {difference.seeds} seeds."
-    return Finding(text, difference.above_noise())
+    if difference is None:
+        return Finding(f"{claim}: {not_known(0)}.", None)
+    holds = difference.above_noise()
+    seeds = f"; {not_known(difference.seeds)}" if holds is None else f", paired over {difference.seeds} seeds"
+    return Finding(f"{claim}: the difference is {difference.signed()}{seeds}.", holds)
 
 
 def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -> Finding:
@@ -88,18 +97,28 @@ def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -
     return compare(f"{setting}: {claim}" if setting else claim, own, base)
 
 
+def learned_against_controls(runs: Sequence[Run]) -> list[Finding]:
+    """Findings whether each learned method scores above STL, Equal and its own frozen start, where these were run."""
+    ran = dict.fromkeys((run.setting, run.method.name) for run in runs)
+    learned = [(run.setting, run.method.name) for run in runs if run.method.learned]
+    return [
+        better(runs, method, control, setting)
+        for setting, method in dict.fromkeys(learned)
+        for control in ("stl", "equal", f"{method}-frozen")
+        if (setting, control) in ran
+    ]
+
+
 def better_everywhere(runs: Sequence[Run], method: str, baseline: str, settings: Iterable[str]) -> Finding:
     """Finding whether a method scores above another in each of the settings (see `compare`)."""
     parts: list[str] = []
     holds: list[bool | None] = []
     for setting in settings:
         difference = paired_difference(scores(runs, method, setting), scores(runs, baseline, setting))
-        if difference is None or difference.seeds < 2:
-            parts.append(f"{setting}: not known")
-            holds.append(None)
-        else:
-            parts.append(f"{setting}: {difference.signed()} ({difference.seeds} seeds)")
-            holds.append(difference.above_noise())
+        holds.append(None if difference is None else difference.above_noise())
+        seeds = 0 if difference is None else difference.seeds
+        figure = "" if difference is None else f"{difference.signed()} "
+        parts.append(f"{setting}: {figure}({not_known(seeds) if holds[-1] is None else f'{seeds} seeds'})")
     text = f"{_claim(method, baseline)} in every setting; the paired differences are {'; '.join(parts)}."
     return Finding(text, False if False in holds else None if None in holds else True)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from auxfast.experiments.data import load_diabetes, load_digits
+from auxfast.experiments.data import load_breast_cancer, load_diabetes, load_digits, load_wine
 from auxfast.experiments.data.digits import DIGIT_ATTRIBUTES
 from auxfast.experiments.data.extras import MissingExtraError, import_extra
 
@@ -28,6 +28,20 @@ def test_digits_are_what_scikit_learn_has_scaled_to_one():
     assert data.images.max() == 1
     assert data.labels.dtype == torch.int64
     assert data.labels[:10].tolist() == list(range(10))
+
+
+def test_breast_cancer_is_what_scikit_learn_has_by_kind_of_measurement():
+    data, known = load_breast_cancer(), sklearn_datasets.load_breast_cancer()
+    together = torch.cat([data.mean, data.error, data.worst], dim=1)
+    assert torch.equal(together, torch.tensor(known.data, dtype=torch.float32))
+    assert (data.worst >= data.mean).all()
+    assert data.labels.bincount().tolist() == [212, 357]
+
+
+def test_wine_is_what_scikit_learn_has():
+    data = load_wine()
+    assert torch.equal(data.features, torch.tensor(sklearn_datasets.load_wine().data, dtype=torch.float32))
+    assert data.labels.bincount().tolist() == [59, 71, 48]
 
 
 def test_attributes_are_those_of_the_class():
@@ -96,7 +110,24 @@ def test_digits_that_are_not_as_known_are_refused(monkeypatch, changes, message)
         load_digits()
 
 
-@pytest.mark.parametrize("load", [load_diabetes, load_digits])
+@pytest.mark.parametrize(
+    ("load", "changes", "message"),
+    [
+        (load_breast_cancer, {"data": _with(-1.0, 0, 5)}, r"breast cancer features: -1.0 at \(0, 5\), expected finite"),
+        (load_breast_cancer, {"target": _with(2, 1)}, r"breast cancer labels: 2.0 at \(1,\), expected whole numbers"),
+        (load_breast_cancer, {"feature_names": lambda names: names[::-1]}, r"breast cancer features: \['worst fractal"),
+        (load_wine, {"data": lambda a: a[:, 1:]}, r"wine features: shape \(178, 12\), expected \(178, 13\)"),
+        (load_wine, {"target": _with(3, 1)}, r"wine labels: 3.0 at \(1,\), expected whole numbers from 0 to 2"),
+    ],
+)
+def test_other_data_that_are_not_as_known_are_refused(monkeypatch, load, changes, message):
+    name = load.__name__
+    monkeypatch.setattr(sklearn_datasets, name, _broken(getattr(sklearn_datasets, name), **changes))
+    with pytest.raises(ValueError, match=message):
+        load()
+
+
+@pytest.mark.parametrize("load", [load_breast_cancer, load_diabetes, load_digits, load_wine])
 def test_without_scikit_learn_the_message_says_how_to_get_it(monkeypatch, load):
     monkeypatch.delitem(sys.modules, "sklearn.datasets")
     monkeypatch.setitem(sys.modules, "sklearn", None)

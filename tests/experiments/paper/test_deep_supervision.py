@@ -68,9 +68,9 @@ def test_signals_vanish_with_small_initial_weights_and_not_with_kaimings():
 def test_findings_are_of_each_setting():
     weights = [(1.0, 0.3, 0.3), (2.0, 0.5, 0.3)]
     runs = [
-        *runs_of("stl", [10, 10.5], SMALL),
-        *runs_of("equal", [87, 88], SMALL),
-        *runs_of("linear", [87.4, 87.5], SMALL, weights),
+        *runs_of("stl", [10, 10.5, 11, 10, 10], SMALL),
+        *runs_of("equal", [87, 88, 87, 88, 87], SMALL),
+        *runs_of("linear", [87.4, 87.5, 87.4, 87.5, 87.4], SMALL, weights),
         *runs_of("equal", [89, 90], KAIMING),
     ]
     found = findings(runs)
@@ -80,13 +80,15 @@ def test_findings_are_of_each_setting():
     assert found[1].holds is False
     assert found[4].holds is True
     assert "from 0.3 times the final head's weight to 0.2 +- 0.0 times" in found[4].text
-    assert "from 1, 0.3 and 0.3 to 2.00, 0.50 and 0.30, over 2 seeds" in found[4].text
+    assert "from 1, 0.3 and 0.3 to 2.00, 0.50 and 0.30, over 5 seeds" in found[4].text
     assert {finding.holds for finding in found[5:]} == {None}
 
 
-@pytest.mark.parametrize(("ends", "holds"), [((0.1, 0.4), False), ((0.4, 0.41), False), ((0.28, 0.281), True)])
+@pytest.mark.parametrize(
+    ("ends", "holds"), [((0.1, 0.4), False), ((0.4, 0.41), False), ((0.28, 0.281), True), ((0.28,), None)]
+)
 def test_heads_are_turned_down_if_that_is_beyond_noise(ends, holds):
-    runs = [runs_of("linear", [0.0] * 2, SMALL, [(1.0, end, end)])[seed] for seed, end in enumerate(ends)]
+    runs = [runs_of("linear", [0.0] * 6, SMALL, [(1.0, end, end)])[seed] for seed, end in enumerate(ends * 3)]
     assert findings(runs)[4].holds is holds
 
 

@@ -107,7 +107,8 @@ def test_what_an_unknown_attribute_holds_changes_nothing(method, tmp_path):
 
 
 def test_findings_compare_seed_by_seed():
-    runs = [*runs_of("stl", [88, 87]), *runs_of("equal", [92, 91]), *runs_of("nonlinear", [92, 91.1])]
+    scores = {"stl": [88, 87, 88, 87, 88], "equal": [92, 91, 92, 91, 92], "nonlinear": [92, 91.1, 92, 91.1, 92]}
+    runs = [run for method, own in scores.items() for run in runs_of(method, own)]
     helps, learned, than_equal, than_frozen = findings(runs)
     assert [f.holds for f in (helps, learned, than_equal, than_frozen)] == [True, True, False, None]
     assert helps.text.startswith("Equal (one common weight) scores above STL")

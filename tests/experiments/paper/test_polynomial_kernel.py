@@ -77,8 +77,8 @@ def test_monomials_are_named_in_phis_order_and_the_skip_is_counted():
 
 def test_findings_name_the_largest_terms_and_mains_growth():
     phi = (0.2, 0.1, 0.1, 0.0, 0.9, 0.0, 0.0, 0.0, 0.3)
-    runs = [_run([phi, phi], [(1, 1, 2), (2, 1, 1 + 0.1 * seed)], seed) for seed in range(3)]
-    largest, growth, *rest = findings([*runs, *runs_of("linear", [80, 80, 81]), *unfinished("polynomial")])
+    runs = [_run([phi, phi], [(1, 1, 2), (2, 1, 1 + 0.05 * seed)], seed) for seed in range(5)]
+    largest, growth, *rest = findings([*runs, *runs_of("linear", [80, 80, 81, 80, 81]), *unfinished("polynomial")])
     assert largest.holds is True
     assert "2 of digit (1.20), digit · attributes (0.90), picture^2 (0.30)" in largest.text
     assert growth.holds is True
@@ -88,9 +88,9 @@ def test_findings_name_the_largest_terms_and_mains_growth():
 
 def test_findings_of_weights_that_stay_do_not_hold():
     start = (0.0, 0.5, 0.5) + (0.0,) * 6
-    runs = [_run([start, start], [(1, 0.5, 0.5)] * 2, seed) for seed in range(2)]
+    runs = [_run([start, start], [(1, 0.5, 0.5)] * 2, seed) for seed in range(5)]
     assert [finding.holds for finding in findings(runs)[:2]] == [False, False]
-    assert findings(runs[:1])[1].holds is None
+    assert findings(runs[:4])[1].holds is None
     assert findings(runs_of("stl", [1.0])) == []
 
 

@@ -104,13 +104,14 @@ def test_decays_are_relative_to_the_errors_weight():
 
 
 def test_findings_compare_scores_and_look_at_the_measurements():
-    good = [*_runs([(1, 1, 1, 1, 1), (1, 0.2, 1, 2, 3)], [40]), *_runs([(2, 0.8, 0.6, 7, 4.9)], [40, 42])[1:]]
-    *scores, smallest = findings([*good, *runs_of("equal", [38, 39.9]), *unfinished("stl")])
+    one, other = [(1, 1, 1, 1, 1), (1, 0.2, 1, 2, 3)], [(2, 0.8, 0.6, 7, 4.9)]
+    good = [*_runs(one, [40] * 3), *_runs(other, [42] * 6)[3:]]
+    *scores, smallest = findings([*good, *runs_of("equal", [38] * 3 + [39.9] * 3), *unfinished("stl")])
     assert [finding.holds for finding in scores] == [None, True, None]
     assert smallest.holds is True
     assert "the mean decays are measured 0.30, squares 0.65" in smallest.text
-    assert "smallest of all with 1 of 2 seeds" in smallest.text
-    assert findings(_runs([(1, 1, 1, 1, 1)], [40, 41]))[-1].holds is False
+    assert "smallest of all with 3 of 6 seeds" in smallest.text
+    assert findings(_runs([(1, 1, 1, 1, 1)], [40] * 5))[-1].holds is False
     assert findings(_runs([(1, 1, 2, 2, 2)], [40]))[-1].holds is None
 
 

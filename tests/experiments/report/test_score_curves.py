@@ -51,18 +51,20 @@ def test_settings_and_methods_without_runs_are_left_out(drawn, tmp_path):
 
 
 def test_findings_of_sizes_say_whether_a_large_set_hurts():
-    runs = [*runs_of("nonlinear", [92, 91, 93], "1 a class"), *runs_of("nonlinear", [89, 89, 90], "5 a class")]
-    above_stl, above_frozen, hurts = sensitivity.size_findings([*runs, *runs_of("stl", [93, 92, 94], "5 a class")])
+    small, large, stl = [92, 91, 93, 92, 92], [89, 89, 90, 89, 90], [93, 92, 94, 93, 93]
+    runs = [*runs_of("nonlinear", small, "1 a class"), *runs_of("nonlinear", large, "5 a class")]
+    above_stl, above_frozen, hurts = sensitivity.size_findings([*runs, *runs_of("stl", stl, "5 a class")])
     assert above_stl.holds is False
-    assert "1 a class: not known; 2 a class" in above_stl.text
-    assert "5 a class: -3.7 +- 0.3 (3 seeds)." in above_stl.text
+    assert "1 a class: (not known: 0 seeds, a verdict takes 5); 2 a class" in above_stl.text
+    assert "5 a class: -3.6 +- 0.2 (5 seeds)." in above_stl.text
     assert above_frozen.holds is None
     assert hurts.holds is True
-    assert "the difference is +2.7 +- 0.3, paired over 3 seeds" in hurts.text
+    assert "the difference is +2.6 +- 0.2, paired over 5 seeds" in hurts.text
 
 
 def test_findings_of_depths_say_whether_deep_is_better():
-    runs = [*runs_of("nonlinear", [92, 91], "1 layer"), *runs_of("nonlinear", [92, 90], "5 layers")]
+    shallow, deep = [92, 91, 91, 92, 91], [92, 90, 90.5, 92, 90]
+    runs = [*runs_of("nonlinear", shallow, "1 layer"), *runs_of("nonlinear", deep, "5 layers")]
     above_frozen, deep = sensitivity.depth_findings(runs)
     assert above_frozen.text.startswith("Nonlinear, learned scores above Nonlinear, frozen in every setting")
     assert deep.holds is False
@@ -72,12 +74,12 @@ def test_findings_of_depths_say_whether_deep_is_better():
 def test_findings_of_missing_labels_say_whether_few_still_help():
     settings = missing_labels.EXPERIMENT.settings
     runs = [
-        *(run for i, setting in enumerate(settings) for run in runs_of("nonlinear", [92 - i, 91.6 - i], setting)),
-        *(run for setting in settings for run in runs_of("stl", [88, 87.5], setting)),
+        *(run for i, setting in enumerate(settings) for run in runs_of("nonlinear", [92 - i, 91.6 - i] * 3, setting)),
+        *(run for setting in settings for run in runs_of("stl", [88, 87.5] * 3, setting)),
     ]
     equal, above_stl, above_frozen, full = missing_labels.findings(runs)
     assert equal.holds is above_frozen.holds is None
     assert above_stl.holds is True
-    assert "all known: +4.05 +- 0.05 (2 seeds); 50% unknown: +3.05 +- 0.05 (2 seeds)" in above_stl.text
+    assert "all known: +4.05 +- 0.02 (6 seeds); 50% unknown: +3.05 +- 0.02 (6 seeds)" in above_stl.text
     assert full.holds is True
     assert "the difference is +2.0 +- 0.0" in full.text

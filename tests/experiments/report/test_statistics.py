@@ -37,7 +37,7 @@ def test_one_seed_has_no_standard_error():
     only = estimate([3.0])
     assert only == (3.0, None, 1)
     assert str(only) == "3"
-    assert not only.beyond_noise()
+    assert only.beyond_noise() is only.above_noise() is None
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -46,9 +46,15 @@ def test_only_seeds_that_both_have_are_paired():
 
 
 @pytest.mark.parametrize(
-    ("differences", "beyond"), [([1.0, 1.2, 0.8], True), ([1.0, -1.0, 0.3], False), ([-2.0, -2.1], True)]
+    ("differences", "beyond"),
+    [
+        ([1.0, 1.2, 0.8, 1.1, 0.9], True),
+        ([1.0, -1.0, 0.3, 0.5, 0.2], False),
+        ([-2.0, -2.1, -2.0, -2.1, -2.0], True),
+        ([2.0, 2.1, 2.0, 2.1], None),
+    ],
 )
-def test_beyond_noise_is_two_standard_errors(differences, beyond):
+def test_from_five_seeds_it_is_known_what_is_beyond_noise(differences, beyond):
     assert estimate(differences).beyond_noise() is beyond
 
 
@@ -60,24 +66,31 @@ def test_scores_are_of_finished_runs_of_one_method_in_one_setting_by_seed():
 
 
 def test_only_seeds_that_both_have_are_compared():
-    found = compare("A is above B", {0: 5.0, 1: 6.1, 2: 100.0}, {3: 1.0, 1: 4.0, 0: 3.0})
-    assert found.text == "A is above B: the difference is +2.05 +- 0.05, paired over 2 seeds."
+    own = {seed: 5.0 + 0.1 * (seed % 2) for seed in range(6)}
+    found = compare("A is above B", {**own, 7: 100.0}, {**dict.fromkeys(range(6), 3.0), 8: 1.0})
+    assert found.text == "A is above B: the difference is +2.05 +- 0.02, paired over 6 seeds."
     assert found.holds is True
+
+
+def test_too_few_seeds_for_a_verdict_are_told():
+    few = compare("A is above B", {0: 5.0, 1: 6.1}, {1: 4.0, 0: 3.0})
+    assert few == ("A is above B: the difference is +2.05 +- 0.05; not known: 2 seeds, a verdict takes 5.", None)
+    assert compare("A is above B", {0: 5.0}, {1: 4.0}).text == "A is above B: not known: 0 seeds, a verdict takes 5."
 
 
 @pytest.mark.parametrize(
     ("own", "holds"),
     [
-        ({0: 1.0, 1: 1.1}, False),
-        ({0: 2.0, 1: 4.0}, False),
-        ({0: 5.0, 1: 6.0}, False),
-        ({0: 5.0, 1: 5.1}, True),
-        ({0: 5.0}, None),
-        ({}, None),
+        ([1.0, 1.1] * 3, False),
+        ([2.0, 4.0, -4.0] * 2, False),
+        ([5.0, 5.1] * 3, True),
+        ([5.0, 5.1], None),
+        ([5.0], None),
+        ([], None),
     ],
 )
 def test_a_claim_holds_if_the_difference_is_positive_and_beyond_noise(own, holds):
-    assert compare("claim", own, {0: 2.0, 1: 2.0}).holds is holds
+    assert compare("claim", dict(enumerate(own)), dict.fromkeys(range(6), 2.0)).holds is holds
 
 
 def test_methods_are_named_as_in_tables_and_the_setting_is_said():
@@ -90,17 +103,17 @@ def test_methods_are_named_as_in_tables_and_the_setting_is_said():
 
 
 @pytest.mark.parametrize(
-    ("of_b", "holds"), [([2.0, 2.1], True), ([0.9, 1.2], False), ([None, 2.0], None), ([None, None], None)]
+    ("of_b", "holds"), [([2.0, 2.1] * 3, True), ([0.9, 1.2] * 3, False), ([None, 2.0] * 3, None), ([None] * 6, None)]
 )
 def test_better_everywhere_is_better_in_each_setting(of_b, holds):
-    runs = [_run("stl", seed, 1.0, setting) for seed in (0, 1) for setting in "ab"]
-    runs += [_run("linear", seed, 3.0 + 0.1 * seed, "a") for seed in (0, 1)]
+    runs = [_run("stl", seed, 1.0, setting) for seed in range(6) for setting in "ab"]
+    runs += [_run("linear", seed, 3.0 + 0.1 * (seed % 2), "a") for seed in range(6)]
     runs += [_run("linear", seed, score, "b") for seed, score in enumerate(of_b)]
     found = better_everywhere(runs, "linear", "stl", ["a", "b"])
     assert found.holds is holds
-    assert "in every setting; the paired differences are a: +2.05 +- 0.05 (2 seeds); b: " in found.text
+    assert "in every setting; the paired differences are a: +2.05 +- 0.02 (6 seeds); b: " in found.text
 
 
 def test_one_setting_that_fails_is_enough_for_a_claim_not_to_hold():
-    runs = [_run(name, seed, 1.0, "a") for seed in (0, 1) for name in ("stl", "linear")]
+    runs = [_run(name, seed, 1.0, "a") for seed in range(5) for name in ("stl", "linear")]
     assert better_everywhere(runs, "linear", "stl", ["a", "b"]).holds is False

@@ -1,0 +1,174 @@
+"""Checks that a problem is a `Task`: errors that name the member, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auxfast.train.files import described
+from auxfast.train.task import Batch, Task
+
+_METHODS = ("training_batch", "outer_loss", "validation_score", "score")
+
+
+def check_members(task: Task) -> None:
+    """Checks what a task has, without calling it.
+
+    Raises:
+        TypeError, ValueError: a member is missing, or is not what it must be.
+    """
+    for name in ("loss_names", "main", "model", *_METHODS):
+        if not hasattr(task, name):
+            raise TypeError(f"task.{name}: {type(task).__name__} has none; see auxfast.train.Task for what a task has")
+    names: Any = task.loss_names
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"task.loss_names: got {names!r}, must be a tuple of strings, one for each loss")
+    if not names:
+        raise ValueError("task.loss_names: got none, must name one loss at least")
+    main: Any = task.main
+    if isinstance(main, bool) or not isinstance(main, int) or not 0 <= main < len(names):
+        raise ValueError(
+            f"task.main: got {main!r}, must be the index of the main loss, an integer from 0 to {len(names) - 1}"
+        )
+    _check_module("model", task.model)
+    for name in _METHODS:
+        if not callable(getattr(task, name)):
+            raise TypeError(f"task.{name}: got {type(getattr(task, name)).__name__}, must be a method")
+    if getattr(task, "training_loss", None) is not None:
+        own_training_loss(task)
+
+
+def own_training_loss(task: Task) -> nn.Module:
+    """The task's own training loss, which holds outer parameters.
+
+    Raises:
+        TypeError, ValueError: there is none; or it is no module, has no parameters to learn, or the model's.
+    """
+    loss = getattr(task, "training_loss", None)
+    if loss is None:
+        raise TypeError(
+            "task.training_loss: there is none, and the method own needs it: a torch.nn.Module that returns the "
+            "training loss, and whose parameters are the outer ones"
+        )
+    _check_module("training_loss", loss)
+    inner = {id(parameter) for parameter in task.model.parameters()}
+    shared = [name for name, parameter in loss.named_parameters() if id(parameter) in inner]
+    if shared:
+        raise ValueError(
+            f"task.training_loss: its parameter {shared[0]} is one of task.model too, must be an outer parameter only"
+        )
+    module: nn.Module = loss
+    return module
+
+
+def _check_module(name: str, module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"task.{name}: got {type(module).__name__}, must be a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"task.{name}: got {type(module).__name__} with no parameter that requires gradients")
+
+
+def check_batch(batch: Batch, num_losses: int) -> None:
+    """Checks the shape of a batch, which takes no time.
+
+    Raises:
+        TypeError, ValueError: it is not what `Task.training_batch` must return.
+    """
+    if getattr(batch, "_fields", ())[:2] != Batch._fields or not isinstance(batch.losses, Tensor):
+        raise TypeError(
+            f"task.training_batch: got {type(batch).__name__}, must return a Batch(losses, mask) of tensors"
+        )
+    shape = tuple(batch.losses.shape)
+    if shape[1:2] != (num_losses,):
+        raise ValueError(
+            f"task.training_batch: got losses of shape {shape}, must be (batch, {num_losses}) or (batch, "
+            f"{num_losses}, height, width), one for each of task.loss_names"
+        )
+    if not batch.losses.requires_grad:
+        raise ValueError("task.training_batch: got losses without a graph, must be computed from task.model")
+
+
+def check_scalar(name: str, loss: Any) -> None:
+    """Raises TypeError unless the `name` of a task has returned a scalar tensor with a graph."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return
+    given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        given = "a tensor without a graph"
+    raise TypeError(f"task.{name}: got {given}, must return a scalar tensor with a graph to the model")
+
+
+def check_task(task: Task, *, own: bool = False) -> None:
+    """Checks a task by calling each of its methods once: it draws, and should be thrown away.
+
+    Args:
+        own: whether its own training loss is needed.
+
+    Raises:
+        TypeError, ValueError: a member is missing, raises, or returns what it must not.
+    """
+    check_members(task)
+    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    batch = _called("training_batch", lambda: task.training_batch(torch.Generator().manual_seed(0)))
+    check_batch(batch, len(task.loss_names))
+    _check_losses(batch)
+    _check_graph("training_batch", "losses", batch.losses.sum(), parameters)
+    if own:
+        training_loss = own_training_loss(task)
+        loss = _called("training_loss", lambda: training_loss(*batch))
+        check_scalar("training_loss", loss)
+        _check_graph("training_loss", "a loss", loss, parameters)
+        outer = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
+        _check_graph("training_loss", "a loss", loss, outer, "its own parameters")
+    outer_loss = _called("outer_loss", task.outer_loss)
+    check_scalar("outer_loss", outer_loss)
+    _check_graph("outer_loss", "a loss", outer_loss, parameters)
+    for name in ("validation_score", "score"):
+        score = _called(name, getattr(task, name))
+        try:
+            number = as_number(score)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"task.{name}: got {type(score).__name__}, must return a number, more is better") from error
+        if math.isnan(number):
+            raise ValueError(f"task.{name}: got nan before the first step, must return a number, more is better")
+
+
+def as_number(score: Any) -> float:
+    """A score that a task has returned, which may be a tensor."""
+    return float(score.detach() if isinstance(score, Tensor) else score)
+
+
+def _called(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # it is the user's code
+        raise ValueError(f"task.{name}: raised {described(error)}") from error
+
+
+def _check_losses(batch: Batch) -> None:
+    losses, mask = batch.losses, batch.mask
+    if not losses.numel():
+        raise ValueError(f"task.training_batch: got losses of shape {tuple(losses.shape)}, must have a sample")
+    if mask is None:
+        known = losses
+    else:
+        if not isinstance(mask, Tensor) or mask.shape != losses.shape:
+            given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"task.training_batch: got a mask of {given}, must be None or {tuple(losses.shape)}")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("task.training_batch: got a mask of other numbers than 0 and 1")
+        known = losses[mask.bool()]
+    if not bool(known.isfinite().all()):
+        raise ValueError("task.training_batch: got losses that are not finite before the first step")
+
+
+def _check_graph(
+    member: str, what: str, loss: Tensor, parameters: Sequence[Tensor], of: str = "the parameters of task.model"
+) -> None:
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(f"task.{member}: got {what} that {of} play no part in, must be computed from them")
