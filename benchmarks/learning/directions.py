@@ -102,6 +102,7 @@ class Retraining:
             config,
             inner_optimizer=self.setting.optimizer or config.inner_optimizer,
             outer_steps=self.setting.outer_steps or config.outer_steps,
+            cooldown=0.0,  # it would train on the auxiliary set
         )
         self.start = torch.full((len(self.experiment.loss_names),), self.setting.auxiliary_weight)
         self.start[0] = 1.0
@@ -137,7 +138,7 @@ class Retraining:
         task, combiner = self._draw(seed), LinearCombiner(len(weights), main=None)
         with torch.no_grad():
             combiner.phi.copy_(torch.tensor(weights))
-        trainer = Trainer(task, CombinedLoss(combiner), self.config, seed)
+        trainer = Trainer(task, CombinedLoss(combiner, learned=False), self.config, seed)
         trainer.run()
         return End(task.model.state_dict(), trainer.generator.get_state(), _root_of_metric(trainer.inner))
 
@@ -206,7 +207,7 @@ def solvers(retraining: Retraining) -> dict[str, Solver]:
         "GradientFlow": flow,
         "MINRES, 10, damping 1": MINRES(steps=10, damping=1.0, tol=None),
         "MINRES, 10, damping 0.1": _DAMPED,
-        "MINRES": MINRES(),
+        "MINRES, 50": MINRES(steps=50, tol=None),
     }
     if retraining.config.inner_optimizer.name == "Adam":
         chosen["identity, Adam's metric"] = InMetric(Identity(retraining.time), root_of_metric)
@@ -235,7 +236,7 @@ def compare(name: str, seeds: Iterable[int], step: float, outer_losses: Iterable
         print(
             f"{len(seeds)} seeds; outer loss {report.outer_losses.mean():.3g}; inner gradient "
             f"{report.inner_gradient_norms.mean():.2g}; learning rate by the largest stable one {stability}; "
-            f"negative curvature for {sum(s.negative_curvature for s in predictions['MINRES'].stats)} of them; "
+            f"negative curvature for {sum(s.negative_curvature for s in predictions['MINRES, 50'].stats)} of them; "
             f"moves up against moves down: cosine {report.agreement}\n"
         )
         print("| | cosine | of means | signs | size | outcome |\n|---|---|---|---|---|---|")
