@@ -77,24 +77,25 @@ def _run(method, seed, score, *weights):
 
 def test_the_table_pairs_seeds_and_counts_what_was_lost(suite):
     even = (1.0, 1.0, 1.0, 1.0)
+    lost, dead = (20.0, 20.0, 0.0, 0.0), (2.0, 0.01, 0.0, 0.0)
     runs = [
-        _run("nonlinear", 0, 80.0, even, (2.0, 1.0, 0.5, 0.5)),
-        _run("nonlinear", 1, 71.0, even, (2.0, 0.01, 0.0, 0.0)),
-        _run("nonlinear", 2, None, even, (20.0, 20.0, 0.0, 0.0)),
-        *(_run("nonlinear-frozen", seed, score, even, even) for seed, score in enumerate((70.0, 60.9, 99.0))),
-        *(_run("equal", seed, score, even) for seed, score in enumerate((81.0, 60.0, 99.0))),
+        *(_run("nonlinear", seed, 80.0, even, (2.0, 1.0, 0.5, 0.5)) for seed in (0, 2, 4)),
+        *(_run("nonlinear", seed, 71.0, even, dead) for seed in (1, 3, 5)),
+        _run("nonlinear", 6, None, even, lost),
+        *(_run("nonlinear-frozen", seed, score, even, even) for seed, score in enumerate([70.0, 60.9] * 3 + [99.0])),
+        *(_run("equal", seed, score, even) for seed, score in enumerate([81.0, 60.0] * 3 + [99.0])),
     ]
     (row,) = suite.table.make_rows(runs)
-    assert (row.crashed, row.dead, row.exploded) == ([2], [1], [2])
+    assert (row.crashed, row.dead, row.exploded) == ([6], [1, 3, 5], [6])
     assert row.over["frozen"].mean == pytest.approx(10.05)
-    assert row.over["frozen"].seeds == 2
+    assert row.over["frozen"].seeds == 6
     assert (row.sign("frozen"), row.sign("equal")) == (1, 0)
     assert row.over["stl"] is None
     assert row.shares["main"] == pytest.approx((0.5 + 2 / 2.01) / 2)
     assert row.outer_loss == pytest.approx((1.0, 0.9))
     text = suite.table.as_markdown([row])
-    assert "**+10.05 +- 0.05**" in text
-    assert "below its frozen start in 0 of 1; below Equal in 0 of 1; lost: 1 crashed, 1 dead, 1 exploded." in text
+    assert "**+10.05 +- 0.02**" in text
+    assert "below its frozen start in 0 of 1; below Equal in 0 of 1; lost: 1 crashed, 3 dead, 1 exploded." in text
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.registry import by_experiment, get_experiment, refuse_shipped_name, titles
 from auxfast.experiments.report.export import write_csv, write_latex
-from auxfast.experiments.report.notes import notes
+from auxfast.experiments.report.notes import NoteTaker, notes
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, results_of
 from auxfast.experiments.report.text import describe
@@ -212,11 +212,11 @@ def train_all(comparison: Comparison) -> list[Run]:
     with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=None) as bar:  # None: unless in a terminal
         done = 0
         for plan in plans:
-            records: list[OuterRecord] = []
+            taker = NoteTaker()
 
-            def show(record: OuterRecord, done: int = done, records: list[OuterRecord] = records) -> None:
-                records.append(record)
-                bar.set_postfix(progress(records, names), refresh=False)
+            def show(record: OuterRecord, done: int = done, taker: NoteTaker = taker) -> None:
+                taker.add(record)
+                bar.set_postfix(progress(record, names, taker.notes), refresh=False)
                 bar.update(done + record.step + 1 - bar.n)
 
             bar.set_description(plan.title, refresh=False)
@@ -234,16 +234,14 @@ def outcome(run: Run) -> str:
     return ", ".join([f"score {run.result.score:.4g}", f"{run.result.seconds:.1f} s", *notes(run.records)])
 
 
-def progress(records: Sequence[OuterRecord], loss_names: Sequence[str]) -> dict[str, str]:
-    """Words of the progress bar: losses, the two largest weights, how the last outer step went, and what is to be noted
-    of those so far."""
-    record = records[-1]
+def progress(record: OuterRecord, loss_names: Sequence[str], notes: Sequence[str] = ()) -> dict[str, str]:
+    """Words of the progress bar: losses, the two largest weights, how the last outer step went, and the notes."""
     values = {"training": record.training_loss, "outer": record.outer_loss, "residual": record.residual}
     shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
     weights = sorted(zip(record.loss_weights, loss_names, strict=True), key=lambda pair: -pair[0])
     shown["weights"] = ", ".join(f"{name}: {weight:.2f}" for weight, name in weights[:2])
     if record.outer_loss is not None:
         shown["outer time"] = f"{record.outer_seconds / (record.inner_seconds + record.outer_seconds):.0%}"
-    if found := notes(records):
-        shown["note"] = ", ".join(found)
+    if notes:
+        shown["note"] = ", ".join(notes)
     return shown

@@ -16,7 +16,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import called, trust_region
+from auxfast.implicit.trust_region import called, mean_weights, trust_region
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import unprojected
@@ -47,8 +47,9 @@ class HyperOptimizer:
         max_grad_norm: hypergradients of a larger total norm are scaled down to it; `None`: as they are.
         max_weight_change: the largest share by which one step may change the mean weight of any loss on the batch of a
             combiner's latest call, whatever the torch optimizer proposes: a longer step is shortened. `None`: no limit.
-        keep_total: whether the learned weights of each combiner keep their sum on that batch (a main loss that is added
-            as it is has no part in it). Learning then shapes the mix, and leaves the speed of inner training alone.
+        keep_total: whether the weights of each combiner add up, on that batch, to what they did at the first step: for
+            the sample where they add up to most, and without the 1 of a main loss that is added as it is. Learning then
+            shapes the mix, and leaves the speed of inner training alone.
         project: modules whose `project_()` is called after each update.
 
     Attributes:
@@ -103,7 +104,8 @@ class HyperOptimizer:
         self.state = SolverState()
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
-        self.max_weight_change, self.keep_total = max_weight_change, keep_total
+        self.max_weight_change = max_weight_change
+        self._totals: list[float] | None = [] if keep_total else None
         self.watch = Watch()
 
     @classmethod
@@ -177,7 +179,7 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        with trust_region(params, self.max_weight_change, self.keep_total):
+        with trust_region(params, self.max_weight_change, self._totals):
             self.optimizer.step()
             for module in self.project:
                 module.project_()
@@ -185,9 +187,11 @@ class HyperOptimizer:
         return result.stats
 
     def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
-        """Warns of what is noticed for the first time."""
-        value = float(outer_loss) if isinstance(outer_loss, Tensor) else None
-        for kind in self.watch.look_at(value, called(params)):
+        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at."""
+        combiner = next(iter(called(params)), None)
+        weights = [] if combiner is None else mean_weights(combiner).tolist()
+        value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
+        for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)
 
@@ -217,11 +221,11 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes on
-        from here gives the same numbers as one without a break."""
+        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes
+        on from here gives the same numbers as one without a break."""
         solver_state = dict(vars(self.state))
         own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": deepcopy(vars(self.watch))}
-        return {**self.optimizer.state_dict(), **own}
+        return {**self.optimizer.state_dict(), **own, "totals": deepcopy(self._totals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing.
@@ -237,6 +241,8 @@ class HyperOptimizer:
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)
         self.watch = Watch(**deepcopy(state_dict.get("watch", {})))
+        if self._totals is not None:
+            self._totals = list(state_dict.get("totals") or [])
 
 
 def _projectable(project: Any) -> tuple[Projectable, ...]:

@@ -16,17 +16,20 @@ _MOST_TRIALS = 30
 
 
 @contextmanager
-def trust_region(parameters: Iterable[Tensor], most: float | None, keep_total: bool) -> Iterator[None]:
+def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[float] | None) -> Iterator[None]:
     """Corrects the step that the body takes, by what it does to the mean weights of the losses on the batch of each
     combiner's latest call. Combiners that were not called, and parameters of no combiner, move as the body moves them.
 
     Args:
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
-        keep_total: whether the learned weights, without that of a main loss which is added as it is, add up to what
-            they did before.
+        totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
+            time, and kept from then on. None: they may add up to anything, as weights of both signs always may.
     """
-    limits = [_Limits(c, most, keep_total) for c in called(parameters)] if keep_total or most is not None else []
+    combiners = called(parameters) if most is not None or totals is not None else []
+    if totals is not None:
+        totals += [learned_total(c) for c in combiners[len(totals) :]]
+    limits = [_Limits(c, most, totals[i] if totals else None) for i, c in enumerate(combiners)]
     yield
     for limit in limits:
         limit.correct_step()
@@ -43,13 +46,26 @@ def mean_weights(combiner: Combiner) -> Tensor:
     return combiner.mean_weights(*combiner.last_call)
 
 
+@torch.no_grad()
+def learned_total(combiner: Combiner) -> float:
+    """What the weights of a sample's losses add up to, without the 1 of a main loss that is added as it is: the largest
+    of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
+    comes to weigh the samples of large losses alone, and those without bound.)"""
+    assert combiner.last_call is not None
+    losses, mask = combiner.last_call
+    totals = combiner.loss_weights(losses, mask).double().flatten(1).sum(dim=1)
+    if combiner.main is not None:
+        totals -= 1.0 if mask is None else mask[:, [combiner.main]].flatten(1).any(dim=1).to(totals)
+    return float(totals.max()) if len(totals) else 0.0
+
+
 class _Limits:
     """The weights of a combiner's losses before a step, and what the step may make of them."""
 
-    def __init__(self, combiner: Combiner, most: float | None, keep_total: bool) -> None:
-        self.combiner, self.most, self.keep_total = combiner, most, keep_total
+    def __init__(self, combiner: Combiner, most: float | None, total: float | None) -> None:
+        self.combiner, self.most, self.total = combiner, most, total
+        self.weights = self._weights()
         self.start = combiner.phi.detach().clone()
-        self.weights = mean_weights(combiner)
 
     @torch.no_grad()
     def correct_step(self) -> None:
@@ -66,15 +82,16 @@ class _Limits:
         phi.copy_(self.start)
 
     def _change(self) -> float:
-        """The largest change of a weight as a share of it, after the total is made what it was."""
-        weights = mean_weights(self.combiner)
-        if self.keep_total:
-            before, now = (self._learned_total(w) for w in (self.weights, weights))
-            if before > 0 and 0 < now < float("inf"):
-                self.combiner.scale_(before / now)
-                weights = mean_weights(self.combiner)
+        """The largest change of a weight, as a share of it."""
         scale = self.weights.abs().clamp(min=_SMALLEST_SHARE * self.weights.abs().mean())
-        return ((weights - self.weights).abs() / scale).max().item()
+        return ((self._weights() - self.weights).abs() / scale).max().item()
 
-    def _learned_total(self, weights: Tensor) -> float:
-        return float(weights.double().sum()) - (self.combiner.main is not None)
+    def _weights(self) -> Tensor:
+        """The mean weights, after they are made to add up to the total."""
+        weights = mean_weights(self.combiner)
+        if self.total is not None:
+            now = learned_total(self.combiner)
+            if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
+                self.combiner.scale_(self.total / now)
+                return mean_weights(self.combiner)
+        return weights

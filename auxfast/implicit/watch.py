@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from auxfast.implicit.trust_region import mean_weights
-from auxfast.nn import Combiner
-
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
-_SMOOTHING = 0.8  # of the outer loss: a mean over some five steps
+_SMOOTHING = 0.9  # of the outer loss: a mean over some ten steps
 _RISEN, _PATIENCE = 0.05, 20  # share of the lowest smoothed outer loss; outer steps since then
 
 TEXTS = {
@@ -36,7 +33,7 @@ class Watch:
     """What is remembered of earlier outer steps. Its fields are plain numbers, for a state_dict.
 
     Attributes:
-        first_total: the sum of the loss weights after the first outer step.
+        first_total: the sum of the loss weights at first.
         outer_loss: the smoothed outer loss.
         lowest: the lowest it has been.
         since_lowest: outer steps since then.
@@ -49,25 +46,23 @@ class Watch:
     since_lowest: int = 0
     noticed: list[str] = field(default_factory=list)
 
-    def look_at(self, outer_loss: float | None, combiners: Sequence[Combiner]) -> list[str]:
-        """What is seen for the first time after an outer step.
+    def look_at(self, outer_loss: float | None, weights: Sequence[float], main: int | None) -> list[str]:
+        """What is seen for the first time at an outer step.
 
         Args:
-            outer_loss: its value before the step; None where it was not computed here.
-            combiners: those that were called.
+            outer_loss: its value; None where it is not known.
+            weights: mean weight of each loss; none where there is no combiner.
+            main: index of the main loss; None where that is not known.
         """
-        weights = [mean_weights(combiner).abs() for combiner in combiners]
         seen = []
-        for combiner, own in zip(combiners, weights, strict=True):
-            if combiner.main is not None and combiner.num_losses > 1:
-                main = own[combiner.main]
-                if bool(own.sum() - main < _VANISHED * main):
-                    seen.append("vanished")
-        if self._grows(float(sum(own.sum() for own in weights))):
+        sizes = [abs(weight) for weight in weights]
+        if main is not None and len(sizes) > 1 and sum(sizes) - sizes[main] < _VANISHED * sizes[main]:
+            seen.append("vanished")
+        if self._grows(sum(sizes)):
             seen.append("grown")
         if outer_loss is not None and self._rises(outer_loss):
             seen.append("outer loss rising")
-        new = [kind for kind in dict.fromkeys(seen) if kind not in self.noticed]
+        new = [kind for kind in seen if kind not in self.noticed]
         self.noticed += new
         return new
 

@@ -57,7 +57,7 @@ class Combiner(nn.Module, ABC):
     """
 
     phi: nn.Parameter  # (number of parameters,)
-    positive: Positive
+    positive: Positive = "clip"  # also of a pickle from before there was another
     last_call: tuple[Tensor, Tensor | None] | None = None
     _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
@@ -106,10 +106,13 @@ class Combiner(nn.Module, ABC):
 
     def _write_biases(self) -> None:
         """Writes `_biases`, on the device of `phi`. It is of a dtype that `torch.optim.swa_utils` can average."""
-        names = zip(self._shapes, self._sizes, strict=True)
-        is_bias = [name.endswith("bias") for name, size in names for _ in range(size)]
-        wanted = self.positive == "exp" and any(is_bias)
-        self._biases = torch.tensor(is_bias, dtype=torch.uint8, device=self.phi.device) if wanted else None
+        is_bias = [name.endswith("bias") for name in self._shapes]
+        if self.positive == "clip" or not any(is_bias):
+            self._biases = None
+            return
+        marks = zip(self._sizes, is_bias, strict=True)
+        device = self.phi.device
+        self._biases = torch.cat([torch.full((n,), mark, dtype=torch.uint8, device=device) for n, mark in marks])
 
     @abstractmethod
     def _reset_weights(self) -> None:
@@ -310,11 +313,12 @@ def unprojected(parameters: Iterable[Tensor], projected: Iterable[Any]) -> list[
 
 
 def combiners_of(parameters: Iterable[Tensor]) -> list[Combiner]:
-    """The combiners whose `phi` is among `parameters`."""
-    wanted = {id(parameter) for parameter in parameters}
+    """The combiners whose `phi` is among `parameters`, in the order of these."""
+    place = {id(parameter): i for i, parameter in enumerate(parameters)}
     with _ALL_LOCK:
         combiners = [*_ALL]
-    return [combiner for combiner in combiners if any(id(phi) in wanted for phi in combiner.parameters())]
+    found = [(place[id(phi)], c) for c in combiners for phi in c.parameters() if id(phi) in place]
+    return [combiner for _, combiner in sorted(found, key=lambda pair: pair[0])]
 
 
 def _note_layers(module: Combiner, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ class _Gradient(torch.autograd.Function):
         grad, (losses, phi) = ctx.grad, _inputs(ctx, saved)
         if grad._version != ctx.version:
             raise _overwritten(saved.op)
-        with_grad = ctx.needs_input_grad[0]
+        with_grad = ctx.needs_input_grad[0] and (grad.grad_fn is None or reaches(grad.grad_fn))
         with_phi = saved.to_phi is not None and reaches(saved.to_phi)
         with_graph = torch.is_grad_enabled()
         if in_forward_mode() or (with_graph and in_batch(tangent)):

@@ -38,8 +38,9 @@ class TrainConfig:
             hypergradient knows: in the optimizer it would not.
         max_inner_grad_norm, max_outer_grad_norm: norm to which larger gradients, larger hypergradients are scaled down.
         max_weight_change, keep_total: see `HyperOptimizer`.
-        cooldown: share of the outer steps, at the end of the run, in which phi stays as it is. Training then takes the
-            auxiliary set too, if the task can give it back (`Task.release_auxiliary`).
+        warmup, cooldown: shares of the outer steps, at the start and the end of the run, in which phi stays as it is.
+            At the start the outer loss falls fastest with the main loss alone, which says little of where training
+            ends. In the end training takes the auxiliary set too, if the task gives it back (`Task.release_auxiliary`).
         patience: number of outer steps without a better validation score after which training stops, and returns to
             the best.
         amp: whether losses are computed in bfloat16 where that is safe (`torch.autocast`).
@@ -65,6 +66,7 @@ class TrainConfig:
     max_outer_grad_norm: float | None = 1.0
     max_weight_change: float | None = 0.15
     keep_total: bool = True
+    warmup: float = 0.25
     cooldown: float = 0.25
     patience: int | None = None
     amp: bool = False
@@ -81,9 +83,11 @@ class TrainConfig:
         if self.patience is not None:
             _check_count("train.patience", self.patience)
         _check_number("train.weight_decay", self.weight_decay)
-        _check_number("train.cooldown", self.cooldown)
-        if self.cooldown >= 1:
-            raise ValueError(f"train.cooldown: got {self.cooldown}, must be a share below 1")
+        for name in ("warmup", "cooldown"):
+            _check_number(f"train.{name}", getattr(self, name))
+        if self.warmup + self.cooldown >= 1:
+            given = f"{self.warmup} and {self.cooldown}"
+            raise ValueError(f"train.warmup, train.cooldown: got {given}, must add up to a share below 1")
         for name in ("max_inner_grad_norm", "max_outer_grad_norm", "max_weight_change"):
             if getattr(self, name) is not None:
                 _check_number(f"train.{name}", getattr(self, name), above=True)
@@ -111,7 +115,7 @@ class CombinerConfig:
     Args:
         initial_weight: weight of every auxiliary loss at the start; in networks, their mean weight at losses of 1.
         skip: whether the main loss is added to what the combiner makes of all losses (paper, section 3.2); the linear
-            one then gives the main loss no weight of its own at the start.
+            one then gives the main loss no weight of its own at the start. Without, all start near the plain sum.
         hidden: widths of the hidden layers of the nonlinear and the deep linear combiner.
         channels: channels of the convolutional combiner's layers.
         degree: highest degree of the polynomial combiner's terms.
@@ -121,7 +125,7 @@ class CombinerConfig:
     """
 
     initial_weight: float = 1.0
-    skip: bool = True
+    skip: bool = False
     hidden: tuple[int, ...] = (10, 10)
     channels: tuple[int, ...] = (8, 16)
     degree: int = 2

@@ -96,6 +96,11 @@ class Trainer:
         return len(self.records) >= self.config.outer_steps or self.stopped_early
 
     @property
+    def warms_up(self) -> bool:
+        """Whether phi still stays as it starts."""
+        return len(self.records) < int(self.config.warmup * self.config.outer_steps)
+
+    @property
     def cools_down(self) -> bool:
         """Whether the last outer step has been taken, and phi stays until the end."""
         left = self.config.outer_steps - len(self.records)
@@ -176,8 +181,8 @@ class Trainer:
         self.records = list(records)
 
     def _round(self) -> OuterRecord:
-        """Takes `inner_steps` inner steps and, unless the run cools down, an outer one. Returns what was measured."""
-        learns = self.outer is not None and not self.cools_down
+        """Takes `inner_steps` inner steps and an outer one, if phi moves by now. Returns what was measured."""
+        learns = self.outer is not None and not (self.warms_up or self.cools_down)
         if self.cools_down and not self._has_released and hasattr(self.task, "release_auxiliary"):
             self.task.release_auxiliary()
             self._has_released = True
@@ -197,7 +202,8 @@ class Trainer:
         loss_weights, phi = self.training_loss.mean_weights(batch), self._phi()
         skipped = False
         if learns:
-            assert self.outer is not None and outer_loss is not None
+            assert self.outer is not None
+            assert outer_loss is not None
             start, before = time.perf_counter(), self.outer.skipped_steps
             stats = self._outer_step(outer_loss, training_loss)
             outer_seconds += self._seconds_since(start)

@@ -58,7 +58,7 @@ def test_where_nobody_watches_each_run_is_a_line(train, capsys):
 
 def test_in_a_terminal_there_is_a_bar_and_lines_are_of_runs_to_look_at(train, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(command, "notes", lambda records: ["a note"] if records[-1].outer_loss is not None else [])
+    monkeypatch.setattr(command, "notes", lambda records: ["a note"] * (records[0].outer_loss is not None))
     assert train("--method", "stl,linear", "--seeds", "3") == 0
     error = capsys.readouterr().err
     assert "100%" in error
@@ -72,7 +72,7 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
     learned = OuterRecord(
         3, 0.5, 0.4, 0.25, None, 0.125, 7, (1.0, 0.5, 2.0), None, inner_seconds=3.0, outer_seconds=1.0
     )
-    assert command.progress([learned], ("main", "a", "b")) == {
+    assert command.progress(learned, ("main", "a", "b")) == {
         "training": "0.5",
         "outer": "0.25",
         "residual": "0.125",
@@ -80,9 +80,9 @@ def test_the_progress_bar_shows_losses_weights_and_how_the_outer_step_went():
         "outer time": "25%",
     }
     weighted = learned._replace(outer_loss=None, residual=None)
-    assert list(command.progress([weighted], ("main", "a", "b"))) == ["training", "weights"]
+    assert list(command.progress(weighted, ("main", "a", "b"))) == ["training", "weights"]
     skipped = learned._replace(skipped=True)
-    assert command.progress([skipped, learned, skipped], ("main", "a", "b"))["note"] == "skipped 2 steps"
+    assert command.progress(skipped, ("main", "a", "b"), ["skipped 2 steps"])["note"] == "skipped 2 steps"
 
 
 def test_by_default_all_settings_and_the_experiment_s_methods_are_trained(train, tmp_path, capsys):

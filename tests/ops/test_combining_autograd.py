@@ -13,6 +13,7 @@ from torch import Tensor
 
 from auxfast import reference_kernels
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
+from auxfast.ops.second_order import SavedForward
 
 from .combiner_cases import normal
 from .combining_cases import BOTH, BOTH_ON_DEVICE, COMBINER, LOSS_IMAGE, on_device_rows, readable
@@ -130,6 +131,21 @@ def test_hessian_product_computes_nothing_in_phi(make_phi, op, calls):
     torch.autograd.grad(gradient, leaf, torch.ones_like(w), retain_graph=True)
     torch.autograd.grad(gradient, (w, phi), torch.ones_like(w))
     assert calls == ["second", "second+phi", "second+phi"]
+
+
+@BOTH
+def test_hessian_product_computes_nothing_in_a_factor_of_the_value(op, monkeypatch):
+    w, value = _inner_loss(op, _leaf(op)[0])
+    leaf = torch.ones((), dtype=value.dtype, requires_grad=True)
+    (gradient,) = torch.autograd.grad(value * leaf.exp(), w, create_graph=True)
+    made: list[str] = []
+    grad_of_grad = SavedForward.grad_of_grad
+    monkeypatch.setattr(SavedForward, "grad_of_grad", lambda *args: made.append("made") or grad_of_grad(*args))
+    torch.autograd.grad(gradient, w, torch.ones_like(w), retain_graph=True)
+    assert made == []
+    (mixed,) = torch.autograd.grad(gradient, leaf, torch.ones_like(w))
+    assert made == ["made"]
+    torch.testing.assert_close(mixed, gradient.sum())
 
 
 @BOTH

@@ -104,7 +104,9 @@ class Noisy:
 
 
 def train_config(**changes) -> TrainConfig:
+    """The paper's loop without safeguards: an outer step after every round, of any size."""
     settings = {
+        "warmup": 0.0, "cooldown": 0.0, "max_weight_change": None, "keep_total": False,
         "outer_steps": 20,
         "inner_steps": 20,
         "inner_optimizer": SGD,
@@ -124,7 +126,7 @@ def noisy_config(options: NoisyOptions = NoisyOptions(), **changes) -> RunConfig
         "solver": Neumann(steps=3, step_size=0.05),
         **changes,
     }
-    return RunConfig(train_config(**settings), CombinerConfig(hidden=(4,)), task=options)
+    return RunConfig(train_config(**settings), CombinerConfig(hidden=(4,), skip=True, positive="clip"), task=options)
 
 
 def noisy_plan(

@@ -68,13 +68,14 @@ def test_combiners_start_with_the_auxiliaries_weight_they_are_told(family, skip,
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("family", COMBINER_LABELS)
-def test_logarithms_start_with_the_same_weights(family, weight_norm):
+def test_logarithms_start_with_the_same_weights(family, skip, weight_norm):
     ones = Batch(torch.ones(1, 3, 64, 64), None)
-    options = {"initial_weight": 0.3, "weight_norm": weight_norm}
+    options = {"initial_weight": 0.3, "weight_norm": weight_norm, "skip": skip}
     plain = _training_loss(family, **options, positive="clip")
     loss = _training_loss(family, **options, positive="exp")
-    main = 0.3 if family in ("linear", "polynomial") else 0.0  # the main loss's second weight, which is to grow
+    main = 0.3 if skip and family in ("linear", "polynomial") else 0.0  # its second weight, which may grow
     assert loss.combiner.positive == "exp"
     weights, (plain_main, *others) = loss.mean_weights(ones), plain.mean_weights(ones)
     assert weights == pytest.approx([plain_main + main, *others], rel=2e-3, abs=2e-3)

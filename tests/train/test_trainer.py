@@ -1,11 +1,13 @@
 """The loop, on a problem whose answers are known (OneWeight) and on one that draws (Noisy)."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from auxfast.implicit import HyperOptimizer
 from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
 from auxfast.solvers import Neumann
 from auxfast.train import Batch, Component, RunConfig, Trainer, make_training_loss, parse_method
@@ -431,3 +433,72 @@ def test_a_score_may_be_a_tensor(monkeypatch):
     monkeypatch.setattr(OneWeight, "validation_score", lambda task: -task.outer_loss().detach())
     records = _trainer(_equal_weights(), patience=50).run()
     assert all(type(record.validation_score) is float for record in records)
+
+
+class Releasing(OneWeight):
+    """Counts the calls of `release_auxiliary`, and the training batches before the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.releases, self.batches, self.batches_before = 0, 0, None
+
+    def training_batch(self, generator):
+        self.batches += 1
+        return super().training_batch(generator)
+
+    def release_auxiliary(self):
+        self.releases += 1
+        self.batches_before = self.batches
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_phi_stays_during_warm_up_and_cool_down_and_the_auxiliary_set_is_released_in_the_end(learn):
+    task = Releasing()
+    trainer = _trainer(_equal_weights(), task=task, learn=learn, outer_steps=8, warmup=0.25, cooldown=0.375)
+    records = trainer.run()
+    assert [record.outer_loss is not None for record in records] == [learn and 2 <= step < 5 for step in range(8)]
+    moved = [later.phi != earlier.phi for earlier, later in itertools.pairwise(records)]
+    assert moved == [learn and 2 <= step < 5 for step in range(7)]
+    assert records[-1].phi == tuple(trainer.combiner.phi.tolist())
+    assert (task.releases, task.batches_before) == (1, 5 * 20 + 3 * learn)
+
+
+def test_a_trainer_that_resumes_in_the_cool_down_releases_again():
+    options = {"learn": True, "outer_steps": 8, "cooldown": 0.5}
+    first, second, whole = (_trainer(_equal_weights(), task=Releasing(), **options) for _ in range(3))
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record.step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.run(stop)
+    second.load_state_dict(first.state_dict(), first.records)
+    without_seconds = [[record._replace(**NO_SECONDS) for record in trainer.run()] for trainer in (second, whole)]
+    assert without_seconds[0] == without_seconds[1]
+    assert second.task.releases == 1
+
+
+NO_SECONDS = {"inner_seconds": 0.0, "outer_seconds": 0.0, "validation_seconds": 0.0}
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0.6, 0.4), (1.0, 0.0), (-0.1, 0.0), (0.0, float("nan"))])
+def test_a_run_that_would_never_learn_is_refused(warmup, cooldown):
+    with pytest.raises(ValueError, match=r"train\.(warmup|cooldown)"):
+        train_config(warmup=warmup, cooldown=cooldown)
+
+
+def test_the_default_configuration_is_the_recommended_outer_optimizer():
+    combiner = _equal_weights()
+    config = RunConfig()
+    loss = make_training_loss(parse_method("linear"), config, OneWeight())
+    outer = Trainer(OneWeight(), loss, config.train, seed=0).outer
+    recommended = HyperOptimizer.recommended(combiner)
+    for name in ("solver", "curvature", "max_weight_change", "_totals"):
+        assert getattr(outer, name) == getattr(recommended, name)
+    groups = [{k: v for k, v in o.optimizer.param_groups[0].items() if k != "params"} for o in (outer, recommended)]
+    assert groups[0] == groups[1]
+    assert loss.combiner.positive == combiner.positive == "exp"

@@ -7,8 +7,8 @@ from functools import partial
 from auxfast.train.config import CombinerConfig, TrainConfig
 
 # The paper's Algorithm 1 knows none of the safeguards that are the trainer's defaults.
-PaperTraining = partial(TrainConfig, max_weight_change=None, keep_total=False, cooldown=0.0)
-PaperCombiner = partial(CombinerConfig, positive="clip")
+PaperTraining = partial(TrainConfig, max_weight_change=None, keep_total=False, warmup=0.0, cooldown=0.0)
+PaperCombiner = partial(CombinerConfig, skip=True, positive="clip")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

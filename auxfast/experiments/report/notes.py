@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
+from auxfast.implicit.watch import Watch
 from auxfast.train.run import Run
 from auxfast.train.trainer import OuterRecord
 
-_WINDOW = 10  # outer steps over which the outer loss is summed: a single batch says little
-_RISE = 1.2  # ratio to the lowest sum from which the outer loss counts as rising
+_WORDS = {
+    "vanished": "auxiliaries below 1%",
+    "grown": "weights grew tenfold",
+    "outer loss rising": "outer loss rising",
+}
+
+
+class NoteTaker:
+    """Notes on a run, taken record by record."""
+
+    def __init__(self) -> None:
+        self._watch, self._skipped = Watch(), 0
+
+    def add(self, record: OuterRecord) -> None:
+        """Takes notes of the next record, whose first loss is the main one."""
+        self._skipped += record.skipped
+        if record.outer_loss is not None:
+            self._watch.look_at(record.outer_loss, record.loss_weights, main=0)
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes so far; none where nothing is learned."""
+        skipped = self._skipped
+        found = [f"skipped {skipped} step{'s' * (skipped > 1)}"] if skipped else []
+        return found + [_WORDS[kind] for kind in self._watch.noticed]
 
 
 def notes(records: Sequence[OuterRecord]) -> list[str]:
-    """Notes on a run with these records so far, whose first loss is the main one; none where nothing is learned."""
-    if not records or records[-1].outer_loss is None:
-        return []
-    found = []
-    if skipped := skipped_steps(records):
-        found.append(f"skipped {skipped} step{'s' * (skipped > 1)}")
-    start, (main, *auxiliaries) = records[0].loss_weights, records[-1].loss_weights
-    if auxiliaries and max(auxiliaries) < 0.01 * main:
-        found.append("auxiliaries below 1%")
-    if max(main, *auxiliaries) > 10 * max(start):
-        found.append("weights grew tenfold")
-    totals = list(accumulate((record.outer_loss or 0.0 for record in records), initial=0.0))
-    windows = [later - earlier for earlier, later in zip(totals, totals[_WINDOW:], strict=False)]
-    if windows and windows[-1] > _RISE * min(windows) > 0:
-        found.append("outer loss rising")
-    return found
+    """Notes on a run with these records."""
+    taker = NoteTaker()
+    for record in records:
+        taker.add(record)
+    return taker.notes
 
 
 def skipped_steps(records: Sequence[OuterRecord]) -> int:

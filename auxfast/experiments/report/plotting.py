@@ -421,10 +421,10 @@ def _log_scale(axes: Any) -> None:
 
 
 def _residuals(runs: Sequence[Run]) -> np.ndarray:
-    """Residuals (runs, outer steps), cut to the shortest run."""
-    steps = min(len(run.records) for run in runs)
-    known = [[record.residual for record in run.records[:steps]] for run in runs]
-    return np.array([[np.inf if residual is None else residual for residual in own] for own in known])
+    """Residuals (runs, outer steps), cut to the shortest run and without its cooldown."""
+    known = [[record.residual for record in run.records if record.outer_loss is not None] for run in runs]
+    steps = min(map(len, known))
+    return np.array([[np.inf if residual is None else residual for residual in own[:steps]] for own in known])
 
 
 def _draw_cost(axes: Any, made: Sequence[Row]) -> None:

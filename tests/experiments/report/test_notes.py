@@ -15,13 +15,13 @@ from experiments.report.handmade import record, runs_of
         ([{}] * 30, []),
         ([{}, {"skipped": True}, {}], ["skipped 1 step"]),
         ([{"skipped": True}] * 3, ["skipped 3 steps"]),
-        ([{}, {"loss_weights": (2.0, 0.01, 0.019)}], ["auxiliaries below 1%"]),
-        ([{}, {"loss_weights": (2.0, 0.01, 0.03)}], []),
-        ([{}, {"loss_weights": (1.0, 1.0, 10.5)}], ["weights grew tenfold"]),
+        ([{}, {"loss_weights": (2.0, 0.01, 0.009)}], ["auxiliaries below 1%"]),  # together
+        ([{}, {"loss_weights": (2.0, 0.01, 0.011)}], []),
+        ([{}, {"loss_weights": (1.0, 1.0, 30.0)}], ["weights grew tenfold"]),
         ([{"outer_loss": 1.0 + 0.02 * step} for step in range(30)], ["outer loss rising"]),
         ([{"outer_loss": 2.0 - 0.02 * step} for step in range(30)], []),
         ([{"outer_loss": 5.0 if step == 29 else 4.0} for step in range(30)], []),  # one batch says little
-        ([{"outer_loss": None, "skipped": True}] * 3, []),
+        ([{"outer_loss": None, "loss_weights": (2.0, 0.0, 0.0)}] * 3, []),
         ([], []),
     ],
 )

@@ -13,11 +13,12 @@ pytest.importorskip("matplotlib")
 
 
 def _panels(scores, records):
-    """The axes of each panel by title, without that of the scores, once it is drawn; all runs have the records."""
+    """The axes of each panel by title, without that of the scores, once it is drawn; all runs have the records, and
+    those that do not learn have no outer losses in them."""
     experiment = noisy_experiment()
     runs = runs_of(experiment, scores)
     for run in runs:
-        run.records[:] = [made._replace(outer_loss=1.0 if run.method.learned else None) for made in records]
+        run.records[:] = [made if run.method.learned else made._replace(outer_loss=None) for made in records]
     figure = draw_sections(results_of(experiment, runs).sections)
     figure.savefig(BytesIO())
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
@@ -45,6 +46,13 @@ def test_residuals_that_a_logarithm_does_not_have_can_be_drawn(residuals, labell
     axes = _panels({"linear": [1.0]}, [record(residual=residual) for residual in residuals])
     (panel,) = (axis for title, axis in axes.items() if title.startswith("Residual"))
     assert [text.get_text() for text in panel.texts] == ["Linear, learned"] * labelled
+
+
+def test_residuals_are_drawn_until_the_run_cools_down():
+    records = [record(residual=0.1), record(residual=0.2), record(outer_loss=None)]
+    axes = _panels({"linear": [1.0]}, records)["Residual of the solve (0: exact, 1: no better than none)"]
+    assert axes.lines[0].get_ydata().tolist() == [0.1, 0.2]
+    assert [text.get_text() for text in axes.texts] == ["Linear, learned"]
 
 
 def test_held_out_scores_are_drawn_for_each_method():
