@@ -10,9 +10,11 @@ from auxfast.implicit import (
     HypergradientResult,
     HyperOptimizer,
     NotFiniteError,
+    RetrainingReport,
     UsefulnessResult,
     auxiliary_usefulness,
     hypergradient,
+    verify_against_retraining,
     verify_hypergradient,
 )
 
@@ -21,6 +23,7 @@ __all__ = [
     "HypergradientReport",
     "HypergradientResult",
     "NotFiniteError",
+    "RetrainingReport",
     "UsefulnessResult",
     "__version__",
     "auxiliary_usefulness",
@@ -31,5 +34,6 @@ __all__ = [
     "preserved_state",
     "reference_kernels",
     "solvers",
+    "verify_against_retraining",
     "verify_hypergradient",
 ]

@@ -17,7 +17,8 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 # Tests of their own run these: test_theorem, compat/test_migration, and those of the kernels' pages.
 TESTED_ELSEWHERE = [DOCS / "theorem.md", DOCS / "compat.md", *(DOCS / "kernels").glob("*.md")]
 WITH_CLAIMS = [
-    DOCS / f"{name}.md" for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates")
+    DOCS / f"{name}.md"
+    for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop")
 ]
 API = {
     "nn.md": "auxfast.nn",
@@ -54,6 +55,14 @@ def test_the_quickstart_finds_the_harmful_auxiliary_and_verifies_a_hypergradient
     assert "tensor" in printed
     for line in shown.splitlines():  # the words; figures differ with the processor
         assert line[:29] in printed
+
+
+def test_the_comparison_with_retraining_prints_what_the_page_shows(capsys):
+    run(DOCS / "outer-loop.md")
+    (shown,) = fenced(DOCS / "outer-loop.md", "text")
+    printed = capsys.readouterr().out
+    assert [line[:16] for line in printed.splitlines()] == [line[:16] for line in shown.splitlines()]
+    assert "points right" in printed
 
 
 def test_the_program_of_the_hyperparameters_tunes_decays_example_weights_and_a_mix(capsys):

@@ -5,6 +5,8 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
+from auxfast.implicit.retraining import verify_against_retraining
+from auxfast.implicit.retraining_report import RetrainingReport
 from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
 from auxfast.implicit.verify import verify_hypergradient
 
@@ -14,9 +16,11 @@ __all__ = [
     "HypergradientReport",
     "HypergradientResult",
     "NotFiniteError",
+    "RetrainingReport",
     "UsefulnessResult",
     "auxiliary_usefulness",
     "hypergradient",
     "preserved_state",
+    "verify_against_retraining",
     "verify_hypergradient",
 ]
