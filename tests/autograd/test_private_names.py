@@ -73,7 +73,7 @@ LASTING = {
     "_version": "counts what writes to a tensor: the notes on autograd's in-place checks name it",
 }
 ELSEWHERE = {"_version"}  # names that other rooms may use
-NOT_OF_TORCH = {"_asdict", "_fields", "_getframe", "_replace", "_target"}
+NOT_OF_TORCH = {"_asdict", "_field_defaults", "_fields", "_getframe", "_replace", "_target"}
 
 
 def _used(tree: ast.AST) -> set[str]:
