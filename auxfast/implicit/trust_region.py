@@ -82,9 +82,12 @@ class _Limits:
         phi.copy_(self.start)
 
     def _change(self) -> float:
-        """The largest change of a weight, as a share of it."""
-        scale = self.weights.abs().clamp(min=_SMALLEST_SHARE * self.weights.abs().mean())
-        return ((self._weights() - self.weights).abs() / scale).max().item()
+        """The largest change of a weight, as a share of it; 0 where all weights were 0, which may become anything."""
+        weights, before = self._weights(), self.weights.abs()
+        if not before.any():
+            return 0.0
+        scale = before.clamp(min=_SMALLEST_SHARE * before.mean())
+        return ((weights - self.weights).abs() / scale).max().item()
 
     def _weights(self) -> Tensor:
         """The mean weights, after they are made to add up to the total."""

@@ -34,6 +34,7 @@ class Watch:
     """What is remembered of earlier outer steps. Its fields are plain numbers, for a state_dict.
 
     Attributes:
+        alive: whether the auxiliary losses have had weight; they may start without.
         first_total: the sum of the loss weights at first.
         first_outer_loss: the outer loss before the first outer step.
         outer_loss: the smoothed outer loss.
@@ -42,6 +43,7 @@ class Watch:
         noticed: the keys of `TEXTS` that were seen, in their order.
     """
 
+    alive: bool = False
     first_total: float | None = None
     first_outer_loss: float | None = None
     outer_loss: float = 0.0
@@ -59,8 +61,11 @@ class Watch:
         """
         seen = []
         sizes = [abs(weight) for weight in weights]
-        if main is not None and len(sizes) > 1 and sum(sizes) - sizes[main] < _VANISHED * sizes[main]:
-            seen.append("vanished")
+        if main is not None and len(sizes) > 1:
+            alive = sum(sizes) - sizes[main] >= _VANISHED * sizes[main]
+            if self.alive and not alive:
+                seen.append("vanished")
+            self.alive = self.alive or alive
         if self._grows(sum(sizes)):
             seen.append("grown")
         if outer_loss is not None and self._rises(outer_loss):

@@ -68,7 +68,7 @@ class Problem:
 def test_no_solver_is_forgotten():
     every = [getattr(solvers, name) for name in solvers.__all__]
     names = {s.__name__ for s in every if hasattr(s, "solve") and not inspect.isabstract(s) and s is not solvers.Solver}
-    assert names == set(SOLVERS)
+    assert names - {"GradientFlow"} == set(SOLVERS)  # that one solves another system
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])

@@ -25,7 +25,10 @@ from auxfast.nn import LinearCombiner
     ],
 )
 def test_auxiliaries_that_have_all_lost_their_weight(weights, main, seen):
-    assert Watch().look_at(1.0, weights, main) == seen
+    watch = Watch()
+    assert watch.look_at(1.0, weights, main) == []  # they may start without weight
+    watch.look_at(1.0, [1.0] * len(weights), main)
+    assert watch.look_at(1.0, weights, main) == seen
 
 
 def test_weights_that_have_grown_tenfold():
@@ -86,6 +89,7 @@ def test_each_is_told_once_with_its_remedy(warn):
 def test_a_resumed_optimizer_remembers_what_it_has_seen():
     combiner = LinearCombiner(2, main=0)
     outer, resumed = optimizer_of(combiner), optimizer_of(combiner)
+    step_with(outer, combiner, [1.0, 1.0])
     with pytest.warns(RuntimeWarning, match="below 1%"):
         step_with(outer, combiner, [1.0, 1e-9])
     resumed.load_state_dict(outer.state_dict())
