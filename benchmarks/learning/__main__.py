@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"learning{'-crashes' * given.crashes}-{_machine()}"
         folder.mkdir(parents=True, exist_ok=True)
         figures = {"environment": environment(), "outer loop": _outer_loop(), "rows": [as_json(row) for row in rows]}
-        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(figures) + "\n")
         (folder / f"{name}.md").write_text(text + "\n")
         print(f"\nWrote {folder / name}.json and .md")
 
