@@ -24,10 +24,8 @@ from auxfast.solvers import MINRES, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
-_BETAS = (
-    0.9,
-    0.99,
-)  # some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end
+# Some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end.
+_BETAS = (0.9, 0.99)
 
 
 @runtime_checkable
