@@ -55,9 +55,6 @@ class LinearCombiner(Combiner):
         losses = present_losses(losses, mask, self.num_losses)
         return reduce_values(_linear(losses, weights, self.main, losses), reduction)
 
-    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
-        return layers["weight"]
-
 
 class PolynomialCombiner(Combiner):
     """Linear in all monomials of the losses up to a degree (paper, section C.5).
@@ -124,9 +121,6 @@ class PolynomialCombiner(Combiner):
             lower, factor = self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")
             powers.append(powers[-1][:, lower] * losses[:, factor])
         return reduce_values(_linear(torch.cat(powers, dim=1), weights, self.main, losses), reduction)
-
-    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
-        return layers["weight"]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
