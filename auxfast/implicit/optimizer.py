@@ -177,17 +177,23 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        with trust_region(params, self.max_weight_change, self._totals):
+        with trust_region(params, self.max_weight_change, self._totals) as reached:
             self.optimizer.step()
             for module in self.project:
                 module.project_()
-        self._look(outer_loss, params)
+        self._look(outer_loss, params, reached)
         return result.stats
 
-    def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
-        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at."""
+    def _look(self, outer_loss: Loss, params: Sequence[Tensor], reached: Mapping[Combiner, Tensor]) -> None:
+        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at.
+
+        reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
+        """
         combiner = next(iter(called(params)), None)
-        weights = [] if combiner is None else combiner.mean_weights(whole_batch(combiner)).tolist()
+        weights: list[float] = []
+        if combiner is not None and combiner.last_call is not None:
+            known = combiner in reached and combiner.last_call[1] is None
+            weights = (reached[combiner] if known else combiner.mean_weights(whole_batch(combiner))).tolist()
         value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
         for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
             if self.warn:

@@ -17,7 +17,9 @@ _MOST_TRIALS = 30
 
 
 @contextmanager
-def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[float | None] | None) -> Iterator[None]:
+def trust_region(
+    parameters: Iterable[Tensor], most: float | None, totals: list[float | None] | None
+) -> Iterator[dict[Combiner, Tensor]]:
     """Corrects the step that the body takes, by what it does to the mean weights of the losses on the batch of each
     combiner's latest call. Combiners that were not called, and parameters of no combiner, move as the body moves them.
 
@@ -27,6 +29,9 @@ def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[
         totals: what the weights of each combiner add up to (see `learned_total`), in the order of their parameters;
             filled in when they have been called, and kept from then on. None: they may add up to anything, as weights
             of both signs always may.
+
+    Returns:
+        A dict, which after the body holds the mean weights of each combiner that was limited in the step.
     """
     limits = []
     if most is not None or totals is not None:
@@ -34,9 +39,10 @@ def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[
             total = None if totals is None else _first_total(combiner, i, totals)
             if combiner.last_call is not None:
                 limits.append(_Limits(combiner, most, total))
-    yield
+    reached: dict[Combiner, Tensor] = {}
+    yield reached
     for limit in limits:
-        limit.correct_step()
+        reached[limit.combiner] = limit.correct_step()
 
 
 def called(parameters: Iterable[Tensor]) -> list[Combiner]:
@@ -80,22 +86,24 @@ class _Limits:
         self.start = combiner.phi.detach().clone()
 
     @torch.no_grad()
-    def correct_step(self) -> None:
+    def correct_step(self) -> Tensor:
         """Moves `phi` back along its step until the change is small enough. That is nearly proportional to the step's
-        length, so that two trials are the rule."""
+        length, so that two trials are the rule. Returns the mean weights that are reached."""
         phi, length = self.combiner.phi, 1.0
         step = phi - self.start
         for _ in range(_MOST_TRIALS):
-            change = self._change()
+            weights = self._weights()
+            change = self._change(weights)
             if self.most is None or change <= self.most:
-                return
+                return weights
             length *= max(0.1, 0.95 * self.most / change) if change < float("inf") else 0.1  # NaN is not below inf
             phi.copy_(self.start + length * step)
         phi.copy_(self.start)
+        return self.weights
 
-    def _change(self) -> float:
+    def _change(self, weights: Tensor) -> float:
         """The largest change of a weight, as a share of it; 0 where all weights were 0, which may become anything."""
-        weights, before = self._weights(), self.weights.abs()
+        before = self.weights.abs()
         if not before.any():
             return 0.0
         scale = before.clamp(min=_SMALLEST_SHARE * before.mean())
