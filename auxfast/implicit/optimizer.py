@@ -16,7 +16,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import called, mean_weights, trust_region
+from auxfast.implicit.trust_region import called, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import unprojected
@@ -24,10 +24,8 @@ from auxfast.solvers import MINRES, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
-_BETAS = (
-    0.9,
-    0.99,
-)  # some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end
+# Some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end.
+_BETAS = (0.9, 0.99)
 
 
 @runtime_checkable
@@ -105,7 +103,7 @@ class HyperOptimizer:
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
         self.max_weight_change = max_weight_change
-        self._totals: list[float] | None = [] if keep_total else None
+        self._totals: list[float | None] | None = [] if keep_total else None
         self.watch = Watch()
 
     @classmethod
@@ -179,17 +177,23 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        with trust_region(params, self.max_weight_change, self._totals):
+        with trust_region(params, self.max_weight_change, self._totals) as reached:
             self.optimizer.step()
             for module in self.project:
                 module.project_()
-        self._look(outer_loss, params)
+        self._look(outer_loss, params, reached)
         return result.stats
 
-    def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
-        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at."""
+    def _look(self, outer_loss: Loss, params: Sequence[Tensor], reached: Mapping[Combiner, Tensor]) -> None:
+        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at.
+
+        reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
+        """
         combiner = next(iter(called(params)), None)
-        weights = [] if combiner is None else mean_weights(combiner).tolist()
+        weights: list[float] = []
+        if combiner is not None and combiner.last_call is not None:
+            known = combiner in reached and combiner.last_call[1] is None
+            weights = (reached[combiner] if known else combiner.mean_weights(whole_batch(combiner))).tolist()
         value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
         for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
             if self.warn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,23 +17,32 @@ _MOST_TRIALS = 30
 
 
 @contextmanager
-def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[float] | None) -> Iterator[None]:
+def trust_region(
+    parameters: Iterable[Tensor], most: float | None, totals: list[float | None] | None
+) -> Iterator[dict[Combiner, Tensor]]:
     """Corrects the step that the body takes, by what it does to the mean weights of the losses on the batch of each
     combiner's latest call. Combiners that were not called, and parameters of no combiner, move as the body moves them.
 
     Args:
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
-        totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
-            time, and kept from then on. None: they may add up to anything, as weights of both signs always may.
+        totals: what the weights of each combiner add up to (see `learned_total`), in the order of their parameters;
+            filled in when they have been called, and kept from then on. None: they may add up to anything, as weights
+            of both signs always may.
+
+    Returns:
+        A dict, which after the body holds the mean weights of each combiner that was limited in the step.
     """
-    combiners = called(parameters) if most is not None or totals is not None else []
-    if totals is not None:
-        totals += [learned_total(c) for c in combiners[len(totals) :]]
-    limits = [_Limits(c, most, totals[i] if totals else None) for i, c in enumerate(combiners)]
-    yield
+    limits = []
+    if most is not None or totals is not None:
+        for i, combiner in enumerate(combiners_of(parameters)):
+            total = None if totals is None else _first_total(combiner, i, totals)
+            if combiner.last_call is not None:
+                limits.append(_Limits(combiner, most, total))
+    reached: dict[Combiner, Tensor] = {}
+    yield reached
     for limit in limits:
-        limit.correct_step()
+        reached[limit.combiner] = limit.correct_step()
 
 
 def called(parameters: Iterable[Tensor]) -> list[Combiner]:
@@ -40,23 +50,31 @@ def called(parameters: Iterable[Tensor]) -> list[Combiner]:
     return [combiner for combiner in combiners_of(parameters) if combiner.last_call is not None]
 
 
-def mean_weights(combiner: Combiner) -> Tensor:
-    """The mean weight of each loss on the batch of the combiner's latest call, (num_losses,)."""
+def whole_batch(combiner: Combiner) -> Tensor:
+    """The losses of the combiner's latest call, with 0 for those that a sample lacks: what is asked of the weights should
+    not depend on which samples lack which losses, which changes from batch to batch."""
     assert combiner.last_call is not None
-    return combiner.mean_weights(*combiner.last_call)
+    losses, mask = combiner.last_call
+    return losses if mask is None else torch.where(mask.bool(), losses, 0.0)
 
 
 @torch.no_grad()
 def learned_total(combiner: Combiner) -> float:
-    """What the weights of a sample's losses add up to, without the 1 of a main loss that is added as it is: the largest
+    """What the weights of a sample's losses add up to, without those of a main loss that is added as it is: the largest
     of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
-    comes to weigh the samples of large losses alone, and those without bound.)"""
-    assert combiner.last_call is not None
-    losses, mask = combiner.last_call
-    totals = combiner.loss_weights(losses, mask).double().flatten(1).sum(dim=1)
-    if combiner.main is not None:
-        totals -= 1.0 if mask is None else mask[:, [combiner.main]].flatten(1).any(dim=1).to(totals)
-    return float(totals.max()) if len(totals) else 0.0
+    comes to weigh the samples of large losses alone, and those without bound.) NaN where the batch is empty."""
+    losses = whole_batch(combiner)
+    totals = combiner.loss_weights(losses).double().flatten(1).sum(dim=1)
+    return float(totals.max()) - combiner.weight_of_skip(losses) if len(totals) else math.nan
+
+
+def _first_total(combiner: Combiner, place: int, totals: list[float | None]) -> float | None:
+    """The total of the combiner in that place, taken now if it is not known yet."""
+    totals += [None] * (place + 1 - len(totals))
+    if totals[place] is None and combiner.last_call is not None:
+        total = learned_total(combiner)
+        totals[place] = total if math.isfinite(total) else None
+    return totals[place]
 
 
 class _Limits:
@@ -68,22 +86,24 @@ class _Limits:
         self.start = combiner.phi.detach().clone()
 
     @torch.no_grad()
-    def correct_step(self) -> None:
+    def correct_step(self) -> Tensor:
         """Moves `phi` back along its step until the change is small enough. That is nearly proportional to the step's
-        length, so that two trials are the rule."""
+        length, so that two trials are the rule. Returns the mean weights that are reached."""
         phi, length = self.combiner.phi, 1.0
         step = phi - self.start
         for _ in range(_MOST_TRIALS):
-            change = self._change()
+            weights = self._weights()
+            change = self._change(weights)
             if self.most is None or change <= self.most:
-                return
+                return weights
             length *= max(0.1, 0.95 * self.most / change) if change < float("inf") else 0.1  # NaN is not below inf
             phi.copy_(self.start + length * step)
         phi.copy_(self.start)
+        return self.weights
 
-    def _change(self) -> float:
+    def _change(self, weights: Tensor) -> float:
         """The largest change of a weight, as a share of it; 0 where all weights were 0, which may become anything."""
-        weights, before = self._weights(), self.weights.abs()
+        before = self.weights.abs()
         if not before.any():
             return 0.0
         scale = before.clamp(min=_SMALLEST_SHARE * before.mean())
@@ -91,10 +111,9 @@ class _Limits:
 
     def _weights(self) -> Tensor:
         """The mean weights, after they are made to add up to the total."""
-        weights = mean_weights(self.combiner)
         if self.total is not None:
             now = learned_total(self.combiner)
             if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
                 self.combiner.scale_(self.total / now)
-                return mean_weights(self.combiner)
-        return weights
+        assert self.combiner.last_call is not None
+        return self.combiner.mean_weights(*self.combiner.last_call)

@@ -6,7 +6,7 @@ faster at the batch sizes of training. `layers()` gives the parts by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations_with_replacement, pairwise
 from math import comb, isfinite
 from numbers import Real
@@ -54,9 +54,6 @@ class LinearCombiner(Combiner):
     def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
         return reduce_values(_linear(losses, weights, self.main, losses), reduction)
-
-    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
-        return layers["weight"]
 
 
 class PolynomialCombiner(Combiner):
@@ -120,15 +117,10 @@ class PolynomialCombiner(Combiner):
     def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         losses = present_losses(losses, mask, self.num_losses)
         powers = [losses]
-        for lower, factor in self._places():
+        for d in range(1, self.degree):
+            lower, factor = self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")
             powers.append(powers[-1][:, lower] * losses[:, factor])
         return reduce_values(_linear(torch.cat(powers, dim=1), weights, self.main, losses), reduction)
-
-    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
-        return layers["weight"]
-
-    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((self.get_buffer(f"_lower_{d}"), self.get_buffer(f"_factor_{d}")) for d in range(1, self.degree))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
@@ -150,7 +142,6 @@ class NonlinearCombiner(NetworkCombiner):
 
     op = staticmethod(combiner)
     network: CombinerNetwork
-    _summed: CombinerNetwork
     activation: Activation = "softplus"
 
     def __init__(

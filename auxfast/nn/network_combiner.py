@@ -44,6 +44,7 @@ class NetworkCombiner(Combiner):
         shapes = _raw_shapes(network) if weight_norm else network.shapes
         super().__init__(network.num_losses, network.main, monotone, network.reduction, positive, shapes)
         self.network, self.weight_norm = network, weight_norm
+        self._factor = "out.weight_g" if weight_norm else "out.weight"
         self._summed = replace(network, reduction="sum")
         if not network.fits_kernels:
             warn(
@@ -81,9 +82,6 @@ class NetworkCombiner(Combiner):
     def _combine(self, losses: Tensor, mask: Tensor | None, weights: Tensor, reduction: Reduction) -> Tensor:
         network = self.network if reduction == self.reduction else self._summed
         return self.op(losses, weights, network, mask)
-
-    def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
-        return layers["out.weight_g" if self.weight_norm else "out.weight"]
 
     def _weights(self) -> Tensor:
         return self.network_phi()

@@ -184,7 +184,7 @@ def _recorded(model: torch.nn.Module, outputs: list[Tensor]) -> Iterator[None]:
 
 
 def _root_of_metric(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Empty but for Adam."""
+    """The square root of Adam's metric, see `InMetric`; nothing for other optimizers."""
     if not isinstance(optimizer, torch.optim.Adam):
         return []
     (group,) = optimizer.param_groups
