@@ -16,7 +16,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import called, mean_weights, trust_region
+from auxfast.implicit.trust_region import called, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import unprojected
@@ -105,7 +105,7 @@ class HyperOptimizer:
         self.skipped_steps = 0
         self.max_grad_norm = max_grad_norm
         self.max_weight_change = max_weight_change
-        self._totals: list[float] | None = [] if keep_total else None
+        self._totals: list[float | None] | None = [] if keep_total else None
         self.watch = Watch()
 
     @classmethod
@@ -189,7 +189,7 @@ class HyperOptimizer:
     def _look(self, outer_loss: Loss, params: Sequence[Tensor]) -> None:
         """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at."""
         combiner = next(iter(called(params)), None)
-        weights = [] if combiner is None else mean_weights(combiner).tolist()
+        weights = [] if combiner is None else combiner.mean_weights(whole_batch(combiner)).tolist()
         value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
         for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
             if self.warn:

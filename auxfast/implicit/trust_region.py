@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,20 +17,23 @@ _MOST_TRIALS = 30
 
 
 @contextmanager
-def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[float] | None) -> Iterator[None]:
+def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[float | None] | None) -> Iterator[None]:
     """Corrects the step that the body takes, by what it does to the mean weights of the losses on the batch of each
     combiner's latest call. Combiners that were not called, and parameters of no combiner, move as the body moves them.
 
     Args:
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
-        totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
-            time, and kept from then on. None: they may add up to anything, as weights of both signs always may.
+        totals: what the weights of each combiner add up to (see `learned_total`), in the order of their parameters;
+            filled in when they have been called, and kept from then on. None: they may add up to anything, as weights
+            of both signs always may.
     """
-    combiners = called(parameters) if most is not None or totals is not None else []
-    if totals is not None:
-        totals += [learned_total(c) for c in combiners[len(totals) :]]
-    limits = [_Limits(c, most, totals[i] if totals else None) for i, c in enumerate(combiners)]
+    limits = []
+    if most is not None or totals is not None:
+        for i, combiner in enumerate(combiners_of(parameters)):
+            total = None if totals is None else _first_total(combiner, i, totals)
+            if combiner.last_call is not None:
+                limits.append(_Limits(combiner, most, total))
     yield
     for limit in limits:
         limit.correct_step()
@@ -40,23 +44,31 @@ def called(parameters: Iterable[Tensor]) -> list[Combiner]:
     return [combiner for combiner in combiners_of(parameters) if combiner.last_call is not None]
 
 
-def mean_weights(combiner: Combiner) -> Tensor:
-    """The mean weight of each loss on the batch of the combiner's latest call, (num_losses,)."""
+def whole_batch(combiner: Combiner) -> Tensor:
+    """The losses of the combiner's latest call, with 0 for those that a sample lacks: what is asked of the weights must
+    not depend on which samples lack which losses, which changes from batch to batch."""
     assert combiner.last_call is not None
-    return combiner.mean_weights(*combiner.last_call)
+    losses, mask = combiner.last_call
+    return losses if mask is None else torch.where(mask.bool(), losses, 0.0)
 
 
 @torch.no_grad()
 def learned_total(combiner: Combiner) -> float:
-    """What the weights of a sample's losses add up to, without the 1 of a main loss that is added as it is: the largest
+    """What the weights of a sample's losses add up to, without those of a main loss that is added as it is: the largest
     of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
-    comes to weigh the samples of large losses alone, and those without bound.)"""
-    assert combiner.last_call is not None
-    losses, mask = combiner.last_call
-    totals = combiner.loss_weights(losses, mask).double().flatten(1).sum(dim=1)
-    if combiner.main is not None:
-        totals -= 1.0 if mask is None else mask[:, [combiner.main]].flatten(1).any(dim=1).to(totals)
-    return float(totals.max()) if len(totals) else 0.0
+    comes to weigh the samples of large losses alone, and those without bound.) NaN where the batch is empty."""
+    losses = whole_batch(combiner)
+    totals = combiner.loss_weights(losses).double().flatten(1).sum(dim=1)
+    return float(totals.max()) - combiner.weight_of_skip(losses) if len(totals) else math.nan
+
+
+def _first_total(combiner: Combiner, place: int, totals: list[float | None]) -> float | None:
+    """The total of the combiner in that place, taken now if it is not known yet."""
+    totals += [None] * (place + 1 - len(totals))
+    if totals[place] is None and combiner.last_call is not None:
+        total = learned_total(combiner)
+        totals[place] = total if math.isfinite(total) else None
+    return totals[place]
 
 
 class _Limits:
@@ -91,10 +103,9 @@ class _Limits:
 
     def _weights(self) -> Tensor:
         """The mean weights, after they are made to add up to the total."""
-        weights = mean_weights(self.combiner)
         if self.total is not None:
             now = learned_total(self.combiner)
             if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
                 self.combiner.scale_(self.total / now)
-                return mean_weights(self.combiner)
-        return weights
+        assert self.combiner.last_call is not None
+        return self.combiner.mean_weights(*self.combiner.last_call)

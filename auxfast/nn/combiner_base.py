@@ -169,6 +169,10 @@ class Combiner(nn.Module, ABC):
     def _factor_of(self, layers: dict[str, Tensor]) -> Tensor:
         """The part of `phi` to which the combined value is proportional."""
 
+    def weight_of_skip(self, losses: Tensor) -> float:
+        """The sum of what `loss_weights` of a sample without mask hold for a main loss that is added as it is."""
+        return float(self.main is not None)
+
     def layers(self) -> dict[str, Tensor]:
         """The parts of `phi` by name, as views: writing to them (in `torch.no_grad()`) writes to `phi`. With
         `positive="exp"` all but biases are logarithms."""
@@ -241,9 +245,8 @@ class Combiner(nn.Module, ABC):
         images, their pixels' sum for an image. 0 for a loss that no sample has."""
         weights = self.loss_weights(losses, mask)
         present = torch.ones_like(weights) if mask is None else mask.to(weights)
-        samples = losses[:, 0].numel()
         sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (weights, present))
-        return sums * (samples / len(losses)) / counts.clamp(min=1)
+        return sums * math.prod(losses.shape[2:]) / counts.clamp(min=1)
 
     def extra_repr(self) -> str:
         text = f"num_losses={self.num_losses}, main={self.main}, monotone={self.monotone}, reduction={self.reduction!r}"

@@ -66,6 +66,10 @@ class ConvCombiner(NetworkCombiner):
     def _draw(self, weight: Tensor) -> None:
         weight.uniform_(*self.init_range)
 
+    def weight_of_skip(self, losses: Tensor) -> float:
+        pixels = losses[0, 0].numel() if self.network.main_reduction == "sum" else 1
+        return super().weight_of_skip(losses) * pixels
+
     def extra_repr(self) -> str:
         network = self.network
         return (

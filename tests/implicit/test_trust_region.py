@@ -152,3 +152,59 @@ def test_only_a_combiner_has_a_recommended_optimizer():
         auxfast.HyperOptimizer.recommended(torch.nn.Linear(2, 1))
     with pytest.raises(ValueError, match="lr"):
         auxfast.HyperOptimizer.recommended(LinearCombiner(2), lr=0.0)
+
+
+@EVERY
+def test_the_total_that_is_kept_does_not_depend_on_which_losses_a_batch_lacks(make):
+    torch.manual_seed(0)
+    problem = Problem(make())
+    if not problem.combiner.monotone:
+        pytest.skip("weights of both signs add up to anything")
+    outer = auxfast.HyperOptimizer.recommended(problem.combiner, lr=0.05)
+    losses = problem.losses()
+    problem.step(outer)
+    whole = learned_totals(problem).max()
+    for lacking in ([1, 2], [0, 1], [1]):
+        mask = torch.ones_like(losses)
+        mask[:, lacking] = 0
+        outer.step(problem.w.sum(), problem.combiner(problem.losses(), mask), [problem.w])
+        assert 0.7 < learned_totals(problem).max() / whole < 1.4
+    problem.step(outer)
+    torch.testing.assert_close(learned_totals(problem).max(), whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "valid_mean"])
+def test_the_total_is_that_of_the_learned_weights_however_the_main_loss_is_reduced(reduction):
+    torch.manual_seed(0)
+    problem = Problem(ConvCombiner(3, (2, 2), main_reduction=reduction))
+    outer = auxfast.HyperOptimizer.recommended(problem.combiner, lr=0.5)
+
+    def learned():
+        weights = problem.combiner.loss_weights(problem.losses().detach()).flatten(1).sum(dim=1)
+        return weights.max() - (16 if reduction == "sum" else 1)
+
+    total = learned()
+    for _ in range(4):
+        problem.step(outer)
+        torch.testing.assert_close(learned(), total, rtol=1e-3, atol=1e-4)
+
+
+def test_each_combiner_keeps_its_own_total_whichever_is_called_first():
+    first, second = LinearCombiner(2, init_value=5.0), LinearCombiner(2, init_value=1.0)
+    params = [*first.parameters(), *second.parameters()]
+    outer = auxfast.HyperOptimizer(torch.optim.SGD(params, lr=0.1), keep_total=True, project=[first, second])
+    w = torch.zeros(2, requires_grad=True)
+    for combiner in (second, first, second):
+        outer.step((w - 2).square().sum(), combiner((w - 1).square()[None] + 0.1 * w), [w])
+    assert [c.phi.detach().sum().item() for c in (first, second)] == pytest.approx([10.0, 2.0])
+
+
+def test_a_batch_without_samples_says_nothing_of_the_total():
+    combiner, w = LinearCombiner(2), torch.zeros(2, requires_grad=True)
+    outer = auxfast.HyperOptimizer.recommended(combiner)
+    for samples in (0, 3):
+        losses = ((w - 1).square() + 0.1 * w).expand(samples, 2)
+        outer.step((w - 2).square().sum(), combiner(losses).nansum() + w.square().sum(), [w])
+    combiner.scale_(2.0)
+    outer.step((w - 2).square().sum(), combiner(((w - 1).square() + 0.1 * w)[None]), [w])
+    assert combiner.phi.detach().exp().sum().item() == pytest.approx(2, rel=1e-4)

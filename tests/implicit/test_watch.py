@@ -97,3 +97,14 @@ def test_a_resumed_optimizer_remembers_what_it_has_seen():
         warnings.simplefilter("error")
         step_with(resumed, combiner, [1.0, 1e-9])
     assert vars(resumed.watch)["noticed"] == ["vanished"]
+
+
+def test_auxiliaries_that_a_batch_lacks_have_not_lost_their_weight():
+    combiner, w = LinearCombiner(2, main=0), torch.ones(2, requires_grad=True)
+    outer = optimizer_of(combiner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mask in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
+            losses = (w - 1).square()[None] + 0.1 * w
+            outer.step(w.square().sum(), combiner(losses, torch.tensor([mask])), [w])
+    assert outer.watch.noticed == []
