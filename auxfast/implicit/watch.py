@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
-_SMOOTHING = 0.9  # of the outer loss: a mean over some ten steps
+_SMOOTHED_STEPS = 10  # over which the outer loss is averaged, roughly
 _RISEN = 0.1  # of the lowest smoothed outer loss, and of what it has fallen by: below that it may be noise
+_NOISE = 2.0  # mean differences from step to step: in a thousand steps of noise alone the smoothed loss stays in that
 _PATIENCE = 20  # outer steps by which those at which it rises outnumber the others
 
 TEXTS = {
@@ -37,8 +38,11 @@ class Watch:
         alive: whether the auxiliary losses have had weight; they may start without.
         first_total: the sum of the loss weights at first.
         first_outer_loss: the outer loss before the first outer step.
+        latest_outer_loss: that of the latest step.
         outer_loss: the smoothed outer loss.
-        lowest: the lowest it has been.
+        difference: the smoothed difference of the outer loss from step to step, which is noise for the most part.
+        steps: the number of outer losses.
+        lowest: the lowest that the smoothed one has been, since there were enough of them to be smoothed.
         rises: outer steps at which it has risen, less those at which it has fallen, from the last time that was 0.
         noticed: the keys of `TEXTS` that were seen, in their order.
     """
@@ -46,7 +50,10 @@ class Watch:
     alive: bool = False
     first_total: float | None = None
     first_outer_loss: float | None = None
+    latest_outer_loss: float | None = None
     outer_loss: float = 0.0
+    difference: float = 0.0
+    steps: int = 0
     lowest: float = float("inf")
     rises: int = 0
     noticed: list[str] = field(default_factory=list)
@@ -79,11 +86,15 @@ class Watch:
         return total >= _GROWN * self.first_total > 0
 
     def _rises(self, outer_loss: float) -> bool:
-        if self.first_outer_loss is None:
-            self.first_outer_loss = self.outer_loss = outer_loss
-        before = self.outer_loss
-        self.outer_loss = _SMOOTHING * before + (1 - _SMOOTHING) * outer_loss
-        self.lowest = min(self.lowest, self.outer_loss)
+        if self.first_outer_loss is None or self.latest_outer_loss is None:
+            self.first_outer_loss = self.latest_outer_loss = outer_loss
+        self.steps += 1
+        share, before = 1 / min(self.steps, _SMOOTHED_STEPS), self.outer_loss
+        self.outer_loss += share * (outer_loss - before)
+        self.difference += share * (abs(outer_loss - self.latest_outer_loss) - self.difference)
+        self.latest_outer_loss = outer_loss
+        if self.steps >= _SMOOTHED_STEPS:
+            self.lowest = min(self.lowest, self.outer_loss)
         self.rises = self.rises + 1 if self.outer_loss > before else max(0, self.rises - 1)
-        least = _RISEN * max(abs(self.lowest), self.first_outer_loss - self.lowest)
+        least = max(_RISEN * max(abs(self.lowest), self.first_outer_loss - self.lowest), _NOISE * self.difference)
         return self.rises >= _PATIENCE and self.outer_loss - self.lowest > least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 
 import pytest
@@ -59,6 +60,17 @@ def test_an_outer_loss_that_has_been_rising(course, seen):
     for step in range(60):
         watch.look_at(course(step), [1.0, 1.0], 0)
     assert (watch.noticed == ["outer loss rising"]) is seen
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.01])
+def test_an_outer_loss_that_is_noise_alone_has_not_been_rising_however_long_it_goes_on(drift):
+    told = 0
+    for seed in range(20):
+        noise, watch = random.Random(seed), Watch()
+        for step in range(1000 if drift == 0 else 200):
+            watch.look_at(noise.gauss(1 + drift * step, 0.3), [1.0, 1.0], 0)
+        told += watch.noticed == ["outer loss rising"]
+    assert told <= 1 if drift == 0 else told == 20
 
 
 def optimizer_of(combiner, **options):
