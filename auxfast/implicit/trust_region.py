@@ -51,7 +51,7 @@ def called(parameters: Iterable[Tensor]) -> list[Combiner]:
 
 
 def whole_batch(combiner: Combiner) -> Tensor:
-    """The losses of the combiner's latest call, with 0 for those that a sample lacks: what is asked of the weights should
+    """The losses of the combiner's latest call, with 0 for those that a sample lacks: what is asked of the weights must
     not depend on which samples lack which losses, which changes from batch to batch."""
     assert combiner.last_call is not None
     losses, mask = combiner.last_call
