@@ -55,7 +55,8 @@ class GradientFlow:
     fewer where few eigenvalues stand out. They hold `steps + 1` vectors a right-hand side.
 
     Args:
-        time: T, above 0. See `of`. With a schedule it is the sum of the learning rates of all steps.
+        time: T, above 0. See `of`. With a schedule it is the sum of the learning rates of all steps. `None`: the
+            trainer reads it, at each outer step, from its inner optimizer and the steps so far; nobody else does.
         steps: at most, each of one product; at least 1.
         floored: take the floored inverse, `f(l) = 1 / max(l, 1 / T)`, instead.
         tol: stop once the estimated relative error is at most this, between 0 and 1. `None`: take all steps.
@@ -67,7 +68,7 @@ class GradientFlow:
         ValueError: a setting outside its range.
     """
 
-    time: float
+    time: float | None = None
     steps: int = 20
     floored: bool = False
     tol: float | None = 0.1
@@ -75,7 +76,8 @@ class GradientFlow:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("time", self.time)
+        if self.time is not None:
+            check_positive("time", self.time)
         check_steps("steps", self.steps)
         check_flag("floored", self.floored)
         check_tol(self.tol)
@@ -135,12 +137,14 @@ class GradientFlow:
         where that leaves x = 0. It is `stagnated` where more steps would change nothing, but rounding is above `tol`.
 
         Raises:
-            ValueError: see `LinearSystem`.
+            ValueError: `time` is not given; or see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
+        if self.time is None:
+            raise ValueError("time must be given: GradientFlow(time=...), or GradientFlow.of(optimizer, inner_steps)")
         system = LinearSystem(matvec, rhs, self.damping, batched)
         process = Lanczos(system, system.rhs, self.steps)
-        rows = [_Row(self, norm, torch.finfo(system.dtype).eps) for norm in system.rhs_norms.tolist()]
+        rows = [_Row(self, self.time, norm, torch.finfo(system.dtype).eps) for norm in system.rhs_norms.tolist()]
         check_every = steps_per_check(system.rhs.device)
         while any(row.stop_reason is None for row in rows):
             process.step()
@@ -187,8 +191,8 @@ class _Row:
         stop_reason: None while another step may help.
     """
 
-    def __init__(self, solver: GradientFlow, norm: float, eps: float) -> None:
-        self._solver, self._norm, self._eps = solver, norm, eps
+    def __init__(self, solver: GradientFlow, time: float, norm: float, eps: float) -> None:
+        self._solver, self._time, self._norm, self._eps = solver, time, norm, eps
         self.weights = np.zeros((solver.steps + 1, solver.steps + 1))
         self.steps = 0
         self.error = 1.0 if norm else 0.0
@@ -212,7 +216,7 @@ class _Row:
             size = float(abs(self.ritz_values).max())
             if m == 2:
                 self.symmetry_error = float(abs(above[1] - beside[1])) / size
-            self.error = self._eps * self._solver.time * size
+            self.error = self._eps * self._time * size
             if beside[m]:
                 earlier = self.weights[m - math.ceil(_COMPARED * m) : m]
                 differences = np.linalg.norm(self.weights[m] - earlier, axis=1)
@@ -225,10 +229,10 @@ class _Row:
                 self.stop_reason = StopReason.STEPS
 
     def _f(self, values: Floats) -> Floats:
-        x = self._solver.time * values.clip(0)
+        x = self._time * values.clip(0)
         with np.errstate(all="ignore"):  # 0 / 0 at 0 is replaced
             inverse = 1 / x.clip(1) if self._solver.floored else np.where(x > 0, -np.expm1(-x) / x, 1)
-        return self._solver.time * inverse
+        return self._time * inverse
 
 
 def _common(optimizer: torch.optim.Optimizer, name: str) -> float:

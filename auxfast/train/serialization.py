@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -204,9 +204,6 @@ def _named(value: Any, hint: Any) -> Any:
         return Component(name, _with_tuples(options))
     if name not in known:
         raise _Refused(f"got {name!r}, must be one of {', '.join(known)}", below="name")
-    for field in fields(known[name]):
-        if field.default is MISSING and field.name not in options:
-            raise _Refused(f"{name} needs it", below=field.name)
     return _converter().structure(options, known[name])
 
 

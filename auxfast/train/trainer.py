@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
 from auxfast.implicit.optimizer import Projectable
-from auxfast.solvers import SolveStats
+from auxfast.solvers import GradientFlow, Solver, SolveStats
 from auxfast.train.config import TrainConfig
 from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
@@ -272,7 +273,16 @@ class Trainer:
         if self.config.weight_decay:
             squares = torch.stack([parameter.square().sum() for parameter in self.parameters])
             training_loss = training_loss + 0.5 * self.config.weight_decay * squares.sum()
+        self.outer.solver = self._solver()
         return self.outer.step(outer_loss, training_loss, self.parameters)
+
+    def _solver(self) -> Solver:
+        """The solver of this outer step: gradient flow without a time gets that of the inner steps so far."""
+        solver = self.config.solver
+        if not isinstance(solver, GradientFlow) or solver.time is not None:
+            return solver
+        read = GradientFlow.of(self.inner, (len(self.records) + 1) * self.config.inner_steps)
+        return replace(solver, time=read.time, learning_rate=solver.learning_rate or read.learning_rate)
 
     def _validate(self) -> float:
         """The validation score; with early stopping, keeps a copy of what scored best."""

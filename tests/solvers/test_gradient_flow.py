@@ -256,6 +256,12 @@ def test_settings_go_before_what_the_optimizer_says():
     assert GradientFlow.of(optimizer, 50, damping=0.0, steps=9, time=2.0) == GradientFlow(2.0, 9, learning_rate=0.1)
 
 
+def test_without_a_time_nothing_is_solved():
+    w, phi = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"time must be given: GradientFlow\(time="):
+        auxfast.hypergradient(w.sum(), (phi * w.square()).sum(), [w], [phi], solver=GradientFlow())
+
+
 def test_optimizers_without_one_time_are_refused():
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
     groups = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]

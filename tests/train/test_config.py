@@ -169,7 +169,7 @@ def test_an_unknown_weighting_is_refused():
 
 
 def _solver(name):
-    return SOLVERS[name](**{"Neumann": {"step_size": 0.1}, "GradientFlow": {"time": 3.0}}.get(name, {}))
+    return SOLVERS[name](**{"Neumann": {"step_size": 0.1}}.get(name, {}))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -203,11 +203,6 @@ def test_the_solver_s_table_of_an_older_version_has_no_certify():
 def test_a_table_holds_the_solver_s_preconditioner(preconditioner):
     config = train_config(solver=ConjugateGradient(preconditioner=preconditioner))
     assert override(train_config(), json.loads(json.dumps(to_table(config)))) == config
-
-
-def test_what_a_solver_needs_must_be_given():
-    with pytest.raises(ValueError, match=r"^train\.solver\.time: GradientFlow needs it$"):
-        override(CONFIG, {"train.solver": "GradientFlow"})
 
 
 def test_tables_and_dotted_keys_change_entries():

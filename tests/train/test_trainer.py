@@ -9,7 +9,7 @@ from torch import nn
 
 from auxfast.implicit import HyperOptimizer
 from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
-from auxfast.solvers import Neumann
+from auxfast.solvers import GradientFlow, Neumann
 from auxfast.train import Batch, Component, RunConfig, Trainer, make_training_loss, parse_method
 from auxfast.train.run import metrics_line
 from auxfast.train.training_loss import CombinedLoss, WeightedLoss
@@ -461,6 +461,17 @@ def test_phi_stays_during_warm_up_and_cool_down_and_the_auxiliary_set_is_release
     assert moved == [learn and 2 <= step < 5 for step in range(7)]
     assert records[-1].phi == tuple(trainer.combiner.phi.tolist())
     assert (task.releases, task.batches_before) == (1, 5 * 20 + 3 * learn)
+
+
+def test_gradient_flow_gets_its_time_from_the_inner_steps_so_far():
+    options = {"learn": True, "outer_steps": 2, "inner_steps": 5, "inner_optimizer": Component("SGD", {"lr": 0.1})}
+    trainer = _trainer(_equal_weights(), solver=GradientFlow(floored=True), **options)
+    times = []
+    trainer.run(lambda record: times.append(trainer.outer.solver))
+    assert times == [GradientFlow(time, floored=True, learning_rate=0.1) for time in (0.5, 1.0)]
+    given = _trainer(_equal_weights(), solver=GradientFlow(3.0), **options)
+    given.run()
+    assert given.outer.solver == GradientFlow(3.0)
 
 
 def test_a_trainer_that_resumes_in_the_cool_down_releases_again():
