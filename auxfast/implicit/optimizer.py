@@ -244,7 +244,7 @@ class HyperOptimizer:
         """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes
         on from here gives the same numbers as one without a break."""
         solver_state = dict(vars(self.state))
-        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": deepcopy(vars(self.watch))}
+        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": self.watch.state_dict()}
         return {**self.optimizer.state_dict(), **own, "totals": deepcopy(self._totals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,7 +260,7 @@ class HyperOptimizer:
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)
-        self.watch = Watch(**deepcopy(state_dict.get("watch", {})))
+        self.watch = Watch.from_state_dict(state_dict.get("watch", {}))
         if self._totals is not None:
             self._totals = list(state_dict.get("totals") or [])
 
