@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from auxfast.experiments.report.text import describe
 from auxfast.train.methods import OWN, parse_method
 from auxfast.train.recording import RunPlan, check_plans, draw_task, record_run
 from auxfast.train.run import Run, find_runs
+from auxfast.train.task import Task
 from auxfast.train.task_check import check_task
 from auxfast.train.trainer import OuterRecord
 from auxfast.train.training_loss import check_method
@@ -26,11 +28,15 @@ from auxfast.train.training_loss import check_method
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of an experiment's methods from the same seeds, all that was asked for being possible."""
+    """Runs of an experiment's methods from the same seeds, all that was asked for being possible.
+
+    mains: index of the main loss, for each setting.
+    """
 
     experiment: Experiment
     plans: tuple[RunPlan, ...]
     resume: bool
+    mains: Mapping[str, int]
 
 
 def plan_comparison(
@@ -101,14 +107,16 @@ def plan_runs(
     )
     if not plans:
         raise ValueError("seeds: got none, must name one at least")
+    mains = {}
     for setting in configs:
         own_plans = [plan for plan in plans if plan.setting == setting]
-        experiment = replace(experiment, loss_names=_checked_loss_names(own_plans, experiment.loss_names))
-    return Comparison(experiment, plans, resume)
+        task = _checked_task(own_plans, experiment.loss_names)
+        experiment, mains[setting] = replace(experiment, loss_names=tuple(task.loss_names)), task.main
+    return Comparison(experiment, plans, resume, mains)
 
 
-def _checked_loss_names(plans: Sequence[RunPlan], expected: Sequence[str]) -> tuple[str, ...]:
-    """Names of the losses of a setting's task, which is checked with each of the plans' methods.
+def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
+    """The task of a setting, which was checked with each of the plans' methods, and thereby spent.
 
     Raises:
         ValueError: the task, or a method with it, cannot be trained.
@@ -125,7 +133,7 @@ def _checked_loss_names(plans: Sequence[RunPlan], expected: Sequence[str]) -> tu
     names = tuple(task.loss_names)
     if expected and names != tuple(expected):
         raise ValueError(f"task.loss_names: got {names}, must be the experiment's, {tuple(expected)}")
-    return names
+    return task
 
 
 def run_comparison(comparison: Comparison) -> Results:
@@ -136,8 +144,9 @@ def run_comparison(comparison: Comparison) -> Results:
     """
     results = results_of(comparison.experiment, train_all(comparison))
     print(f"\n{describe(results)}")
-    folder = comparison.plans[0].out / comparison.experiment.name
-    print(f"\nPictures, and what happened in training:  auxfast report {folder}")
+    plan = comparison.plans[0]
+    folder = plan.out / plan.path.relative_to(plan.out).parts[0]
+    print(f"\nPictures, and what happened in training:  auxfast report {shlex.quote(str(folder))}")
     return results
 
 
@@ -212,7 +221,7 @@ def train_all(comparison: Comparison) -> list[Run]:
     with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=None) as bar:  # None: unless in a terminal
         done = 0
         for plan in plans:
-            taker = NoteTaker()
+            taker = NoteTaker(comparison.mains[plan.setting])
 
             def show(record: OuterRecord, done: int = done, taker: NoteTaker = taker) -> None:
                 taker.add(record)
@@ -223,7 +232,7 @@ def train_all(comparison: Comparison) -> list[Run]:
             runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
-            if bar.disable or notes(runs[-1].records):
+            if bar.disable or notes(runs[-1]):
                 bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 
@@ -231,7 +240,7 @@ def train_all(comparison: Comparison) -> list[Run]:
 def outcome(run: Run) -> str:
     """Words for how a finished run ended: its score, its time, and what is to be noted."""
     assert run.result is not None
-    return ", ".join([f"score {run.result.score:.4g}", f"{run.result.seconds:.1f} s", *notes(run.records)])
+    return ", ".join([f"score {run.result.score:.4g}", f"{run.result.seconds:.1f} s", *notes(run)])
 
 
 def progress(record: OuterRecord, loss_names: Sequence[str], notes: Sequence[str] = ()) -> dict[str, str]:

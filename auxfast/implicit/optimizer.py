@@ -16,16 +16,21 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
 from auxfast.implicit.losses import Loss
-from auxfast.implicit.trust_region import called, trust_region, whole_batch
+from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
-from auxfast.nn.combiner_base import unprojected
+from auxfast.nn.combiner_base import combiners_of, unprojected
 from auxfast.solvers import MINRES, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
 _DEFAULT_SOLVER = MINRES()
 # Some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end.
 _BETAS = (0.9, 0.99)
+
+_UNSEEN = (
+    "max_weight_change and keep_total do nothing for a combiner whose calls are not seen: calls under torch.compile or "
+    "transforms of torch.func, or of a combiner whose phi is parametrized. Call the combiner itself, outside of these."
+)
 
 
 @runtime_checkable
@@ -62,8 +67,9 @@ class HyperOptimizer:
         ValueError: `curvature` is unknown, or `max_grad_norm` or `max_weight_change` is not above 0.
 
     Warns of monotone combiners whose `phi` the optimizer holds and nothing in `project` projects; and, once each, of
-    auxiliary losses that have all lost their weight, of weights that have grown tenfold, and of an outer loss that has
-    been rising for long.
+    auxiliary losses that have all lost their weight, of weights that have grown tenfold, of an outer loss, given as a
+    tensor, that has been rising for long, and of a combiner whose calls are not seen (under torch.compile), where there
+    is a limit to what steps may do to its weights.
     """
 
     def __init__(
@@ -123,7 +129,8 @@ class HyperOptimizer:
 
         Raises:
             TypeError: `combiner` is none; or see `HyperOptimizer`.
-            ValueError: see `HyperOptimizer`.
+            ValueError: all weights of a monotone combiner are 0, and would stay so, since their total is kept; or see
+                `HyperOptimizer`.
         """
         if not isinstance(combiner, Combiner):
             raise TypeError(
@@ -132,6 +139,11 @@ class HyperOptimizer:
             )
         check_positive("lr", lr)
         if combiner.monotone:
+            if combiner.positive == "clip" and settings.get("keep_total", True) and not combiner.phi.any():
+                raise ValueError(
+                    "combiner must start with weights above 0, for their total is kept: give it an init_value above 0, "
+                    "or pass keep_total=False"
+                )
             combiner.positive_("exp")
         optimizer = torch.optim.Adam(combiner.parameters(), lr=lr, betas=_BETAS)
         return cls(optimizer, **{"solver": Identity(), "keep_total": True, "project": [combiner], **settings})
@@ -189,7 +201,11 @@ class HyperOptimizer:
 
         reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
         """
-        combiner = next(iter(called(params)), None)
+        combiners = combiners_of(params)
+        is_limited = self.max_weight_change is not None or self._totals is not None
+        if self.warn and is_limited and any(not sees(c) and _has_gradient(c) for c in combiners):
+            warn_once("unseen", _UNSEEN, self.state)
+        combiner = next(filter(sees, combiners), None)
         weights: list[float] = []
         if combiner is not None and combiner.last_call is not None:
             known = combiner in reached and combiner.last_call[1] is None
@@ -228,7 +244,7 @@ class HyperOptimizer:
         """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes
         on from here gives the same numbers as one without a break."""
         solver_state = dict(vars(self.state))
-        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": deepcopy(vars(self.watch))}
+        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": self.watch.state_dict()}
         return {**self.optimizer.state_dict(), **own, "totals": deepcopy(self._totals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,7 +260,7 @@ class HyperOptimizer:
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
         self.skipped_steps = state_dict.get("skipped_steps", 0)
-        self.watch = Watch(**deepcopy(state_dict.get("watch", {})))
+        self.watch = Watch.from_state_dict(state_dict.get("watch", {}))
         if self._totals is not None:
             self._totals = list(state_dict.get("totals") or [])
 
@@ -258,6 +274,10 @@ def _projectable(project: Any) -> tuple[Projectable, ...]:
         if not hasattr(module, "project_"):
             raise TypeError(f"{wanted}, got one with a {type(module).__name__}")
     return modules
+
+
+def _has_gradient(combiner: Combiner) -> bool:
+    return any(param.grad is not None and bool(param.grad.any()) for param in combiner.parameters())
 
 
 def _warn_of_unprojected(optimizer: torch.optim.Optimizer, projected: Sequence[Projectable]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from auxfast.autograd.torch_calls import own_parameter
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import combiners_of
 
@@ -21,7 +22,8 @@ def trust_region(
     parameters: Iterable[Tensor], most: float | None, totals: list[float | None] | None
 ) -> Iterator[dict[Combiner, Tensor]]:
     """Corrects the step that the body takes, by what it does to the mean weights of the losses on the batch of each
-    combiner's latest call. Combiners that were not called, and parameters of no combiner, move as the body moves them.
+    combiner's latest call. Combiners whose calls are not seen, and parameters of no combiner, move as the body moves
+    them.
 
     Args:
         parameters: those that the body moves.
@@ -37,7 +39,7 @@ def trust_region(
     if most is not None or totals is not None:
         for i, combiner in enumerate(combiners_of(parameters)):
             total = None if totals is None else _first_total(combiner, i, totals)
-            if combiner.last_call is not None:
+            if sees(combiner):
                 limits.append(_Limits(combiner, most, total))
     reached: dict[Combiner, Tensor] = {}
     yield reached
@@ -45,9 +47,9 @@ def trust_region(
         reached[limit.combiner] = limit.correct_step()
 
 
-def called(parameters: Iterable[Tensor]) -> list[Combiner]:
-    """The combiners of these parameters that have been called."""
-    return [combiner for combiner in combiners_of(parameters) if combiner.last_call is not None]
+def sees(combiner: Combiner) -> bool:
+    """Whether the combiner has been called, and its weights can be scaled."""
+    return combiner.last_call is not None and own_parameter(combiner, "phi") is not None
 
 
 def whole_batch(combiner: Combiner) -> Tensor:
@@ -71,7 +73,7 @@ def learned_total(combiner: Combiner) -> float:
 def _first_total(combiner: Combiner, place: int, totals: list[float | None]) -> float | None:
     """The total of the combiner in that place, taken now if it is not known yet."""
     totals += [None] * (place + 1 - len(totals))
-    if totals[place] is None and combiner.last_call is not None:
+    if totals[place] is None and sees(combiner):
         total = learned_total(combiner)
         totals[place] = total if math.isfinite(total) else None
     return totals[place]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 _VANISHED = 0.01  # of the main loss's weight: below it an auxiliary loss is as good as left out
 _GROWN = 10.0
@@ -32,7 +33,7 @@ TEXTS = {
 
 @dataclass
 class Watch:
-    """What is remembered of earlier outer steps. Its fields are plain numbers, for a state_dict.
+    """What is remembered of earlier outer steps.
 
     Attributes:
         alive: whether the auxiliary losses have had weight; they may start without.
@@ -54,9 +55,18 @@ class Watch:
     outer_loss: float = 0.0
     difference: float = 0.0
     steps: int = 0
-    lowest: float = float("inf")
+    lowest: float | None = None
     rises: int = 0
     noticed: list[str] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields, of numbers alone: a check of checkpoints takes text for a fault."""
+        return {**vars(self), "noticed": {kind: kind in self.noticed for kind in TEXTS}}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> Watch:
+        noticed = [kind for kind, seen in state.get("noticed", {}).items() if seen]
+        return Watch(**{**state, "noticed": noticed})
 
     def look_at(self, outer_loss: float | None, weights: Sequence[float], main: int | None) -> list[str]:
         """What is seen for the first time at an outer step.
@@ -93,8 +103,10 @@ class Watch:
         self.outer_loss += share * (outer_loss - before)
         self.difference += share * (abs(outer_loss - self.latest_outer_loss) - self.difference)
         self.latest_outer_loss = outer_loss
-        if self.steps >= _SMOOTHED_STEPS:
-            self.lowest = min(self.lowest, self.outer_loss)
+        if self.steps < _SMOOTHED_STEPS:
+            return False
+        if self.lowest is None or self.outer_loss < self.lowest:
+            self.lowest = self.outer_loss
         self.rises = self.rises + 1 if self.outer_loss > before else max(0, self.rises - 1)
         least = max(_RISEN * max(abs(self.lowest), self.first_outer_loss - self.lowest), _NOISE * self.difference)
         return self.rises >= _PATIENCE and self.outer_loss - self.lowest > least

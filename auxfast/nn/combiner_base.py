@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from auxfast.autograd.torch_calls import own_parameter
 from auxfast.autograd.transforms import in_transform
 from auxfast.ops.inputs import full_precision, not_a_tensor
 from auxfast.ops.network import Reduction, check_losses
@@ -20,6 +21,11 @@ Positive = Literal["clip", "exp"]
 Shapes = dict[str, tuple[int, ...]]
 
 SMALLEST_SHARE = 1e-3  # of a part's mean weight: what a 0 becomes where phi holds logarithms
+
+_UNKNOWN = (
+    "{} holds negative weights: if it was saved from a combiner of positive='exp' (the state_dict has lost the "
+    "metadata that would tell), call positive_('exp') before loading it; otherwise project_() before saving"
+)
 
 _is_compiling = torch.compiler.is_compiling  # looked up once: combiners ask at every call
 
@@ -159,7 +165,15 @@ class Combiner(nn.Module, ABC):
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
-        """Multiplies the combined value, but for the main loss that is added to it as it is, by `factor`, above 0."""
+        """Multiplies the combined value, but for the main loss that is added to it as it is, by `factor`.
+
+        Raises:
+            ValueError: `factor` is not above 0 and finite.
+            RuntimeError: `phi` is parametrized, so that nothing can be written to it.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be above 0 and finite, got {factor!r}")
+        self._check_writable()
         place = [*self._shapes].index(self._factor)
         part = self.phi.narrow(0, sum(self._sizes[:place]), self._sizes[place])  # all layers() take 80 us
         if self.positive == "exp":
@@ -202,12 +216,18 @@ class Combiner(nn.Module, ABC):
 
         Raises:
             ValueError: `positive` is neither; or "exp" without `monotone`.
+            RuntimeError: `phi` is parametrized, so that nothing can be written to it.
         """
         self._check_positive(positive)
         if positive != self.positive:
+            self._check_writable()
             self.phi.copy_(self._converted(self.phi, positive))
             self.positive = positive
             self._write_biases()
+
+    def _check_writable(self) -> None:
+        if own_parameter(self, "phi") is None:
+            raise RuntimeError("phi is parametrized, and cannot be written to: remove its parametrization first")
 
     def _check_positive(self, positive: Positive) -> None:
         if positive not in get_args(Positive):
@@ -262,13 +282,14 @@ class Combiner(nn.Module, ABC):
         error_msgs: list[str],
     ) -> None:
         key = f"{prefix}phi"
-        if key not in state_dict:
+        by_layers = key not in state_dict
+        if by_layers:
             faults = self._join_layers(state_dict, prefix, missing_keys)
         else:
             saved: Shapes = local_metadata.get("layers", self._shapes)
             faults = _differences(saved, self._shapes, f"{key}: ")
             faults = faults or _faults(key, state_dict[key], self.phi.shape, _listed(self._shapes))
-        faults = faults or self._convert_saved(key, state_dict, local_metadata)
+        faults = faults or self._convert_saved(key, state_dict, local_metadata, by_layers)
         error_msgs += faults
         if not faults:
             super()._load_from_state_dict(
@@ -276,14 +297,21 @@ class Combiner(nn.Module, ABC):
             )
         self._write_biases()  # they are lost on the device "meta", and no state_dict holds them
 
-    def _convert_saved(self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any]) -> list[str]:
+    def _convert_saved(
+        self, key: str, state_dict: dict[str, Any], local_metadata: dict[str, Any], by_layers: bool
+    ) -> list[str]:
         """Converts a saved `phi` to what it holds here, and returns what is wrong with it. Metadata without an entry
-        `positive` are of an earlier version, which had "clip" alone; no metadata at all do not tell."""
-        saved = local_metadata.get("positive", "clip" if local_metadata else self.positive)
-        if key not in state_dict or saved == self.positive:
+        `positive`, and layers by name, are of an earlier version, which had "clip" alone; no metadata at all do not
+        tell."""
+        known = local_metadata or by_layers
+        saved = local_metadata.get("positive", "clip" if known else self.positive)
+        if key not in state_dict or (saved == self.positive and (known or not self._clips)):
             return []
         phi = state_dict[key].detach()
-        if saved == "clip" and not phi.is_meta and (self._map(torch.relu, phi) != phi).any():
+        negative = not phi.is_meta and bool((self._map(torch.relu, phi) != phi).any())
+        if saved == self.positive:
+            return [_UNKNOWN.format(key)] if negative else []
+        if saved == "clip" and negative:
             return [f"{key} holds negative weights, without logarithms: project_() before saving, or positive='clip'"]
         state_dict[key] = self._converted(phi, self.positive)
         return []

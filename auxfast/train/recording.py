@@ -176,7 +176,9 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
     with reproducible(plan.seed, plan.config.train):
         try:
             trainer = _make_trainer(plan)
-            description |= {"losses": list(trainer.task.loss_names), **({"origin": plan.origin} if plan.origin else {})}
+            description |= {"losses": list(trainer.task.loss_names), "main": trainer.task.main}
+            if plan.origin:
+                description["origin"] = plan.origin
             if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
             if not (path / CHECKPOINT).exists():  # it begins, or begins again
@@ -308,7 +310,7 @@ def _occupied(path: Path) -> RunError:
 def _check_same(path: Path, description: dict[str, Any]) -> None:
     """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi or the code came from."""
     table = read_description(path)
-    for name in ("phi from", "losses", "origin"):
+    for name in ("phi from", "losses", "main", "origin"):
         table.pop(name, None)
     before, now = flattened(table), flattened(description)
     missing = "missing"

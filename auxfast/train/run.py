@@ -20,7 +20,7 @@ from auxfast.train.trainer import OuterRecord
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
-_NEWER = {"losses": list, "origin": str}  # older runs do not have them
+_NEWER = {"losses": list, "main": int, "origin": str}  # older runs do not have them
 
 Entries = TypeVar("Entries")
 
@@ -49,6 +49,7 @@ class Run:
         result: the result; None while the run is unfinished.
         environment: the machine and the versions that it started with; empty if that file is gone.
         losses: names of the task's losses.
+        main: index of the main loss among them.
         origin: where the experiment can be imported from, such as /home/me/mine.py:EXPERIMENT; empty if it is one of
             auxfast, or nowhere.
     """
@@ -63,6 +64,7 @@ class Run:
     result: RunResult | None
     environment: Mapping[str, Any]
     losses: tuple[str, ...] = ()
+    main: int = 0
     origin: str = ""
 
 
@@ -86,6 +88,7 @@ def read_run(path: Path) -> Run:
         result=result,
         environment=_read_environment(path / ENVIRONMENT),
         losses=tuple(description.get("losses", ())),
+        main=description.get("main", 0),
         origin=description.get("origin", ""),
     )
 

@@ -13,6 +13,7 @@ from auxfast.train.files import described
 from auxfast.train.task import Batch, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
+_OPTIONAL = ("release_auxiliary", "shared_parameters")
 
 
 def check_members(task: Task) -> None:
@@ -35,8 +36,8 @@ def check_members(task: Task) -> None:
             f"task.main: got {main!r}, must be the index of the main loss, an integer from 0 to {len(names) - 1}"
         )
     _check_module("model", task.model)
-    for name in _METHODS:
-        if not callable(getattr(task, name)):
+    for name in (*_METHODS, *_OPTIONAL):
+        if not callable(getattr(task, name, callable)):
             raise TypeError(f"task.{name}: got {type(getattr(task, name)).__name__}, must be a method")
     if getattr(task, "training_loss", None) is not None:
         own_training_loss(task)
@@ -113,9 +114,7 @@ def check_task(task: Task, *, own: bool = False) -> None:
     """
     check_members(task)
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    batch = _called("training_batch", lambda: task.training_batch(torch.Generator().manual_seed(0)))
-    check_batch(batch, len(task.loss_names))
-    _check_losses(batch)
+    batch = _check_training_batch(task)
     _check_graph("training_batch", "losses", batch.losses.sum(), parameters)
     if own:
         training_loss = own_training_loss(task)
@@ -135,6 +134,17 @@ def check_task(task: Task, *, own: bool = False) -> None:
             raise TypeError(f"task.{name}: got {type(score).__name__}, must return a number, more is better") from error
         if math.isnan(number):
             raise ValueError(f"task.{name}: got nan before the first step, must return a number, more is better")
+    if hasattr(task, "release_auxiliary"):
+        _called("release_auxiliary", task.release_auxiliary)
+        _check_training_batch(task)
+
+
+def _check_training_batch(task: Task) -> Any:
+    """A batch of the task, after its check."""
+    batch = _called("training_batch", lambda: task.training_batch(torch.Generator().manual_seed(0)))
+    check_batch(batch, len(task.loss_names))
+    _check_losses(batch)
+    return batch
 
 
 def as_number(score: Any) -> float:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from train.problems import Noisy, NoisyOptions, OneWeight, train_config
@@ -131,3 +133,19 @@ def test_a_task_that_is_none_is_told_before_training(tmp_path, no_training):
         compare(lambda seed: None, out=tmp_path)
     with pytest.raises(ValueError, match=r"make_task: raised KeyError: .* \(test_comparison\.py, line \d+"):
         compare(lambda seed: {}["x"], out=tmp_path)
+
+
+def test_the_command_that_is_printed_finds_the_runs_whatever_the_name(tmp_path, capsys):
+    compare(Mine, ["equal"], seeds=[0], config=SHORT, out=tmp_path / "my runs", name="my odd/name & more")
+    command_line = re.search(r"auxfast report (.*)", capsys.readouterr().out).group(1)
+    (folder,) = shlex.split(command_line)
+    assert len(find_runs([Path(folder)])) == 1
+
+
+class MainLast(Mine):
+    main = 2
+
+
+def test_runs_know_their_main_loss(tmp_path):
+    (run,) = compare(MainLast, ["linear"], seeds=[0], config=SHORT, out=tmp_path).runs
+    assert run.main == 2

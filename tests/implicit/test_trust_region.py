@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -208,3 +210,42 @@ def test_a_batch_without_samples_says_nothing_of_the_total():
     combiner.scale_(2.0)
     outer.step((w - 2).square().sum(), combiner(((w - 1).square() + 0.1 * w)[None]), [w])
     assert combiner.phi.detach().exp().sum().item() == pytest.approx(2, rel=1e-4)
+
+
+def test_weights_that_start_at_zero_are_refused_where_their_total_is_kept():
+    with pytest.raises(ValueError, match=r"combiner must start with weights above 0.*keep_total=False"):
+        auxfast.HyperOptimizer.recommended(LinearCombiner(2, main=0, init_value=0.0))
+    auxfast.HyperOptimizer.recommended(LinearCombiner(2, main=0, init_value=0.0), keep_total=False)
+
+
+class Exponential(torch.nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+def compiled(combiner):
+    return torch.compile(combiner, backend="eager")
+
+
+def parametrized(combiner):
+    return torch.nn.utils.parametrize.register_parametrization(combiner, "phi", Exponential())
+
+
+@pytest.mark.parametrize("hide", [pytest.param(compiled, marks=pytest.mark.slow), parametrized])
+def test_a_combiner_whose_calls_are_not_seen_is_told(hide):
+    combiner = LinearCombiner(2)
+    called = hide(combiner)
+    w = torch.zeros(2, requires_grad=True)
+    other = LinearCombiner(2)  # nobody calls it
+    optimizer = torch.optim.SGD([*combiner.parameters(), other.phi], lr=0.1)
+    outer = auxfast.HyperOptimizer(optimizer, project=[combiner, other], solver=auxfast.solvers.Identity())
+    with pytest.warns(RuntimeWarning, match="max_weight_change and keep_total do nothing"):
+        outer.step((w - 2).square().sum(), called((w - 1).square()[None]), [w])
+
+
+def test_a_combiner_that_a_loss_does_without_is_nothing_to_tell():
+    seen, other, w = LinearCombiner(2), LinearCombiner(2), torch.zeros(2, requires_grad=True)
+    outer = auxfast.HyperOptimizer(torch.optim.SGD([seen.phi, other.phi], lr=0.1), project=[seen, other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outer.step((w - 2).square().sum(), seen((w - 1).square()[None]), [w])

@@ -296,3 +296,36 @@ def test_argument_errors(make):
 def test_a_negative_start_has_no_logarithm(make):
     with pytest.raises(ValueError, match=r"init_value must be at least 0 with positive='exp', got -1\.0"):
         make(3, init_value=-1.0, positive="exp")
+
+
+def test_a_state_without_metadata_that_would_be_mistaken_for_weights_is_refused():
+    saved, other = NonlinearCombiner(3, (4,), positive="exp"), NonlinearCombiner(3, (4,))
+    before = other.phi.detach().clone()
+    with pytest.raises(RuntimeError, match=r"phi holds negative weights: .* call positive_\('exp'\) before loading it"):
+        other.load_state_dict(dict(saved.state_dict()))
+    assert torch.equal(other.phi, before)
+
+
+def test_layers_of_an_earlier_version_are_weights_with_and_without_metadata():
+    saved, other = NonlinearCombiner(3, (4,)), NonlinearCombiner(3, (4,), positive="exp")
+    other.load_state_dict({name: part.detach() for name, part in saved.layers().items()})
+    losses = torch.rand(5, 3)
+    torch.testing.assert_close(other(losses), saved(losses))
+
+
+@ALL
+def test_a_parametrized_phi_cannot_be_written_to(make):
+    combiner = torch.nn.utils.parametrize.register_parametrization(make(3), "phi", nn.Identity())
+    for change in (lambda: combiner.positive_("exp"), lambda: combiner.scale_(2.0)):
+        with pytest.raises(RuntimeError, match="phi is parametrized"):
+            change()
+    assert combiner.positive == "clip"
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("positive", ["clip", "exp"])
+def test_a_factor_that_weights_cannot_be_scaled_by_is_refused(positive, factor):
+    combiner = LinearCombiner(3, positive=positive)
+    with pytest.raises(ValueError, match="factor must be above 0 and finite"):
+        combiner.scale_(factor)
+    assert combiner.loss_weights(torch.ones(1, 3)).tolist() == [[1.0, 1.0, 1.0]]

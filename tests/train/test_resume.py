@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Dense, Jacobi, Neumann, Nystrom
+from auxfast.experiments.report.notes import notes
+from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Dense, Identity, Jacobi, Neumann, Nystrom
 from auxfast.train import Component, Run, RunError, read_run
 from auxfast.train.files import load_checkpoint
-from train.problems import without_seconds
+from train.problems import noisy_plan, without_seconds
 from train.test_recording import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,29 @@ def test_a_resumed_run_is_the_same(method, tmp_path):
     again = run(tmp_path / "cut", method, resume=True, on_outer_step=resumed.append, **CASES[method])
     assert resumed[0].step == 4  # checkpoints are after every second outer step
     _same(again, reference)
+
+
+LEARNING = {"outer_steps": 12, "keep_total": True, "max_weight_change": 0.15, "solver": Identity()}
+
+
+@pytest.mark.parametrize("method", ["linear", "nonlinear"])
+@pytest.mark.parametrize("step", [2, 6, 10], ids=["warm-up", "learning", "cool-down"])
+def test_a_run_resumes_in_every_part_of_it(method, step, tmp_path):
+    changes = {**LEARNING, "warmup": 0.34, "cooldown": 0.34}
+    reference = run(tmp_path / "whole", method, **changes)
+    _interrupt(tmp_path / "cut", method, step, **changes)
+    _same(run(tmp_path / "cut", method, resume=True, **changes), reference)
+
+
+def test_a_run_that_was_warned_of_something_resumes(tmp_path):
+    optimizers = {"inner_optimizer": Component("SGD", {"lr": 1e-3}), "outer_optimizer": Component("SGD", {"lr": 1e5})}
+    changes = {**LEARNING, **optimizers, "max_weight_change": None, "max_inner_grad_norm": 0.1}
+    reference = run(tmp_path / "whole", "linear-free", **changes)
+    assert "weights grew tenfold" in notes(reference)
+    _interrupt(tmp_path / "cut", "linear-free", 10, **changes)
+    checkpoint = load_checkpoint(noisy_plan(tmp_path / "cut", "linear-free").path / "checkpoint.pt")
+    assert checkpoint["trainer"]["outer"]["watch"]["noticed"]["grown"]
+    _same(run(tmp_path / "cut", "linear-free", resume=True, **changes), reference)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

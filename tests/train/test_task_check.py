@@ -57,6 +57,20 @@ FAULTS = {
         lambda task: setattr(task, "score", 0.5),
         r"task\.score: got float, must be a method",
     ),
+    "a flag for what gives the auxiliary set back": (
+        lambda task: setattr(task, "release_auxiliary", True),
+        r"task\.release_auxiliary: got bool, must be a method",
+    ),
+    "an auxiliary set that cannot be given back": (
+        lambda task: setattr(task, "release_auxiliary", _raise),
+        r"task\.release_auxiliary: raised IndexError: index 3 is out of bounds",
+    ),
+    "no batches once it is given back": (
+        lambda task: setattr(
+            task, "release_auxiliary", lambda: setattr(task, "training_batch", lambda generator: None)
+        ),
+        r"task\.training_batch: got NoneType, must return a Batch",
+    ),
     "losses as one tensor": (
         lambda task: setattr(task, "training_batch", lambda generator: _losses(task)),
         r"task\.training_batch: got Tensor, must return a Batch\(losses, mask\)",

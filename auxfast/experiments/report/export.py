@@ -40,7 +40,7 @@ def write_csv(all_results: Sequence[Results], path: Path) -> None:
             "skipped_steps": skipped_steps(run.records),
             "matvecs": sum(record.matvecs or 0 for record in run.records),
         }
-        more = {"notes": "; ".join(notes(run.records)), "path": run.path}
+        more = {"notes": "; ".join(notes(run)), "path": run.path}
         writer.writerow({**description, "seed": run.seed, **run.result._asdict(), **counts, **more})
     write_bytes(path, text.getvalue().encode())
 

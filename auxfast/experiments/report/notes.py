@@ -16,16 +16,16 @@ _WORDS = {
 
 
 class NoteTaker:
-    """Notes on a run, taken record by record."""
+    """Notes on a run, taken record by record. `main`: index of the main loss."""
 
-    def __init__(self) -> None:
-        self._watch, self._skipped = Watch(), 0
+    def __init__(self, main: int = 0) -> None:
+        self._watch, self._skipped, self._main = Watch(), 0, main
 
     def add(self, record: OuterRecord) -> None:
-        """Takes notes of the next record, whose first loss is the main one."""
+        """Takes notes of the next record."""
         self._skipped += record.skipped
         if record.outer_loss is not None:
-            self._watch.look_at(record.outer_loss, record.loss_weights, main=0)
+            self._watch.look_at(record.outer_loss, record.loss_weights, self._main)
 
     @property
     def notes(self) -> list[str]:
@@ -35,10 +35,10 @@ class NoteTaker:
         return found + [_WORDS[kind] for kind in self._watch.noticed]
 
 
-def notes(records: Sequence[OuterRecord]) -> list[str]:
-    """Notes on a run with these records."""
-    taker = NoteTaker()
-    for record in records:
+def notes(run: Run) -> list[str]:
+    """Notes on a run."""
+    taker = NoteTaker(run.main)
+    for record in run.records:
         taker.add(record)
     return taker.notes
 
@@ -52,7 +52,7 @@ def notes_on_runs(runs: Sequence[Run]) -> list[str]:
     """A note for each method, with the seeds that it is on."""
     seeds: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        for note in notes(run.records):
+        for note in notes(run):
             seeds.setdefault(run.method.name, {}).setdefault(note, []).append(str(run.seed))
     told = []
     for method, found in seeds.items():

@@ -1,12 +1,14 @@
 """Notes on runs, of records made by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from auxfast.experiments.report.notes import notes, notes_on_runs
 from auxfast.experiments.report.rows import results_of
 from auxfast.experiments.report.text import describe
 from experiments.problems import noisy_experiment
-from experiments.report.handmade import record, runs_of
+from experiments.report.handmade import record, run_of, runs_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,15 @@ from experiments.report.handmade import record, runs_of
     ],
 )
 def test_what_records_warn_of_is_noted(changes, expected):
-    assert notes([record(**change) for change in changes]) == expected
+    run = replace(run_of(noisy_experiment(), "linear", 0, 1.0), records=[record(**change) for change in changes])
+    assert notes(run) == expected
+
+
+def test_the_main_loss_need_not_be_the_first():
+    run = run_of(noisy_experiment(), "linear", 0, 1.0)
+    run.records[-1] = record(loss_weights=(0.001, 0.001, 1.0))
+    assert notes(run) == []
+    assert notes(replace(run, main=2)) == ["auxiliaries below 1%"]
 
 
 def test_runs_with_the_same_note_share_a_line_in_the_report():
