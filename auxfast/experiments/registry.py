@@ -19,7 +19,7 @@ from auxfast.train.files import RunError, described, start_again
 from auxfast.train.run import CONFIG, Run, not_of_this_version, read_config
 from auxfast.train.task import Task
 
-GROUP = "auxfast.experiments"  # of entry points, by which installed packages offer experiments
+GROUP = "auxfast.experiments"  # of entry points, by which installed packages add experiments
 
 
 def get_experiment(name: str) -> Experiment:
@@ -35,10 +35,10 @@ def get_experiment(name: str) -> Experiment:
         return _import_experiment(name)
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    offered = _offered()
-    if name in offered:
-        return _import_experiment(offered[name].value)
-    names = ", ".join([*EXPERIMENTS, *offered])
+    packaged = _of_packages()
+    if name in packaged:
+        return _import_experiment(packaged[name].value)
+    names = ", ".join([*EXPERIMENTS, *packaged])
     raise ValueError(f"experiment: got {name!r}, must be one of {names}; or FILE.py:NAME or MODULE:NAME")
 
 
@@ -46,7 +46,7 @@ def titles() -> Iterator[tuple[str, str]]:
     """Name and title of each experiment that has a name."""
     for name, experiment in EXPERIMENTS.items():
         yield name, experiment.title
-    for name in _offered():
+    for name in _of_packages():
         try:
             yield name, get_experiment(name).title
         except ValueError as error:
@@ -71,7 +71,7 @@ def refuse_shipped_name(experiment: Experiment) -> None:
         raise ValueError(f"name: got {experiment.name!r}, which is an experiment of auxfast: choose another")
 
 
-def _offered() -> dict[str, EntryPoint]:
+def _of_packages() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in EXPERIMENTS}
 
 

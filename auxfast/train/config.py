@@ -17,8 +17,8 @@ from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
 
-# The defaults of the outer loop are those of HyperOptimizer.recommended. They were chosen on half of the tasks of
-# benchmarks/learning, on other seeds than those that it reports.
+# The defaults of the outer loop are those of HyperOptimizer.recommended, with a limit on the hypergradient's norm. They
+# were chosen on half of the tasks of benchmarks/learning, on other seeds than those that it reports.
 _INNER_OPTIMIZER = Component("Adam", {"lr": 3e-3})
 _OUTER_OPTIMIZER = Component("Adam", {"lr": 0.1, "betas": [0.9, 0.99]})
 _SOLVER = Identity()

@@ -296,7 +296,7 @@ def test_it_is_the_derivative_of_ridge_regression_that_was_trained_for_a_finite_
     def outer_loss(w: Tensor) -> Tensor:
         return (x_val @ w - y_val).square().mean() / 2
 
-    def train(centre: Tensor, steps: int = 400, rate: float = 0.1) -> tuple[Tensor, torch.optim.SGD]:
+    def train(centre: Tensor, steps: int = 200, rate: float = 0.1) -> tuple[Tensor, torch.optim.SGD]:
         w = torch.zeros(8, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.SGD([w], lr=rate, momentum=0.5)
         for _ in range(steps):
@@ -313,7 +313,7 @@ def test_it_is_the_derivative_of_ridge_regression_that_was_trained_for_a_finite_
     w, optimizer = train(centre)
     phi = centre.clone().requires_grad_()
     errors = []
-    for solver in (GradientFlow.of(optimizer, 400), MINRES(tol=1e-9)):
+    for solver in (GradientFlow.of(optimizer, 200), MINRES(tol=1e-9)):
         result = auxfast.hypergradient(outer_loss(w), inner_loss(w, phi), [w], [phi], solver=solver)
         errors.append(relative_error(result.grads[0], wanted))
     assert errors[0] < 0.02
