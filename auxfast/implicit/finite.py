@@ -19,9 +19,9 @@ def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
         return
     value = "NaN" if any(bool(tensor.isnan().any()) for tensor in given) else "inf"
     raise NotFiniteError(
-        f"{what} hold {value}: look for inner training that has diverged, by its learning rate or a loss weight that grew; "
-        "for NaN or inf in the batch and in the parameters, for an operator without a derivative at these values (the norm "
-        "of a zero vector, sqrt(0), log(0)), and for values too large for their dtype"
+        f"{what} hold {value}: look for inner training that has diverged, by its learning rate or a loss weight that "
+        "grew; for NaN or inf in the batch and in the parameters, for an operator without a derivative at these values "
+        "(the norm of a zero vector, sqrt(0), log(0)), and for values too large for their dtype"
     )
 
 
