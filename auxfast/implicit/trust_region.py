@@ -24,7 +24,7 @@ def trust_region(parameters: Iterable[Tensor], most: float | None, totals: list[
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
         totals: what the weights of each combiner that was called add up to (see `learned_total`); filled in the first
-            time, and kept from then on. None: they may add up to anything, as weights of both signs always may.
+            time, and kept from then on; weights of both signs may shrink below it. None: they may add up to anything.
     """
     combiners = called(parameters) if most is not None or totals is not None else []
     if totals is not None:
@@ -50,10 +50,12 @@ def mean_weights(combiner: Combiner) -> Tensor:
 def learned_total(combiner: Combiner) -> float:
     """What the weights of a sample's losses add up to, without the 1 of a main loss that is added as it is: the largest
     of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
-    comes to weigh the samples of large losses alone, and those without bound.)"""
+    comes to weigh the samples of large losses alone, and those without bound.) Of weights of both signs it is their
+    sizes that add up: large ones of opposite signs are as large a learning rate, and their sum may be 0."""
     assert combiner.last_call is not None
     losses, mask = combiner.last_call
-    totals = combiner.loss_weights(losses, mask).double().flatten(1).sum(dim=1)
+    weights = combiner.loss_weights(losses, mask).double()
+    totals = (weights if combiner.monotone else weights.abs()).flatten(1).sum(dim=1)
     if combiner.main is not None:
         totals -= 1.0 if mask is None else mask[:, [combiner.main]].flatten(1).any(dim=1).to(totals)
     return float(totals.max()) if len(totals) else 0.0
@@ -90,11 +92,11 @@ class _Limits:
         return ((weights - self.weights).abs() / scale).max().item()
 
     def _weights(self) -> Tensor:
-        """The mean weights, after they are made to add up to the total."""
+        """The mean weights, after they are made to add up to the total, or of both signs to no more than it."""
         weights = mean_weights(self.combiner)
         if self.total is not None:
             now = learned_total(self.combiner)
-            if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
+            if self.total > 0 and 0 < now < float("inf") and (self.combiner.monotone or now > self.total):
                 self.combiner.scale_(self.total / now)
                 return mean_weights(self.combiner)
         return weights
