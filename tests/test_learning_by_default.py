@@ -15,6 +15,11 @@ COMBINERS = (
     "NonlinearCombiner(3, (10, 10))",
     "PolynomialCombiner(3)",
 )
+ANY_SIGN = (
+    "LinearCombiner(3, monotone=False)",
+    "NonlinearCombiner(3, monotone=False)",
+    "PolynomialCombiner(3, monotone=False)",
+)
 OUTER_STEP = re.compile(r"^ *outer\.step\(.*$", re.MULTILINE)
 EVERY = pytest.mark.parametrize("combiner", COMBINERS)
 SEEDS = [2, 7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20) if seed not in (2, 7))]
@@ -47,6 +52,16 @@ def test_the_quickstart_ends_well(combiner, seed):
     assert harmful < 0.2 * helpful
     assert 0.1 < main + helpful < 10  # nothing has died or exploded
     assert learned["outer"].skipped_steps == 0
+
+
+@pytest.mark.filterwarnings("ignore:The weights of all auxiliary losses")  # they may pass 0 on their way
+@pytest.mark.parametrize("combiner", ANY_SIGN)
+@MANY
+def test_the_quickstart_ends_well_with_weights_of_both_signs(combiner, seed):
+    learned, frozen = (quickstart(combiner, seed, learn=learn) for learn in (True, False))
+    assert learned["held_out_loss"]() < 0.2 * frozen["held_out_loss"]()
+    assert learned["outer"].skipped_steps == 0
+    assert "grown" not in learned["outer"].watch.noticed
 
 
 # On its 100 samples and 30 features a polynomial combiner may lead astray, of which HyperOptimizer warns then.

@@ -51,8 +51,9 @@ class HyperOptimizer:
         max_weight_change: the largest share by which one step may change the mean weight of any loss on the batch of a
             combiner's latest call, whatever the torch optimizer proposes: a longer step is shortened. `None`: no limit.
         keep_total: whether the weights of each combiner add up, on that batch, to what they did at the first step: for
-            the sample where they add up to most, and without the 1 of a main loss that is added as it is. Learning then
-            shapes the mix, and leaves the speed of inner training alone.
+            the sample where they add up to most, and without the 1 of a main loss that is added as it is. Weights of
+            both signs are counted by their sizes, and may shrink. Learning then shapes the mix, and leaves the speed of
+            inner training alone.
         project: modules whose `project_()` is called after each update.
 
     Attributes:

@@ -29,8 +29,8 @@ def trust_region(
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
         totals: what the weights of each combiner add up to (see `learned_total`), in the order of their parameters;
-            filled in when they have been called, and kept from then on. None: they may add up to anything, as weights
-            of both signs always may.
+            filled in when they have been called, and kept from then on; weights of both signs may shrink below it. None:
+            they may add up to anything.
 
     Returns:
         A dict, which after the body holds the mean weights of each combiner that was limited in the step.
@@ -64,9 +64,12 @@ def whole_batch(combiner: Combiner) -> Tensor:
 def learned_total(combiner: Combiner) -> float:
     """What the weights of a sample's losses add up to, without those of a main loss that is added as it is: the largest
     of the batch, since that limits the learning rate of inner training. (Their mean can stay as it is while a network
-    comes to weigh the samples of large losses alone, and those without bound.) NaN where the batch is empty."""
+    comes to weigh the samples of large losses alone, and those without bound.) Of weights of both signs it is their
+    sizes that add up: large ones of opposite signs are as large a learning rate, and their sum may be 0. NaN where the
+    batch is empty."""
     losses = whole_batch(combiner)
-    totals = combiner.loss_weights(losses).double().flatten(1).sum(dim=1)
+    weights = combiner.loss_weights(losses).double()
+    totals = (weights if combiner.monotone else weights.abs()).flatten(1).sum(dim=1)
     return float(totals.max()) - combiner.weight_of_skip(losses) if len(totals) else math.nan
 
 
@@ -112,10 +115,10 @@ class _Limits:
         return ((weights - self.weights).abs() / scale).max().item()
 
     def _weights(self) -> Tensor:
-        """The mean weights, after they are made to add up to the total."""
+        """The mean weights, after they are made to add up to the total, or of both signs to no more than it."""
         if self.total is not None:
             now = learned_total(self.combiner)
-            if self.combiner.monotone and self.total > 0 and 0 < now < float("inf"):
+            if self.total > 0 and 0 < now < float("inf") and (self.combiner.monotone or now > self.total):
                 self.combiner.scale_(self.total / now)
         assert self.combiner.last_call is not None
         return self.combiner.mean_weights(*self.combiner.last_call)
