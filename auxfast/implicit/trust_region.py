@@ -29,8 +29,8 @@ def trust_region(
         parameters: those that the body moves.
         most: the largest share by which any loss weight may change; a longer step is shortened. None: no limit.
         totals: what the weights of each combiner add up to (see `learned_total`), in the order of their parameters;
-            filled in when they have been called, and kept from then on; weights of both signs may shrink below it. None:
-            they may add up to anything.
+            filled in when they have been called, and kept from then on; weights of both signs may shrink below it.
+            None: they may add up to anything.
 
     Returns:
         A dict, which after the body holds the mean weights of each combiner that was limited in the step.

@@ -91,7 +91,8 @@ def test_a_run_resumes_in_every_part_of_it(method, step, tmp_path):
 
 def test_a_run_that_was_warned_of_something_resumes(tmp_path):
     optimizers = {"inner_optimizer": Component("SGD", {"lr": 1e-3}), "outer_optimizer": Component("SGD", {"lr": 1e5})}
-    changes = {**LEARNING, **optimizers, "max_weight_change": None, "max_inner_grad_norm": 0.1}
+    safeguards = {"keep_total": False, "max_weight_change": None}
+    changes = {**LEARNING, **optimizers, **safeguards, "max_inner_grad_norm": 0.1}
     reference = run(tmp_path / "whole", "linear-free", **changes)
     assert "weights grew tenfold" in notes(reference)
     _interrupt(tmp_path / "cut", "linear-free", 10, **changes)
