@@ -190,6 +190,9 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
+        if self.watch.first_total is None:  # the first step may be the one after which they have grown
+            for combiner in list(filter(sees, combiners_of(params)))[:1]:
+                self.watch.first_total = float(combiner.mean_weights(whole_batch(combiner)).abs().sum())
         with trust_region(params, self.max_weight_change, self._totals) as reached:
             self.optimizer.step()
             for module in self.project:

@@ -37,7 +37,7 @@ class Watch:
 
     Attributes:
         alive: whether the auxiliary losses have had weight; they may start without.
-        first_total: the sum of the loss weights at first.
+        first_total: the sum of the loss weights before the first outer step.
         first_outer_loss: the outer loss before the first outer step.
         latest_outer_loss: that of the latest step.
         outer_loss: the smoothed outer loss.

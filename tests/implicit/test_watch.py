@@ -120,3 +120,12 @@ def test_auxiliaries_that_a_batch_lacks_have_not_lost_their_weight():
             losses = (w - 1).square()[None] + 0.1 * w
             outer.step(w.square().sum(), combiner(losses, torch.tensor([mask])), [w])
     assert outer.watch.noticed == []
+
+
+def test_growth_in_the_first_step_is_seen():
+    combiner, w = LinearCombiner(2), torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD(combiner.parameters(), lr=1e3)
+    identity = auxfast.solvers.Identity()
+    outer = auxfast.HyperOptimizer(optimizer, project=[combiner], solver=identity, max_weight_change=None)
+    with pytest.warns(RuntimeWarning, match="grown tenfold"):
+        outer.step((w - 2).square().sum(), combiner((w - 3).square()[None]), [w])

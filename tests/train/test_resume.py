@@ -90,12 +90,12 @@ def test_a_run_resumes_in_every_part_of_it(method, step, tmp_path):
 
 
 def test_a_run_that_was_warned_of_something_resumes(tmp_path):
-    optimizers = {"inner_optimizer": Component("SGD", {"lr": 1e-3}), "outer_optimizer": Component("SGD", {"lr": 1e5})}
+    optimizers = {"inner_optimizer": Component("SGD", {"lr": 1e-3}), "outer_optimizer": Component("SGD", {"lr": 300.0})}
     safeguards = {"keep_total": False, "max_weight_change": None}
     changes = {**LEARNING, **optimizers, **safeguards, "max_inner_grad_norm": 0.1}
     reference = run(tmp_path / "whole", "linear-free", **changes)
     assert "weights grew tenfold" in notes(reference)
-    _interrupt(tmp_path / "cut", "linear-free", 10, **changes)
+    _interrupt(tmp_path / "cut", "linear-free", 6, **changes)
     checkpoint = load_checkpoint(noisy_plan(tmp_path / "cut", "linear-free").path / "checkpoint.pt")
     assert checkpoint["trainer"]["outer"]["watch"]["noticed"]["grown"]
     _same(run(tmp_path / "cut", "linear-free", resume=True, **changes), reference)
