@@ -25,7 +25,9 @@ INNER_STEPS, ROUNDS = 20, 5
 SIZES = {"small": (32, 10, 32), "medium": (128, 64, 256)}  # batch, features, hidden units
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9})
 OUTER = Component("SGD", {"lr": 1e-5})  # hundreds of outer steps must leave the problem as it is
-CONFIG = RunConfig(TrainConfig(ROUNDS, INNER_STEPS, SGD, OUTER, Neumann(steps=5, step_size=0.1)))
+SOLVER = Neumann(steps=5, step_size=0.1)
+# Without pauses, so that the trainer takes as many outer steps as what is written by hand.
+CONFIG = RunConfig(TrainConfig(ROUNDS, INNER_STEPS, SGD, OUTER, SOLVER, warmup=0.0, cooldown=0.0))
 
 
 class Regression:
@@ -69,7 +71,8 @@ def by_hand(task: Regression, name: str) -> Callable[[], Any]:
     outer = None
     if method.learned:
         optimizer = torch.optim.SGD(combiner.parameters(), **OUTER.options)
-        outer = HyperOptimizer(optimizer, solver=CONFIG.train.solver, max_grad_norm=1.0, project=[combiner], warn=False)
+        options: dict[str, Any] = {"max_grad_norm": 1.0, "keep_total": True, "project": [combiner], "warn": False}
+        outer = HyperOptimizer(optimizer, solver=SOLVER, **options)
 
     def train() -> None:
         for _ in range(ROUNDS):
