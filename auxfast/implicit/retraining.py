@@ -58,7 +58,7 @@ def verify_against_retraining(
     - *does not point where retraining goes*: that cosine is below 0 beyond noise; or it is below 0.5 beyond noise,
       while retraining agrees with itself (the cosine of its changes by moves up and by moves down is above 0 beyond
       noise; pure noise has -0.5).
-    - *not distinguishable from noise*: neither. Take more seeds, or a larger share.
+    - *not distinguishable from noise*: neither. Take more seeds, or a larger share or step.
 
     With one or two directions, where a cosine is little more than a sign, "above 0" and "below 0" are those of the
     change by retraining along the hypergradient.
@@ -178,7 +178,7 @@ class _Training:
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"The outer loss is {loss} after training with seed {seed}: inner training has diverged. Take a "
-                "smaller learning rate for it, or a smaller share"
+                "smaller learning rate for it, or a smaller share or step"
             )
         return _Trained(outer_loss, inner_loss, as_tuple("inner_params", inner_params), loss, self.curvature)
 

@@ -112,7 +112,7 @@ class Prediction:
             )
         return (
             f"not distinguishable from noise ({figures}): retraining differs too much from seed to seed, or between "
-            "moves up and down. Take more seeds, or a larger share"
+            "moves up and down. Take more seeds, or a larger share or step"
         )
 
 
@@ -169,7 +169,7 @@ class RetrainingReport:
             rows.append([f"{'entry' if single else 'direction'} {i}", *map(_mean, columns)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        moved = "one step" if self.share is None else f"{100 * self.share:.3g}%"
+        moved = f"{self.moves.abs().max():.3g}" if self.share is None else f"{100 * self.share:.3g}%"
         lines = [
             f"{len(self.seeds)} seeds, each entry of the outer parameters moved up and down by {moved}",
             *table,

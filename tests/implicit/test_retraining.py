@@ -156,6 +156,7 @@ def test_ridge_regression_in_closed_form():
 
     report = verify_against_retraining(train, [log_decay], step=0.01)
     assert report.share is None
+    assert str(report).startswith("5 seeds, each entry of the outer parameters moved up and down by 0.01\n")
     torch.testing.assert_close(report.moves, 0.01 * torch.eye(4, dtype=torch.float64))
     predicted = report.predictions["MINRES"].predicted
     assert float((predicted - report.retrained).norm() / report.retrained.norm()) < 2e-3

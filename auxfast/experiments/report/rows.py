@@ -113,11 +113,15 @@ def _decided(finding: Finding, seeds: int) -> Finding:
 
 
 def methods(section: Section) -> list[Method]:
-    """Methods that were run: first the experiment's in its order, then the others by families."""
+    """Methods that were run: first the experiment's in its order, then the others by families, controls first."""
     families = [*WEIGHTING_LABELS, *COMBINER_LABELS, OWN]
     order = {name: place for place, name in enumerate(section.experiment.methods)}
-    ran = {run.method for run in section.runs}
-    return sorted(ran, key=lambda m: (order.get(m.name, len(order)), families.index(m.family), m.name))
+    phis = ["frozen", "learned", "fixed"]
+
+    def place(m: Method) -> tuple[int, int, bool, int]:
+        return order.get(m.name, len(order)), families.index(m.family), not m.monotone, phis.index(m.phi)
+
+    return sorted({run.method for run in section.runs}, key=place)
 
 
 def rows(section: Section) -> list[Row]:

@@ -37,6 +37,13 @@ def test_runs_are_grouped_by_setting_and_unfinished_ones_left_out(experiment):
     assert (len(found.runs), found.unfinished) == (4, 1)
 
 
+def test_methods_beyond_the_experiment_s_follow_by_families_and_each_control_before_its_learned_one(experiment):
+    named = ("nonlinear-free", "nonlinear", "nonlinear-fixed", "nonlinear-frozen", "equal", "stl")
+    found = methods(_section(experiment, runs_of(experiment, {name: [1.0] for name in named})))
+    order = ["stl", "equal", "nonlinear-frozen", "nonlinear", "nonlinear-fixed", "nonlinear-free"]
+    assert [method.name for method in found] == order
+
+
 def test_what_cannot_be_reported_is_refused(experiment, tmp_path):
     with pytest.raises(RunError, match="no run is finished"):
         write_report([results_of(experiment, runs_of(experiment, {"stl": [None]}))], tmp_path / "page.html")
