@@ -37,7 +37,7 @@ def get_experiment(name: str) -> Experiment:
         return EXPERIMENTS[name]
     packaged = _of_packages()
     if name in packaged:
-        return _import_experiment(packaged[name].value)
+        return _import_experiment(packaged[name].value.partition("[")[0].strip())  # it may name extras in brackets
     names = ", ".join([*EXPERIMENTS, *packaged])
     raise ValueError(f"experiment: got {name!r}, must be one of {names}; or FILE.py:NAME or MODULE:NAME")
 
@@ -77,11 +77,11 @@ def _of_packages() -> dict[str, EntryPoint]:
 
 def _import_experiment(place: str) -> Experiment:
     """The experiment at `FILE.py:NAME` or `MODULE:NAME`, which remembers that place."""
-    where, _, name = place.partition("[")[0].strip().rpartition(":")  # an entry point may name extras in brackets
+    where, _, name = place.rpartition(":")
     is_file = where.endswith(".py")
     try:
         found = getattr(_load(Path(where).resolve()) if is_file else _import(where), name)
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise ValueError(f"experiment: cannot import {place}: {described(error)}") from error
     if not isinstance(found, Experiment):
         kind = type(found).__name__

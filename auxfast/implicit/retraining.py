@@ -83,8 +83,8 @@ def verify_against_retraining(
             signs.
 
     Raises:
-        TypeError: `train` is not a function or returns something else than a tuple of three, parameters that are not an
-            iterable of tensors, or a solver that is none.
+        TypeError: `train` is not a function or returns something else than a tuple of three, seeds or parameters that
+            are no iterable, or a solver that is none.
         ValueError: a setting outside its range; fewer than two seeds, or one twice; outer parameters that are no
             leaves, or without any `requires_grad=True`; a `train` that is not deterministic for a seed, ignores
             `outer_params` or changes them; or what `hypergradient` raises.
@@ -99,6 +99,8 @@ def verify_against_retraining(
     if step is not None:
         check_positive("step", step)
     check_steps("max_directions", max_directions)
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be an iterable, such as range(5), not a {type(seeds).__name__}")
     tried = tuple(seeds)
     if len(set(tried)) < max(2, len(tried)):
         raise ValueError(f"seeds must be at least two different ones, not {tried}: their spread gives the error bars")
@@ -224,7 +226,7 @@ def _by_name(solver: Solver | Mapping[str, Solver] | None) -> dict[str, Solver]:
     if isinstance(solver, Mapping):
         if not solver:
             raise ValueError("solver is empty: it must hold a solver, by its name")
-        solvers = dict(solver)
+        solvers = {str(name): each for name, each in solver.items()}
     else:
         only = MINRES() if solver is None else solver
         solvers = {type(only).__name__: only}

@@ -110,7 +110,7 @@ def one_line(reason: object) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """An error of a user's code in a line: its kind, its text, and the last line of code that is no library's."""
     frames = [(Path(frame.filename), frame.lineno) for frame in extract_tb(error.__traceback__)]
     own = [(path, line) for path, line in frames if path.is_file() and not {_PACKAGE, _OTHERS} & {*path.parents}]

@@ -90,10 +90,14 @@ def test_an_experiment_of_another_package_is_listed_and_trained_by_its_entry_poi
         ("my_task.py:make_task", r".*my_task\.py:make_task is a function, must be an auxfast\.experiments\.Experiment"),
         ("none.py:MINE", r"cannot import .*none\.py:MINE: FileNotFoundError: there is no .*none\.py"),
         ("broken.py:MINE", r"cannot import .*broken\.py:MINE: ZeroDivisionError: .* \(broken\.py, line 2\)"),
+        ("leaves.py:MINE", r"cannot import .*leaves\.py:MINE: SystemExit: 0 \(leaves\.py, line 1\)"),
+        ("odd [1].py:NONE", r"cannot import .*odd \[1\]\.py:NONE: AttributeError: .* no attribute 'NONE'"),
     ],
 )
 def test_what_cannot_be_imported_is_told_in_a_line(place, message, folder, capsys):
     (folder / "broken.py").write_text("\n1 / 0\n")
+    (folder / "leaves.py").write_text("raise SystemExit(0)\n")
+    (folder / "odd [1].py").write_text("")
     assert _train(folder / place, folder) == 2
     errors = capsys.readouterr().err
     assert re.fullmatch(f"auxfast: experiment: {message}\n", errors.replace(str(folder), "x"))

@@ -289,6 +289,7 @@ def test_training_that_diverges_or_moves_the_outer_parameters_is_told():
         ({"train": lambda seed: (1, 2)}, TypeError, r"train must return a tuple .* not 2 things"),
         ({"seeds": [3]}, ValueError, "seeds must be at least two different ones"),
         ({"seeds": [3, 3, 4]}, ValueError, "seeds must be at least two different ones"),
+        ({"seeds": 3}, TypeError, r"seeds must be an iterable, such as range\(5\), not a int"),
         ({"solver": {}}, ValueError, "solver is empty"),
         ({"solver": {"a": 3}}, TypeError, "solver"),
         ({"share": 0.0}, ValueError, "share"),

@@ -20,6 +20,9 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 
@@ -79,7 +82,7 @@ than every other method (paired $t$ test, 5\%).}}
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[\\~^&%$#_{}]", lambda match: _LATEX[match.group()], text)
+    return re.sub(r"[\\~^<>|&%$#_{}]", lambda match: _LATEX[match.group()], text)
 
 
 def _figure(text: str) -> str:

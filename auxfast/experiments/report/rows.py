@@ -86,9 +86,15 @@ def results_of(experiment: Experiment, runs: Iterable[Run]) -> Results:
     """Results of these runs of the experiment.
 
     Raises:
-        RunError: two are of the same method, setting and seed, or one does not fit the experiment (any more).
+        RunError: two are of the same method, setting and seed, or have other losses; or one does not fit the experiment
+            (any more).
     """
     known = [updated(experiment, run) for run in runs]
+    named = [run for run in known if run.losses]
+    for run in named:
+        if run.losses != named[0].losses:
+            losses = f"{', '.join(named[0].losses)}, and {', '.join(run.losses)}"
+            raise RunError(f"{named[0].path} and {run.path} have other losses ({losses}): report them apart")
     if not experiment.loss_names and known:
         experiment = replace(experiment, loss_names=known[0].losses)
     finished = [run for run in known if run.result is not None]
@@ -205,6 +211,9 @@ def cautions(section: Section) -> list[str]:
     ]
     for key, values in differing_entries(section).items():
         texts.append(f"not all runs have the same {key}: {', '.join(map(repr, values))}")
+    places = list(dict.fromkeys(run.origin for run in section.runs if run.origin))
+    if len(places) > 1:
+        texts.append(f"the runs are of experiments in several places, which may not be the same: {', '.join(places)}")
     return texts + notes_on_runs(section.runs)
 
 

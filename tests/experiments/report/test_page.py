@@ -127,14 +127,15 @@ def test_runs_are_rows_for_other_programs(experiment, tmp_path, capsys):
 def test_tables_for_a_paper_are_escaped(experiment, tmp_path, monkeypatch):
     pytest.importorskip("jinja2")
     monkeypatch.setitem(
-        EXPERIMENTS, experiment.name, replace(experiment, title="50% & more_{~^\\}", score_name="R2, %")
+        EXPERIMENTS, experiment.name, replace(experiment, title="50% & more_{~^\\} <|>", score_name="R2, %")
     )
     _train(experiment, tmp_path / "runs", ("stl", "linear"))
     files = ["--latex", str(tmp_path / "table.tex"), "--out", str(tmp_path / "page.html")]
     assert main(["report", str(tmp_path / "runs"), *files]) == 0
     assert (tmp_path / "page.html").exists()
     table = (tmp_path / "table.tex").read_text()
-    assert r"\caption{50\% \& more\_\{\textasciitilde{}\textasciicircum{}\textbackslash{}\}. Mean" in table
+    caption = r"\caption{50\% \& more\_\{\textasciitilde{}\textasciicircum{}\textbackslash{}\} "
+    assert caption + r"\textless{}\textbar{}\textgreater{}. Mean" in table
     assert r"method & R2, \% & minus stl & time / stl & seeds \\" in table
     assert re.search(r"^Linear, learned & \$-[\d.]+ \\pm [\d.]+\$ & \$[+-][\d.]+ \\pm [\d.]+\$ & ", table, re.MULTILINE)
 

@@ -6,7 +6,7 @@ import pytest
 
 from auxfast.experiments.base import Finding
 from auxfast.experiments.report.page import write_report
-from auxfast.experiments.report.rows import differing_entries, methods, results_of, rows
+from auxfast.experiments.report.rows import cautions, differing_entries, methods, results_of, rows
 from auxfast.experiments.report.text import describe
 from auxfast.train import RunError
 from experiments.problems import noisy_experiment
@@ -187,3 +187,18 @@ def test_unfinished_runs_are_told_with_their_seeds_and_how_to_finish_them(experi
         "same `auxfast train` with --resume goes on from there"
     )
     assert "unfinished" not in describe(results_of(experiment, runs[:1]))
+
+
+def test_runs_of_other_losses_are_no_results_of_one_experiment(experiment):
+    first, second = runs_of(experiment, {"stl": [1.0, 2.0]})
+    pair = [replace(first, losses=("main", "help")), replace(second, losses=("main", "harm"))]
+    with pytest.raises(RunError, match=r"other losses \(main, help, and main, harm\): report them apart"):
+        results_of(experiment, pair)
+
+
+def test_runs_of_experiments_in_several_places_are_told(experiment):
+    first, second = runs_of(experiment, {"stl": [1.0, 2.0]})
+    first = replace(first, origin="a.py:MINE")
+    told = "in several places, which may not be the same: a.py:MINE, b.py:MINE"
+    for other, seen in ((replace(second, origin="b.py:MINE"), True), (second, False)):
+        assert any(told in text for text in cautions(_section(experiment, [first, other]))) is seen
