@@ -20,6 +20,7 @@ from auxfast.ops.network import Reduction, check_losses
 Positive = Literal["clip", "exp"]
 Shapes = dict[str, tuple[int, ...]]
 
+FAR_LOGARITHM = 20.0  # of an output's largest weight, 5e8 or 2e-9: the range of float32 ends at 88
 SMALLEST_SHARE = 1e-3  # of a part's mean weight: what a 0 becomes where phi holds logarithms
 
 _UNKNOWN = (
@@ -65,7 +66,9 @@ class Combiner(nn.Module, ABC):
     phi: nn.Parameter  # (number of parameters,)
     positive: Positive = "clip"  # also of a pickle from before there was another
     last_call: tuple[Tensor, Tensor | None] | None = None
-    _factor = "weight"  # the part of `phi` to which the combined value is proportional
+    _factors: tuple[str, ...] = (
+        "weight",
+    )  # parts of `phi` that scale the combined value; it is proportional to the last
     _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
@@ -174,12 +177,21 @@ class Combiner(nn.Module, ABC):
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be above 0 and finite, got {factor!r}")
         self._check_writable()
-        place = [*self._shapes].index(self._factor)
-        part = self.phi.narrow(0, sum(self._sizes[:place]), self._sizes[place])  # all layers() take 80 us
-        if self.positive == "exp":
-            part += math.log(factor)
-        else:
-            part *= factor
+        last = self._part(self._factors[-1])
+        if self.positive == "clip":
+            last *= factor
+            return
+        # A step that moves all layers alike is taken back by the last alone, which leaves the range of its dtype in the
+        # end. Far from 1 the layers share the factor, which scales softplus units as well, as they are linear by then.
+        far = len(self._factors) > 1 and abs(last.max().item()) > FAR_LOGARITHM
+        parts = [self._part(name) for name in self._factors] if far else [last]
+        for part in parts:
+            part += math.log(factor) / len(parts)
+
+    def _part(self, name: str) -> Tensor:
+        """One of `layers()`, flat: all of them take 80 us."""
+        place = [*self._shapes].index(name)
+        return self.phi.narrow(0, sum(self._sizes[:place]), self._sizes[place])
 
     def weight_of_skip(self, losses: Tensor) -> float:
         """The sum of what `loss_weights` of a sample without mask hold for a main loss that is added as it is."""

@@ -44,7 +44,7 @@ class NetworkCombiner(Combiner):
         shapes = _raw_shapes(network) if weight_norm else network.shapes
         super().__init__(network.num_losses, network.main, monotone, network.reduction, positive, shapes)
         self.network, self.weight_norm = network, weight_norm
-        self._factor = "out.weight_g" if weight_norm else "out.weight"
+        self._factors = tuple(name for name in shapes if name.endswith("weight_g" if weight_norm else "weight"))
         self._summed = replace(network, reduction="sum")
         if not network.fits_kernels:
             warn(

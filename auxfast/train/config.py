@@ -41,8 +41,8 @@ class TrainConfig:
         warmup, cooldown: shares of the outer steps, at the start and the end of the run, in which phi stays as it is.
             At the start the outer loss falls fastest with the main loss alone, which says little of where training
             ends. In the end training takes the auxiliary set too, if the task gives it back (`Task.release_auxiliary`).
-        patience: number of outer steps without a better validation score after which training stops, and returns to
-            the best.
+        patience: number of outer steps without a better validation score, those of the warm-up not counted, after
+            which training stops, and returns to the best.
         amp: whether losses are computed in bfloat16 where that is safe (`torch.autocast`).
         device: device of tasks and combiners, as torch names it.
         outer_set: samples on which the outer loss is measured. "training" shows what that leads to (paper, Figure 5).

@@ -99,7 +99,11 @@ class Trainer:
     @property
     def warms_up(self) -> bool:
         """Whether phi still stays as it starts."""
-        return len(self.records) < int(self.config.warmup * self.config.outer_steps)
+        return len(self.records) < self._warmup_steps
+
+    @property
+    def _warmup_steps(self) -> int:
+        return int(self.config.warmup * self.config.outer_steps)
 
     @property
     def cools_down(self) -> bool:
@@ -112,7 +116,7 @@ class Trainer:
         """Whether patience has run out before the last outer step."""
         if self.config.patience is None or self.best is None:
             return False
-        waited: int = len(self.records) - 1 - self.best["step"]
+        waited = len(self.records) - max(self.best["step"] + 1, self._warmup_steps)
         return waited >= self.config.patience and len(self.records) < self.config.outer_steps
 
     def run(self, on_outer_step: Callable[[OuterRecord], None] | None = None) -> list[OuterRecord]:

@@ -250,3 +250,17 @@ def test_a_combiner_that_a_loss_does_without_is_nothing_to_tell():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outer.step((w - 2).square().sum(), seen((w - 1).square()[None]), [w])
+
+
+@pytest.mark.parametrize("make", [COMBINERS["deep linear"], COMBINERS["nonlinear"], COMBINERS["nonlinear, normalised"]])
+def test_hundreds_of_steps_with_a_kept_total_leave_no_layer_out_of_range(make):
+    torch.manual_seed(0)
+    combiner = make()
+    outer = auxfast.HyperOptimizer.recommended(combiner, lr=1.0, max_weight_change=None, warn=False)
+    w, target = torch.zeros(3, requires_grad=True), torch.tensor([1.0, 0.9, -1.1])
+    for _ in range(100):
+        losses = (w - target).square()[None] + (w.sum() - 1).square()
+        outer.step((w - 1).square().sum(), combiner(losses), [w])
+    assert outer.skipped_steps == 0
+    assert combiner.loss_weights(losses.detach()).sum().isfinite()
+    assert combiner.phi.max() < 60

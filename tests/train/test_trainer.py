@@ -463,6 +463,15 @@ def test_phi_stays_during_warm_up_and_cool_down_and_the_auxiliary_set_is_release
     assert (task.releases, task.batches_before) == (1, 5 * 20 + 3 * learn)
 
 
+def test_patience_waits_until_the_warm_up_is_over():
+    task = Releasing()
+    task.validation_score = lambda: 0.0
+    trainer = _trainer(_equal_weights(), task=task, learn=True, outer_steps=20, warmup=0.25, patience=3)
+    records = trainer.run()
+    assert [record.outer_loss is not None for record in records] == [False] * 5 + [True] * 3
+    assert trainer.stopped_early
+
+
 def test_gradient_flow_gets_its_time_from_the_inner_steps_so_far():
     options = {"learn": True, "outer_steps": 2, "inner_steps": 5, "inner_optimizer": Component("SGD", {"lr": 0.1})}
     trainer = _trainer(_equal_weights(), solver=GradientFlow(floored=True), **options)
