@@ -24,9 +24,9 @@ TEXTS = {
         "the inner training. Keep their total: HyperOptimizer.recommended(combiner), or keep_total=True."
     ),
     "outer loss rising": (
-        "The outer loss has been rising for 20 outer steps or more: the inner training overfits, or the outer steps "
-        "lead the wrong way. Stop early, compare with a combiner that stays as it starts, and see "
-        "auxfast.verify_against_retraining."
+        "The outer loss has been rising for 20 outer steps or more. Most often the inner training overfits, which says "
+        "nothing against the learned weights; if it does not, the outer steps lead the wrong way. Compare with a combiner "
+        "that stays as it starts, stop early, and see auxfast.verify_against_retraining."
     ),
 }
 
