@@ -25,8 +25,8 @@ TEXTS = {
     ),
     "outer loss rising": (
         "The outer loss has been rising for 20 outer steps or more. Most often the inner training overfits, which says "
-        "nothing against the learned weights; if it does not, the outer steps lead the wrong way. Compare with a combiner "
-        "that stays as it starts, stop early, and see auxfast.verify_against_retraining."
+        "nothing against the learned weights; if it does not, the outer steps lead the wrong way. Compare with a "
+        "combiner that stays as it starts, stop early, and see auxfast.verify_against_retraining."
     ),
 }
 
