@@ -197,10 +197,10 @@ class HyperOptimizer:
             self.optimizer.step()
             for module in self.project:
                 module.project_()
-        self._look(outer_loss, params, reached)
+        self._observe(outer_loss, params, reached)
         return result.stats
 
-    def _look(self, outer_loss: Loss, params: Sequence[Tensor], reached: Mapping[Combiner, Tensor]) -> None:
+    def _observe(self, outer_loss: Loss, params: Sequence[Tensor], reached: Mapping[Combiner, Tensor]) -> None:
         """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at.
 
         reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
@@ -215,7 +215,7 @@ class HyperOptimizer:
             known = combiner in reached and combiner.last_call[1] is None
             weights = (reached[combiner] if known else combiner.mean_weights(whole_batch(combiner))).tolist()
         value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
-        for kind in self.watch.look_at(value, weights, None if combiner is None else combiner.main):
+        for kind in self.watch.observe(value, weights, None if combiner is None else combiner.main):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)
 

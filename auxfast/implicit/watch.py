@@ -68,7 +68,7 @@ class Watch:
         noticed = [kind for kind, seen in state.get("noticed", {}).items() if seen]
         return Watch(**{**state, "noticed": noticed})
 
-    def look_at(self, outer_loss: float | None, weights: Sequence[float], main: int | None) -> list[str]:
+    def observe(self, outer_loss: float | None, weights: Sequence[float], main: int | None) -> list[str]:
         """What is seen for the first time at an outer step.
 
         Args:

@@ -27,14 +27,14 @@ from auxfast.nn import LinearCombiner
 )
 def test_auxiliaries_that_have_all_lost_their_weight(weights, main, seen):
     watch = Watch()
-    assert watch.look_at(1.0, weights, main) == []  # they may start without weight
-    watch.look_at(1.0, [1.0] * len(weights), main)
-    assert watch.look_at(1.0, weights, main) == seen
+    assert watch.observe(1.0, weights, main) == []  # they may start without weight
+    watch.observe(1.0, [1.0] * len(weights), main)
+    assert watch.observe(1.0, weights, main) == seen
 
 
 def test_weights_that_have_grown_tenfold():
     watch = Watch()
-    assert [watch.look_at(1.0, [0.5 * growth, 0.5], 0) for growth in (1, 3, 18.9, 19.1, 30)] == [
+    assert [watch.observe(1.0, [0.5 * growth, 0.5], 0) for growth in (1, 3, 18.9, 19.1, 30)] == [
         [],
         [],
         [],
@@ -58,7 +58,7 @@ def test_weights_that_have_grown_tenfold():
 def test_an_outer_loss_that_has_been_rising(course, seen):
     watch = Watch()
     for step in range(60):
-        watch.look_at(course(step), [1.0, 1.0], 0)
+        watch.observe(course(step), [1.0, 1.0], 0)
     assert (watch.noticed == ["outer loss rising"]) is seen
 
 
@@ -68,7 +68,7 @@ def test_an_outer_loss_that_is_noise_alone_has_not_been_rising_however_long_it_g
     for seed in range(20):
         noise, watch = random.Random(seed), Watch()
         for step in range(1000 if drift == 0 else 200):
-            watch.look_at(noise.gauss(1 + drift * step, 0.3), [1.0, 1.0], 0)
+            watch.observe(noise.gauss(1 + drift * step, 0.3), [1.0, 1.0], 0)
         told += watch.noticed == ["outer loss rising"]
     assert told <= 1 if drift == 0 else told == 20
 

@@ -25,7 +25,7 @@ class NoteTaker:
         """Takes notes of the next record."""
         self._skipped += record.skipped
         if record.outer_loss is not None:
-            self._watch.look_at(record.outer_loss, record.loss_weights, self._main)
+            self._watch.observe(record.outer_loss, record.loss_weights, self._main)
 
     @property
     def notes(self) -> list[str]:
