@@ -35,7 +35,7 @@ def test_the_diff_adds_six_lines_to_a_normal_loop_that_runs():
 
 def test_the_program_with_the_six_lines_finds_the_harmful_auxiliary():
     names = run(QUICKSTART, [PROBLEM, side("+")])
-    _, helpful, harmful = names["combiner"].phi.tolist()
+    _, helpful, harmful = names["combiner"].mean_weights(names["losses"]().detach()).tolist()
     assert harmful < 0.1 < 1 < helpful
     assert names["held_out_loss"]() < 0.01
     assert names["stats"].residual < 0.01

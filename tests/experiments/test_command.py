@@ -58,7 +58,7 @@ def test_where_nobody_watches_each_run_is_a_line(train, capsys):
 
 def test_in_a_terminal_there_is_a_bar_and_lines_are_of_runs_to_look_at(train, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(command, "notes", lambda records: ["a note"] * (records[0].outer_loss is not None))
+    monkeypatch.setattr(command, "notes", lambda run: ["a note"] * run.method.learned)
     assert train("--method", "stl,linear", "--seeds", "3") == 0
     error = capsys.readouterr().err
     assert "100%" in error
