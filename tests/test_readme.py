@@ -38,7 +38,6 @@ def test_the_program_with_the_six_lines_finds_the_harmful_auxiliary():
     _, helpful, harmful = names["combiner"].mean_weights(names["losses"]().detach()).tolist()
     assert harmful < 0.1 < 1 < helpful
     assert names["held_out_loss"]() < 0.01
-    assert names["stats"].residual < 0.01
 
 
 def test_first_screen_shows_what_to_type():
