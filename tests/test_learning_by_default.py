@@ -24,6 +24,7 @@ OUTER_STEP = re.compile(r"^ *outer\.step\(.*$", re.MULTILINE)
 EVERY = pytest.mark.parametrize("combiner", COMBINERS)
 SEEDS = [2, 7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20) if seed not in (2, 7))]
 MANY = pytest.mark.parametrize("seed", SEEDS)
+ERROR = 0.01  # of the quickstart's network on held-out samples, at most
 
 
 def changed(program: str, combiner: str, seed: int) -> str:
@@ -41,12 +42,16 @@ def quickstart(combiner: str, seed: int, *, learn: bool = True) -> dict:
     return names
 
 
+@pytest.mark.parametrize("combiner", [*COMBINERS, *ANY_SIGN])
+def test_without_learning_the_quickstart_ends_badly(combiner):
+    assert quickstart(combiner, 0, learn=False)["held_out_loss"]() > 2 * ERROR
+
+
 @EVERY
 @MANY
 def test_the_quickstart_ends_well(combiner, seed):
-    learned, frozen = (quickstart(combiner, seed, learn=learn) for learn in (True, False))
-    errors = [names["held_out_loss"]().item() for names in (learned, frozen)]
-    assert errors[0] < 0.2 * errors[1]
+    learned = quickstart(combiner, seed)
+    assert learned["held_out_loss"]() < ERROR
     weights = learned["combiner"].mean_weights(learned["losses"]().detach())
     main, helpful, harmful = weights.tolist()
     assert harmful < 0.2 * helpful
@@ -58,15 +63,15 @@ def test_the_quickstart_ends_well(combiner, seed):
 @pytest.mark.parametrize("combiner", ANY_SIGN)
 @MANY
 def test_the_quickstart_ends_well_with_weights_of_both_signs(combiner, seed):
-    learned, frozen = (quickstart(combiner, seed, learn=learn) for learn in (True, False))
-    assert learned["held_out_loss"]() < 0.2 * frozen["held_out_loss"]()
+    learned = quickstart(combiner, seed)
+    assert learned["held_out_loss"]() < ERROR
     assert learned["outer"].skipped_steps == 0
     assert "grown" not in learned["outer"].watch.noticed
 
 
 # On its 100 samples and 30 features a polynomial combiner may lead astray, of which HyperOptimizer warns then.
 @pytest.mark.parametrize("combiner", COMBINERS[:-1])
-@MANY
+@pytest.mark.parametrize("seed", SEEDS[:8])
 def test_the_first_example_ends_better_than_without_learning(combiner, seed):
     program = changed((ROOT / "examples" / "auxiliary_losses.py").read_text(), combiner, seed)
     names: dict = {"__name__": "example"}
