@@ -50,7 +50,7 @@ def relative_error(x: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 @pytest.mark.parametrize("rate", [0.01, 0.5])
 def test_it_is_what_differentiated_training_gives_on_a_quadratic(steps, rate):
-    """Of K steps, the two differ by some 0.3 / K, as `(1 - (1 - u)^K)` does from `1 - exp(-u K)` for u up to 1."""
+    """Differences of the two are 0.3 / K for K steps, as `(1 - (1 - u)^K)` is off `1 - exp(-u K)` for u up to 1."""
     matrix, b = with_eigenvalues(torch.logspace(-3, 0, 30, dtype=torch.float64)), gaussian(30)
     phi = torch.zeros(30, dtype=torch.float64, requires_grad=True)
     w = gaussian(30, seed=1)
