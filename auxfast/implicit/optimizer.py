@@ -120,8 +120,8 @@ class HyperOptimizer:
 
         It keeps the total of the weights, and makes `phi` of a monotone combiner, in place, the logarithms of the
         weights (`Combiner.positive_`), so that none is lost for good; the combined loss stays as it is. The steps are
-        Adam's, along a hypergradient by `Identity()`, which looks at no curvature: in stochastic training, which ends
-        far from a minimum, that points where retraining goes, and an inverse Hessian often does not.
+        Adam's, along a hypergradient by `Identity()`, which looks at no curvature: the cheapest one, and damped MINRES
+        learned no better weights. Which of them points where training goes differs between tasks, and the page has it.
 
         Args:
             combiner: one that has not been trained yet, on its device.
@@ -190,26 +190,26 @@ class HyperOptimizer:
             return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
         for param, grad in zip(params, self._clipped(result.grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        if self.watch.first_total is None:  # the first step may be the one after which they have grown
-            for combiner in list(filter(sees, combiners_of(params)))[:1]:
-                self.watch.first_total = float(combiner.mean_weights(whole_batch(combiner)).abs().sum())
+        watched = next(filter(sees, combiners_of(params)), None)
+        if watched is not None and self.watch.first_total is None:  # it may be this step after which they have grown
+            self.watch.first_total = float(watched.mean_weights(whole_batch(watched)).abs().sum())
         with trust_region(params, self.max_weight_change, self._totals) as reached:
             self.optimizer.step()
             for module in self.project:
                 module.project_()
-        self._observe(outer_loss, params, reached)
+        is_limited = self.max_weight_change is not None or self._totals is not None
+        if self.warn and is_limited and any(not sees(c) and _has_gradient(c) for c in combiners_of(params)):
+            warn_once("unseen", _UNSEEN, self.state)
+        self._observe(outer_loss, watched, reached)
         return result.stats
 
-    def _observe(self, outer_loss: Loss, params: Sequence[Tensor], reached: Mapping[Combiner, Tensor]) -> None:
-        """Warns of what is noticed for the first time. Several combiners are not told apart: the first is looked at.
+    def _observe(self, outer_loss: Loss, combiner: Combiner | None, reached: Mapping[Combiner, Tensor]) -> None:
+        """Warns of what is noticed for the first time.
 
-        reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
+        Args:
+            combiner: the first that is seen, since several are not told apart; None if there is none.
+            reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
         """
-        combiners = combiners_of(params)
-        is_limited = self.max_weight_change is not None or self._totals is not None
-        if self.warn and is_limited and any(not sees(c) and _has_gradient(c) for c in combiners):
-            warn_once("unseen", _UNSEEN, self.state)
-        combiner = next(filter(sees, combiners), None)
         weights: list[float] = []
         if combiner is not None and combiner.last_call is not None:
             known = combiner in reached and combiner.last_call[1] is None
