@@ -66,9 +66,8 @@ class Combiner(nn.Module, ABC):
     phi: nn.Parameter  # (number of parameters,)
     positive: Positive = "clip"  # also of a pickle from before there was another
     last_call: tuple[Tensor, Tensor | None] | None = None
-    _factors: tuple[str, ...] = (
-        "weight",
-    )  # parts of `phi` that scale the combined value; it is proportional to the last
+    # The parts of `phi` that scale the combined value, which is proportional to the last of them.
+    _factors: tuple[str, ...] = ("weight",)
     _biases: Tensor | None  # 1 where phi is a bias, if there are any and phi holds logarithms
     __call__: Callable[..., Tensor]  # nn.Module's is typed Any; the arguments are those of `forward`
 
