@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
+from auxfast.implicit.adjoint import CurvatureName
 from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, project
-from auxfast.implicit.hypergradient import CurvatureName, hypergradient
+from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import LossFn
 from auxfast.solvers import MINRES, Solver, SolveStats
 

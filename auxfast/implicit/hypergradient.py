@@ -5,35 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import compress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.advice import found_nothing, missing_dependence, no_more_than_identity, problem_of, warn_of
+from auxfast.implicit.adjoint import CurvatureName, check_curvature, derivatives_of, solve_adjoint
+from auxfast.implicit.advice import missing_dependence
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
-from auxfast.implicit.curvature import (
-    Curvature,
-    GaussNewton,
-    Hessian,
-    MicroBatches,
-    in_widest_dtype,
-    on_one_dtype,
-)
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
-from auxfast.implicit.finite_difference import FiniteDifference
-from auxfast.implicit.free_entries import Free, FreeCurvature, free_masks, project
-from auxfast.implicit.kinks import is_at_kink
+from auxfast.implicit.free_entries import Free, free_masks
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
-from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers import MINRES
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check_solver, checked_solve
+from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 
-CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
-_RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
 _DEFAULT_SOLVER = MINRES()
 
 
@@ -143,61 +130,30 @@ def hypergradient(
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
-        derivatives = _derivatives(curvature, given_inner, active_inner, active_outer, retain_graph)
-        product = on_one_dtype(derivatives)
-        if free is not None:
-            rhs, product = project(rhs, masks), FreeCurvature(product, masks)
-        mixed: Sequence[Tensor | None] = [None] * len(active_outer)
-        b: Sequence[Tensor] = ()
-        solution: Sequence[Tensor] = ()
-        stats, problem, direct_only = TRIVIAL, None, False
-        if product.params:
-            pairs = zip(compress(rhs, product.in_system), product.params, strict=True)
-            b = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
-            with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
-                solution, stats = _solve(solver, product, b, state)
-                direct_only = found_nothing(stats, solution)
-                problem = problem_of(solver, stats, product, b, direct_only)
-                mixed = product.mixed(solution, active_outer)
-                if isinstance(derivatives, FiniteDifference):
-                    stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-                elif not direct_only:
-                    stats, problem = check_symmetry(
-                        stats, problem, state, given_inner, derivatives, product.params, solution
-                    )
-                    if derivatives.kinked and is_at_kink(derivatives.kinked, active_inner, masks):
-                        problem = "kink"
+        adjoint = solve_adjoint(
+            derivatives_of(curvature, given_inner, active_inner, active_outer, retain_graph),
+            given_inner,
+            rhs,
+            active_inner,
+            active_outer,
+            None if free is None else masks,
+            solver,
+            state,
+        )
 
-    grads = [_difference(*terms) for terms in zip(active_outer, direct, mixed, strict=True)]
+    grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
     if not all_finite(grads):
         check_finite("The gradients of outer_loss in outer_params", direct)
-        check_finite("The solver's solutions", solution)
-        check_finite("The mixed second derivatives of inner_loss, in inner_params and outer_params,", mixed)
+        adjoint.check_finite()
         check_finite("The hypergradients", grads)
     if warn:
-        problem = missing_dependence(direct, mixed) or problem
-        warn_of(problem or no_more_than_identity(solver, stats, b, solution, state), solver, state)
+        adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
     total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer), stats, direct_only
+        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer),
+        adjoint.stats,
+        adjoint.direct_only,
     )
-
-
-def _solve(
-    solver: Solver, product: Curvature, rhs: Sequence[Tensor], state: SolverState | None
-) -> tuple[Sequence[Tensor], SolveStats]:
-    try:
-        return checked_solve(solver, product, rhs, state)
-    except ValueError:
-        check_finite("The gradients of outer_loss in inner_params", rhs)
-        raise
-
-
-def check_curvature(curvature: str) -> None:
-    """Raises ValueError where `curvature` is none that there is."""
-    names = [*_RECORDED, "finite-difference"]
-    if curvature not in names:
-        raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
 
 
 def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
@@ -232,27 +188,6 @@ def _outer_gradient(
         for node in outer.nodes & inner.nodes  # common leaves do not count
     )
     return outer.gradient(params, retain_graph=retain_graph or shared)
-
-
-def _derivatives(
-    name: str,
-    inner: LossGraph | list[LossFn],
-    params: Sequence[Tensor],
-    outer_params: Sequence[Tensor],
-    retain_graph: bool,
-) -> Hessian | MicroBatches | FiniteDifference:
-    if isinstance(inner, LossGraph):
-        return _RECORDED[name](inner, params, retain_graph)
-    if name == "finite-difference":
-        return FiniteDifference(inner, params, outer_params)
-    kind = _RECORDED[name]
-    if len(inner) == 1:
-        return kind(inner[0](), params)
-
-    def recorder(loss_fn: LossFn) -> Any:
-        return lambda params: kind(loss_fn(), params)
-
-    return MicroBatches([recorder(loss_fn) for loss_fn in inner], params)
 
 
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.hypergradient import CurvatureName, check_curvature, hypergradient
+from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch

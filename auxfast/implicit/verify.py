@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
+from auxfast.implicit.adjoint import CurvatureName
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import BilevelProblem, assign, coarsest_eps, cut, flat, restored
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
-from auxfast.implicit.hypergradient import CurvatureName
 from auxfast.implicit.kinks import find_kinks
 from auxfast.implicit.losses import LossFn, as_loss_fns
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport

@@ -99,8 +99,12 @@ class LinearSystem:
         pieces = rows.to(self.dtype).split(self._sizes, dim=-1)
         return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
-    def product(self, rows: Tensor) -> Tensor:
-        """Rows (m, n) times `H + damping I`, for any m."""
+    def product(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """Rows (m, n) times `H + damping I`, for any m.
+
+        Args:
+            index: (m,), the right-hand side that each of the rows belongs to; `None`: any, or all in order.
+        """
         self.matvecs += len(rows)
         results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
         result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
