@@ -14,6 +14,7 @@ from auxfast.implicit import (
     UsefulnessResult,
     auxiliary_usefulness,
     hypergradient,
+    implicit_minimum,
     verify_against_retraining,
     verify_hypergradient,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "build_info",
     "engine_only",
     "hypergradient",
+    "implicit_minimum",
     "nn",
     "preserved_state",
     "reference_kernels",

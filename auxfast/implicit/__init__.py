@@ -3,6 +3,7 @@
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
+from auxfast.implicit.minimum import implicit_minimum
 from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
 from auxfast.implicit.retraining import verify_against_retraining
@@ -20,6 +21,7 @@ __all__ = [
     "UsefulnessResult",
     "auxiliary_usefulness",
     "hypergradient",
+    "implicit_minimum",
     "preserved_state",
     "verify_against_retraining",
     "verify_hypergradient",

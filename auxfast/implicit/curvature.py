@@ -106,6 +106,11 @@ class Hessian:
         self._retain_graph = retain_graph
         self.pullback = Pullback(self._grads, self.params)
 
+    @property
+    def gradient(self) -> Sequence[Tensor]:
+        """That of the loss, in the parameters that are in the system."""
+        return self._grads
+
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
 

@@ -209,14 +209,14 @@ def check_solver(solver: object, name: str = "solver") -> None:
 
 
 def checked_solve(
-    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None, batched: bool = False
 ) -> tuple[Sequence[Tensor], SolveStats]:
     """What `solver.solve` returns.
 
     Raises:
         TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
     """
-    result: Any = solver.solve(matvec, rhs, state=state)
+    result: Any = solver.solve(matvec, rhs, batched=batched, state=state)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise _wrong_result(solver, f"{result!r:.60}")
     solution, stats = result
