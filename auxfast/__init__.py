@@ -15,6 +15,7 @@ from auxfast.implicit import (
     auxiliary_usefulness,
     hypergradient,
     implicit_minimum,
+    implicit_root,
     verify_against_retraining,
     verify_hypergradient,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "engine_only",
     "hypergradient",
     "implicit_minimum",
+    "implicit_root",
     "nn",
     "preserved_state",
     "reference_kernels",

@@ -8,6 +8,7 @@ from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
 from auxfast.implicit.retraining import verify_against_retraining
 from auxfast.implicit.retraining_report import RetrainingReport
+from auxfast.implicit.root import implicit_root
 from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
 from auxfast.implicit.verify import verify_hypergradient
 
@@ -22,6 +23,7 @@ __all__ = [
     "auxiliary_usefulness",
     "hypergradient",
     "implicit_minimum",
+    "implicit_root",
     "preserved_state",
     "verify_against_retraining",
     "verify_hypergradient",

@@ -22,6 +22,7 @@ from auxfast.implicit.curvature import (
 from auxfast.implicit.finite import check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, Masks, project
+from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.implicit.symmetry import check_symmetry
@@ -30,7 +31,7 @@ from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check
 
 DEFAULT_SOLVER = MINRES()
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
-Derivatives = Hessian | MicroBatches | FiniteDifference
+Derivatives = Hessian | MicroBatches | FiniteDifference | TransposedJacobian
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
 
 
@@ -117,7 +118,7 @@ def solve_adjoint(
         mixed = _mixed_of_rows(product, solution, outer_params) if batched else product.mixed(solution, outer_params)
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif inner is not None and not direct_only:
+        elif inner is not None and not direct_only and not isinstance(derivatives, TransposedJacobian):
             one = hardest(solution, stats, batched)
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, one)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):

@@ -77,6 +77,14 @@ _TEXTS = {
         "tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 further "
         "before implicit_root."
     ),
+    "singular": (
+        "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual cannot be "
+        "made smaller in this precision. Add damping to the solver, or take parameters of float64."
+    ),
+    "no part in the function": (
+        "No outer parameter plays a part in function, so that nothing of them reaches the outer loss through params. Was "
+        "something detached on the way, or were they replaced since?"
+    ),
     "identity": _IDENTITY,
     "flow": (
         "GradientFlow's estimate of its own relative error, result.stats.residual, is above its tol. Allow more steps, "

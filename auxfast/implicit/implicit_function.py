@@ -94,7 +94,7 @@ class ImplicitFunction:
         """
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        length = float(torch.stack(torch._foreach_norm(list(params))).norm())
+        length = float(torch.stack(torch._foreach_norm([w.detach() for w in params])).norm())
         return adjoint.distance(residual) > _FAR * length > 0
 
     def pull_back_twice(
