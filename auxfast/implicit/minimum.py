@@ -20,7 +20,7 @@ from auxfast.implicit.adjoint import (
     operator_of,
     solve_system,
 )
-from auxfast.implicit.advice import found_nothing, missing_dependence, problem_of, warn_of
+from auxfast.implicit.advice import found_nothing, problem_of, warn_of
 from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
@@ -157,11 +157,11 @@ def implicit_minimum(
 
 class _Minimum(ImplicitFunction):
     def problem_of(self, adjoint: Adjoint) -> str | None:
-        problem = missing_dependence([None], adjoint.mixed)
-        if problem is None and isinstance(self.derivatives, Hessian):
-            far = self.is_far(adjoint, self.derivatives.gradient, self.derivatives.params)
-            problem = "no minimum" if far else None
-        return problem
+        if all(term is None for term in adjoint.mixed):
+            return "no part in the inner loss"
+        if not isinstance(self.derivatives, Hessian):  # no gradient was recorded
+            return None
+        return "no minimum" if self.is_far(adjoint, self.derivatives.gradient, self.derivatives.params) else None
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
