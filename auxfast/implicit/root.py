@@ -17,10 +17,10 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.losses import check_call
-from auxfast.solvers import Dense
+from auxfast.solvers import GMRES
 from auxfast.solvers.base import Solver, SolverState, check_solver
 
-_DEFAULT_SOLVER = Dense()
+_DEFAULT_SOLVER = GMRES()
 
 Equations = Callable[[], Tensor | Sequence[Tensor] | Mapping[str, Tensor]]
 

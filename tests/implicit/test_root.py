@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auxfast.implicit import NotFiniteError, implicit_minimum, implicit_root
-from auxfast.solvers import GMRES, MINRES, Dense, SolverState
+from auxfast.solvers import GMRES, MINRES, Dense, NormalEquations, SolverState
 
 from .problems import Ridge
 
@@ -41,9 +41,10 @@ class Linear:
         return torch.autograd.grad((self.c * self.solve(self.phi).sin()).sum(), self.phi)[0]
 
 
-def test_closed_form_of_a_linear_system():
+@pytest.mark.parametrize("solver", [SOLVER, NormalEquations(50, tol=1e-12), Dense()], ids=lambda s: type(s).__name__)
+def test_closed_form_of_a_linear_system(solver):
     problem, stats = Linear(), []
-    w = problem.root(on_solve=stats.append)
+    w = problem.root(solver=solver, on_solve=stats.append)
     assert torch.equal(w, problem.w)
     (problem.c * w.sin()).sum().backward()
     torch.testing.assert_close(problem.phi.grad, problem.expected(), rtol=1e-10, atol=1e-12)
@@ -76,9 +77,10 @@ def test_equations_may_come_flat_or_as_a_list_or_by_name():
         torch.testing.assert_close(gradient, problem.expected(), rtol=1e-10, atol=1e-12)
 
 
-def test_rows_of_a_jacobian_share_one_solve():
+@pytest.mark.parametrize("solver", [SOLVER, NormalEquations(50, tol=1e-12), Dense()], ids=lambda s: type(s).__name__)
+def test_rows_of_a_jacobian_share_one_solve(solver):
     problem, stats = Linear(9), []
-    w = problem.root(on_solve=stats.append)
+    w = problem.root(solver=solver, on_solve=stats.append)
     (rows,) = torch.autograd.grad(w, problem.phi, torch.eye(9, dtype=D), is_grads_batched=True)
     torch.testing.assert_close(
         rows, torch.autograd.functional.jacobian(problem.solve, problem.phi), rtol=1e-10, atol=1e-12
@@ -154,27 +156,28 @@ def test_the_fixed_point_of_meta_weight_net():
         (gradient,) = torch.autograd.grad((weights * losses).mean(), w, create_graph=True)
         return gradient + 0.1 * w
 
-    def solve() -> Tensor:
-        w = torch.zeros(4, dtype=D, requires_grad=True)
-        for _ in range(3000):
-            w = (w - 0.5 * dynamics(w)).detach().requires_grad_()
-        assert dynamics(w).norm() < 1e-13
-        return w
-
-    def outer(w: Tensor) -> Tensor:
-        return (x_outer @ w - y_outer).square().mean()
-
-    def function() -> Tensor:
-        """The dynamics as a function of w, weights included: a cotangent is a constant of the gradient, and none of the
+    def function(w: Tensor) -> Tensor:
+        """The dynamics as a function of w, weights included: a cotangent is a constant of the gradient, and none of its
         graph."""
         losses = 0.5 * (x @ w - y).square()
         weights = weigh(losses[:, None])[:, 0]
         (gradient,) = torch.autograd.grad(losses, w, weights / len(x), create_graph=True)
         return gradient + 0.1 * w
 
+    def solve() -> Tensor:
+        w = torch.zeros(4, dtype=D, requires_grad=True)
+        for _ in range(8):
+            jacobian = torch.autograd.functional.jacobian(function, w)
+            w = (w - torch.linalg.solve(jacobian, dynamics(w))).detach().requires_grad_()
+        assert dynamics(w).norm() < 1e-14
+        return w
+
+    def outer(w: Tensor) -> Tensor:
+        return (x_outer @ w - y_outer).square().mean()
+
     w = solve()
-    torch.testing.assert_close(function(), dynamics(w), rtol=1e-12, atol=1e-14)
-    (solved,) = implicit_root(function, [w], phi, solver=SOLVER)
+    torch.testing.assert_close(function(w), dynamics(w), rtol=1e-12, atol=1e-14)
+    (solved,) = implicit_root(lambda: function(w), [w], phi, solver=SOLVER)
     found = torch.autograd.grad(outer(solved), phi)
     for parameter, gradient in zip(phi, found, strict=True):
         for i in range(min(parameter.numel(), 2)):
