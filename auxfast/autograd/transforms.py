@@ -20,8 +20,8 @@ _is_legacy_batched: Callable[[Tensor], bool] | None = getattr(
 )
 _enter_batch: Callable[[], int] | None = getattr(torch._C, "_vmapmode_increment_nesting", None)
 _leave_batch: Callable[[], int] | None = getattr(torch._C, "_vmapmode_decrement_nesting", None)
-_add_batch_dim: Any = getattr(torch, "_add_batch_dim", None)
-_remove_batch_dim: Any = getattr(torch, "_remove_batch_dim", None)
+_wrap: Any = getattr(torch, "_add_batch_dim", None)
+_unwrap: Any = getattr(torch, "_remove_batch_dim", None)
 _LEVEL = 1  # of the batch of `is_grads_batched`, which has none around it
 _tells_forward_mode = hasattr(forward_ad, "_current_level")
 
@@ -57,23 +57,25 @@ def rows_of_batch(gradients: Sequence[Tensor | None]) -> list[Tensor | None] | N
     batches = [gradient for gradient in gradients if gradient is not None and _is_batch(gradient)]
     if not batches:
         return None
-    if None in (_enter_batch, _leave_batch, _add_batch_dim, _remove_batch_dim):
+    if None in (_enter_batch, _leave_batch, _wrap, _unwrap):
         raise NotImplementedError(
             "this version of torch does not show the batch of is_grads_batched=True: take a backward pass for each row"
         )
-    size = len(_remove_batch_dim(batches[0], _LEVEL, 1, 0))
-    return [None if each is None else _remove_batch_dim(each, _LEVEL, size, 0) for each in gradients]
+    size = len(_unwrap(batches[0], _LEVEL, 1, 0))
+    return [None if each is None else _unwrap(each, _LEVEL, size, 0) for each in gradients]
 
 
 def as_batch(rows: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `rows_of_batch`."""
-    return [_add_batch_dim(tensor, 0, _LEVEL) for tensor in rows]
+    return [_wrap(tensor, 0, _LEVEL) for tensor in rows]
 
 
 @contextmanager
 def outside_of_batch() -> Iterator[None]:
     """Within this context no batch of `is_grads_batched=True` is under way, so that random numbers may be drawn."""
-    assert _enter_batch is not None and _leave_batch is not None  # `rows_of_batch` has seen to it
+    if _enter_batch is None or _leave_batch is None:  # random numbers are then refused by torch
+        yield
+        return
     depth = _enter_batch()
     for _ in range(depth):
         _leave_batch()

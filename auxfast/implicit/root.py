@@ -170,7 +170,7 @@ def _like_params(given: Any, params: Any, values: Sequence[Tensor]) -> list[Tens
     """
     if isinstance(given, Mapping):
         if not isinstance(params, Mapping) or given.keys() != params.keys():
-            raise ValueError(f"function returned a mapping of {list(given)}, and params are no mapping of the same names")
+            raise ValueError(f"function returned a mapping of {list(given)}, and params are none of the same names")
         given = [given[name] for name in params]
     equations = [given] if isinstance(given, Tensor) else given
     if not isinstance(equations, Sequence) or not all(isinstance(each, Tensor) for each in equations):

@@ -249,7 +249,7 @@ def test_parameters_that_changed_before_the_backward_pass(which):
     w = problem.root()
     with torch.no_grad():
         getattr(problem, which).mul_(1.1)
-    with pytest.raises(RuntimeError, match="Parameters were changed .* take the backward pass first, or call it anew"):
+    with pytest.raises(RuntimeError, match=r"Parameters were changed .* take the backward pass first, or call it anew"):
         w.sum().backward()
 
 
@@ -275,7 +275,7 @@ def test_what_is_not_finite_is_an_error():
         ({"function": lambda p: lambda: p.w.detach()}, ValueError, "result 0 has no graph, so that the Jacobian is"),
         ({"function": lambda p: lambda: 2 * p.phi}, ValueError, "function does not depend on any of params"),
         ({"function": lambda p: lambda: p.w.float()}, ValueError, "float32 for equation 0, and params are torch.float"),
-        ({"function": lambda p: lambda: {"w": p.w * 1}}, ValueError, "params are no mapping of the same names"),
+        ({"function": lambda p: lambda: {"w": p.w * 1}}, ValueError, "params are none of the same names"),
         ({"params": lambda p: [p.w.detach()]}, ValueError, r"params\[0\] has requires_grad=False"),
         ({"params": lambda p: p.w}, TypeError, "params must be an iterable of tensors, not a Tensor"),
         ({"outer_params": lambda p: [p.w]}, ValueError, r"outer_params\[0\] is the same tensor as params\[0\]"),
