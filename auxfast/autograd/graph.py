@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 
-def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> set[Any]:
-    """Nodes of the graph from `start` to the leaves, or to the edges (node, index of its input) in `until`."""
-    seen = {node for node in start if node is not None}
-    found = [*seen]
+def walk(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> Iterator[Any]:
+    """The nodes of the graph from `start` to the leaves, or to the edges (node, index of its input) in `until`; each
+    once, and found only as far as they are asked for."""
+    found = [*dict.fromkeys(node for node in start if node is not None)]
+    seen = set(found)
     for node in found:  # the list grows while the loop runs
+        yield node
         for edge in node.next_functions:
             if edge[0] is not None and edge[0] not in seen and edge not in until:
                 seen.add(edge[0])
                 found.append(edge[0])
-    return seen
+
+
+def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> set[Any]:
+    """All that `walk` finds."""
+    return {*walk(start, until)}
 
 
 def reaches(start: Any, tensors: Iterable[Tensor]) -> bool:
