@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import vjp
-from auxfast.autograd.graph import walk
+from auxfast.autograd.graph import reaches
 from auxfast.autograd.hooks import has_hook
 
 # Nodes whose gradients are products and sums entry by entry. Where no other node lies between a gradient and the
@@ -45,7 +45,6 @@ class SeparableTerms:
         self._params = params
         self._leaves = {id(param): i for i, param in enumerate(params) if param.grad_fn is None}
         self._results = {(param.grad_fn, param.output_nr): i for i, param in enumerate(params) if param.grad_fn}
-        self._result_nodes = {node for node, _ in self._results}
         self._root = loss.grad_fn
         self._handles: list[Any] = []
 
@@ -118,7 +117,4 @@ class SeparableTerms:
                     pending.append(edge[0])
                 elif found not in (None, place):
                     return False
-        return not any(self._is_param(node) for node in walk(others))
-
-    def _is_param(self, node: Any) -> bool:
-        return id(getattr(node, "variable", None)) in self._leaves or node in self._result_nodes
+        return not reaches(others, self._params)

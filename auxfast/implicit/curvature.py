@@ -17,7 +17,7 @@ from auxfast.autograd.double_backward import (
     wrong_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
+from auxfast.autograd.graph import is_compiled, leaves_into, reaches
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.autograd.separable import SeparableTerms
 from auxfast.implicit.arguments import check_independent
@@ -90,14 +90,14 @@ class Hessian:
     ) -> None:
         inner.refuse_reentrant_checkpoints()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
-        self.kinked = leaves_into(inner.nodes, _KINKS)
+        self.kinked = leaves_into(inner.nodes_by_type, _KINKS)
         if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        if wrong := wrong_double_backward(inner.nodes, params):
+        if wrong := wrong_double_backward(inner.nodes_by_type, params):
             raise RuntimeError(
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
@@ -203,9 +203,7 @@ def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequen
     ends: dict[Any, set[int]] = {}
     for z in outputs:
         ends.setdefault(z.grad_fn, set()).add(z.output_nr)
-    nodes = graph_from([inner.loss.grad_fn], {(node, i) for node, indices in ends.items() for i in indices})
-    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
-    if not any(id(w) in leaves if w.grad_fn is None else w.grad_fn in nodes for w in params):
+    if not reaches([inner.loss.grad_fn], params, {(node, i) for node, indices in ends.items() for i in indices}):
         return [None] * len(params)
 
     def stop_at(indices: set[int]) -> Any:
