@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit.advice import found_nothing, no_more_than_identity, problem_of, warn_of
+from auxfast.implicit.central_difference import norm_of, quotient
 from auxfast.implicit.curvature import (
     Curvature,
     GaussNewton,
@@ -60,17 +61,15 @@ class Adjoint:
         """b and x without the axis of the batch: those of the right-hand side with the largest residual."""
         return hardest(self.rhs, self.stats, self.batched), hardest(self.solution, self.stats, self.batched)
 
-    def distance(self, gradient: Sequence[Tensor]) -> float:
+    def distance(self, slope: Callable[[Sequence[Tensor]], Tensor]) -> float:
         """How far the parameters are from the minimum along b, to first order: `<x, g> / |b| = <b, H^-1 g> / |b|` is
-        what a Newton step would go that way. It is no more than the length of that step, and NaN where b is 0.
+        what a Newton step would go that way. It is no more than the length of that step.
 
         Args:
-            gradient: g, of the inner loss in the parameters that are in the system.
+            slope: `v -> <v, g>`, where g is the gradient of the inner loss.
         """
         b, x = self.hardest()
-        along = torch.stack([torch.sum(s * g.detach()) for s, g in zip(x, gradient, strict=True)]).sum()
-        length = torch.stack(torch._foreach_norm(list(b))).square().sum().sqrt()
-        return abs(float(along / length))
+        return quotient(abs(float(slope(x))), norm_of(b))
 
     def check_finite(self) -> None:
         """Raises NotFiniteError where something in here is not finite, and names it."""

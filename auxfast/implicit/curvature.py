@@ -117,16 +117,19 @@ class Hessian:
         self.params = [params[i] for i in places]
         self._rows = [places.index(i) for i, _ in recorded]  # of each gradient, the parameter in the system
         self._grads = [grad for _, grad in recorded]
+        self._constants = [
+            (places.index(i), g) for i, g in enumerate(grads) if i in places and g is not None and not g.requires_grad
+        ]
         self._num_rest = len(rest)
         self._separable = separable
         self._inner = inner
         self._retain_graph = retain_graph
         self.pullback = Pullback(self._grads[: len(rest)], self.params)
 
-    @property
-    def gradient(self) -> Sequence[Tensor]:
-        """That of the loss, in the parameters that are in the system."""
-        return self._grads
+    def slope(self, vectors: Sequence[Tensor]) -> Tensor:
+        """`<v, d inner / d params>`."""
+        recorded = [*zip(self._rows, self._grads, strict=True), *self._constants]
+        return torch.stack([torch.sum(vectors[i] * grad.detach()) for i, grad in recorded]).sum()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)

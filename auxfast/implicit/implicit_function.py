@@ -12,8 +12,11 @@ from torch import Tensor
 from auxfast.autograd.engine import keeps_graph
 from auxfast.autograd.transforms import as_batch, outside_of_batch, rows_of_batch
 from auxfast.implicit.adjoint import Adjoint, Derivatives, solve_adjoint
+from auxfast.implicit.central_difference import norm_of
+from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
+from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
@@ -86,16 +89,12 @@ class ImplicitFunction:
         """What to warn of before all that a solve tells; a key of the texts in `advice`."""
         raise NotImplementedError
 
-    def is_far(self, adjoint: Adjoint, residual: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-        """Whether the parameters are far from where they should be, along the right-hand side.
-
-        Args:
-            residual: F, which is 0 there, in `params`: those that are in the system.
-        """
+    def is_far(self, adjoint: Adjoint, derivatives: Hessian | TransposedJacobian) -> bool:
+        """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        length = float(torch.stack(torch._foreach_norm([w.detach() for w in params])).norm())
-        return adjoint.distance(residual) > _FAR * length > 0
+        length = norm_of(derivatives.params)
+        return adjoint.distance(derivatives.slope) > _FAR * length > 0
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]

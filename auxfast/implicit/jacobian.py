@@ -38,6 +38,12 @@ class TransposedJacobian:
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return zeros_for_none(self._pullback.batched(vectors), vectors)
 
+    def slope(self, vectors: Sequence[Tensor]) -> Tensor:
+        """`<v, outputs>`."""
+        return torch.stack(
+            [torch.sum(v * output.detach()) for v, output in zip(vectors, self.outputs, strict=True)]
+        ).sum()
+
     @cached_property
     def transposed(self) -> _Jacobian:
         """J."""

@@ -161,7 +161,7 @@ class _Minimum(ImplicitFunction):
             return "no part in the inner loss"
         if not isinstance(self.derivatives, Hessian):  # no gradient was recorded
             return None
-        return "no minimum" if self.is_far(adjoint, self.derivatives.gradient, self.derivatives.params) else None
+        return "no minimum" if self.is_far(adjoint, self.derivatives) else None
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]

@@ -159,7 +159,7 @@ class _Root(ImplicitFunction):
             return "no part in the function"
         if adjoint.problem in ("no curvature", "stagnated"):
             return "singular"
-        return "no root" if self.is_far(adjoint, self.derivatives.outputs, self.derivatives.params) else None
+        return "no root" if self.is_far(adjoint, self.derivatives) else None
 
 
 def _like_params(given: Any, params: Any, values: Sequence[Tensor]) -> list[Tensor]:
@@ -193,7 +193,7 @@ def _like_params(given: Any, params: Any, values: Sequence[Tensor]) -> list[Tens
                 f"function's result {i} has no graph, so that the Jacobian is singular: was it detached, or a gradient "
                 "that was taken without create_graph=True?"
             )
-    if not any(reaches(equation.grad_fn, values) for equation in equations):
+    if not reaches([equation.grad_fn for equation in equations], values):
         raise ValueError(
             "function does not depend on any of params: was something detached on the way, or were they replaced since?"
         )

@@ -527,6 +527,17 @@ def test_parameters_that_are_not_at_a_minimum():
         outer_of(problem, minimum_of(problem)).backward()
 
 
+def test_what_is_far_from_a_minimum_is_told_by_the_whole_gradient():
+    """That of linear terms, and of a weight decay, included; and where the outer loss is stationary, nothing is."""
+    w, phi = torch.full((3,), 2.0, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
+    for shift, far in ((0.0, False), (1.0, True)):
+        (solved,) = implicit_minimum(lambda s=shift: (0.5 * w**2 - phi * w - s * w).sum(), [w], [phi], solver=EXACT)
+        with pytest.warns(RuntimeWarning, match="not at a minimum") if far else warnings.catch_warnings():
+            solved.sum().backward(retain_graph=True)
+    (solved,) = implicit_minimum(lambda: (0.5 * w**2 + phi.exp() * (w - 2) ** 2).sum(), [w], [phi], solver=EXACT)
+    (solved - 2).square().sum().backward()
+
+
 def test_an_outer_loss_that_ignores_the_minimum_has_its_direct_gradient():
     problem, stats = Ridge(), []
     minimum_of(problem, on_solve=stats.append)
