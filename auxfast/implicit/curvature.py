@@ -124,7 +124,7 @@ class Hessian:
         self._separable = separable
         self._inner = inner
         self._retain_graph = retain_graph
-        self.pullback = Pullback(self._grads[: len(rest)], self.params)
+        self.pullback = Pullback(self._grads[: len(rest)], self.params, symmetric=self._rows[: len(rest)])
 
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, d inner / d params>`."""
