@@ -18,7 +18,15 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 TESTED_ELSEWHERE = [DOCS / "theorem.md", DOCS / "compat.md", *(DOCS / "kernels").glob("*.md")]
 WITH_CLAIMS = [
     DOCS / f"{name}.md"
-    for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop", "implicit-functions")
+    for name in (
+        "quickstart",
+        "your-own-task",
+        "hyperparameters",
+        "trainer",
+        "certificates",
+        "outer-loop",
+        "implicit-functions",
+    )
 ]
 API = {
     "nn.md": "auxfast.nn",

@@ -114,7 +114,11 @@ def solve_adjoint(
         solution, stats = solve_system(solver, product, b, state, batched)
         direct_only = found_nothing(stats, solution)
         problem = problem_of(solver, stats, product, hardest(b, stats, batched), direct_only)
-        mixed = _mixed_of_rows(product, solution, outer_params) if batched else product.mixed(solution, outer_params)
+        mixed = (
+            _mixed_of_rows(derivatives, product, solution, outer_params)
+            if batched
+            else product.mixed(solution, outer_params)
+        )
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
         elif inner is not None and not direct_only and not isinstance(derivatives, TransposedJacobian):
@@ -138,9 +142,15 @@ def hardest(tensors: Sequence[Tensor], stats: SolveStats, batched: bool) -> Sequ
 
 
 def _mixed_of_rows(
-    product: Curvature, solutions: Sequence[Tensor], outer_params: Sequence[Tensor]
+    derivatives: Derivatives, product: Curvature, solutions: Sequence[Tensor], outer_params: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    rows = [product.mixed(row, outer_params) for row in zip(*solutions, strict=True)]
+    rows, errors = [], []
+    for row in zip(*solutions, strict=True):
+        rows.append(product.mixed(row, outer_params))
+        if isinstance(derivatives, FiniteDifference):
+            errors.append(derivatives.operator_error)
+    if isinstance(derivatives, FiniteDifference):
+        derivatives.operator_error = max(errors)
     return [
         None if (terms := [term for term in column if term is not None]) == [] else torch.stack(terms)
         for column in zip(*rows, strict=True)
