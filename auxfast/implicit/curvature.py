@@ -129,7 +129,8 @@ class Hessian:
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, d inner / d params>`."""
         recorded = [*zip(self._rows, self._grads, strict=True), *self._constants]
-        return torch.stack([torch.sum(vectors[i] * grad.detach()) for i, grad in recorded]).sum()
+        terms = [torch.dot(vectors[i].reshape(-1).to(g.dtype), g.detach().reshape(-1)) for i, g in recorded]
+        return torch.stack(terms).sum()
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import keeps_graph
-from auxfast.autograd.transforms import as_batch, outside_of_batch, rows_of_batch
-from auxfast.implicit.adjoint import Adjoint, Derivatives, solve_adjoint
-from auxfast.implicit.central_difference import norm_of
+from auxfast.autograd.transforms import as_batch, in_transform_of_torch_func, outside_of_batch, rows_of_batch
+from auxfast.implicit.adjoint import Adjoint, Derivatives, length_of, solve_adjoint
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
@@ -93,8 +92,7 @@ class ImplicitFunction:
         """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        length = norm_of(derivatives.params)
-        return adjoint.distance(derivatives.slope) > _FAR * length > 0
+        return adjoint.distance(derivatives.slope) > _FAR * length_of(derivatives.params) > 0
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -163,8 +161,10 @@ class _Solved(torch.autograd.Function):
             with outside_of_batch():
                 gradients, _ = function.pull_back(rows, True)
             return None, *as_batch(gradients)
-        results = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
-        return None, *results[: len(function.outer_params)]
+        if torch.is_grad_enabled() or in_transform_of_torch_func():
+            results = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
+            return None, *results[: len(function.outer_params)]
+        return None, *function.pull_back(cotangents, False)[0]
 
 
 class _PullBack(torch.autograd.Function):
@@ -173,7 +173,7 @@ class _PullBack(torch.autograd.Function):
     @staticmethod
     def forward(function: ImplicitFunction, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         gradients, solution = function.pull_back(tensors[: len(function.params)], False)
-        return *gradients, *solution
+        return *gradients, *(x.detach() for x in solution)  # a solver may return what it was given
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

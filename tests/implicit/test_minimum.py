@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import auxfast
 from auxfast.implicit import NotFiniteError, hypergradient, implicit_minimum
-from auxfast.solvers import MINRES, ConjugateGradient, Dense, Identity, Neumann, Nystrom, SolverState
+from auxfast.solvers import MINRES, ConjugateGradient, Dense, Identity, Neumann, Nystrom, SolverState, SolveStats
 
 from .problems import Ridge
 
@@ -594,6 +594,20 @@ def test_arguments_are_checked_by_the_call(change, error, message):
         arguments[name] = make(problem)
     with pytest.raises(error, match=message):
         implicit_minimum(**arguments)
+
+
+class AsGiven:
+    """A solver of one's own that returns the right-hand side itself."""
+
+    def solve(self, matvec, rhs, *, batched=False, state=None):
+        return rhs, SolveStats(0, 0, 0.5, False, "steps")
+
+
+def test_a_solver_may_return_the_right_hand_side_itself():
+    problem = Ridge()
+    (w,) = implicit_minimum(problem.inner_loss, [problem.w], [problem.decay], solver=AsGiven(), warn=False)
+    (found,) = torch.autograd.grad(w.sum(), problem.decay)
+    torch.testing.assert_close(found, -problem.decay.detach().exp() * problem.w.detach())
 
 
 def test_an_identity_approximation_is_what_the_solver_says():
