@@ -84,9 +84,8 @@ class SeparableTerms:
 
     def _place(self, edge: tuple[Any, int]) -> int | None:
         """Index of the parameter that the edge leads to."""
-        if edge in self._results:
-            return self._results[edge]
-        return self._leaves.get(id(edge[0].variable)) if hasattr(edge[0], "variable") else None
+        leaf = self._leaves.get(id(getattr(edge[0], "variable", None)))
+        return self._results.get(edge) if leaf is None else leaf
 
     def _hook(self, places: Sequence[int | None]) -> Callable[..., Any]:
         def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> Any:

@@ -123,14 +123,16 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    separate: bool = True,
 ) -> Hessian | MicroBatches | FiniteDifference:
+    """Derivatives of the inner loss; `separate`: see `Hessian`."""
     if isinstance(inner, LossGraph):
-        return _RECORDED[name](inner, params, retain_graph)
+        return _RECORDED[name](inner, params, retain_graph, separate)
     if name == "finite-difference":
         return FiniteDifference(inner, params, outer_params)
     kind = _RECORDED[name]
     if len(inner) == 1:
-        return kind(inner[0](), params)
+        return kind(inner[0](), params, separate=separate)
 
     def recorder(loss_fn: LossFn) -> Any:
         return lambda params: kind(loss_fn(), params)

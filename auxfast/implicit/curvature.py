@@ -68,8 +68,7 @@ class Hessian:
         params: tensors that it is differentiated in.
         retain_graph: whether to keep the graph when `mixed` is done.
         separate: whether to multiply with terms of the loss that are sums over the entries of a parameter, such as a
-            weight decay, by their diagonal. That pays from the first product on, but not for one whose graph is then
-            thrown away.
+            weight decay, by their diagonal. That pays from the third product on.
 
     Attributes:
         pullback: the backward pass through the graph of the gradient, without separate terms; it tells how many vectors
@@ -86,18 +85,18 @@ class Hessian:
     """
 
     def __init__(
-        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = True
+        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = False
     ) -> None:
         inner.refuse_reentrant_checkpoints()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
-        self.kinked = leaves_into(inner.nodes_by_type, _KINKS)
+        self.kinked = leaves_into(inner.nodes, _KINKS)
         if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        if wrong := wrong_double_backward(inner.nodes_by_type, params):
+        if wrong := wrong_double_backward(inner.nodes, params):
             raise RuntimeError(
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
@@ -110,18 +109,19 @@ class Hessian:
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
         check_connected(inner.name, [*grads, *separable.gradients])
-        rest = [(i, grad) for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
-        recorded = [*rest, *zip(separable.places, separable.gradients, strict=True)]
-        places = sorted({i for i, _ in recorded})
-        self.in_system = [i in places for i in range(len(params))]
-        self.params = [params[i] for i in places]
-        self._rows = [places.index(i) for i, _ in recorded]  # of each gradient, the parameter in the system
-        self._grads = [grad for _, grad in recorded]
-        self._num_rest = len(rest)
+        self.in_system = [grad is not None and grad.requires_grad for grad in grads]
+        rest = list(compress(range(len(params)), self.in_system))
+        for place in separable.places:
+            self.in_system[place] = True
+        self.params = list(compress(params, self.in_system))
+        self._position = dict(zip(compress(range(len(params)), self.in_system), range(len(self.params)), strict=True))
+        self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
+        self.pullback = Pullback(self._grads[:], self.params)
+        self._grads += separable.gradients
+        self._positions = [self._position[place] for place in (*rest, *separable.places)]  # of the parameter of each
         self._separable = separable
         self._inner = inner
         self._retain_graph = retain_graph
-        self.pullback = Pullback(self._grads[: len(rest)], self.params)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -130,21 +130,30 @@ class Hessian:
         return self._product(vectors, Pullback.batched)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
-        products = list(self._named(pull, self.pullback, [vectors[i] for i in self._rows[: self._num_rest]]))
+        if not self._separable.places:
+            return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
+        num_rest = len(self._grads) - len(self._separable.places)
+        rest = self._named(pull, self.pullback, [vectors[i] for i in self._positions[:num_rest]])
+        return zeros_for_none(self._with_diagonals(rest, vectors), vectors)
+
+    def _with_diagonals(self, products: Gradients, vectors: Sequence[Tensor]) -> Gradients:
+        """`products` of all but the separate terms, with theirs."""
+        total = list(products)
         for i, diagonal in self._diagonals:
-            rest, vector = products[i], vectors[i]
-            products[i] = diagonal * vector if rest is None else torch.addcmul(rest, diagonal, vector)
-        return zeros_for_none(products, vectors)
+            rest, vector = total[i], vectors[i]
+            total[i] = diagonal * vector if rest is None else torch.addcmul(rest, diagonal, vector)
+        return total
 
     @cached_property
     def _diagonals(self) -> list[tuple[int, Tensor]]:
-        places = list(compress(range(len(self.in_system)), self.in_system))
-        return [(places.index(place), diagonal) for place, diagonal in self._named(self._separable.diagonals).items()]
+        """The diagonals of separate terms, each with the position of its parameter in the system."""
+        found = self._named(self._separable.diagonals)
+        return [(self._position[place], diagonal) for place, diagonal in found.items()]
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
-        of_grads = [vectors[i] for i in self._rows]
+        of_grads = [vectors[i] for i in self._positions]
         return list(self._named(vjp, self._grads, outer_params, of_grads, retain_graph=self._retain_graph))
 
     def _named(self, pass_back: Callable[..., _Passed], *args: Any, **options: Any) -> _Passed:
@@ -175,9 +184,11 @@ class GaussNewton(Hessian):
         ValueError: as for `Hessian`; outputs that are none, not in the loss's graph, or computed from one another.
     """
 
-    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+    def __init__(
+        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = False
+    ) -> None:
         outputs = _check_outputs(inner)
-        super().__init__(inner, params, retain_graph, separate=False)
+        super().__init__(inner, params, retain_graph)
         self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
         pulled = torch.autograd.grad(
             outputs, self.params, self._cotangents, create_graph=True, retain_graph=True, allow_unused=True
@@ -185,17 +196,20 @@ class GaussNewton(Hessian):
         self._reaches = [grad is not None for grad in pulled]
         self._jacobian = Pullback([grad for grad in pulled if grad is not None], self._cotangents)
         head = inner.gradient(outputs, retain_graph=True, create_graph=True)
-        partial = [*head, *_direct_gradient(inner, outputs, self.params)]
+        with SeparableTerms(inner.loss, self.params if separate else ()) as self._separable:
+            partial = [*head, *_direct_gradient(inner, outputs, self.params)]
+        self._position = {i: i for i in range(len(self.params))}
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
         self.pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
         if not any(self._curved):
-            return [torch.zeros_like(v) for v in vectors]
+            return zeros_for_none(self._with_diagonals([None] * len(vectors), vectors), vectors)
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
         tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
-        return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
+        products = self._named(pull, self.pullback, list(compress(tangents, self._curved)))
+        return zeros_for_none(self._with_diagonals(products, vectors), vectors)
 
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
