@@ -27,7 +27,7 @@ def wrong_double_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> lis
     """Names of the nodes on the way to `params` whose second derivatives torch is known to get wrong, without an
     error. First derivatives, as those in outer parameters, are right."""
     wrong = [node for node in nodes if type(node).__name__ in _WRONG]
-    return sorted({node.name() for node in wrong if reaches([node], params)})
+    return sorted({node.name() for node in wrong if reaches(node, params)})
 
 
 class DetachedFunctionDetector:

@@ -21,9 +21,9 @@ def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) ->
     return seen
 
 
-def reaches(start: Iterable[Any], tensors: Iterable[Tensor], until: Collection[tuple[Any, int]] = ()) -> bool:
-    """Whether the graph from the nodes `start` leads to one of the tensors; `until`: see `graph_from`."""
-    nodes = graph_from(start, until)
+def reaches(start: Any, tensors: Iterable[Tensor]) -> bool:
+    """Whether the graph from the node `start` leads to one of the tensors."""
+    nodes = graph_from([start])
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
     return any(id(t) in leaves if t.grad_fn is None else t.grad_fn in nodes for t in tensors)
 

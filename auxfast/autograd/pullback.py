@@ -15,6 +15,7 @@ from torch import Tensor
 from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
 from auxfast.autograd.engine import run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
+from auxfast.autograd.separable import split, whole
 
 Gradients = Sequence[Tensor | None]
 
@@ -65,6 +66,8 @@ class Pullback:
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         self._outputs, self._inputs = outputs, inputs
+        self._split = whole(outputs)
+        self._is_used = self._is_split = False
         self._pass: BatchedBackward | None = None
         many = sum(tensor.numel() for tensor in inputs) > _MANY_NUMBERS
         self._min_vectors = _MIN_VECTORS_OF_MANY_NUMBERS if many else _MIN_VECTORS
@@ -78,11 +81,40 @@ class Pullback:
         speed of a whole hypergradient). Where launches dominate, on a GPU, it may: this is the place for it, once it
         is measured.
         """
-        return vjp(self._outputs, self._inputs, vectors) if self._outputs else [None] * len(self._inputs)
+        if not self._outputs:
+            return [None] * len(self._inputs)
+        if self._is_used:  # to split the outputs costs about what it saves of one product
+            self._separate()
+        self._is_used = True
+        return self._with_diagonals(self._by_engine(self._of_parts(vectors)), vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> Gradients:
         """Products of k vectors: all tensors have one more axis of size k in front."""
         if not self._outputs:
+            return [None] * len(self._inputs)
+        self._separate()
+        return self._with_diagonals(self._batched(self._of_parts(vectors)), vectors)
+
+    def _separate(self) -> None:
+        if not self._is_split and not _ENGINE_ONLY.get():
+            self._split = split(self._outputs, self._inputs)
+            self._is_split = True
+
+    def _of_parts(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [vectors[i] for i in self._split.outputs]
+
+    def _with_diagonals(self, gradients: Gradients, vectors: Sequence[Tensor]) -> Gradients:
+        total = [*gradients]
+        for output, place, entries in self._split.diagonals:
+            gradient, vector = total[place], vectors[output]
+            total[place] = entries * vector if gradient is None else torch.addcmul(gradient, entries, vector)
+        return total
+
+    def _by_engine(self, vectors: Sequence[Tensor]) -> Gradients:
+        return vjp(self._split.parts, self._inputs, vectors) if vectors else [None] * len(self._inputs)
+
+    def _batched(self, vectors: Sequence[Tensor]) -> Gradients:
+        if not vectors:
             return [None] * len(self._inputs)
         if len(vectors[0]) >= self._min_vectors and self.refusal is None and self._may_batch():
             try:
@@ -102,7 +134,7 @@ class Pullback:
         count = len(vectors[0])
         results: list[Tensor | None] = [None] * len(self._inputs)
         for i, row in enumerate(zip(*vectors, strict=True)):
-            for j, gradient in enumerate(self(row)):
+            for j, gradient in enumerate(self._by_engine(row)):
                 if gradient is not None:
                     result = results[j]
                     if result is None:
@@ -124,7 +156,7 @@ class Pullback:
             BatchingUnsupported: the engine is to be asked for each of the vectors.
         """
         try:
-            planned = self._pass = self._pass or BatchedBackward(self._outputs, self._inputs)
+            planned = self._pass = self._pass or BatchedBackward(self._split.parts, self._inputs)
             at_once = self._vectors_at_once(planned)
             combine = _combination(vectors)
             probe = combine(vectors)
@@ -135,7 +167,7 @@ class Pullback:
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
         with HookDetector(planned.nodes) as hooks:
-            expected = run_engine(self._outputs, self._inputs, probe)
+            expected = run_engine(self._split.parts, self._inputs, probe)
         if hooks.found:
             raise BatchingUnsupported("a hook computes with gradients")
         try:

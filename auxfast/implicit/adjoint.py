@@ -123,16 +123,14 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
-    separate: bool = True,
 ) -> Hessian | MicroBatches | FiniteDifference:
-    """Derivatives of the inner loss; `separate`: see `Hessian`."""
     if isinstance(inner, LossGraph):
-        return _RECORDED[name](inner, params, retain_graph, separate)
+        return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":
         return FiniteDifference(inner, params, outer_params)
     kind = _RECORDED[name]
     if len(inner) == 1:
-        return kind(inner[0](), params, separate=separate)
+        return kind(inner[0](), params)
 
     def recorder(loss_fn: LossFn) -> Any:
         return lambda params: kind(loss_fn(), params)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import compress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from auxfast.autograd.double_backward import (
     wrong_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.autograd.graph import is_compiled, leaves_into, reaches
+from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
-from auxfast.autograd.separable import SeparableTerms
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, add, check_connected
 
@@ -32,7 +31,6 @@ _WAYS_OUT = {  # by a part of the name of autograd's node
 _KINKS = ("AbsBackward0", "ReluBackward0")
 _LAST_WAY_OUT = "pass inner_loss as a function and curvature='finite-difference'"
 
-_Passed = TypeVar("_Passed")
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
 """`Pullback.__call__`, or `Pullback.batched`."""
 
@@ -67,12 +65,9 @@ class Hessian:
         inner: the loss and its graph.
         params: tensors that it is differentiated in.
         retain_graph: whether to keep the graph when `mixed` is done.
-        separate: whether to multiply with terms of the loss that are sums over the entries of a parameter, such as a
-            weight decay, by their diagonal. That pays from the third product on.
 
     Attributes:
-        pullback: the backward pass through the graph of the gradient, without separate terms; it tells how many vectors
-            went in batches.
+        pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
         kinked: the leaves that go straight into a function with a kink at 0.
@@ -84,9 +79,7 @@ class Hessian:
             one that torch gets wrong; or it went through a reentrant checkpoint.
     """
 
-    def __init__(
-        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = False
-    ) -> None:
+    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
         self.kinked = leaves_into(inner.nodes, _KINKS)
@@ -101,27 +94,17 @@ class Hessian:
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
             )
-        with (
-            DetachedFunctionDetector(inner.functions) as detached,
-            SeparableTerms(inner.loss, params if separate else ()) as separable,
-        ):
+        with DetachedFunctionDetector(inner.functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
-        check_connected(inner.name, [*grads, *separable.gradients])
+        check_connected(inner.name, grads)
         self.in_system = [grad is not None and grad.requires_grad for grad in grads]
-        rest = list(compress(range(len(params)), self.in_system))
-        for place in separable.places:
-            self.in_system[place] = True
         self.params = list(compress(params, self.in_system))
-        self._position = dict(zip(compress(range(len(params)), self.in_system), range(len(self.params)), strict=True))
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
-        self.pullback = Pullback(self._grads[:], self.params)
-        self._grads += separable.gradients
-        self._positions = [self._position[place] for place in (*rest, *separable.places)]  # of the parameter of each
-        self._separable = separable
         self._inner = inner
         self._retain_graph = retain_graph
+        self.pullback = Pullback(self._grads, self.params)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -130,33 +113,14 @@ class Hessian:
         return self._product(vectors, Pullback.batched)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
-        if not self._separable.places:
-            return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
-        num_rest = len(self._grads) - len(self._separable.places)
-        rest = self._named(pull, self.pullback, [vectors[i] for i in self._positions[:num_rest]])
-        return zeros_for_none(self._with_diagonals(rest, vectors), vectors)
-
-    def _with_diagonals(self, products: Gradients, vectors: Sequence[Tensor]) -> Gradients:
-        """`products` of all but the separate terms, with theirs."""
-        total = list(products)
-        for i, diagonal in self._diagonals:
-            rest, vector = total[i], vectors[i]
-            total[i] = diagonal * vector if rest is None else torch.addcmul(rest, diagonal, vector)
-        return total
-
-    @cached_property
-    def _diagonals(self) -> list[tuple[int, Tensor]]:
-        """The diagonals of separate terms, each with the position of its parameter in the system."""
-        found = self._named(self._separable.diagonals)
-        return [(self._position[place], diagonal) for place, diagonal in found.items()]
+        return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
-        of_grads = [vectors[i] for i in self._positions]
-        return list(self._named(vjp, self._grads, outer_params, of_grads, retain_graph=self._retain_graph))
+        return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
 
-    def _named(self, pass_back: Callable[..., _Passed], *args: Any, **options: Any) -> _Passed:
+    def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
         """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
         try:
             return pass_back(*args, **options)
@@ -184,9 +148,7 @@ class GaussNewton(Hessian):
         ValueError: as for `Hessian`; outputs that are none, not in the loss's graph, or computed from one another.
     """
 
-    def __init__(
-        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = False
-    ) -> None:
+    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         outputs = _check_outputs(inner)
         super().__init__(inner, params, retain_graph)
         self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
@@ -196,20 +158,17 @@ class GaussNewton(Hessian):
         self._reaches = [grad is not None for grad in pulled]
         self._jacobian = Pullback([grad for grad in pulled if grad is not None], self._cotangents)
         head = inner.gradient(outputs, retain_graph=True, create_graph=True)
-        with SeparableTerms(inner.loss, self.params if separate else ()) as self._separable:
-            partial = [*head, *_direct_gradient(inner, outputs, self.params)]
-        self._position = {i: i for i in range(len(self.params))}
+        partial = [*head, *_direct_gradient(inner, outputs, self.params)]
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
         self.pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
         if not any(self._curved):
-            return zeros_for_none(self._with_diagonals([None] * len(vectors), vectors), vectors)
+            return [torch.zeros_like(v) for v in vectors]
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
         tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
-        products = self._named(pull, self.pullback, list(compress(tangents, self._curved)))
-        return zeros_for_none(self._with_diagonals(products, vectors), vectors)
+        return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
 
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -217,7 +176,9 @@ def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequen
     ends: dict[Any, set[int]] = {}
     for z in outputs:
         ends.setdefault(z.grad_fn, set()).add(z.output_nr)
-    if not reaches([inner.loss.grad_fn], params, {(node, i) for node, indices in ends.items() for i in indices}):
+    nodes = graph_from([inner.loss.grad_fn], {(node, i) for node, indices in ends.items() for i in indices})
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    if not any(id(w) in leaves if w.grad_fn is None else w.grad_fn in nodes for w in params):
         return [None] * len(params)
 
     def stop_at(indices: set[int]) -> Any:

@@ -18,7 +18,7 @@ from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free, free_masks
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
-from auxfast.solvers import DEFAULT_SOLVER, Identity
+from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 
 
@@ -130,9 +130,7 @@ def hypergradient(
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         adjoint = solve_adjoint(
-            derivatives_of(
-                curvature, given_inner, active_inner, active_outer, retain_graph, not isinstance(solver, Identity)
-            ),
+            derivatives_of(curvature, given_inner, active_inner, active_outer, retain_graph),
             given_inner,
             rhs,
             active_inner,

@@ -52,7 +52,7 @@ def network(w: Tensor, v: Tensor, phi: Tensor) -> Tensor:
 
 def check(loss: Tensor, params: list[Tensor], outer: list[Tensor], tolerance: float = 1e-12) -> Hessian:
     """Products, batches of them and mixed products of the loss in `params`, against torch.autograd.grad."""
-    curvature = Hessian(LossGraph("inner_loss", loss), params, retain_graph=True, separate=True)
+    curvature = Hessian(LossGraph("inner_loss", loss), params, retain_graph=True)
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     chosen = [i for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
     assert [i for i, inside in enumerate(curvature.in_system) if inside] == chosen
@@ -110,7 +110,7 @@ def test_a_penalty_is_no_part_of_what_the_engine_multiplies(name):
     w, v, phi = made(0)
     params = [p for p, grad in zip((w, v), torch.autograd.grad(PENALTIES[name](w, v, phi), (w, v), allow_unused=True),
                                    strict=True) if grad is not None]  # fmt: skip
-    curvature = Hessian(LossGraph("inner_loss", PENALTIES[name](w, v, phi)), params, separate=True)
+    curvature = Hessian(LossGraph("inner_loss", PENALTIES[name](w, v, phi)), params)
     curvature.batched([torch.ones(20, *p.shape, dtype=D) for p in params])
     assert curvature.pullback.num_batched == 0
 
@@ -170,15 +170,14 @@ def test_a_parameter_of_one_number_that_is_broadcast():
           [phi])  # fmt: skip
 
 
-@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("linear", [False, True])
-def test_gauss_newton_with_a_weight_decay(linear, separate):
+def test_gauss_newton_with_a_weight_decay(linear):
     w, v, phi = made(5)
     outputs = w @ v
     curved = 0 if linear else 2
     loss = outputs.sum() if linear else (outputs - 1).square().sum()
     loss = loss + (phi.exp() * v.square()).sum() + w.square().sum()
-    curvature = GaussNewton(LossGraph("inner_loss", loss, outputs), [w, v], retain_graph=True, separate=separate)
+    curvature = GaussNewton(LossGraph("inner_loss", loss, outputs), [w, v], retain_graph=True)
     vectors = [torch.randn_like(w), torch.randn_like(v)]
     tangent = (vectors[0] @ v + w @ vectors[1]).detach()
     pulled = torch.autograd.grad(outputs, (w, v), curved * tangent, retain_graph=True)
