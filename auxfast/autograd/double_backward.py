@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from auxfast.autograd.graph import function_class, named, reaches, walk
+from auxfast.autograd.graph import function_class, graph_from, reaches
 
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
 # The second derivatives of this node take the norms that its forward pass saves for constants.
@@ -23,10 +23,11 @@ def unproven_functions(functions: Iterable[Any]) -> list[Any]:
     return [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
 
 
-def wrong_double_backward(nodes: Mapping[type, Iterable[Any]], params: Sequence[Tensor]) -> list[str]:
-    """Names of the nodes (by type) on the way to `params` whose second derivatives torch is known to get wrong, without
-    an error. First derivatives, as those in outer parameters, are right."""
-    return sorted({node.name() for node in named(nodes, _WRONG) if reaches([node], params)})
+def wrong_double_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:
+    """Names of the nodes on the way to `params` whose second derivatives torch is known to get wrong, without an
+    error. First derivatives, as those in outer parameters, are right."""
+    wrong = [node for node in nodes if type(node).__name__ in _WRONG]
+    return sorted({node.name() for node in wrong if reaches(node, params)})
 
 
 class DetachedFunctionDetector:
@@ -95,7 +96,7 @@ def without_double_backward(loss: Tensor, params: Sequence[Tensor], error: Runti
 
         return hook
 
-    handles = [node.register_hook(hook_of(node.name())) for node in walk([loss.grad_fn]) if node.next_functions]
+    handles = [node.register_hook(hook_of(node.name())) for node in graph_from([loss.grad_fn]) if node.next_functions]
     try:
         torch.autograd.grad(loss, params, retain_graph=True, create_graph=True, allow_unused=True)
     finally:

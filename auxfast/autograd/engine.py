@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Output = Tensor | GradientEdge
+"""A result in a graph: the tensor, or the edge at which its gradients come together."""
 
 # torch.autograd.grad hands to this method after checks in Python that take an eighth of a small Hessian product. The
 # engine itself checks shapes and devices.
@@ -17,7 +21,7 @@ _keeps_graph: Callable[[], bool] | None = getattr(
 
 
 def vjp(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     *,
@@ -35,7 +39,7 @@ def vjp(
 
 
 def run_engine(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     retain_graph: bool = True,
@@ -43,8 +47,9 @@ def run_engine(
 ) -> tuple[Tensor | None, ...]:
     """`vjp` as the engine gives it: this calls nothing else of torch."""
     if _run_backward is None:
+        mixed: Any = outputs  # its types know of lists of one kind only
         return torch.autograd.grad(
-            outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            mixed, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     gradients: tuple[Tensor | None, ...] = _run_backward(
         tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False

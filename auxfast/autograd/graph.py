@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 
-def walk(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> Iterator[Any]:
-    """The nodes of the graph from `start` to the leaves, or to the edges (node, index of its input) in `until`; each
-    once, and found only as far as they are asked for."""
-    found = [*dict.fromkeys(node for node in start if node is not None)]
-    seen = set(found)
+def graph_from(start: Iterable[Any], until: Collection[tuple[Any, int]] = ()) -> set[Any]:
+    """Nodes of the graph from `start` to the leaves, or to the edges (node, index of its input) in `until`."""
+    seen = {node for node in start if node is not None}
+    found = [*seen]
     for node in found:  # the list grows while the loop runs
-        yield node
         for edge in node.next_functions:
             if edge[0] is not None and edge[0] not in seen and edge not in until:
                 seen.add(edge[0])
                 found.append(edge[0])
+    return seen
 
 
-def by_type(nodes: Iterable[Any]) -> dict[type, list[Any]]:
-    """The nodes by their types, of which there are far fewer: what is asked of a node's type is asked once for each."""
-    found: dict[type, list[Any]] = defaultdict(list)
-    for node in nodes:
-        found[type(node)].append(node)
-    return found
+def reaches(start: Any, tensors: Iterable[Tensor]) -> bool:
+    """Whether the graph from the node `start` leads to one of the tensors."""
+    nodes = graph_from([start])
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return any(id(t) in leaves if t.grad_fn is None else t.grad_fn in nodes for t in tensors)
 
 
-def reaches(start: Iterable[Any], tensors: Sequence[Tensor], until: Collection[tuple[Any, int]] = ()) -> bool:
-    """Whether the graph from the nodes `start` leads to one of the tensors; `until`: see `walk`."""
-    leaves = {id(t) for t in tensors if t.grad_fn is None}
-    results = {t.grad_fn for t in tensors if t.grad_fn is not None}
-    return any(node in results or id(getattr(node, "variable", None)) in leaves for node in walk(start, until))
-
-
-def functions_of(nodes: Mapping[type, Iterable[Any]]) -> list[Any]:
-    """The nodes (by type) that belong to a `torch.autograd.Function`."""
-    return [node for kind, found in nodes.items() if issubclass(kind, BackwardCFunction) for node in found]
+def functions_of(nodes: Iterable[Any]) -> list[Any]:
+    """The nodes that belong to a `torch.autograd.Function`."""
+    return [node for node in nodes if isinstance(node, BackwardCFunction)]
 
 
 def function_class(node: Any) -> Any:
@@ -53,12 +43,7 @@ def is_compiled(function: Any) -> bool:
     return "CompiledFunction" in type(function).__name__
 
 
-def named(nodes: Mapping[type, Iterable[Any]], names: Collection[str]) -> list[Any]:
-    """The nodes (by type) whose types have one of these names."""
-    return [node for kind, found in nodes.items() if kind.__name__ in names for node in found]
-
-
-def leaves_into(nodes: Mapping[type, Iterable[Any]], names: Collection[str]) -> list[Any]:
-    """The leaf tensors that go straight into a node (by type) of one of these names."""
-    found = [node.next_functions[0][0] for node in named(nodes, names)]
+def leaves_into(nodes: Iterable[Any], names: Collection[str]) -> list[Any]:
+    """The leaf tensors that go straight into a node of one of these names."""
+    found = [node.next_functions[0][0] for node in nodes if type(node).__name__ in names]
     return [node.variable for node in found if hasattr(node, "variable")]

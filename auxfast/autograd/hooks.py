@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from auxfast.autograd.graph import by_type, function_class, functions_of
+from auxfast.autograd.graph import function_class, functions_of
 
 
 def has_hook(tensor: Tensor) -> bool:
@@ -52,7 +52,7 @@ class HookDetector(TorchFunctionMode):
     def __init__(self, nodes: Iterable[Any]) -> None:
         super().__init__()
         self.found = False
-        self._backward = set(_code_of_backward(functions_of(by_type(nodes))))
+        self._backward = set(_code_of_backward(functions_of(nodes)))
         self._caller: FrameType | None = None
 
     def __enter__(self) -> HookDetector:

@@ -1,120 +1,131 @@
-"""Terms of a loss that are sums over the entries of a parameter, such as a weight decay: their second derivatives are a
-diagonal, and a product with it is one operation where autograd runs a handful of nodes for each parameter."""
+"""Parts of a gradient that depend entry by entry on one parameter, such as that of a weight decay: their derivative is
+a diagonal, and a product with it one operation, where autograd runs a handful of nodes for each parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from auxfast.autograd.engine import vjp
-from auxfast.autograd.graph import reaches
-from auxfast.autograd.hooks import has_hook
+from auxfast.autograd.batched_backward import Edge, edge_to, result_of, summands
+from auxfast.autograd.engine import Output, run_engine
+from auxfast.autograd.graph import graph_from
+from auxfast.autograd.hooks import HookDetector, has_hook
 
-# Nodes whose gradients are products and sums entry by entry. Where no other node lies between a gradient and the
-# parameter that it is in, and both have one shape, each entry depends on its own alone: a node that broadcasts makes
-# the shape larger, and none of these makes it smaller.
+# Nodes whose results are made entry by entry. Where no others lie between a result and the parameter that it depends
+# on, and both have one shape, an entry depends on its own alone: a node that broadcasts makes the shape larger, and
+# none of these makes it smaller again.
 _ELEMENTWISE = frozenset(
     f"{name}Backward{i}" for name in ("Abs", "Add", "Mul", "Neg", "Pow", "Sgn", "Sub") for i in (0, 1)
 )
-# Nodes through which penalties are looked for. What is found is judged by its own graph, so that a name too many or too
-# few here changes no answer.
-_PASSED = _ELEMENTWISE | frozenset(
-    f"{name}Backward{i}" for name in ("Cat", "Div", "Dot", "Mean", "Stack", "Sum", "Unsqueeze", "View") for i in (0, 1)
-)
 
 
-class SeparableTerms:
-    """While active, the one pass that records the gradient of a loss leaves out the separable terms, and keeps their
-    gradients here.
+class Diagonal(NamedTuple):
+    """The derivative of a part of an output in an input, of the shape of both."""
 
-    Args:
-        loss: the loss.
-        params: what it is differentiated in.
+    output: int
+    input: int
+    entries: Tensor
+
+
+class Split(NamedTuple):
+    """Outputs as sums.
 
     Attributes:
-        places: for each gradient in here, the index of its parameter.
-        gradients: with their graphs. Entry i of one depends on entry i of its parameter and on no other of `params`.
+        parts: what is left to the engine.
+        outputs: the index of the output that each of them is a part of.
+        diagonals: the derivatives of the separable parts.
     """
 
-    def __init__(self, loss: Tensor, params: Sequence[Tensor]) -> None:
-        self.places: list[int] = []
-        self.gradients: list[Tensor] = []
-        self._params = params
-        self._leaves = {id(param): i for i, param in enumerate(params) if param.grad_fn is None}
-        self._results = {(param.grad_fn, param.output_nr): i for i, param in enumerate(params) if param.grad_fn}
-        self._root = loss.grad_fn
-        self._handles: list[Any] = []
+    parts: Sequence[Output]
+    outputs: Sequence[int]
+    diagonals: Sequence[Diagonal]
 
-    def __enter__(self) -> SeparableTerms:
-        if self._params:
-            self._handles = [node.register_hook(self._hook(places)) for node, places in self._candidates(self._root)]
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+def split(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Split:
+    """The `outputs` as their graph shows them. Costs a pass through the separable parts, if there are any: a diagonal
+    is its product with ones. Where a hook may act in that pass, all is left to the engine."""
+    found = _Inputs(inputs)
+    parts: list[tuple[int, Output]] = []
+    separable: list[tuple[int, int, GradientEdge]] = []
+    for i, output in enumerate(outputs):
+        terms = summands(edge_to(output))
+        places = [found.only_input(term) for term in terms]
+        if all(place is None for place in places):
+            parts.append((i, output))
+            continue
+        for term, place in zip(terms, places, strict=True):
+            if place is None:
+                parts.append((i, GradientEdge(*term)))
+            else:
+                separable.append((i, place, GradientEdge(*term)))
+    diagonals = _diagonals(separable, inputs) if separable else []
+    if diagonals is None:
+        return whole(outputs)
+    return Split([part for _, part in parts], [i for i, _ in parts], diagonals)
 
-    def diagonals(self) -> dict[int, Tensor]:
-        """The second derivatives, by the index of the parameter; those that are linear terms alone have none."""
-        if not self.places:
-            return {}
-        places = sorted(set(self.places))
-        params = [self._params[place] for place in places]
-        found = vjp(self.gradients, params, [torch.ones_like(gradient) for gradient in self.gradients])
-        return {place: diagonal for place, diagonal in zip(places, found, strict=True) if diagonal is not None}
 
-    def _candidates(self, root: Any) -> list[tuple[Any, list[int | None]]]:
-        """The nodes near the loss with an edge to a parameter, and the parameter of each of their edges."""
-        found, seen, pending = [], {root}, [root]
-        for node in pending:  # the list grows while the loop runs
-            if type(node).__name__ not in _PASSED:
-                continue
-            edges = node.next_functions
-            places = [None if edge[0] is None else self._place(edge) for edge in edges]
-            if any(place is not None for place in places):
-                found.append((node, places))
-            for following, _ in edges:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    pending.append(following)
-        return found
+def whole(outputs: Sequence[Tensor]) -> Split:
+    """The `outputs`, left to the engine."""
+    return Split(outputs, range(len(outputs)), ())
 
-    def _place(self, edge: tuple[Any, int]) -> int | None:
-        """Index of the parameter that the edge leads to."""
-        if edge in self._results:
-            return self._results[edge]
-        return self._leaves.get(id(edge[0].variable)) if hasattr(edge[0], "variable") else None
 
-    def _hook(self, places: Sequence[int | None]) -> Callable[..., Any]:
-        def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> Any:
-            kept = list(outgoing)
-            for i, (gradient, place) in enumerate(zip(outgoing, places, strict=True)):
-                if gradient is not None and place is not None and self._is_separable(gradient, place):
-                    self.places.append(place)
-                    self.gradients.append(gradient)
-                    kept[i] = None
-            return tuple(kept)
+def _diagonals(parts: Sequence[tuple[int, int, GradientEdge]], inputs: Sequence[Tensor]) -> list[Diagonal] | None:
+    """`None` where a hook acts, and where one pass does not tell them apart."""
+    output_of = {place: i for i, place, _ in parts}
+    if any(output_of[place] != i for i, place, _ in parts) or any(has_hook(inputs[place]) for place in output_of):
+        return None
+    ones = [torch.ones_like(inputs[place]) for _, place, _ in parts]
+    with HookDetector(()) as hooks:  # no Function of Python runs, since all nodes on the way are autograd's own
+        found = run_engine([edge for _, _, edge in parts], [inputs[place] for place in output_of], ones)
+    if hooks.found:
+        return None
+    pairs = zip(output_of.items(), found, strict=True)
+    return [Diagonal(i, place, entries) for (place, i), entries in pairs if entries is not None]
 
-        return hook
 
-    def _is_separable(self, gradient: Tensor, place: int) -> bool:
-        param = self._params[place]
-        if gradient.grad_fn is None or gradient.shape != param.shape or gradient.dtype != param.dtype:
-            return False
-        if has_hook(param):  # a hook sees the sum of all gradients in the parameter
-            return False
-        pending, others = [gradient.grad_fn], []
+class _Inputs:
+    """The inputs, as nodes and edges of a graph."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = inputs
+        self._leaves = {id(tensor): i for i, tensor in enumerate(inputs) if tensor.grad_fn is None}
+        self._results = {edge_to(tensor): i for i, tensor in enumerate(inputs) if tensor.grad_fn is not None}
+        self._nodes = {node for node, _ in self._results}
+
+    def only_input(self, edge: Edge) -> int | None:
+        """Index of the one input that the result at `edge` depends on, and that entry by entry; `None` where it is not
+        so, or not seen to be."""
+        if type(edge[0]).__name__ not in _ELEMENTWISE:
+            return None
+        places: set[int] = set()
+        pending, others = [edge[0]], []
         for node in pending:  # the list grows while the loop runs
             if type(node).__name__ not in _ELEMENTWISE:
                 others.append(node)
                 continue
-            for edge in node.next_functions:
-                found = None if edge[0] is None else self._place(edge)
-                if found is None and edge[0] is not None and edge[0] not in pending:
-                    pending.append(edge[0])
-                elif found not in (None, place):
-                    return False
-        return not reaches(others, self._params)
+            for following in node.next_functions:
+                place = self._place(following)
+                if place is not None:
+                    places.add(place)
+                elif following[0] is not None and following[0] not in pending:
+                    pending.append(following[0])
+        if len(places) != 1:
+            return None
+        (place,) = places
+        like = self._inputs[place]
+        if result_of(edge) != (like.shape, like.dtype) or self._are_reached(others):
+            return None
+        return place
+
+    def _place(self, edge: Edge) -> int | None:
+        leaf = self._leaves.get(id(getattr(edge[0], "variable", None)))
+        return self._results.get(edge) if leaf is None else leaf
+
+    def _are_reached(self, nodes: Sequence[object]) -> bool:
+        return any(
+            node in self._nodes or id(getattr(node, "variable", None)) in self._leaves for node in graph_from(nodes)
+        )

@@ -28,10 +28,8 @@ from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.implicit.symmetry import check_symmetry
-from auxfast.solvers import MINRES
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 
-DEFAULT_SOLVER = MINRES()
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 Derivatives = Hessian | MicroBatches | FiniteDifference | TransposedJacobian
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.autograd.graph import walk
+from auxfast.autograd.graph import graph_from
 from auxfast.implicit.distributed import is_distributed
 
 
@@ -63,7 +63,7 @@ def check_independent(**lists: Sequence[Tensor]) -> None:
             places[id(tensor)] = f"{name}[{i}]"
     nodes: dict[Any, str] = {tensor.grad_fn: places[id(tensor)] for tensor in results}
     for node, place in nodes.items():
-        for above in walk(following for following, _ in node.next_functions):
+        for above in graph_from(following for following, _ in node.next_functions):
             origin = nodes.get(above) or places.get(id(getattr(above, "variable", None)))
             if origin is not None:
                 raise ValueError(f"{place} is computed from {origin}: they must be independent")

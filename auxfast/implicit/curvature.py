@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import compress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from auxfast.autograd.double_backward import (
     wrong_double_backward,
 )
 from auxfast.autograd.engine import vjp, zeros_for_none
-from auxfast.autograd.graph import is_compiled, leaves_into, reaches
+from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
-from auxfast.autograd.separable import SeparableTerms
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, add, check_connected
 
@@ -32,7 +31,6 @@ _WAYS_OUT = {  # by a part of the name of autograd's node
 _KINKS = ("AbsBackward0", "ReluBackward0")
 _LAST_WAY_OUT = "pass inner_loss as a function and curvature='finite-difference'"
 
-_Passed = TypeVar("_Passed")
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
 """`Pullback.__call__`, or `Pullback.batched`."""
 
@@ -67,13 +65,9 @@ class Hessian:
         inner: the loss and its graph.
         params: tensors that it is differentiated in.
         retain_graph: whether to keep the graph when `mixed` is done.
-        separate: whether to multiply with terms of the loss that are sums over the entries of a parameter, such as a
-            weight decay, by their diagonal. That pays from the first product on, but not for one whose graph is then
-            thrown away.
 
     Attributes:
-        pullback: the backward pass through the graph of the gradient, without separate terms; it tells how many vectors
-            went in batches.
+        pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
         kinked: the leaves that go straight into a function with a kink at 0.
@@ -85,52 +79,36 @@ class Hessian:
             one that torch gets wrong; or it went through a reentrant checkpoint.
     """
 
-    def __init__(
-        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, separate: bool = True
-    ) -> None:
+    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
-        self.kinked = leaves_into(inner.nodes_by_type, _KINKS)
+        self.kinked = leaves_into(inner.nodes, _KINKS)
         if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
                 "for the outer steps at least (the outer loss may stay compiled), or pass it as a function and "
                 "curvature='finite-difference'"
             )
-        if wrong := wrong_double_backward(inner.nodes_by_type, params):
+        if wrong := wrong_double_backward(inner.nodes, params):
             raise RuntimeError(
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
             )
-        with (
-            DetachedFunctionDetector(inner.functions) as detached,
-            SeparableTerms(inner.loss, params if separate else ()) as separable,
-        ):
+        with DetachedFunctionDetector(inner.functions) as detached:
             grads = inner.gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
-        check_connected(inner.name, [*grads, *separable.gradients])
-        rest = [(i, grad) for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
-        recorded = [*rest, *zip(separable.places, separable.gradients, strict=True)]
-        places = sorted({i for i, _ in recorded})
-        self.in_system = [i in places for i in range(len(params))]
-        self.params = [params[i] for i in places]
-        self._rows = [places.index(i) for i, _ in recorded]  # of each gradient, the parameter in the system
-        self._grads = [grad for _, grad in recorded]
-        self._constants = [
-            (places.index(i), g) for i, g in enumerate(grads) if i in places and g is not None and not g.requires_grad
-        ]
-        self._num_rest = len(rest)
-        self._separable = separable
+        check_connected(inner.name, grads)
+        self.in_system = [grad is not None and grad.requires_grad for grad in grads]
+        self.params = list(compress(params, self.in_system))
+        self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
-        self.pullback = Pullback(self._grads[: len(rest)], self.params, symmetric=self._rows[: len(rest)])
+        self.pullback = Pullback(self._grads, self.params, symmetric=True)
 
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, d inner / d params>`."""
-        recorded = [*zip(self._rows, self._grads, strict=True), *self._constants]
-        terms = [torch.dot(vectors[i].reshape(-1).to(g.dtype), g.detach().reshape(-1)) for i, g in recorded]
-        return torch.stack(terms).sum()
+        return slope(vectors, self._grads)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -139,24 +117,14 @@ class Hessian:
         return self._product(vectors, Pullback.batched)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
-        products = list(self._named(pull, self.pullback, [vectors[i] for i in self._rows[: self._num_rest]]))
-        for i, diagonal in self._diagonals:
-            rest, vector = products[i], vectors[i]
-            products[i] = diagonal * vector if rest is None else torch.addcmul(rest, diagonal, vector)
-        return zeros_for_none(products, vectors)
-
-    @cached_property
-    def _diagonals(self) -> list[tuple[int, Tensor]]:
-        places = list(compress(range(len(self.in_system)), self.in_system))
-        return [(places.index(place), diagonal) for place, diagonal in self._named(self._separable.diagonals).items()]
+        return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
-        of_grads = [vectors[i] for i in self._rows]
-        return list(self._named(vjp, self._grads, outer_params, of_grads, retain_graph=self._retain_graph))
+        return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
 
-    def _named(self, pass_back: Callable[..., _Passed], *args: Any, **options: Any) -> _Passed:
+    def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
         """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
         try:
             return pass_back(*args, **options)
@@ -186,7 +154,7 @@ class GaussNewton(Hessian):
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         outputs = _check_outputs(inner)
-        super().__init__(inner, params, retain_graph, separate=False)
+        super().__init__(inner, params, retain_graph)
         self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
         pulled = torch.autograd.grad(
             outputs, self.params, self._cotangents, create_graph=True, retain_graph=True, allow_unused=True
@@ -212,7 +180,9 @@ def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequen
     ends: dict[Any, set[int]] = {}
     for z in outputs:
         ends.setdefault(z.grad_fn, set()).add(z.output_nr)
-    if not reaches([inner.loss.grad_fn], params, {(node, i) for node, indices in ends.items() for i in indices}):
+    nodes = graph_from([inner.loss.grad_fn], {(node, i) for node, indices in ends.items() for i in indices})
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    if not any(id(w) in leaves if w.grad_fn is None else w.grad_fn in nodes for w in params):
         return [None] * len(params)
 
     def stop_at(indices: set[int]) -> Any:
@@ -331,6 +301,12 @@ def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
         for of_all, of_one in zip(products, curvature(row), strict=True):
             of_all[i] = of_one
     return products
+
+
+def slope(vectors: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+    """`<v, gradient>`, where the gradient may have a graph, and its tensors narrower dtypes."""
+    pairs = zip(vectors, gradient, strict=True)
+    return torch.stack([torch.dot(v.reshape(-1).to(g.dtype), g.detach().reshape(-1)) for v, g in pairs]).sum()
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

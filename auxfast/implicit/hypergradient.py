@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import DEFAULT_SOLVER, CurvatureName, derivatives_of, solve_adjoint
+from auxfast.implicit.adjoint import CurvatureName, derivatives_of, solve_adjoint
 from auxfast.implicit.advice import missing_dependence
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
+from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 
 
@@ -68,7 +69,8 @@ def hypergradient(
             nothing of `phi` reaches the outer loss through them.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
-        solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most.
+        solver: how to apply `H^-1`; by default in about ten products, which leaves the system of most networks at a
+            residual of some tenths (see `solvers.DEFAULT_SOLVER`). `MINRES()` goes on to 1e-3, in 100 at most.
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
             fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
             "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.pullback import Pullback
+from auxfast.implicit.curvature import slope
 
 
 class TransposedJacobian:
@@ -40,9 +41,7 @@ class TransposedJacobian:
 
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, outputs>`."""
-        return torch.stack(
-            [torch.sum(v * output.detach()) for v, output in zip(vectors, self.outputs, strict=True)]
-        ).sum()
+        return slope(vectors, self.outputs)
 
     @cached_property
     def transposed(self) -> _Jacobian:

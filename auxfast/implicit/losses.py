@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from auxfast.autograd.engine import vjp
-from auxfast.autograd.graph import by_type, function_class, functions_of, walk
+from auxfast.autograd.graph import function_class, functions_of, graph_from
 from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls
 
@@ -62,17 +62,13 @@ class LossGraph:
         self.outputs = [outputs] if isinstance(outputs, Tensor) else outputs
 
     @cached_property
-    def nodes_by_type(self) -> dict[type, list[Any]]:
-        return by_type(walk([self.loss.grad_fn]))
-
-    @cached_property
     def nodes(self) -> set[Any]:
-        return {node for nodes in self.nodes_by_type.values() for node in nodes}
+        return graph_from([self.loss.grad_fn])
 
     @cached_property
     def functions(self) -> list[Any]:
         """The nodes that belong to a `torch.autograd.Function`."""
-        return functions_of(self.nodes_by_type)
+        return functions_of(self.nodes)
 
     def gradient(
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False

@@ -13,7 +13,6 @@ from torch import Tensor
 from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import (
-    DEFAULT_SOLVER,
     Adjoint,
     CurvatureName,
     derivatives_of,
@@ -27,7 +26,7 @@ from auxfast.implicit.free_entries import Free, project
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossGraph, check_call
-from auxfast.solvers import MINRES, ConjugateGradient, Dense
+from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
 from auxfast.solvers.base import Solver, SolverState, check_solver
 
 _INVERSES = (MINRES, ConjugateGradient, Dense)

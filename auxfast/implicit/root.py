@@ -193,7 +193,7 @@ def _like_params(given: Any, params: Any, values: Sequence[Tensor]) -> list[Tens
                 f"function's result {i} has no graph, so that the Jacobian is singular: was it detached, or a gradient "
                 "that was taken without create_graph=True?"
             )
-    if not reaches([equation.grad_fn for equation in equations], values):
+    if not any(reaches(equation.grad_fn, values) for equation in equations):
         raise ValueError(
             "function does not depend on any of params: was something detached on the way, or were they replaced since?"
         )

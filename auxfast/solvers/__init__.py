@@ -13,7 +13,7 @@ from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.krylov import KrylovSolver
-from auxfast.solvers.minres import MINRES
+from auxfast.solvers.minres import DEFAULT_SOLVER, MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.normal_equations import NormalEquations
 from auxfast.solvers.nystrom import LowRank, Nystrom
@@ -23,6 +23,7 @@ from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
 add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
 
 __all__ = [
+    "DEFAULT_SOLVER",
     "GMRES",
     "MINRES",
     "BlockDiagonal",

@@ -170,14 +170,19 @@ def test_a_parameter_of_one_number_that_is_broadcast():
           [phi])  # fmt: skip
 
 
-def test_gauss_newton_with_a_weight_decay():
+@pytest.mark.parametrize("linear", [False, True])
+def test_gauss_newton_with_a_weight_decay(linear):
     w, v, phi = made(5)
     outputs = w @ v
-    loss = (outputs - 1).square().sum() + (phi.exp() * v.square()).sum() + w.square().sum()
+    curved = 0 if linear else 2
+    loss = outputs.sum() if linear else (outputs - 1).square().sum()
+    loss = loss + (phi.exp() * v.square()).sum() + w.square().sum()
     curvature = GaussNewton(LossGraph("inner_loss", loss, outputs), [w, v], retain_graph=True)
     vectors = [torch.randn_like(w), torch.randn_like(v)]
     tangent = (vectors[0] @ v + w @ vectors[1]).detach()
-    pulled = torch.autograd.grad(outputs, (w, v), 2 * tangent, retain_graph=True)
+    pulled = torch.autograd.grad(outputs, (w, v), curved * tangent, retain_graph=True)
     expected = [pulled[0] + 2 * vectors[0], pulled[1] + 2 * phi.exp() * vectors[1]]
     torch.testing.assert_close(curvature(vectors), [grad.detach() for grad in expected])
+    batch = [torch.stack([v] * 9) for v in vectors]
+    torch.testing.assert_close(curvature.batched(batch), [torch.stack([grad.detach()] * 9) for grad in expected])
     torch.testing.assert_close(curvature.mixed(vectors, [phi])[0], (2 * vectors[1] * v * phi.exp()).detach())

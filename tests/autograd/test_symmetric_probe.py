@@ -48,7 +48,7 @@ def check(pullback: Pullback, outputs, inputs, vectors: list[Tensor], rtol: floa
 
 def test_one_product_of_the_engine_confirms_all_batches(passes):
     outputs, inputs = second_derivatives()
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     for scale in (1.0, 1e-9, 1e9):
         check(pullback, outputs, inputs, batch(scale=scale))
     check(pullback, outputs, inputs, [torch.zeros_like(each) for each in batch()])
@@ -58,7 +58,7 @@ def test_one_product_of_the_engine_confirms_all_batches(passes):
 def test_a_matrix_that_is_not_symmetric_is_compared_with_the_engine_for_each_batch(passes):
     (gu, gv), inputs = second_derivatives()
     outputs = [gu, 2 * gv]
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     for _ in range(3):
         check(pullback, outputs, inputs, batch())
     assert pullback.refusal is None
@@ -71,7 +71,7 @@ def test_a_hook_that_calls_nothing_of_torch_is_found_by_its_result():
     hooked = gv * 1
     hooked.register_hook(lambda grad: nothing)
     outputs = [gu, hooked * 1]
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     check(pullback, outputs, inputs, batch())
     assert pullback.refusal == "the engine finds something else"
 
@@ -81,7 +81,7 @@ def test_a_hook_that_computes_is_seen():
     hooked = gv * 1
     hooked.register_hook(lambda grad: grad.clamp(max=0.1))
     outputs = [gu, hooked * 1]
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     check(pullback, outputs, inputs, batch())
     assert "hook" in str(pullback.refusal)
 
@@ -89,7 +89,7 @@ def test_a_hook_that_computes_is_seen():
 @pytest.mark.parametrize("scale", [1e-30, 1e20])
 def test_vectors_whose_norms_leave_the_range_are_compared_with_the_engine(scale, passes):
     outputs, inputs = second_derivatives(torch.float32)
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     check(pullback, outputs, inputs, batch(torch.float32), rtol=1e-3)
     check(pullback, outputs, inputs, batch(torch.float32, scale), rtol=1e-3)
     assert len(passes) == 2
@@ -105,6 +105,6 @@ def test_an_error_in_one_vector_of_one_input_is_found(monkeypatch, passes):
         return products
 
     monkeypatch.setattr(module.BatchedBackward, "__call__", wrong)
-    pullback = Pullback(outputs, inputs, symmetric=[0, 1])
+    pullback = Pullback(outputs, inputs, symmetric=True)
     check(pullback, outputs, inputs, batch())
     assert pullback.num_batched == 0
