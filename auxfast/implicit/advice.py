@@ -67,6 +67,24 @@ _TEXTS = {
         "stay at a kink are held there, and the theorem holds for the others alone: pass free=[w != 0 for w in "
         "inner_params], or what verify_hypergradient suggests."
     ),
+    "no minimum": (
+        "The inner parameters are not at a minimum: along the outer loss's gradient a Newton step would move them by "
+        "more than a tenth of their length, and what is computed is the derivative of something else. Train them "
+        "further before implicit_minimum, or pass the loss that they were trained with."
+    ),
+    "no root": (
+        "The parameters are not at a root: along the outer loss's gradient a Newton step would move them by more than "
+        "a tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 "
+        "further before implicit_root."
+    ),
+    "singular": (
+        "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual "
+        "cannot be made smaller in this precision. Add damping to the solver, or take parameters of float64."
+    ),
+    "no part in the function": (
+        "No outer parameter plays a part in function, so that nothing of them reaches the outer loss through params. "
+        "Was something detached on the way, or were they replaced since?"
+    ),
     "identity": _IDENTITY,
     "flow": (
         "GradientFlow's estimate of its own relative error, result.stats.residual, is above its tol. Allow more steps, "

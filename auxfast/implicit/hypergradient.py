@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, check_curvature, derivatives_of, solve_adjoint
+from auxfast.implicit.adjoint import CurvatureName, derivatives_of, solve_adjoint
 from auxfast.implicit.advice import missing_dependence
-from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
-from auxfast.implicit.free_entries import Free, free_masks
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
+from auxfast.implicit.free_entries import Free
+from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 
@@ -111,21 +110,17 @@ def hypergradient(
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
-    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
-    check_independent(inner_params=inner, outer_params=outer)
-    check_one_device("inner_params", inner)
-    _check_curvature_and_losses(curvature, inner_loss, outputs)
-    masks = free_masks(free, inner)
+    params = given_params(inner_params, outer_params, free)
+    active_inner, active_outer = params.active_inner, params.active_outer
+    check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
-    active_inner = [w for w in inner if w.requires_grad]
-    active_outer = [phi for phi in outer if phi.requires_grad]
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
         refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
     with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
-        given_outer = _given("outer_loss", outer_loss, guard)
-        given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
+        given_outer = given_loss("outer_loss", outer_loss, guard)
+        given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
         outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
@@ -135,7 +130,7 @@ def hypergradient(
             rhs,
             active_inner,
             active_outer,
-            None if free is None else masks,
+            params.masks,
             solver,
             state,
         )
@@ -149,28 +144,10 @@ def hypergradient(
         adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
     total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer),
+        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in params.outer),
         adjoint.stats,
         adjoint.direct_only,
     )
-
-
-def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
-    check_curvature(curvature)
-    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
-        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
-    if outputs is not None and curvature != "gauss-newton":
-        raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
-    if outputs is not None and not isinstance(inner_loss, Tensor):
-        raise ValueError("outputs must be None where inner_loss is made of functions: they return (loss, outputs)")
-
-
-def _given(
-    name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
-) -> LossGraph | list[LossFn]:
-    if isinstance(loss, Tensor) or guard is None:
-        return LossGraph(name, loss, outputs)  # whatever it is: that checks
-    return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 
 def _outer_gradient(

@@ -4,15 +4,18 @@ SolveStats)`."""
 from torch.serialization import add_safe_globals
 
 from auxfast.solvers.base import LinearOperator, Matvec, Solver, SolverState, SolveStats, StopReason
+from auxfast.solvers.block_diagonal import BlockDiagonal
 from auxfast.solvers.chebyshev import Chebyshev
 from auxfast.solvers.conjugate_gradient import ConjugateGradient
 from auxfast.solvers.dense import Dense
+from auxfast.solvers.gmres import GMRES
 from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.krylov import KrylovSolver
 from auxfast.solvers.minres import DEFAULT_SOLVER, MINRES
 from auxfast.solvers.neumann import Neumann
+from auxfast.solvers.normal_equations import NormalEquations
 from auxfast.solvers.nystrom import LowRank, Nystrom
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
 
@@ -21,7 +24,9 @@ add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
 
 __all__ = [
     "DEFAULT_SOLVER",
+    "GMRES",
     "MINRES",
+    "BlockDiagonal",
     "Chebyshev",
     "ConjugateGradient",
     "Dense",
@@ -33,6 +38,7 @@ __all__ = [
     "LinearOperator",
     "Matvec",
     "Neumann",
+    "NormalEquations",
     "Nystrom",
     "Preconditioner",
     "SolveStats",

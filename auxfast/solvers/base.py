@@ -17,7 +17,15 @@ one that also has batched products; without them a solver multiplies one vector 
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """A symmetric matrix H, known by its products."""
+    """A square matrix H, known by its products.
+
+    Two attributes, here and of any `Matvec`, may say more of it, and need not be there:
+
+    - `symmetric`, a bool: whether H is its own transpose. Without it, it is. `GMRES`, `NormalEquations`, `Dense` and
+      `Identity` take other matrices too; the other solvers refuse them.
+    - `transposed`, a method or a `Matvec`: `v -> H^T v`, which `NormalEquations` needs where H is not symmetric. A
+      `LinearOperator` there multiplies several vectors at once, too.
+    """
 
     def __call__(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
         """`H v`, one tensor per parameter."""
@@ -59,7 +67,7 @@ class StopReason(str, Enum):
     STAGNATED = (
         "stagnated",
         "The residual cannot be made smaller in this precision: the inner Hessian is singular, or nearly so. Add "
-        "damping to the solver, or take parameters of float64.",
+        "damping to the solver, or take parameters of float64; GMRES may lack a larger restart.",
     )
     """The residual cannot be made smaller in this precision."""
     NOT_FINITE = (
@@ -168,6 +176,7 @@ class SolverState:
         smallest_eigenvalue: the smallest one.
         preconditioner: what `preconditioner.build` made last, with the settings that it was made for.
         preconditioner_age: how many solves ago that was.
+        blocks: into how many independent problems `BlockDiagonal` has found H to fall.
         symmetry_error: what the first `hypergradient` with functions for losses found; see `SolveStats`.
         warned: the kinds of warnings that `hypergradient` has given.
     """
@@ -177,6 +186,7 @@ class SolverState:
     smallest_eigenvalue: float | None = None
     preconditioner: Any = None
     preconditioner_age: int = 0
+    blocks: int | None = None
     symmetry_error: float | None = None
     warned: set[str] = field(default_factory=set)
 
@@ -190,7 +200,7 @@ class Solver(Protocol):
         """Solves `(H + damping I) x = rhs`, which stays as it is.
 
         Args:
-            matvec: the symmetric matrix H; see `Matvec` and `LinearOperator`.
+            matvec: the matrix H, symmetric unless it says otherwise; see `Matvec` and `LinearOperator`.
             rhs: tensors of one floating dtype on one device.
             batched: the tensors of `rhs` have one more axis in front, one entry for each of several right-hand sides.
             state: what earlier solves of similar systems learnt; updated.
@@ -209,15 +219,29 @@ def check_solver(solver: object, name: str = "solver") -> None:
         raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
 
 
+def is_symmetric(matvec: Matvec) -> bool:
+    """Whether the operator does not say that it is not; see `LinearOperator`."""
+    return bool(getattr(matvec, "symmetric", True))
+
+
+def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
+    """Raises ValueError where the operator says that it is not symmetric, for a `solver` that is right for no other."""
+    if not is_symmetric(matvec):
+        raise ValueError(
+            f"matvec is not symmetric, as it says, and {type(solver).__name__} solves symmetric systems alone: take "
+            "GMRES(), NormalEquations() or, for few parameters, Dense()"
+        )
+
+
 def checked_solve(
-    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None, batched: bool = False
 ) -> tuple[Sequence[Tensor], SolveStats]:
     """What `solver.solve` returns.
 
     Raises:
         TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
     """
-    result: Any = solver.solve(matvec, rhs, state=state)
+    result: Any = solver.solve(matvec, rhs, batched=batched, state=state)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise _wrong_result(solver, f"{result!r:.60}")
     solution, stats = result

@@ -68,7 +68,9 @@ class BestIterate:
         """
         index = torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)
-        residual = self.system.rhs.index_select(0, index) - (self.system.product(x) if product is None else product)
+        if product is None:
+            product = self.system.product(x, index)
+        residual = self.system.rhs.index_select(0, index) - product
         norms: Floats = row_dots(residual, residual).sqrt().cpu().numpy()
         better = norms < self.norms[rows]  # false for NaN
         taken = torch.from_numpy(np.flatnonzero(better)).to(x.device)
@@ -107,7 +109,7 @@ class BestIterate:
         failed = np.flatnonzero(diverged & (self.norms == self.rhs_norms))
         if len(failed):
             index = torch.from_numpy(failed).to(self.solution.device)
-            finite = self.system.product(self.system.rhs.index_select(0, index)).isfinite().all(dim=1).tolist()
+            finite = self.system.product(self.system.rhs.index_select(0, index), index).isfinite().all(dim=1).tolist()
             for row in failed[~np.array(finite)]:
                 self.stop_reasons[row] = StopReason.NOT_FINITE
 

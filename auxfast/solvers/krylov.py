@@ -102,15 +102,19 @@ class Recurrence(ABC):
         if self.precondition is None and len(self.lanczos) < _RITZ_STEPS:
             self.lanczos.append((self.xp.where(self.active, diagonal, np.nan), off_diagonal))
 
-    def run(self, system: LinearSystem, steps: int) -> int:
-        """Takes at most `steps` steps; returns how many."""
+    def run(self, system: LinearSystem, steps: int, index: Tensor) -> int:
+        """Takes at most `steps` steps; returns how many.
+
+        Args:
+            index: (k,), the right-hand sides that the rows belong to.
+        """
         active = torch.arange(len(self.x), device=self.x.device)
         for step in range(1, steps + 1):
             if len(active) == len(self.x):
-                product = system.product(self.direction)
+                product = system.product(self.direction, index)
             else:  # rows that have stopped need no products
                 product = torch.zeros_like(self.direction)
-                product[active] = system.product(self.direction[active])
+                product[active] = system.product(self.direction[active], index[active])
             with torch.no_grad(), np.errstate(all="ignore"):  # a division by 0 ends a row, and says so
                 self.step(product)
             self.taken = step
@@ -182,7 +186,8 @@ class KrylovSolver(IterativeSolver):
             tolerances = np.maximum(best.tolerances[rows], torch.finfo(best.residual.dtype).eps * before)
             with np.errstate(all="ignore"):
                 cycle = self._recurrence(*best.current(rows), tolerances, precondition)
-            iterations += cycle.run(best.system, self.steps - iterations)
+            index = torch.from_numpy(rows).to(best.residual.device)
+            iterations += cycle.run(best.system, self.steps - iterations, index)
             best.update(rows, cycle.best())
             if largest is None and (ritz := cycle.largest_ritz_value()) is not None:
                 largest = ritz - self.damping

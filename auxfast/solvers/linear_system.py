@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property, partial
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import LinearOperator, Matvec
+from auxfast.solvers.base import LinearOperator, Matvec, is_symmetric
+from auxfast.solvers.block_operator import BlockOperator
 
 MAX_BATCH = 32
 """Vectors in one batched product. More are hardly faster, and each holds all activations once more."""
@@ -34,6 +36,8 @@ class LinearSystem:
         dtype: that of the parameters.
         shapes: those of the parameters.
         damping: as given.
+        symmetric: whether H does not say that it is not.
+        has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
         matvecs: vectors multiplied so far.
 
     Raises:
@@ -48,6 +52,8 @@ class LinearSystem:
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
         self._sizes = [shape.numel() for shape in self.shapes]
         self.damping = damping
+        self.symmetric = is_symmetric(matvec)
+        self.has_own_matrices = isinstance(matvec, BlockOperator)
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
         self._scale: Tensor | None = None  # (k, 1), powers of two
@@ -103,8 +109,12 @@ class LinearSystem:
         """Rows (m, n) times `H + damping I`, for any m.
 
         Args:
-            index: (m,), the right-hand side that each of the rows belongs to; `None`: any, or all in order.
+            index: (m,), the right-hand side that each of the rows belongs to; `None`: any, or all in order. Where rows
+                have matrices of their own, each right-hand side may come once.
         """
+        if self.has_own_matrices and index is not None:
+            every = torch.zeros_like(self.rhs).index_copy_(0, index, rows)
+            return self.product(every).index_select(0, index)
         self.matvecs += len(rows)
         results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
         result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
@@ -115,13 +125,33 @@ class LinearSystem:
         rows needs no others."""
         if self._last is None or self._last[0] is not rows or rows.dtype != self.dtype:
             calls: list[_Call] = []
-            for part in rows.split(MAX_BATCH) if len(rows) else ():
-                if len(part) > 1:
+            for part in rows.split(len(rows) if self.has_own_matrices else MAX_BATCH) if len(rows) else ():
+                if len(part) > 1 or self.has_own_matrices:
                     calls.append((self._batched_matvec, self._cut(part, True), len(part)))
                 else:
                     calls.append((self._matvec, self._cut(part[0], False), 1))
             self._last = rows, calls
         return self._last[1]
+
+    @cached_property
+    def transposed(self) -> LinearSystem:
+        """The system with the transpose of H in its place; this one itself, if H is symmetric.
+
+        Raises:
+            TypeError: the operator is not symmetric and has no products with its transpose.
+        """
+        if self.symmetric:
+            return self
+        transpose = getattr(self._matvec, "transposed", None)
+        if transpose is None:
+            raise TypeError(
+                "matvec must have products with its transpose, as matvec.transposed(vectors), where it is not "
+                "symmetric; or take GMRES(), which needs none"
+            )
+        other = copy(self)
+        other.__dict__.pop("_batched_matvec", None)
+        other._matvec, other._last, other.matvecs = transpose, None, 0
+        return other
 
     @cached_property
     def _batched_matvec(self) -> Matvec:
