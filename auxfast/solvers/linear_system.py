@@ -34,6 +34,7 @@ class LinearSystem:
         dtype: that of the parameters.
         shapes: those of the parameters.
         damping: as given.
+        exact: whether the operator says that its products are; see `LinearOperator`.
         matvecs: vectors multiplied so far.
 
     Raises:
@@ -48,6 +49,7 @@ class LinearSystem:
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
         self._sizes = [shape.numel() for shape in self.shapes]
         self.damping = damping
+        self.exact = bool(getattr(matvec, "exact", False))
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
         self._scale: Tensor | None = None  # (k, 1), powers of two
