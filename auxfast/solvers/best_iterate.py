@@ -59,6 +59,8 @@ class BestIterate:
 
     def current(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Copies of those rows' solutions and residuals, each (len(rows), n)."""
+        if len(rows) == len(self.solution):
+            return self.solution.clone(), self.residual.clone()
         index = torch.from_numpy(rows).to(self.solution.device)
         return self.solution.index_select(0, index), self.residual.index_select(0, index)
 
@@ -71,10 +73,15 @@ class BestIterate:
         index = torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)
         product = self.system.product(x, index) if product is None else product
-        residual = self.system.rhs.index_select(0, index) - product
-        norms: Floats = row_dots(residual, residual).sqrt().cpu().numpy()
-        taken = torch.from_numpy(self._take(rows, x, norms)).to(x.device)
-        self.residual.index_copy_(0, index[taken], residual.index_select(0, taken))
+        rhs = self.system.rhs if len(rows) == len(self.solution) else self.system.rhs.index_select(0, index)
+        residual = rhs - product
+        norms: Floats = np.sqrt(row_dots(residual, residual).cpu().numpy())
+        taken = self._take(rows, x, norms)
+        if len(taken) == len(self.solution):
+            self.residual = residual
+        else:
+            place = torch.from_numpy(taken).to(x.device)
+            self.residual.index_copy_(0, index[place], residual.index_select(0, place))
 
     def accept(self, rows: Rows, x: Tensor, norms: Floats) -> None:
         """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, which is so
@@ -120,6 +127,8 @@ class BestIterate:
     def _look_into_failures(self) -> None:
         """Makes the reason NOT_FINITE where a row diverged without any gain and not even its first product, the one
         with the right-hand side, is finite: a product that only such solves spend."""
+        if StopReason.DIVERGED not in self.stop_reasons:
+            return
         diverged = np.array([reason == StopReason.DIVERGED for reason in self.stop_reasons])
         failed = np.flatnonzero(diverged & (self.norms == self.rhs_norms))
         if len(failed):

@@ -126,8 +126,9 @@ class _Outcome:
         ritz_values = []
         for entries in self.numbers[LANCZOS:].T:
             diagonal, off_diagonal = entries.reshape(LANCZOS_STEPS, 2)[np.isfinite(entries[::2])].T
-            if len(diagonal):
-                lower = np.diag(diagonal) + np.diag(off_diagonal[:-1], -1)
+            if size := len(diagonal):
+                lower = np.zeros((size, size))
+                lower.flat[:: size + 1], lower.flat[size :: size + 1] = diagonal, off_diagonal[:-1]
                 ritz_values.append(float(np.linalg.eigvalsh(lower)[-1]))
         return max(ritz_values, default=None)
 
