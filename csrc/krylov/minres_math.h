@@ -42,7 +42,7 @@ class LanczosDiagonal {
   static AUXFAST_HD void finish(const MinresStep<T>& work, int64_t row, Sums sums) {
     const Numbers numbers = numbers_of(work, row);
     numbers[kMoves] = numbers[kStatus] == kRunning;
-    numbers[kAlfa] = sums.a;
+    if (numbers[kMoves] != 0) numbers[kAlfa] = sums.a;
   }
 
  private:
