@@ -36,7 +36,7 @@ _SHARED = (
     "status",
     "negative",  # 1 once negative curvature was met
     "asymmetry",  # |<v, H w> - <w, H v>| for unit vectors of the first two steps, relative to `largest`; NaN before
-    "noise",  # the largest such figure of any two steps that follow each other
+    "noise",  # the sum of squares of such figures, of all steps that follow each other
     "largest",  # curvature seen, at most |H|
     "tolerance",  # norm of the residual to stop at
     "square",  # of the norm of the residual of x
@@ -388,7 +388,7 @@ class _Numbers:
     def note_asymmetry(self, error: Tensor) -> None:
         error, steps = error.abs(), self["steps"]
         self.set(asymmetry=torch.where(steps == 1, error, self["asymmetry"]))
-        self.set(noise=torch.where((steps > 0) & ~(error <= self["noise"]), error, self["noise"]))
+        self.set(noise=self["noise"] + torch.where(steps > 0, error.square(), 0))
 
     def record(self, diagonal: Tensor, off_diagonal: Tensor) -> None:
         columns = torch.nonzero(self._moving & (self["steps"] < LANCZOS_STEPS))[:, 0]

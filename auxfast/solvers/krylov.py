@@ -138,14 +138,14 @@ class _Outcome:
         The residual of the recurrence is that of its products; it drifts from the true one by what is wrong with these,
         and by the rounding of x (van der Vorst & Ye 2000). With products that are off by e_j, relative to |H|, and
         x = sum_j y_j v_j over orthonormal vectors v_j, the drift is at most `|H| sum_j e_j |y_j| <= |H| e sqrt(steps)
-        |x|`, and the same for conjugate gradients, whose directions point one way. e is the machine epsilon, or what
-        products show: they contradict symmetry by one component of n of their errors, and the largest of two or more
-        such samples is hardly ever below a third of what is typical.
+        |x|`, and the same for conjugate gradients, whose directions point one way. e is the machine epsilon, or twice
+        what products show: each two that follow each other contradict symmetry by one of the n components of an error.
         """
         system = best.system
-        steps, size = self.number("steps"), math.sqrt(self.x.shape[1])
+        steps = self.number("steps")
+        shown = np.sqrt(self.x.shape[1] * self.number("noise") / np.maximum(steps - 1, 1))
         lengths = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float64).cpu().numpy()
-        error = np.maximum(torch.finfo(system.dtype).eps, 3 * size * self.number("noise"))
+        error = np.maximum(torch.finfo(system.dtype).eps, 2 * shown)
         drift = error * self.number("largest") * np.sqrt(steps) * lengths
         norms = np.hypot(self.norms, drift)
         tolerances = best.tolerances[rows]

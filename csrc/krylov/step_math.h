@@ -61,9 +61,8 @@ struct Numbers {
   // Takes note of |<v, H w> - <w, H v>| for the unit vectors v and w of this step and the one before, relative to what
   // is known of H.
   AUXFAST_HD void note_asymmetry(double error) const {
-    error = fabs(error);
-    if ((*this)[kSteps] == 1) (*this)[kAsymmetry] = error;
-    if (!(error <= (*this)[kNoise])) (*this)[kNoise] = error;
+    if ((*this)[kSteps] == 1) (*this)[kAsymmetry] = fabs(error);
+    (*this)[kNoise] += error * error;
   }
 };
 

@@ -15,7 +15,7 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 
-from .kernels import call, in_any_order, unwritten
+from .kernels import call, in_any_order, launches, unwritten
 
 SHAPES = {
     "one": (1, 1),
@@ -125,3 +125,14 @@ def test_steps_of_minres_are_the_reference(shape, preconditioned, dtype):
     systems = DiagonalSystems(shape, dtype, "cpu")
     results = in_any_order(lambda: systems.minres(cuda_minres_step, 3, preconditioned))
     assert_same_solves(results, systems.minres(minres_step_reference_, 3, preconditioned), dtype)
+
+
+@pytest.mark.parametrize(("n", "conjugate_gradients", "minres"), [(2048, 3, 4), (100_000, 6, 7)])
+def test_a_step_is_at_most_eight_launches(n, conjugate_gradients, minres):
+    """A pass over rows of several blocks is two launches: the second adds up the blocks' sums."""
+    systems = DiagonalSystems((2, n), torch.float32, "cpu")
+    for solve, step_, a_step in (
+        (systems.conjugate_gradients, cuda_conjugate_gradient_step, conjugate_gradients),
+        (systems.minres, cuda_minres_step, minres),
+    ):
+        assert launches(lambda run=solve, step_=step_: run(step_, 2, False)) == 2 * a_step
