@@ -21,11 +21,13 @@ _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
 class FromOptimizer:
     """The state of the torch optimizer that trains the inner parameters, read anew at each solve.
 
-    **Adam, AdamW, NAdam, RAdam, RMSprop, Adadelta, Adagrad**: the diagonal `c sqrt(v) + s`, where v holds the running
-    squares of the gradients. These are not the Hessian's diagonal, but large where that is. One product with a random
-    sign vector z tells c and s: they fit `z * (H + damping I) z`, whose expectation is the diagonal, by least squares.
-    It pays where scales differ much between parameters, as by inputs of different units, and costs that one product
-    elsewhere. Where the fit finds no relation between the two, the solve goes on without.
+    **Adam, AdamW, NAdam, RAdam, RMSprop, Adadelta, Adagrad**: the diagonal `c v^(1/4) + s`, where v holds the running
+    squares of the gradients: these tell in which entries H is large, not how large. One product, with a random sign
+    vector z, tells c and s: they fit `z * (H + damping I) z`, whose expectation is the diagonal, by least squares.
+    It saves products where the scales of parameters differ, as by inputs of different units, and v is of mini-batches;
+    elsewhere it costs some, more so after full batches, where v remembers gradients that have died down. (`v^(1/2)`,
+    which Adam divides by, gains a little more and loses much more: docs/solvers.md.) Where the fit finds no
+    relation between the two, the solve goes on without.
 
     **LBFGS**: its pairs of steps s and changes of the gradient y, by the two-loop recursion (Nocedal & Wright 2006,
     algorithm 7.4), without products. The pairs of `H + damping I` are `(s, y + damping s)`.
@@ -81,7 +83,7 @@ class FromOptimizer:
                 f"FromOptimizer: the state of the {type(self.optimizer).__name__} has {moments.numel()} entries for "
                 f"{system.rhs.shape[1]} unknowns"
             )
-        return _fitted(moments.to(system.rhs.device, torch.float64).sqrt(), system)
+        return _fitted(moments.to(system.rhs.device, torch.float64) ** 0.25, system)
 
     def _second_moment(self, param: Tensor, group: dict[str, Any]) -> Tensor:
         """The running mean of the squared gradients of `param`, of its shape, without Adam's bias towards 0."""
