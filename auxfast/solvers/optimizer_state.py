@@ -25,9 +25,8 @@ class FromOptimizer:
     squares of the gradients: these tell in which entries H is large, not how large. One product, with a random sign
     vector z, tells c and s: they fit `z * (H + damping I) z`, whose expectation is the diagonal, by least squares.
     It saves products where the scales of parameters differ, as by inputs of different units, and v is of mini-batches;
-    elsewhere it costs some, more so after full batches, where v remembers gradients that have died down. (`v^(1/2)`,
-    which Adam divides by, gains a little more and loses much more: docs/solvers.md.) Where the fit finds no
-    relation between the two, the solve goes on without.
+    elsewhere it may cost some. (The fourth root, since with `v^(1/2)`, which Adam divides by, it costs much more where
+    v and H disagree.) Where the fit finds no relation between the two, the solve goes on without.
 
     **LBFGS**: its pairs of steps s and changes of the gradient y, by the two-loop recursion (Nocedal & Wright 2006,
     algorithm 7.4), without products. The pairs of `H + damping I` are `(s, y + damping s)`.
