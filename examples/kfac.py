@@ -38,7 +38,7 @@ def main() -> dict[str, auxfast.HypergradientResult]:
 
     optimizer.step(closure)
     factors = curvlinops.KFACLinearOperator(net, torch.nn.MSELoss(), params, [(x, y)], fisher_type="type-2")
-    inverse = curvlinops.KFACInverseLinearOperator(factors, damping=float(log_decay.exp()), use_exact_damping=True)
+    inverse = curvlinops.KFACInverseLinearOperator(factors, damping=log_decay.exp().item(), use_exact_damping=True)
     kfac = InverseOperator(from_curvlinops(inverse))
     preconditioners: dict[str, Preconditioner | None] = {"none": None, "KFAC": kfac}
     results = {}
