@@ -34,9 +34,9 @@ class LinearSystem:
         dtype: that of the parameters.
         shapes: those of the parameters.
         damping: as given.
+        matvecs: vectors multiplied so far.
         params: the parameters themselves, where the operator knows them (`matvec.params`, as a curvature does); else
             None.
-        matvecs: vectors multiplied so far.
 
     Raises:
         ValueError: `rhs` is empty, not finite, or (batched) of different numbers of right-hand sides.
