@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -103,7 +104,7 @@ def to_curvlinops(operator: ParameterOperator) -> Any:
 
     class Operator(base):  # type: ignore[misc] # of a package that may not be there
         SELF_ADJOINT = True
-        device, dtype = params[0].device, params[0].dtype
+        device, dtype = params[0].device, _widest_dtype(params)
 
         def _matmat(self, X: list[Tensor]) -> list[Tensor]:
             return [product.movedim(0, -1) for product in operator.batched([x.movedim(-1, 0) for x in X])]
@@ -127,19 +128,28 @@ def to_scipy(operator: ParameterOperator) -> Any:
     sizes = [w.numel() for w in params]
 
     def matmat(columns: Any) -> Any:
-        rows = torch.as_tensor(columns).T.to(params[0])  # (k, n)
+        rows = torch.as_tensor(columns).T.to(params[0].device, dtype)  # (k, n)
         parts = [part.reshape(-1, *w.shape) for part, w in zip(rows.split(sizes, dim=1), params, strict=True)]
-        return _rows(operator.batched(parts)).T.to("cpu", dtype).numpy()
+        return _rows(operator.batched(parts)).T.to("cpu", numpys.dtype).numpy()
 
     def matvec(vector: Any) -> Any:
         return matmat(vector.reshape(-1, 1))
 
-    dtype = torch.promote_types(params[0].dtype, torch.float32)  # NumPy has no bfloat16
+    dtype = _widest_dtype(params)
+    numpys = torch.empty(0, dtype=torch.promote_types(dtype, torch.float32))  # NumPy has no bfloat16
     linalg: Any = _optional("scipy.sparse.linalg", "scipy")
-    numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
     return linalg.LinearOperator(
-        (sum(sizes), sum(sizes)), matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=numpy_dtype
+        (sum(sizes), sum(sizes)),
+        matvec=matvec,
+        rmatvec=matvec,
+        matmat=matmat,
+        rmatmat=matmat,
+        dtype=numpys.numpy().dtype,
     )
+
+
+def _widest_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, [w.dtype for w in params])
 
 
 def _rows(vectors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import auxfast
 from auxfast.compat.linear_operators import from_curvlinops, from_scipy, to_curvlinops, to_scipy
-from auxfast.solvers import MINRES, ConjugateGradient, InverseOperator
+from auxfast.solvers import MINRES, ConjugateGradient, FromOptimizer, InverseOperator
 
 SHAPES = [(2, 3), (4,), ()]
 SIZE = 11
@@ -97,6 +97,28 @@ def test_a_solver_takes_scipys_matrices_and_its_factorisations_as_preconditioner
     torch.testing.assert_close(rows(helped[0]), solved(matrix, rhs), rtol=1e-6, atol=1e-9)
     assert helped[1].converged
     assert helped[1].iterations <= 2 < plain[1].iterations
+
+
+def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():
+    curvature = pytest.importorskip("auxfast.curvature")
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    net, x, y = curved_network()
+    params = list(net.parameters())
+    optimizer = torch.optim.Adam(params, lr=0.01)
+    for _ in range(50):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    hessian = curvature.Hessian(torch.nn.functional.cross_entropy(net(x), y), params)
+    dense = hessian.matmat(torch.eye(hessian.shape[0], dtype=torch.float64))
+    largest = linalg.eigsh(to_scipy(hessian), k=1, which="LA", return_eigenvectors=False)
+    assert largest[0] == pytest.approx(torch.linalg.eigvalsh(dense)[-1].item())
+    rhs = [torch.ones_like(w) for w in params]
+    solver = MINRES(steps=200, tol=1e-6, damping=1.0, preconditioner=FromOptimizer(optimizer))
+    solution, stats = solver.solve(hessian, rhs)
+    assert stats.converged
+    flat = torch.linalg.solve(dense + torch.eye(len(dense)), torch.ones(len(dense), dtype=torch.float64))
+    torch.testing.assert_close(rows([part[None] for part in solution])[0], flat, rtol=1e-4, atol=1e-5)
 
 
 def curved_network() -> tuple[torch.nn.Module, Tensor, Tensor]:
