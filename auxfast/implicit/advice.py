@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from auxfast._callers import stacklevel
-from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
 from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats
+from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -132,7 +131,7 @@ def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
 
 
 def problem_of(
-    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], nothing: bool
+    solver: Solver, stats: SolveStats, curvature: Matvec, rhs: Sequence[Tensor], nothing: bool
 ) -> str | None:
     """The problem with a solve; `nothing` is what `found_nothing` says of it.
 

@@ -11,12 +11,15 @@ from auxfast.solvers.dense import Dense
 from auxfast.solvers.gmres import GMRES
 from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
+from auxfast.solvers.inverse_operator import InverseOperator
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.krylov import KrylovSolver
+from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.minres import DEFAULT_SOLVER, MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.normal_equations import NormalEquations
 from auxfast.solvers.nystrom import LowRank, Nystrom
+from auxfast.solvers.optimizer_state import FromOptimizer
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
 
 # A SolverState may hold these besides tensors and numbers. They are plain data, which checkpoints may be loaded with.
@@ -30,12 +33,15 @@ __all__ = [
     "Chebyshev",
     "ConjugateGradient",
     "Dense",
+    "FromOptimizer",
     "GradientFlow",
     "Identity",
+    "InverseOperator",
     "IterativeSolver",
     "Jacobi",
     "KrylovSolver",
     "LinearOperator",
+    "LinearSystem",
     "Matvec",
     "Neumann",
     "NormalEquations",
