@@ -24,6 +24,7 @@ from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, Masks, project
 from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.one_step import Derivatives
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 
@@ -62,7 +63,7 @@ class Adjoint:
 
 
 def solve_adjoint(
-    derivatives: Hessian | MicroBatches | FiniteDifference,
+    derivatives: Hessian | MicroBatches | Derivatives,
     inner: LossGraph | list[LossFn],
     outer_gradient: Sequence[Tensor | None],
     inner_params: Sequence[Tensor],
@@ -74,7 +75,7 @@ def solve_adjoint(
     """Solves `H x = b` and takes the mixed product with x.
 
     Args:
-        derivatives: those of the inner loss, as `derivatives_of` makes them.
+        derivatives: those of the inner loss, as `derivatives_of` makes them, or as a `KnownSolution` takes them.
         inner: the inner loss that they are of.
         outer_gradient: b, one entry for each of `inner_params`; `None` is 0.
         masks: the free entries of `inner_params`; `None`: all are.
@@ -93,7 +94,7 @@ def solve_adjoint(
         mixed = product.mixed(solution, outer_params)
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif not direct_only:
+        elif isinstance(derivatives, (Hessian, MicroBatches)) and not direct_only:
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, solution)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):
                 problem = "kink"

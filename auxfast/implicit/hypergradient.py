@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free, free_masks
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
-from auxfast.solvers import MINRES
+from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
+from auxfast.solvers import MINRES, KnownSolution
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 
 _DEFAULT_SOLVER = MINRES()
@@ -118,6 +120,8 @@ def hypergradient(
     _check_curvature_and_losses(curvature, inner_loss, outputs)
     masks = free_masks(free, inner)
     check_solver(solver)
+    if isinstance(solver, KnownSolution):
+        check_losses(solver, outer_loss, inner_loss)
     active_inner = [w for w in inner if w.requires_grad]
     active_outer = [phi for phi in outer if phi.requires_grad]
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
@@ -127,17 +131,26 @@ def hypergradient(
     with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
         given_outer = _given("outer_loss", outer_loss, guard)
         given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
-        outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
+        outer_gradient = partial(
+            _outer_gradient, given_outer, given_inner, [*active_inner, *active_outer], retain_graph
+        )
+        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
+        if isinstance(solver, KnownSolution):
+            outer_grads, derivatives = outer_gradient_and_derivatives(
+                solver, outer_gradient, recorded, given_inner, active_inner, active_outer, masks
+            )
+        else:
+            outer_grads, derivatives = outer_gradient(), None
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         adjoint = solve_adjoint(
-            derivatives_of(curvature, given_inner, active_inner, active_outer, retain_graph),
+            derivatives or recorded(),
             given_inner,
             rhs,
             active_inner,
             active_outer,
             None if free is None else masks,
-            solver,
+            solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
 

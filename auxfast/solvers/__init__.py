@@ -10,17 +10,22 @@ from auxfast.solvers.dense import Dense
 from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
+from auxfast.solvers.known_solution import KnownSolution
 from auxfast.solvers.krylov import KrylovSolver
 from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.nystrom import LowRank, Nystrom
+from auxfast.solvers.one_step import OneStep
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
+from auxfast.solvers.sama import SAMA
+from auxfast.solvers.single_loop import SingleLoop
 
 # A SolverState may hold these besides tensors and numbers. They are plain data, which checkpoints may be loaded with.
 add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
 
 __all__ = [
     "MINRES",
+    "SAMA",
     "Chebyshev",
     "ConjugateGradient",
     "Dense",
@@ -28,12 +33,15 @@ __all__ = [
     "Identity",
     "IterativeSolver",
     "Jacobi",
+    "KnownSolution",
     "KrylovSolver",
     "LinearOperator",
     "Matvec",
     "Neumann",
     "Nystrom",
+    "OneStep",
     "Preconditioner",
+    "SingleLoop",
     "SolveStats",
     "Solver",
     "SolverState",
