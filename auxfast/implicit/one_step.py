@@ -50,7 +50,9 @@ class StepDifference:
         return mixed
 
     def _along(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> Grads:
-        norm = norm_of(vectors)
+        norm = float(torch.stack(torch._foreach_norm(vectors)).norm())
+        if not 1e-15 < norm < 1e15:  # the squares may have left the range of float32
+            norm = norm_of(vectors)
         check_finite("The solver's solutions", [torch.tensor(norm)])  # before anything is moved by them
         step = _RADIUS / (norm or _RADIUS)  # along a vector of zeros nothing moves
         with moved_by(self.params, vectors, step):

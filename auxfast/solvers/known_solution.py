@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason
-from auxfast.solvers.linear_system import LinearSystem
+from auxfast.solvers.linear_system import check_rhs
 
 MixedProduct = Literal["exact", "difference"]
 """How to take the derivative of `<x, d inner / d W>` in the outer parameters: through the recorded gradient; or by the
 central difference of two gradients at `W +- e x`, with `e = 0.01 / |x|`."""
 
 
-class KnownSolution(ABC):
+class KnownSolution:
     """Solver that knows x before any product with H. It multiplies the x that it returns, at most, and that once.
 
     `hypergradient` can then take the mixed product in the same pass, or without H, and looks for nothing that only more
@@ -39,11 +39,11 @@ class KnownSolution(ABC):
         """The same solver for an outer gradient that is given."""
         return self
 
-    @abstractmethod
     def solve(
         self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None
     ) -> tuple[list[Tensor], SolveStats]:
         """The solution; see `Solver.solve`."""
+        raise NotImplementedError
 
 
 def check_mixed(value: str) -> None:
@@ -51,10 +51,24 @@ def check_mixed(value: str) -> None:
         raise ValueError(f"mixed must be 'exact' or 'difference', not {value!r}")
 
 
-def without_certificate(system: LinearSystem, step_size: float | None = None) -> SolveStats:
-    """The stats of a solve that has spent no product: residuals are unknown, but where the right-hand side is zero."""
-    residuals = tuple(math.nan if norm else 0.0 for norm in system.rhs_norms.tolist())
-    trivial = not any(map(math.isnan, residuals))
+def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float | None = None) -> SolveStats:
+    """The stats of a solve that has spent no product: residuals are unknown, but where the right-hand side is zero.
+
+    Raises:
+        ValueError: see `LinearSystem`.
+    """
+    check_rhs(rhs, batched)
+    parts = [b.detach() for b in rhs if b.numel()]
+    if not parts:
+        sizes = [0.0] * (len(rhs[0]) if batched else 1)
+    elif batched:
+        sizes = torch.stack([b.reshape(len(b), -1).abs().amax(dim=1) for b in parts]).amax(dim=0).tolist()
+    else:
+        sizes = [sum(torch.stack(torch._foreach_norm(parts, torch.inf)).tolist())]  # NaN does not get lost in a sum
+    if not all(map(math.isfinite, sizes)):
+        raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+    residuals = tuple(math.nan if size else 0.0 for size in sizes)
+    trivial = not any(sizes)
     return SolveStats(
         iterations=0,
         matvecs=0,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from auxfast.solvers.base import Matvec, SolverState, SolveStats, check_flag, check_positive
 from auxfast.solvers.known_solution import KnownSolution, MixedProduct, check_mixed, without_certificate
-from auxfast.solvers.linear_system import LinearSystem
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ class OneStep(KnownSolution):
                 "OneStep(lookahead=True) evaluates the outer loss, which only hypergradient and HyperOptimizer have: "
                 "take lookahead=False here"
             )
-        system = LinearSystem(matvec, rhs, 0.0, batched)
-        return system.unflatten(system.rhs * self.lr), without_certificate(system, self.lr)
+        stats = without_certificate(rhs, batched, self.lr)
+        return [*torch._foreach_mul([b.detach() for b in rhs], self.lr)], stats

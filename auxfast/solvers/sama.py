@@ -11,7 +11,6 @@ from torch import Tensor
 
 from auxfast.solvers.base import Matvec, SolverState, SolveStats
 from auxfast.solvers.known_solution import KnownSolution, MixedProduct, check_mixed, without_certificate
-from auxfast.solvers.linear_system import LinearSystem
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,14 @@ class SAMA(KnownSolution):
             ValueError: a parameter that the optimizer does not have, or parameters of other shapes than `rhs`; an
                 Adam that has made no step; or see `LinearSystem`.
         """
-        system = LinearSystem(matvec, rhs, 0.0, batched)
+        stats = without_certificate(rhs, batched)
         groups = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
         params = getattr(matvec, "params", None)
         if params is None:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        shapes = [param.shape for param in params]
-        if shapes != system.shapes:
-            raise ValueError(
-                f"rhs must have the shapes of the optimizer's parameters, {[*map(tuple, shapes)]}, not "
-                f"{[*map(tuple, system.shapes)]}"
-            )
+        shapes = [tuple(b.shape[1:] if batched else b.shape) for b in rhs]
+        if shapes != (wanted := [tuple(param.shape) for param in params]):
+            raise ValueError(f"rhs must have the shapes of the optimizer's parameters, {wanted}, not {shapes}")
         for i, param in enumerate(params):
             if id(param) not in groups:
                 raise ValueError(
@@ -91,7 +87,7 @@ class SAMA(KnownSolution):
         if not isinstance(self.optimizer, torch.optim.SGD) and not any(map(self.optimizer.state.get, params)):
             raise ValueError("optimizer must have made a step of inner_params: its state is empty")
         x = [(b * self._derivative(param, groups[id(param)])).to(b.dtype) for b, param in zip(rhs, params, strict=True)]
-        return x, without_certificate(system)
+        return x, stats
 
     def _derivative(self, param: Tensor, group: dict[str, Any]) -> Tensor | float:
         """The derivative of `param`'s update in its gradient, elementwise."""

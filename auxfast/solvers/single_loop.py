@@ -55,7 +55,7 @@ class SingleLoop(KnownSolution):
         system = LinearSystem(matvec, rhs, 0.0, batched)
         b, norms = system.rhs, system.rhs_norms
         if not norms.any():
-            return system.unflatten(b), without_certificate(system, self.step_size)
+            return system.unflatten(b), without_certificate(rhs, batched, self.step_size)
         carried = None if state is None else _like(rhs, state.solution)
         x = b * self.step_size if carried is None else system.flatten(carried)
         x = system.rounded(x, torch.arange(len(b), device=b.device))
