@@ -12,8 +12,9 @@ from torch import Tensor
 from auxfast._callers import stacklevel
 from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import GradientFlow, Identity, KnownSolution, StopReason
+from auxfast.solvers import GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
+from auxfast.solvers.known_solution import KnownSolution
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99

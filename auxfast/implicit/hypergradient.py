@@ -20,8 +20,9 @@ from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free, free_masks
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
-from auxfast.solvers import MINRES, KnownSolution
+from auxfast.solvers import MINRES
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
+from auxfast.solvers.known_solution import KnownSolution
 
 _DEFAULT_SOLVER = MINRES()
 

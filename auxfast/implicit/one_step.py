@@ -15,7 +15,7 @@ from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Masks, project
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient
-from auxfast.solvers import KnownSolution
+from auxfast.solvers.known_solution import KnownSolution
 
 _RADIUS = 0.01
 """How far a central difference moves the parameters to each side, in norm: DARTS's choice, and betty's."""

@@ -10,7 +10,6 @@ from auxfast.solvers.dense import Dense
 from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
-from auxfast.solvers.known_solution import KnownSolution
 from auxfast.solvers.krylov import KrylovSolver
 from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
@@ -33,7 +32,6 @@ __all__ = [
     "Identity",
     "IterativeSolver",
     "Jacobi",
-    "KnownSolution",
     "KrylovSolver",
     "LinearOperator",
     "Matvec",
