@@ -167,20 +167,20 @@ class preserved_state(preserved_buffers):
         the same dropout masks. The first call starts from the present random states and moves them on. If it does not,
         those that follow leave them to other threads."""
         ends: list[RandomStates] = []  # of the first call: before it, and after it
-
-        @functools.cache
-        def draws() -> bool:  # asked at the second call: many losses are called once, and a comparison takes 10 us
-            return _differ(*ends)
+        draws: bool | None = None  # known at the second call: many losses are called once, and that takes 10 us
 
         @functools.wraps(function)
         def replayed() -> Result:
+            nonlocal draws
             with preserved_buffers(self._check):
                 if not ends:
                     start = _random_states()
                     result = function()
                     ends.extend([start, _random_states()])
                     return result
-                if not draws():
+                if draws is None:
+                    draws = _differ(*ends)
+                if not draws:
                     return function()
                 present = _random_states()
                 _restore(ends[0])

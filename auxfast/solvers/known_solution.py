@@ -58,13 +58,7 @@ def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float |
         ValueError: see `LinearSystem`.
     """
     check_rhs(rhs, batched)
-    parts = [b.detach() for b in rhs if b.numel()]
-    if not parts:
-        sizes = [0.0] * (len(rhs[0]) if batched else 1)
-    elif batched:
-        sizes = torch.stack([b.reshape(len(b), -1).abs().amax(dim=1) for b in parts]).amax(dim=0).tolist()
-    else:
-        sizes = [sum(torch.stack(torch._foreach_norm(parts, torch.inf)).tolist())]  # NaN does not get lost in a sum
+    sizes = _norms_of_rows(rhs) if batched else [_norm([b.detach() for b in rhs])]
     if not all(map(math.isfinite, sizes)):
         raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
     residuals = tuple(math.nan if size else 0.0 for size in sizes)
@@ -78,3 +72,18 @@ def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float |
         step_size=step_size,
         residuals=residuals,
     )
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """A norm of all elements together: 0 where all are 0, and not finite where one is not."""
+    norm = sum(torch.stack(torch._foreach_norm(tensors)).tolist())  # NaN does not get lost in a sum
+    if 0 < norm < math.inf:
+        return norm
+    # Squares may have left the range of their dtype. The largest element takes ten times as long.
+    return sum(float(tensor.abs().amax()) for tensor in tensors if tensor.numel())
+
+
+def _norms_of_rows(tensors: Sequence[Tensor]) -> list[float]:
+    rows = [tensor.detach().reshape(len(tensor), -1).abs().amax(dim=1) for tensor in tensors if tensor.numel()]
+    norms: list[float] = torch.stack(rows).amax(dim=0).tolist() if rows else [0.0] * len(tensors[0])
+    return norms
