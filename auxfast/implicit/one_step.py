@@ -80,7 +80,7 @@ class OnePass:
         return self._derivatives.batched(vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        if self._mixed is None or not any(bool(v.any()) for v in vectors):  # x = 0 was not what was multiplied
+        if self._mixed is None or not any(bool(v.any()) for v in sorted(vectors, key=Tensor.numel)):  # x = 0 was not what was multiplied
             return self._derivatives.mixed(vectors, outer_params)
         return self._mixed
 

@@ -125,8 +125,7 @@ class LinearSystem:
 
     @cached_property
     def _batched_matvec(self) -> Matvec:
-        matvec = self._matvec
-        return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+        return batched_matvec(self._matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
         if len(products) != len(operand):
@@ -136,6 +135,11 @@ class LinearSystem:
                 given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
                 raise RuntimeError(f"matvec returned {given} for tensor {i}, not {wanted}")
         return torch.cat([product.reshape(count, -1) for product in products], dim=1).detach().to(self.rhs.dtype)
+
+
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
 
 
 def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
