@@ -26,10 +26,10 @@ class SingleLoop(KnownSolution):
     one.
 
     The residual is free with that product, and true: that of the x that is returned. It falls from call to call where
-    `step_size` is below 2 / (largest eigenvalue of H), and the system changes slowly. Where x itself proves the step
-    too large, by `x.Hx / x.x > 2 / step_size` and a residual above that of x = 0, or the product is not finite, the
-    carried x is dropped and x = 0 is returned: `diverged`, or `not finite`. `stats.largest_eigenvalue` is that
-    quotient, and `stats.negative_curvature` says that it is below 0.
+    `step_size` is below 2 / (largest eigenvalue of H), and the system changes slowly. Where it is 1 or more, no better
+    than x = 0, the quotient `x.Hx / x.x` is looked at: it is `stats.largest_eigenvalue`, and may be
+    `stats.negative_curvature`. If it is above 2 / step_size, which proves the step too large, or if the product is not
+    finite, the carried x is dropped and x = 0 is returned: `diverged`, or `not finite`.
 
     Args:
         step_size: above 0 and below 2 / (largest eigenvalue of H): the inner learning rate is a fair start.
@@ -54,8 +54,7 @@ class SingleLoop(KnownSolution):
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
         check_rhs(rhs, batched)
-        b = _rows(rhs, batched)
-        norms = row_dots(b, b).sqrt().tolist()
+        norms = _norms(rhs, batched)
         if not all(map(math.isfinite, norms)):
             raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
         if not any(norms):
@@ -65,50 +64,43 @@ class SingleLoop(KnownSolution):
         product = (batched_matvec(matvec) if batched else matvec)(x)
         if (given := [t.shape for t in product]) != (wanted := [t.shape for t in rhs]):
             raise RuntimeError(f"matvec returned tensors of shapes {given} for parameters of shapes {wanted}")
-        x_rows, product_rows = _rows(x, batched), _rows(product, batched)
-        left = b.sub_(product_rows)
-        pairs = (left, left), (x_rows, product_rows), (x_rows, x_rows)
-        dots = torch.stack([row_dots(*pair) for pair in pairs]).tolist()
-        of_rows = [self._of_row(*numbers) for numbers in zip(norms, *dots, strict=True)]
-        useless = [reason in _USELESS for _, _, reason in of_rows]
+        left = torch._foreach_sub(list(rhs), list(product))
+        lengths = _norms(left, batched)
+        residuals = [length / norm if norm else 0.0 for length, norm in zip(lengths, norms, strict=True)]
+        curvatures = [0.0] * len(norms) if max(residuals) < 1 else _curvatures(x, product, batched)
+        reasons = [*map(self._reason, norms, residuals, curvatures)]
+        useless = [reason in _USELESS for reason in reasons]
         if state is not None:
-            step = torch._foreach_sub(list(rhs), list(product))
-            state.solution = None if any(useless) else [*torch._foreach_add(list(x), step, alpha=self.step_size)]
+            state.solution = None if any(useless) else [*torch._foreach_add(list(x), left, alpha=self.step_size)]
         if any(useless) or not all(norms):
             keep = torch.tensor([bool(norm) and not u for norm, u in zip(norms, useless, strict=True)])
-            rows = keep.to(b.device) if batched else keep[0].to(b.device)
+            rows = (keep if batched else keep[0]).to(rhs[0].device)
             x = [t.where(rows.view(-1, *[1] * (t.dim() - 1)) if batched else rows, 0) for t in x]
-        residuals = tuple(residual for residual, _, _ in of_rows)
-        curvatures = [curvature for _, curvature, _ in of_rows if math.isfinite(curvature)]
-        worst = of_rows[residuals.index(max(residuals))]
-        overflowed = worst[2] is StopReason.NOT_FINITE and carried is not None  # the product with b may be finite
+            residuals = [1.0 if u else residual for u, residual in zip(useless, residuals, strict=True)]
+        worst = residuals.index(max(residuals))
+        overflowed = reasons[worst] is StopReason.NOT_FINITE and carried is not None  # that with b may be finite
+        known = [curvature for curvature in curvatures if curvature and math.isfinite(curvature)]
         return list(x), SolveStats(
             iterations=1,
-            matvecs=len(b),
-            residual=worst[0],
-            converged=worst[0] == 0,
-            stop_reason=StopReason.DIVERGED if overflowed else worst[2],
+            matvecs=len(norms),
+            residual=residuals[worst],
+            converged=residuals[worst] == 0,
+            stop_reason=StopReason.DIVERGED if overflowed else reasons[worst],
             step_size=self.step_size,
-            largest_eigenvalue=max(curvatures, default=None),
-            negative_curvature=any(curvature < 0 for curvature in curvatures),
-            residuals=residuals,
+            largest_eigenvalue=max(known, default=None),
+            negative_curvature=any(curvature < 0 for curvature in known),
+            residuals=tuple(residuals),
         )
 
-    def _of_row(self, norm: float, left: float, x_product: float, x_x: float) -> tuple[float, float, StopReason]:
-        """The residual, the curvature along x, and why the solve stopped, of one right-hand side.
-
-        Args:
-            norm: that of the right-hand side b.
-            left, x_product, x_x: the dot products of `b - H x` with itself, and of x with `H x` and with itself.
-        """
+    def _reason(self, norm: float, residual: float, curvature: float) -> StopReason:
+        """Why the solve of one right-hand side, of this norm, stopped."""
         if norm == 0:
-            return 0.0, 0.0, StopReason.TRIVIAL
-        if not math.isfinite(left + x_product + x_x):
-            return 1.0, math.nan, StopReason.NOT_FINITE
-        residual, curvature = math.sqrt(left) / norm, x_product / x_x if x_x else 0.0
+            return StopReason.TRIVIAL
+        if not math.isfinite(residual):
+            return StopReason.NOT_FINITE
         if residual >= 1 and self.step_size * curvature > 2:
-            return 1.0, curvature, StopReason.DIVERGED
-        return residual, curvature, StopReason.STEPS if residual else StopReason.CONVERGED
+            return StopReason.DIVERGED
+        return StopReason.STEPS if residual else StopReason.CONVERGED
 
 
 _USELESS = (StopReason.NOT_FINITE, StopReason.DIVERGED)
@@ -118,6 +110,20 @@ def _like(rhs: Sequence[Tensor], solution: Sequence[Tensor] | None) -> Sequence[
     """The solution of an earlier call, where it has the shapes, dtypes and device of the right-hand side."""
     kinds = [[(t.shape, t.dtype, t.device) for t in tensors] for tensors in (rhs, solution or ())]
     return solution if kinds[0] == kinds[1] else None
+
+
+def _norms(tensors: Sequence[Tensor], batched: bool) -> list[float]:
+    """The norms of k right-hand sides."""
+    rows = _rows(tensors, batched)
+    norms: list[float] = row_dots(rows, rows).sqrt_().tolist()
+    return norms
+
+
+def _curvatures(x: Sequence[Tensor], product: Sequence[Tensor], batched: bool) -> list[float]:
+    """`x . H x / x . x`, a bound of the eigenvalues of H from within; 0 where x is 0."""
+    rows, products = _rows(x, batched), _rows(product, batched)
+    curvatures: list[float] = (row_dots(rows, products) / row_dots(rows, rows)).nan_to_num(0.0).tolist()
+    return curvatures
 
 
 def _rows(tensors: Sequence[Tensor], batched: bool) -> Tensor:

@@ -30,7 +30,7 @@ def test_calls_converge_to_the_solution():
         found, stats = SingleLoop(1.0).solve(system.matvec, system.rhs, state=state)
     torch.testing.assert_close(flat(found), system.solution(), rtol=1e-10, atol=1e-10)
     assert stats.residual < 1e-10
-    assert stats.largest_eigenvalue <= 1
+    assert stats.largest_eigenvalue is None  # it is looked at where the residual is no better than that of x = 0
 
 
 def test_without_a_state_every_call_is_the_first():
