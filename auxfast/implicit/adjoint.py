@@ -27,6 +27,7 @@ from auxfast.implicit.free_entries import FreeCurvature, Masks, project
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.one_step import StepDerivatives
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 
@@ -82,7 +83,7 @@ class Adjoint:
 
 
 def solve_adjoint(
-    derivatives: Derivatives,
+    derivatives: Derivatives | StepDerivatives,
     inner: LossGraph | list[LossFn] | None,
     outer_gradient: Sequence[Tensor | None],
     inner_params: Sequence[Tensor],
@@ -95,7 +96,7 @@ def solve_adjoint(
     """Solves `H x = b` and takes the mixed product with x.
 
     Args:
-        derivatives: those of the inner loss, as `derivatives_of` makes them.
+        derivatives: those of the inner loss, as `derivatives_of` makes them, or as a `KnownSolution` takes them.
         inner: the inner loss that they are of; `None`: they are of no loss.
         outer_gradient: b, one entry for each of `inner_params`; `None` is 0.
         masks: the free entries of `inner_params`; `None`: all are.
@@ -120,7 +121,7 @@ def solve_adjoint(
         )
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif inner is not None and not direct_only and not isinstance(derivatives, TransposedJacobian):
+        elif inner is not None and not direct_only and isinstance(derivatives, (Hessian, MicroBatches)):
             one = hardest(solution, stats, batched)
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, one)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):
@@ -148,7 +149,10 @@ def hardest(tensors: Sequence[Tensor], stats: SolveStats, batched: bool) -> Sequ
 
 
 def _mixed_of_rows(
-    derivatives: Derivatives, product: Curvature, solutions: Sequence[Tensor], outer_params: Sequence[Tensor]
+    derivatives: Derivatives | StepDerivatives,
+    product: Curvature,
+    solutions: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
 ) -> list[Tensor | None]:
     rows, errors = [], []
     for row in zip(*solutions, strict=True):

@@ -13,6 +13,7 @@ from auxfast._callers import stacklevel
 from auxfast.implicit.finite import check_finite
 from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers.known_solution import KnownSolution
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -181,7 +182,7 @@ def no_more_than_identity(
     if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
         return None
     method = solver.solver if isinstance(solver, BlockDiagonal) else solver
-    if isinstance(method, (GradientFlow, Identity)):  # a short flow is right to be parallel
+    if isinstance(method, (GradientFlow, Identity, KnownSolution)):  # a short flow is right to be parallel
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]

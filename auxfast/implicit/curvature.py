@@ -67,6 +67,7 @@ class Hessian:
         retain_graph: whether to keep the graph when `mixed` is done.
 
     Attributes:
+        gradient: that of the loss in each of the given `params`, with its graph; `None` where it does not depend on it.
         pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
@@ -104,6 +105,7 @@ class Hessian:
         check_connected(inner.name, grads)
         self.in_system = [grad is not None and grad.requires_grad for grad in grads]
         self.params = list(compress(params, self.in_system))
+        self.gradient = grads
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
@@ -126,6 +128,14 @@ class Hessian:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
         return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
+
+    def with_mixed(
+        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """`H v` and the mixed product with v, by one backward pass. It keeps the graph."""
+        found = self._named(vjp, self._grads, [*self.params, *outer_params], vectors)
+        count = len(self.params)
+        return zeros_for_none(found[:count], vectors), list(found[count:])
 
     def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
         """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
@@ -176,6 +186,11 @@ class GaussNewton(Hessian):
         batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
         tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
         return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
+
+    def with_mixed(
+        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        return self(vectors), list(self._named(vjp, self._grads, outer_params, vectors))
 
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -250,6 +265,17 @@ class MicroBatches:
         for i in range(len(self._records)):
             total = add(total, self._of_one(i, vectors, lambda c, chosen: c.mixed(chosen, outer_params))[1])
         return [term if term is None else term / len(self._records) for term in total]
+
+    def with_mixed(
+        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        product = [torch.zeros_like(v) for v in vectors]
+        mixed: list[Tensor | None] = [None] * len(outer_params)
+        for i in range(len(self._records)):
+            in_system, (terms, more) = self._of_one(i, vectors, lambda c, chosen: c.with_mixed(chosen, outer_params))
+            torch._foreach_add_(list(compress(product, in_system)), terms, alpha=1 / len(self._records))
+            mixed = add(mixed, more)
+        return product, [term if term is None else term / len(self._records) for term in mixed]
 
     def _products(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
         total = [torch.zeros_like(v) for v in vectors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
+from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
+from auxfast.solvers.known_solution import KnownSolution
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def hypergradient(
     active_inner, active_outer = params.active_inner, params.active_outer
     check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
+    if isinstance(solver, KnownSolution):
+        check_losses(solver, outer_loss, inner_loss)
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
         refuse_params("inner_params", active_inner)
 
@@ -121,17 +126,26 @@ def hypergradient(
     with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
         given_outer = given_loss("outer_loss", outer_loss, guard)
         given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
-        outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
+        outer_gradient = partial(
+            _outer_gradient, given_outer, given_inner, [*active_inner, *active_outer], retain_graph
+        )
+        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
+        if isinstance(solver, KnownSolution):
+            outer_grads, derivatives = outer_gradient_and_derivatives(
+                solver, outer_gradient, recorded, given_inner, active_inner, active_outer, params.masks
+            )
+        else:
+            outer_grads, derivatives = outer_gradient(), None
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         adjoint = solve_adjoint(
-            derivatives_of(curvature, given_inner, active_inner, active_outer, retain_graph),
+            derivatives or recorded(),
             given_inner,
             rhs,
             active_inner,
             active_outer,
             params.masks,
-            solver,
+            solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
 

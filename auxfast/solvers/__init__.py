@@ -19,8 +19,11 @@ from auxfast.solvers.minres import DEFAULT_SOLVER, MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.normal_equations import NormalEquations
 from auxfast.solvers.nystrom import LowRank, Nystrom
+from auxfast.solvers.one_step import OneStep
 from auxfast.solvers.optimizer_state import FromOptimizer
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
+from auxfast.solvers.sama import SAMA
+from auxfast.solvers.single_loop import SingleLoop
 
 # A SolverState may hold these besides tensors and numbers. They are plain data, which checkpoints may be loaded with.
 add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
@@ -29,6 +32,7 @@ __all__ = [
     "DEFAULT_SOLVER",
     "GMRES",
     "MINRES",
+    "SAMA",
     "BlockDiagonal",
     "Chebyshev",
     "ConjugateGradient",
@@ -46,7 +50,9 @@ __all__ = [
     "Neumann",
     "NormalEquations",
     "Nystrom",
+    "OneStep",
     "Preconditioner",
+    "SingleLoop",
     "SolveStats",
     "Solver",
     "SolverState",

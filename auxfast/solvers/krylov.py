@@ -85,9 +85,7 @@ class Recurrence(ABC):
                 product = system.product(self.direction, index)
             else:  # rows that have stopped need no products
                 product = torch.zeros_like(self.direction)
-                product[active] = system.product(
-                    self.direction[active], active if index is None else index[active]
-                )
+                product[active] = system.product(self.direction[active], active if index is None else index[active])
             self.step(product)
             if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
                 active = (status == RUNNING).nonzero()[:, 0]  # waits for the device

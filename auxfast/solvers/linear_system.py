@@ -164,8 +164,7 @@ class LinearSystem:
 
     @cached_property
     def _batched_matvec(self) -> Matvec:
-        matvec = self._matvec
-        return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+        return batched_matvec(self._matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
         if len(products) != len(operand):
@@ -177,6 +176,11 @@ class LinearSystem:
         joined = torch.cat([product.reshape(count, -1) for product in products], dim=1)  # a copy, even of one tensor
         joined = joined.detach() if joined.requires_grad else joined
         return joined if joined.dtype == self.rhs.dtype else joined.to(self.rhs.dtype)
+
+
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
 
 
 def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
