@@ -6,9 +6,11 @@ from auxfast._version import __version__
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.autograd.pullback import engine_only
 from auxfast.implicit import (
+    FreshBatches,
     HypergradientReport,
     HypergradientResult,
     HyperOptimizer,
+    MicroBatches,
     NotFiniteError,
     RetrainingReport,
     UsefulnessResult,
@@ -19,9 +21,11 @@ from auxfast.implicit import (
 )
 
 __all__ = [
+    "FreshBatches",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",
+    "MicroBatches",
     "NotFiniteError",
     "RetrainingReport",
     "UsefulnessResult",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from auxfast.implicit.advice import found_nothing, no_more_than_identity, problem_of, warn_of
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
 from auxfast.implicit.curvature import (
     Curvature,
     GaussNewton,
     Hessian,
-    MicroBatches,
     in_widest_dtype,
     on_one_dtype,
 )
@@ -28,6 +28,7 @@ from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
+Derivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
 
 
@@ -62,7 +63,7 @@ class Adjoint:
 
 
 def solve_adjoint(
-    derivatives: Hessian | MicroBatches | FiniteDifference,
+    derivatives: Derivatives,
     inner: LossGraph | list[LossFn],
     outer_gradient: Sequence[Tensor | None],
     inner_params: Sequence[Tensor],
@@ -79,6 +80,8 @@ def solve_adjoint(
         outer_gradient: b, one entry for each of `inner_params`; `None` is 0.
         masks: the free entries of `inner_params`; `None`: all are.
     """
+    if isinstance(derivatives, FreshCurvature):
+        derivatives.check(solver)
     product = on_one_dtype(derivatives)
     if masks is not None:
         outer_gradient, product = project(outer_gradient, masks), FreeCurvature(product, masks)
@@ -93,7 +96,7 @@ def solve_adjoint(
         mixed = product.mixed(solution, outer_params)
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif not direct_only:
+        elif not direct_only and not isinstance(derivatives, FreshCurvature):  # whose products have nothing to compare
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, solution)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):
                 problem = "kink"
@@ -123,16 +126,22 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
-) -> Hessian | MicroBatches | FiniteDifference:
+) -> Derivatives:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
+    if any(loss_fn.is_fresh for loss_fn in inner):
+        if name == "finite-difference":
+            raise ValueError(
+                "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
+            )
+        return FreshCurvature(_recorder(_RECORDED[name], inner[0]), params)
     if name == "finite-difference":
         return FiniteDifference(inner, params, outer_params)
-    kind = _RECORDED[name]
     if len(inner) == 1:
-        return kind(inner[0](), params)
+        return _RECORDED[name](inner[0](), params)
+    records = [_recorder(_RECORDED[name], loss_fn) for loss_fn in inner]
+    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
 
-    def recorder(loss_fn: LossFn) -> Any:
-        return lambda params: kind(loss_fn(), params)
 
-    return MicroBatches([recorder(loss_fn) for loss_fn in inner], params)
+def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
+    return lambda params: kind(loss_fn(), params)

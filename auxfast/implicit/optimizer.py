@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
+from auxfast.implicit.arguments import check_optimizer
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import hypergradient
@@ -86,14 +86,7 @@ class HyperOptimizer:
         project: Sequence[Projectable] = (),
         warn: bool = True,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise TypeError(
-                f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: a hypergradient "
-                "is not evaluated again within a step. Take SGD or Adam."
-            )
+        check_optimizer(optimizer, "a hypergradient is not evaluated again within a step")
         check_solver(solver)
         check_curvature(curvature)
         if max_grad_norm is not None:
