@@ -90,8 +90,8 @@ def verify_hypergradient(
         TypeError: a loss that is not made of functions, an `optimizer` that is none or needs a closure, parameters that
             are not an iterable of tensors, `free` that is none of masks, or a solver that is none.
         ValueError: a setting outside its range; parameters that are none, not leaves or without any
-            `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; `unrolled` without an
-            `optimizer` of the inner parameters; or what `hypergradient` raises.
+            `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; `unrolled` without
+            an `optimizer` of the inner parameters; or what `hypergradient` raises.
         NotFiniteError: as `hypergradient` does, unless entries at kinks explain it, which the report then says.
     """
     outer_pairs, inner_pairs = _pairs("outer_loss", outer_loss), _pairs("inner_loss", inner_loss)
