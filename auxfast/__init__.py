@@ -1,6 +1,6 @@
 """Hypergradients for auxiliary learning by implicit differentiation, on fused C++/CUDA kernels."""
 
-from auxfast import nn, solvers
+from auxfast import curvature, nn, solvers
 from auxfast._native import build_info, reference_kernels
 from auxfast._version import __version__
 from auxfast.autograd.preserved_state import preserved_state
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "auxiliary_usefulness",
     "build_info",
+    "curvature",
     "engine_only",
     "hypergradient",
     "nn",
