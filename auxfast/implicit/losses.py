@@ -245,21 +245,30 @@ def mean_loss(loss_fns: Sequence[LossFn]) -> Tensor:
     return mean_loss_and_gradient(loss_fns, ())[0]
 
 
+def mean_loss_and_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Value and gradient of the mean loss."""
+    losses, gradient = _losses_and_gradient(loss_fns, params)
+    value: Any = sum(loss_fn.share * loss for loss_fn, loss in zip(loss_fns, losses, strict=True))
+    return value, gradient
+
+
 def mean_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradient of the mean loss."""
-    return mean_loss_and_gradient(loss_fns, params)[1] if params else []
+    return _losses_and_gradient(loss_fns, params)[1] if params else []
 
 
-def mean_loss_and_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """Value and gradient of the mean loss, accumulated one micro-batch after the other."""
-    value: Any = 0
+def _losses_and_gradient(
+    loss_fns: Sequence[LossFn], params: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The losses, and the gradient of their mean, accumulated one micro-batch after the other."""
+    losses = []
     total: list[Tensor | None] = [None] * len(params)
     for loss_fn in loss_fns:
         graph = loss_fn()
-        value = value + loss_fn.share * graph.loss.detach()
+        losses.append(graph.loss.detach())
         total = add(total, times(loss_fn.share, graph.gradient(params)))
         del graph  # it goes before the next one is made
-    return value, total
+    return losses, total
 
 
 def add(total: Sequence[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:

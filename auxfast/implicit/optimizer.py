@@ -79,7 +79,8 @@ class _Accumulated:
 
 
 class HyperOptimizer:
-    """Updates the parameters of a torch optimizer along their hypergradient, as the paper's Algorithm 1 does.
+    """Updates the parameters of a torch optimizer along their hypergradient, as the paper's Algorithm 1 does; or along
+    the sum of those of several tasks, see `accumulate`.
 
     Args:
         optimizer: holds the outer parameters, in its parameter groups, and makes the update.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit import HyperOptimizer
+from auxfast.nn import LinearCombiner
 from auxfast.solvers import MINRES, Neumann
 
 from .problems import Dense
@@ -174,6 +175,21 @@ def test_a_saved_state_goes_on_with_the_same_numbers():
     assert steps(other_phi, other, 3) == expected
     assert torch.equal(other_phi, phi)
     assert all(task.warned is other.state.warned for task in other.task_states.values())
+
+
+def test_the_limit_on_weights_and_the_watch_are_of_the_whole_step():
+    combiner = LinearCombiner(2, init_value=1.0).double()
+    outer = HyperOptimizer(
+        torch.optim.SGD(combiner.parameters(), lr=100.0), solver=Dense(), project=[combiner], max_weight_change=0.1
+    )
+    for weight, target in ((1.0, 2.0), (3.0, 4.0)):
+        w = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
+        losses = torch.stack([(w - 1).square().sum(), w.square().sum()])[None]
+        outer.accumulate((w - target).square().sum(), combiner(losses), [w], weight=weight)
+    outer.step()
+    change = (combiner.mean_weights(losses.detach()) - 1).abs()
+    assert 0.05 < change.max() <= 0.1
+    assert outer.watch.latest_outer_loss == pytest.approx((1 * 2 * 1.5**2 + 3 * 2 * 3.5**2) / 4)
 
 
 def test_what_is_refused():
