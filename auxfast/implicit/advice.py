@@ -12,7 +12,7 @@ from torch import Tensor
 from auxfast._callers import stacklevel
 from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import GradientFlow, Identity, StopReason
+from auxfast.solvers import DEFAULT_SOLVER, GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 _LARGE_RESIDUAL = 0.5
@@ -24,7 +24,7 @@ _MAX_ELEMENTS = 4096  # to compare more of two vectors would cost what a cheap s
 _IDENTITY = (
     "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
     "loss's gradient, while the residual is large or not certified. The steps are too few or too small for the "
-    "curvature to matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is "
+    "curvature to matter: take a larger step_size, step_size='auto', or MINRES(); or, if this is "
     "what you want, auxfast.solvers.Identity(), which is cheaper."
 )
 _DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
@@ -135,10 +135,15 @@ def problem_of(
         return str(StopReason.NEGATIVE_CURVATURE)
     if nothing:
         return "no solution"
-    if not stats.converged and getattr(solver, "tol", None) is not None:
+    if not stats.converged and getattr(solver, "tol", None) is not None and not _is_as_meant(solver, stats):
         stagnated = stats.stop_reason is StopReason.STAGNATED
         return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
     return None
+
+
+def _is_as_meant(solver: Solver, stats: SolveStats) -> bool:
+    """Whether a residual above the tolerance is what the default solver is for: a bound on the cost."""
+    return solver == DEFAULT_SOLVER and stats.residual < _LARGE_RESIDUAL
 
 
 def _problem_of_flow(solver: GradientFlow, stats: SolveStats) -> str | None:

@@ -11,7 +11,7 @@ from auxfast.solvers.gradient_flow import GradientFlow
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.krylov import KrylovSolver
-from auxfast.solvers.minres import MINRES
+from auxfast.solvers.minres import DEFAULT_SOLVER, MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.nystrom import LowRank, Nystrom
 from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
@@ -20,6 +20,7 @@ from auxfast.solvers.preconditioners import Diagonal, Jacobi, Preconditioner
 add_safe_globals([Diagonal, Jacobi, LowRank, Nystrom])
 
 __all__ = [
+    "DEFAULT_SOLVER",
     "MINRES",
     "Chebyshev",
     "ConjugateGradient",

@@ -38,7 +38,8 @@ class StopReason(str, Enum):
     STEPS = (
         "steps",
         "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
-        "steps, add damping or a preconditioner, or set a larger tol; tol=None says that the number of steps is meant.",
+        "steps (MINRES() takes up to 100), add damping or a preconditioner, or set a larger tol; tol=None says that "
+        "the number of steps is meant.",
     )
     """The allowed number of steps is done."""
     NEGATIVE_CURVATURE = (
@@ -52,7 +53,7 @@ class StopReason(str, Enum):
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
         "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
-        "take a smaller one, step_size='auto', or the default solver, MINRES(). See result.stats.",
+        "take a smaller one, step_size='auto', or MINRES(). See result.stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (

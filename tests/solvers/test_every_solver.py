@@ -91,7 +91,7 @@ def rounding_error(matrix: Tensor, x: Tensor, b: Tensor) -> float:
 
 def test_every_solver_is_here():
     offered = {getattr(auxfast.solvers, name) for name in auxfast.solvers.__all__}
-    classes = {cls for cls in offered if dataclasses.is_dataclass(cls) and hasattr(cls, "solve")}
+    classes = {cls for cls in offered if inspect.isclass(cls) and dataclasses.is_dataclass(cls) and hasattr(cls, "solve")}
     assert {cls for cls in classes if not inspect.isabstract(cls)} == {type(solver) for solver in SOLVERS.values()}
 
 
