@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -72,19 +71,6 @@ def check_one_device(name: str, params: Sequence[Tensor]) -> None:
     devices = {param.device for param in params}
     if len(devices) > 1:
         raise ValueError(f"{name} must be of one device, not of {' and '.join(sorted(map(str, devices)))}")
-
-
-def check_optimizer(optimizer: Any, reason: str) -> None:
-    """Raises TypeError where `optimizer` is no torch optimizer, or one that needs a closure, which is refused for this
-    reason."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: {reason}. Take SGD "
-            "or Adam."
-        )
 
 
 def shares_of(name: str, weights: Sequence[Any]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
-from auxfast.implicit.arguments import check_optimizer
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
@@ -125,7 +125,14 @@ class HyperOptimizer:
         project: Sequence[Projectable] = (),
         warn: bool = True,
     ) -> None:
-        check_optimizer(optimizer, "a hypergradient is not evaluated again within a step")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer must be one whose step() needs no closure, not {type(optimizer).__name__}: a hypergradient "
+                "is not evaluated again within a step. Take SGD or Adam."
+            )
         check_solver(solver)
         check_curvature(curvature)
         if max_grad_norm is not None:
@@ -245,8 +252,8 @@ class HyperOptimizer:
             weight: what the hypergradient is multiplied by, above 0; `1 / number of tasks` makes the sum a mean.
             task: what the solver keeps from this task, such as eigenvalues and solutions for a warm start, goes to that
                 of the same number or name in later steps. `None`: its place in the order of this step, from 0 on. Tasks
-                that are drawn anew for each step have nothing to hand on: take a solver that keeps nothing, as MINRES
-                without `warm_start`.
+                that are drawn anew for each step have nothing to hand on: take a solver that keeps nothing, such as
+                `MINRES()`, and not the default, which starts from the last solution.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `hypergradient` does; also for another `weight` or `task`. Nothing

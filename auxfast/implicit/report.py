@@ -57,8 +57,6 @@ class Unrolled:
     steps: int
     optimizer: str
     """Name of its class."""
-    error: float
-    """An estimate of what rounding makes of their relative error."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,8 @@ class HypergradientReport:
         name = f"{self.unrolled.steps} step{'s' if self.unrolled.steps > 1 else ''} of {self.unrolled.optimizer}"
         if self.training.relative_error <= RIGHT:
             return f"; {_percent(self.training.relative_error)} off the derivative of {name}"
-        if not self.unrolled.error <= _TRUSTED:
-            finite = bool(self.unrolled.derivatives.isfinite().all())
-            why = f"its estimated error is {_percent(self.unrolled.error)}" if finite else "it is not finite"
-            return f"; the derivative of {name} cannot be trusted: {why}"
+        if not bool(self.unrolled.derivatives.isfinite().all()):
+            return f"; the derivative of {name} is not finite: training diverges"
         return f"; against the derivative of {name}, {self._size(self.unrolled.derivatives, self.training)}"
 
     def _of_the_minimum(self) -> str:
@@ -248,7 +244,7 @@ class HypergradientReport:
         if self.unrolled is None:
             return []
         steps = f"against {self.unrolled.steps} of {self.unrolled.optimizer}"
-        return [f"{steps:<29} {self.training} (estimated error {self.unrolled.error:.2e})"]
+        return [f"{steps:<29} {self.training}"]
 
     def __str__(self) -> str:
         solver = "not done: the system is too large or not finite" if self.solver is None else str(self.solver)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import CurvatureName
-from auxfast.implicit.arguments import as_tuple, check_optimizer
+from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import BilevelProblem, assign, coarsest_eps, cut, flat, restored
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.kinks import find_kinks
 from auxfast.implicit.losses import Loss, LossFn, as_loss_fns, as_pairs, mean_loss
-from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport
-from auxfast.implicit.unrolling import unrolled_differences
+from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport, Unrolled
+from auxfast.implicit.unrolling import check_unrollable, unrolled_gradient
 from auxfast.solvers import MINRES, Dense, Solver
 from auxfast.solvers.base import NOT_FINITE, check_positive, check_solver, check_steps
 
@@ -64,8 +64,9 @@ def verify_hypergradient(
 
     With `unrolled=K` it is also compared with the derivative of K steps of the inner `optimizer` from the parameters as
     they are: what an inner problem that is not converged really has, `report.training`. K = 1 is the one-step gradient,
-    and with K the derivative tends to that of the solved problem. It is taken by differences too: the steps are taken
-    at both sides of phi in each direction, by the gradients that the inner loss has at all entries, free or not.
+    and with K the derivative tends to that of the solved problem. It is exact, of the gradients that the inner loss has
+    at all entries, free or not, and takes a gradient, a recorded one and two products a step, and the memory of K
+    copies of the inner parameters, their gradient and the optimizer's state.
 
     Args:
         outer_loss, inner_loss: functions of no arguments that compute the loss from the parameters, or lists of them or
@@ -83,12 +84,12 @@ def verify_hypergradient(
         max_directions: up to so many outer parameters are each varied; of more, so many random directions.
         max_dense: systems with more inner parameters are not solved densely.
         unrolled: K, at least 1; `None`: nothing is unrolled.
-        optimizer: a torch optimizer that holds the inner parameters and no others, goes with `unrolled`. Copies of it
-            take the steps, from its state (momentum, moments, learning rates) as it is, and leave it alone.
+        optimizer: goes with `unrolled`; torch's SGD, Adam or AdamW, which holds the inner parameters and no others. A
+            copy of it takes the steps, from its state (momentum, moments, learning rates) as it is.
 
     Raises:
-        TypeError: a loss that is not made of functions, an `optimizer` that is none or needs a closure, parameters that
-            are not an iterable of tensors, `free` that is none of masks, or a solver that is none.
+        TypeError: a loss that is not made of functions, an `optimizer` of another class, parameters that are not an
+            iterable of tensors, `free` that is none of masks, or a solver that is none.
         ValueError: a setting outside its range; parameters that are none, not leaves or without any
             `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; `unrolled` without
             an `optimizer` of the inner parameters; or what `hypergradient` raises.
@@ -113,7 +114,7 @@ def verify_hypergradient(
             raise ValueError(f"{name} has no parameter with requires_grad=True: there is nothing to verify")
     active = [param for param in inner if param.requires_grad]
     if optimizer is not None:
-        check_optimizer(optimizer, "it is given a gradient at each step")
+        check_unrollable(optimizer)
         _check_holds(optimizer, inner)
     if step is None:
         step = coarsest_eps(active) ** (1 / 3)
@@ -138,9 +139,12 @@ def verify_hypergradient(
         values = flat(problem.inner), flat(problem.outer)
         report = _verify(problem, solver or MINRES(), step, max_directions, max_dense)
         if unrolled is not None and optimizer is not None:
-            length = step * max(1.0, float(values[1].norm()))
-            found = unrolled_differences(problem, optimizer, unrolled, *values, report.directions, length)
-            report = replace(report, unrolled=found)
+            assign(problem.inner, values[0])
+            assign(problem.outer, values[1])
+            kind: CurvatureName = "finite-difference" if curvature == "finite-difference" else "hessian"
+            gradient = unrolled_gradient(outer_fns, inner_fns, problem.inner, problem.outer, optimizer, unrolled, kind)
+            along = report.directions @ flat(gradient)
+            report = replace(report, unrolled=Unrolled(along, unrolled, type(optimizer).__name__))
     if report.suggested_free is None:
         return report
     suggested = iter(report.suggested_free)
