@@ -22,6 +22,12 @@ def verify(problem: Ridge, **options):
     return verify_hypergradient(*args, **{"solver": EXACT, "max_directions": 17, **options})
 
 
+def unrolled(problem: Ridge, steps: int, optimizer: torch.optim.Optimizer, **options) -> Tensor:
+    """The derivatives alone, which need no solved inner problem."""
+    report = verify(problem, unrolled=steps, optimizer=optimizer, solve_inner=lambda: None, **options)
+    return report.unrolled.derivatives
+
+
 def by_autograd(problem: Ridge, steps: int, update) -> Tensor:
     """Derivative of the outer loss after steps of `update(w, gradient, state) -> w`, through the graph of all."""
     phi = [problem.decay.detach().requires_grad_(), problem.weights.detach().requires_grad_()]
@@ -78,9 +84,8 @@ def adam(w: Tensor, grad: Tensor, state: dict) -> Tensor:
 @pytest.mark.parametrize("steps", [2, 20])
 def test_it_is_the_derivative_through_all_steps(update, make, steps):
     problem = moved(Ridge())
-    report = verify(problem, unrolled=steps, optimizer=make([problem.w]))
     expected = by_autograd(problem, steps, update)
-    torch.testing.assert_close(report.unrolled.derivatives, expected)
+    torch.testing.assert_close(unrolled(problem, steps, make([problem.w])), expected)
 
 
 def test_many_steps_are_the_hypergradient():
@@ -129,8 +134,33 @@ def test_it_is_what_differences_of_trainings_tend_to(make):
     with torch.no_grad():
         problem.w.copy_(start)
     optimizer.load_state_dict(saved)
-    found = verify(problem, unrolled=6, optimizer=optimizer).unrolled.derivatives[0]
-    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert unrolled(problem, 6, optimizer)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_relus_that_switch_on_the_way_and_float32_do_no_harm():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    x, y, held_out = torch.randn(32, 4), torch.randn(32, 2), torch.randn(16, 4)
+    phi = torch.zeros(2, requires_grad=True)
+
+    def inner(values: dict) -> Tensor:
+        return (phi.exp() * (torch.func.functional_call(net, values, x) - y).square().mean(0)).sum()
+
+    values = {name: w.detach().clone().requires_grad_() for name, w in net.named_parameters()}
+    for _ in range(50):
+        grads = torch.autograd.grad(inner(values), list(values.values()), create_graph=True)
+        values = {name: w - 0.1 * g for (name, w), g in zip(values.items(), grads, strict=True)}
+    expected = torch.autograd.grad(torch.func.functional_call(net, values, held_out).square().mean(), phi)[0]
+    report = verify_hypergradient(
+        lambda: net(held_out).square().mean(),
+        lambda: inner(dict(net.named_parameters())),
+        net.parameters(),
+        [phi],
+        unrolled=50,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        solve_inner=lambda: None,
+    )
+    torch.testing.assert_close(report.unrolled.derivatives, expected.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_entries_whose_gradient_is_0_do_not_spoil_adam():
@@ -156,19 +186,19 @@ def test_entries_whose_gradient_is_0_do_not_spoil_adam():
 def test_the_optimizer_goes_on_from_its_state_and_is_left_alone():
     problem = moved(Ridge())
     adam = torch.optim.Adam([problem.w], lr=0.05)
-    fresh = verify(problem, unrolled=3, optimizer=adam).unrolled.derivatives
+    fresh = unrolled(problem, 3, adam)
     for _ in range(5):
         problem.w.grad = torch.randn(5, dtype=torch.float64)
         adam.step()
     before, w = deepcopy(adam.state_dict()), problem.w.detach().clone()
     moment = adam.state[problem.w]["exp_avg"]
-    found = verify(problem, unrolled=3, optimizer=adam).unrolled.derivatives
+    found = unrolled(problem, 3, adam)
     assert adam.state[problem.w]["exp_avg"] is moment
     torch.testing.assert_close(adam.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(problem.w.detach(), w)
     with torch.no_grad():
         problem.w.copy_(moved(Ridge()).w)
-    assert not torch.allclose(verify(problem, unrolled=3, optimizer=adam).unrolled.derivatives, fresh)
+    assert not torch.allclose(unrolled(problem, 3, adam), fresh)
     assert found.isfinite().all()
 
 
