@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.central_difference import Grads, minus, moved_by, norm_of, times
-from auxfast.implicit.curvature import Hessian, MicroBatches, one_by_one
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
+from auxfast.implicit.central_difference import Grads, minus, moved_by, norm_of
+from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Masks, project
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient, times
 from auxfast.solvers.known_solution import KnownSolution
 
 _RADIUS = 0.01
 """How far a central difference moves the parameters to each side, in norm: DARTS's choice, and betty's."""
 
-Recorded = Hessian | MicroBatches | FiniteDifference
+Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
 
 
 class StepDifference:
-    """Second derivatives by one central difference of gradients, `(g(W + e v) - g(W - e v)) / 2e` with `e = 0.01 / |v|`:
-    two gradients and no more. Nothing is known of its error, which `FiniteDifference` estimates.
+    """Second derivatives by one central difference of gradients, `(g(W + e v) - g(W - e v)) / 2e`, `e = 0.01 / |v|`: two
+    gradients and no more. Nothing is known of its error, which `FiniteDifference` estimates.
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch.
@@ -50,7 +51,7 @@ class StepDifference:
         return mixed
 
     def _along(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> Grads:
-        norm = float(torch.stack(torch._foreach_norm(vectors)).norm())
+        norm = float(torch.stack(torch._foreach_norm(list(vectors))).norm())
         if not 1e-15 < norm < 1e15:  # the squares may have left the range of float32
             norm = norm_of(vectors)
         check_finite("The solver's solutions", [torch.tensor(norm)])  # before anything is moved by them
@@ -66,7 +67,7 @@ class OnePass:
     """Recorded second derivatives for a `KnownSolution`: where it multiplies x, the mixed product is taken in the same
     backward pass."""
 
-    def __init__(self, derivatives: Hessian | MicroBatches, outer_params: Sequence[Tensor]) -> None:
+    def __init__(self, derivatives: Hessian | MeanCurvature, outer_params: Sequence[Tensor]) -> None:
         self._derivatives = derivatives
         self._outer_params = outer_params
         self._mixed: list[Tensor | None] | None = None
@@ -80,14 +81,12 @@ class OnePass:
         return self._derivatives.batched(vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        if self._mixed is None or not any(
-            bool(v.any()) for v in sorted(vectors, key=Tensor.numel)
-        ):  # x = 0 was not what was multiplied
+        if self._mixed is None or not any(bool(v.any()) for v in vectors):  # what was multiplied was not x = 0
             return self._derivatives.mixed(vectors, outer_params)
         return self._mixed
 
 
-StepDerivatives = OnePass | StepDifference | FiniteDifference
+StepDerivatives = OnePass | StepDifference | FreshCurvature | FiniteDifference
 
 
 def check_losses(solver: KnownSolution, outer_loss: Loss, inner_loss: Loss) -> None:
@@ -134,7 +133,7 @@ def outer_gradient_and_derivatives(
     moved = gradient if masks is None else project(gradient, masks)
     check_connected("inner_loss", moved)
     steps = [(w, grad.detach()) for w, grad in zip(params, moved, strict=True) if grad is not None]
-    with moved_by(*zip(*steps, strict=True), -solver.lookahead_lr):
+    with moved_by([w for w, _ in steps], [grad for _, grad in steps], -solver.lookahead_lr):
         grads = outer_gradient()
     if not all_finite(
         [grad for grad in grads if grad is not None][:1]
@@ -144,6 +143,6 @@ def outer_gradient_and_derivatives(
 
 
 def _in_one_pass(derivatives: Recorded | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
-    if isinstance(derivatives, (Hessian, MicroBatches)):
+    if isinstance(derivatives, (Hessian, MeanCurvature)):
         return OnePass(derivatives, outer_params)
     return derivatives
