@@ -82,7 +82,7 @@ class Network:
         return hypergradient(self.outer, self.inner, self.w, self.phi, solver=solver, **options).grads
 
 
-# -------------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------------------- one step
 
 
 @mixed_products
@@ -180,10 +180,15 @@ def test_losses_may_share_their_graph():
     found = hypergradient(
         losses.mean(), (problem.samples.exp() * losses).mean(), problem.w, [problem.samples], solver=OneStep(LR)
     )
-    (b, slope) = (torch.autograd.grad(f(), problem.w, create_graph=True) for f in (
-        lambda: F.cross_entropy(problem.net(problem.x), problem.y),
-        lambda: (problem.samples.exp() * F.cross_entropy(problem.net(problem.x), problem.y, reduction="none")).mean(),
-    ))
+    (b, slope) = (
+        torch.autograd.grad(f(), problem.w, create_graph=True)
+        for f in (
+            lambda: F.cross_entropy(problem.net(problem.x), problem.y),
+            lambda: (
+                problem.samples.exp() * F.cross_entropy(problem.net(problem.x), problem.y, reduction="none")
+            ).mean(),
+        )
+    )
     expected = torch.autograd.grad(slope, [problem.samples], [t.detach() for t in b])
     torch.testing.assert_close(found.grads[0], -LR * expected[0])
 
@@ -270,7 +275,7 @@ def test_a_gradient_that_is_none_of_a_loss_has_its_one_step_all_the_same():
     assert float(found.grads[0]) == pytest.approx(-0.1 * 4 * 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- single loop
+# ---------------------------------------------------------------------------------------------------------- single loop
 
 
 def test_single_loop_converges_to_the_closed_form_while_phi_is_fixed():
@@ -353,7 +358,7 @@ def test_a_single_loop_that_diverges_is_told_and_starts_anew():
     torch.testing.assert_close(result.grads[0], 2 * problem.decay.detach())
 
 
-# ------------------------------------------------------------------------------------------------------------------ SAMA
+# ----------------------------------------------------------------------------------------------------------------- SAMA
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
@@ -481,7 +486,7 @@ def test_a_step_to_nowhere_is_the_inner_gradients_fault():
     assert all(t.isfinite().all() for t in problem.w)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_losses_that_are_evaluated_elsewhere_must_be_functions():
@@ -489,9 +494,7 @@ def test_losses_that_are_evaluated_elsewhere_must_be_functions():
     with pytest.raises(TypeError, match="outer_loss must be a function for a look-ahead"):
         hypergradient(problem.outer(), problem.inner, problem.w, problem.phi, solver=OneStep(LR, True))
     with pytest.raises(TypeError, match="inner_loss must be a function for mixed='difference'"):
-        hypergradient(
-            problem.outer, problem.inner(), problem.w, problem.phi, solver=OneStep(LR, mixed="difference")
-        )
+        hypergradient(problem.outer, problem.inner(), problem.w, problem.phi, solver=OneStep(LR, mixed="difference"))
 
 
 @mixed_products

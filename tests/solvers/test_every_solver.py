@@ -64,7 +64,9 @@ APPROXIMATES = {
     **NO_SYSTEM,
 }
 FIXED_STEP = dict.fromkeys(("Neumann", "Neumann, tolerance", "Chebyshev"), "its step or bounds are for one scale")
-NO_WARM_START = dict.fromkeys(("Identity", "OneStep", "SingleLoop", "Nystrom", "Dense", "GradientFlow"), "it has no such setting")
+NO_WARM_START = dict.fromkeys(
+    ("Identity", "OneStep", "SingleLoop", "Nystrom", "Dense", "GradientFlow"), "it has no such setting"
+)
 
 
 def every_solver(*lacking: Mapping[str, str]) -> pytest.MarkDecorator:
@@ -144,7 +146,9 @@ def test_residual_is_true(solver, values, dtype, device):
     assert stats.matvecs == operator.products
 
 
-@every_solver(dict.fromkeys(("Identity", "SingleLoop"), "a scale that is wrong makes it worse than x = 0"), NO_SYSTEM, NO_PRODUCT)
+@every_solver(
+    dict.fromkeys(("Identity", "SingleLoop"), "a scale that is wrong makes it worse than x = 0"), NO_SYSTEM, NO_PRODUCT
+)
 @spectra
 @dtypes
 def test_residual_is_a_bound(solver, values, dtype, device):
