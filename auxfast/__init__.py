@@ -14,6 +14,8 @@ from auxfast.implicit import (
     UsefulnessResult,
     auxiliary_usefulness,
     hypergradient,
+    implicit_minimum,
+    implicit_root,
     verify_against_retraining,
     verify_hypergradient,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "build_info",
     "engine_only",
     "hypergradient",
+    "implicit_minimum",
+    "implicit_root",
     "nn",
     "preserved_state",
     "reference_kernels",

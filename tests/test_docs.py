@@ -18,7 +18,15 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 TESTED_ELSEWHERE = [DOCS / "theorem.md", DOCS / "compat.md", *(DOCS / "kernels").glob("*.md")]
 WITH_CLAIMS = [
     DOCS / f"{name}.md"
-    for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop")
+    for name in (
+        "quickstart",
+        "your-own-task",
+        "hyperparameters",
+        "trainer",
+        "certificates",
+        "outer-loop",
+        "implicit-functions",
+    )
 ]
 API = {
     "nn.md": "auxfast.nn",
@@ -74,6 +82,15 @@ def test_the_program_of_the_hyperparameters_tunes_decays_example_weights_and_a_m
     assert names["outer_loss"]() < 1e-3
     assert names["stats"].converged
     assert "tensor" in capsys.readouterr().out
+
+
+def test_the_programs_of_implicit_functions_share_a_solve_and_differentiate_roots():
+    names = run(DOCS / "implicit-functions.md")
+    assert names["rows"].shape == (10, 2)
+    (solve,) = names["stats"]
+    assert len(solve.residuals) == 10
+    assert names["W"].grad.any()
+    assert all(parameter.grad.any() for parameter in names["meta"].parameters())
 
 
 def test_the_programs_of_your_own_task_mask_losses_and_take_micro_batches(capsys):

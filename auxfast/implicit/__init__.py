@@ -3,10 +3,12 @@
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
+from auxfast.implicit.minimum import implicit_minimum
 from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
 from auxfast.implicit.retraining import verify_against_retraining
 from auxfast.implicit.retraining_report import RetrainingReport
+from auxfast.implicit.root import implicit_root
 from auxfast.implicit.usefulness import UsefulnessResult, auxiliary_usefulness
 from auxfast.implicit.verify import verify_hypergradient
 
@@ -20,6 +22,8 @@ __all__ = [
     "UsefulnessResult",
     "auxiliary_usefulness",
     "hypergradient",
+    "implicit_minimum",
+    "implicit_root",
     "preserved_state",
     "verify_against_retraining",
     "verify_hypergradient",

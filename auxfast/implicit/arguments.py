@@ -51,13 +51,17 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def check_independent(**lists: Sequence[Tensor]) -> None:
     """Raises ValueError where a tensor of the named lists is given twice, or computed from another: that would count a
     dependence twice."""
+    given = [tensor for tensors in lists.values() for tensor in tensors]
+    results = [tensor for tensor in given if tensor.grad_fn is not None]
+    if not results and len({*map(id, given)}) == len(given):  # the usual case, in which no place need have a name
+        return
     places: dict[int, str] = {}
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if id(tensor) in places:
                 raise ValueError(f"{name}[{i}] is the same tensor as {places[id(tensor)]}: each may be given once")
             places[id(tensor)] = f"{name}[{i}]"
-    nodes = {t.grad_fn: places[id(t)] for tensors in lists.values() for t in tensors if t.grad_fn is not None}
+    nodes: dict[Any, str] = {tensor.grad_fn: places[id(tensor)] for tensor in results}
     for node, place in nodes.items():
         for above in graph_from(following for following, _ in node.next_functions):
             origin = nodes.get(above) or places.get(id(getattr(above, "variable", None)))

@@ -72,6 +72,7 @@ class Hessian:
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
         kinked: the leaves that go straight into a function with a kink at 0.
+        exact: see `LinearOperator`; all products go through one recorded graph.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -79,6 +80,8 @@ class Hessian:
             `torch.compile`, a Function that is only once differentiable, an operator without a double backward or with
             one that torch gets wrong; or it went through a reentrant checkpoint.
     """
+
+    exact = True
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()
@@ -106,7 +109,11 @@ class Hessian:
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
-        self.pullback = Pullback(self._grads, self.params)
+        self.pullback = Pullback(self._grads, self.params, symmetric=True)
+
+    def slope(self, vectors: Sequence[Tensor]) -> Tensor:
+        """`<v, d inner / d params>`."""
+        return slope(vectors, self._grads)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -323,6 +330,12 @@ def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
         for of_all, of_one in zip(products, curvature(row), strict=True):
             of_all[i] = of_one
     return products
+
+
+def slope(vectors: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+    """`<v, gradient>`, where the gradient may have a graph, and its tensors narrower dtypes."""
+    pairs = zip(vectors, gradient, strict=True)
+    return torch.stack([torch.dot(v.reshape(-1).to(g.dtype), g.detach().reshape(-1)) for v, g in pairs]).sum()
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

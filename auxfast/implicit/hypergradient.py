@@ -6,25 +6,22 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, check_curvature, derivatives_of, solve_adjoint
+from auxfast.implicit.adjoint import CurvatureName, derivatives_of, solve_adjoint
 from auxfast.implicit.advice import missing_dependence
-from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
-from auxfast.implicit.free_entries import Free, free_masks
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
+from auxfast.implicit.free_entries import Free
+from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
-from auxfast.solvers import MINRES
+from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 from auxfast.solvers.known_solution import KnownSolution
-
-_DEFAULT_SOLVER = MINRES()
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def hypergradient(
     inner_params: Iterable[Tensor],
     outer_params: Iterable[Tensor],
     *,
-    solver: Solver = _DEFAULT_SOLVER,
+    solver: Solver = DEFAULT_SOLVER,
     curvature: CurvatureName = "hessian",
     outputs: Tensor | Sequence[Tensor] | None = None,
     free: Free | None = None,
@@ -75,9 +72,10 @@ def hypergradient(
             nothing of `phi` reaches the outer loss through them.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
-        solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most. `OneStep`,
-            `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more products, and what
-            evaluates a loss at other parameters needs it as a function.
+        solver: how to apply `H^-1`; by default in about ten products, which leaves the system of most networks at a
+            residual of some tenths (see `solvers.DEFAULT_SOLVER`). `MINRES()` goes on to 1e-3, in 100 at most.
+            `OneStep`, `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more
+            products, and what evaluates a loss at other parameters needs it as a function.
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
             fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
             "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
@@ -118,30 +116,26 @@ def hypergradient(
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
-    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
-    check_independent(inner_params=inner, outer_params=outer)
-    check_one_device("inner_params", inner)
-    _check_curvature_and_losses(curvature, inner_loss, outputs)
-    masks = free_masks(free, inner)
+    params = given_params(inner_params, outer_params, free)
+    active_inner, active_outer = params.active_inner, params.active_outer
+    check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
     if isinstance(solver, KnownSolution):
         check_losses(solver, outer_loss, inner_loss)
-    active_inner = [w for w in inner if w.requires_grad]
-    active_outer = [phi for phi in outer if phi.requires_grad]
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
         refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
     with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
-        given_outer = _given("outer_loss", outer_loss, guard)
-        given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
+        given_outer = given_loss("outer_loss", outer_loss, guard)
+        given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
         outer_gradient = partial(
             _outer_gradient, given_outer, given_inner, [*active_inner, *active_outer], retain_graph
         )
         recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
         if isinstance(solver, KnownSolution):
             outer_grads, derivatives = outer_gradient_and_derivatives(
-                solver, outer_gradient, recorded, given_inner, active_inner, active_outer, masks
+                solver, outer_gradient, recorded, given_inner, active_inner, active_outer, params.masks
             )
         else:
             outer_grads, derivatives = outer_gradient(), None
@@ -153,7 +147,7 @@ def hypergradient(
             rhs,
             active_inner,
             active_outer,
-            None if free is None else masks,
+            params.masks,
             solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
@@ -167,28 +161,10 @@ def hypergradient(
         adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
     total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer),
+        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in params.outer),
         adjoint.stats,
         adjoint.direct_only,
     )
-
-
-def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
-    check_curvature(curvature)
-    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
-        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
-    if outputs is not None and curvature != "gauss-newton":
-        raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
-    if outputs is not None and not isinstance(inner_loss, Tensor):
-        raise ValueError("outputs must be None where inner_loss is made of functions: they return (loss, outputs)")
-
-
-def _given(
-    name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
-) -> LossGraph | list[LossFn]:
-    if isinstance(loss, Tensor) or guard is None:
-        return LossGraph(name, loss, outputs)  # whatever it is: that checks
-    return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 
 def _outer_gradient(

@@ -88,7 +88,7 @@ class OnePass:
         return self._mixed
 
 
-Derivatives = OnePass | StepDifference | FiniteDifference
+StepDerivatives = OnePass | StepDifference | FiniteDifference
 
 
 def check_losses(solver: KnownSolution, outer_loss: Loss, inner_loss: Loss) -> None:
@@ -112,8 +112,8 @@ def outer_gradient_and_derivatives(
     inner: LossGraph | list[LossFn],
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
-    masks: Masks,
-) -> tuple[Grads, Derivatives]:
+    masks: Masks | None,
+) -> tuple[Grads, StepDerivatives]:
     """The outer gradients where `solver` wants them, and derivatives of the inner loss as it takes them.
 
     Args:
@@ -132,7 +132,7 @@ def outer_gradient_and_derivatives(
     else:
         assert not isinstance(inner, LossGraph)
         gradient = mean_gradient(inner, params)
-    moved = project(gradient, masks)
+    moved = gradient if masks is None else project(gradient, masks)
     check_connected("inner_loss", moved)
     used = [w for w, grad in zip(params, moved, strict=True) if grad is not None]
     with moved_by(used, [grad.detach() for grad in moved if grad is not None], -solver.lookahead_lr):
@@ -144,7 +144,7 @@ def outer_gradient_and_derivatives(
     return grads, _in_one_pass(found, outer_params)
 
 
-def _in_one_pass(derivatives: Recorded | StepDifference, outer_params: Sequence[Tensor]) -> Derivatives:
+def _in_one_pass(derivatives: Recorded | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
     if isinstance(derivatives, (Hessian, MicroBatches)):
         return OnePass(derivatives, outer_params)
     return derivatives

@@ -21,10 +21,9 @@ from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner
 from auxfast.nn.combiner_base import combiners_of, unprojected
-from auxfast.solvers import MINRES, Identity
+from auxfast.solvers import DEFAULT_SOLVER, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
 
-_DEFAULT_SOLVER = MINRES()
 # Some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end.
 _BETAS = (0.9, 0.99)
 
@@ -78,7 +77,7 @@ class HyperOptimizer:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        solver: Solver = _DEFAULT_SOLVER,
+        solver: Solver = DEFAULT_SOLVER,
         curvature: CurvatureName = "hessian",
         max_grad_norm: float | None = None,
         max_weight_change: float | None = 0.15,

@@ -64,7 +64,7 @@ def verify_hypergradient(
         outer_loss, inner_loss: functions of no arguments that compute the loss from the parameters; deterministic but
             for torch's random numbers, which are replayed at each call.
         inner_params, outer_params: as for `hypergradient`; leaves, since they are varied in place.
-        solver: what is verified; `None`: the default, `MINRES()`.
+        solver: what is verified; `None`: `MINRES()`, so that the linear system is solved.
         curvature: as for `hypergradient`, whose error with "gauss-newton" or "finite-difference" this measures. With
             "gauss-newton" `inner_loss` returns `(loss, outputs)`.
         free: as for `hypergradient`. The inner problem is then solved anew in the free entries alone, and so it is for

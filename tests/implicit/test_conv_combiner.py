@@ -18,9 +18,11 @@ SOLVERS = {
     "Chebyshev": solvers.Chebyshev(steps=2000, tol=1e-9),
     "ConjugateGradient": solvers.ConjugateGradient(steps=200, tol=1e-9),
     "Dense": solvers.Dense(),
+    "GMRES": solvers.GMRES(steps=200, tol=1e-9),
     "Identity": solvers.Identity(scale=0.7),
     "MINRES": solvers.MINRES(steps=200, tol=1e-9),
     "Neumann": solvers.Neumann(steps=2000, tol=1e-9),
+    "NormalEquations": solvers.NormalEquations(steps=1000, tol=1e-9),
     "Nystrom": solvers.Nystrom(rank=12),
     "OneStep": solvers.OneStep(lr=0.7),
     "SingleLoop": solvers.SingleLoop(step_size=0.7),
@@ -70,8 +72,10 @@ class Problem:
 
 def test_no_solver_is_forgotten():
     every = [getattr(solvers, name) for name in solvers.__all__]
-    names = {s.__name__ for s in every if hasattr(s, "solve") and not inspect.isabstract(s) and s is not solvers.Solver}
-    assert names - {"GradientFlow", "SAMA"} == set(SOLVERS)  # one solves another system, one needs an optimizer
+    classes = [s for s in every if inspect.isclass(s) and not inspect.isabstract(s) and s is not solvers.Solver]
+    names = {s.__name__ for s in classes if hasattr(s, "solve")}
+    others = {"GradientFlow", "BlockDiagonal", "SAMA"}  # another system, one of several problems, needs an optimizer
+    assert names - others == set(SOLVERS)
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
