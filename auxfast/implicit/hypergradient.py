@@ -76,6 +76,8 @@ def hypergradient(
             not be leaves, but none may be computed from another.
         solver: how to apply `H^-1`; by default in about ten products, which leaves the system of most networks at a
             residual of some tenths (see `solvers.DEFAULT_SOLVER`). `MINRES()` goes on to 1e-3, in 100 at most.
+            `OneStep`, `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more
+            products, and what evaluates a loss at other parameters needs it as a function.
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
             fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
             "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
@@ -102,8 +104,9 @@ def hypergradient(
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is neither a tensor nor made of functions that return one, parameters that are not an
-            iterable of tensors, or a solver that is none or returns something else than `Solver.solve` says.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, or a tensor where the solver
+            needs a function, parameters that are not an iterable of tensors, or a solver that is none or returns
+            something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or

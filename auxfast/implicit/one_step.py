@@ -3,6 +3,7 @@ of the inner training, and one mixed product."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,8 +26,8 @@ Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
 
 
 class StepDifference:
-    """Second derivatives by one central difference of gradients, `(g(W + e v) - g(W - e v)) / 2e`, `e = 0.01 / |v|`: two
-    gradients and no more. Nothing is known of its error, which `FiniteDifference` estimates.
+    """Second derivatives by one central difference of gradients, `(g(W + e v) - g(W - e v)) / 2e`, `e = 0.01 / |v|`:
+    two gradients and no more. Nothing is known of its error, which `FiniteDifference` estimates.
 
     Args:
         loss_fns: functions that compute the loss of each micro-batch.
@@ -51,10 +52,10 @@ class StepDifference:
         return mixed
 
     def _along(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> Grads:
-        norm = float(torch.stack(torch._foreach_norm(list(vectors))).norm())
+        norm = math.hypot(*torch.stack(torch._foreach_norm(list(vectors))).tolist())
         if not 1e-15 < norm < 1e15:  # the squares may have left the range of float32
+            check_finite("The solver's solutions", vectors)
             norm = norm_of(vectors)
-        check_finite("The solver's solutions", [torch.tensor(norm)])  # before anything is moved by them
         step = _RADIUS / (norm or _RADIUS)  # along a vector of zeros nothing moves
         with moved_by(self.params, vectors, step):
             ahead = mean_gradient(self._loss_fns, wanted)
@@ -132,8 +133,8 @@ def outer_gradient_and_derivatives(
         gradient = mean_gradient(inner, params)
     moved = gradient if masks is None else project(gradient, masks)
     check_connected("inner_loss", moved)
-    steps = [(w, grad.detach()) for w, grad in zip(params, moved, strict=True) if grad is not None]
-    with moved_by([w for w, _ in steps], [grad for _, grad in steps], -solver.lookahead_lr):
+    used = [w for w, grad in zip(params, moved, strict=True) if grad is not None]
+    with moved_by(used, [grad.detach() for grad in moved if grad is not None], -solver.lookahead_lr):
         grads = outer_gradient()
     if not all_finite(
         [grad for grad in grads if grad is not None][:1]

@@ -124,8 +124,8 @@ class SolveStats:
             batched product counts once for each of its vectors.
         residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, of the x that is returned, rounded to
             its dtype; true to the rounding of the products, and not estimated; the largest of `residuals`. 0 is exact,
-            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`. `GradientFlow` solves no
-            linear system: there it is an estimate of the relative error of what it computes.
+            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`, `OneStep`, `SAMA`.
+            `GradientFlow` solves no linear system: there it is an estimate of the relative error of what it computes.
         converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0. False
             where it is not known, or where H is not symmetric.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is

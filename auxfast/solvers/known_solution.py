@@ -76,7 +76,7 @@ def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float |
 
 def _norm(tensors: list[Tensor]) -> float:
     """A norm of all elements together: 0 where all are 0, and not finite where one is not."""
-    norm = sum(torch.stack(torch._foreach_norm(tensors)).tolist())  # NaN does not get lost in a sum
+    norm: float = sum(torch.stack(torch._foreach_norm(tensors)).tolist())  # NaN does not get lost in a sum
     if 0 < norm < math.inf:
         return norm
     # Squares may have left the range of their dtype. The largest element takes ten times as long.

@@ -18,17 +18,16 @@ class SAMA(KnownSolution):
     """`x = D b`, where D is the derivative, a diagonal, of the inner optimizer's last update in the gradient that it
     was made with: one step back through the optimizer instead of `H^-1` (Choe et al. 2023; betty has it by this name).
 
-    For `torch.optim.SGD` D is the learning rate of the group, with Nesterov momentum `lr * (1 + momentum)`, times
-    `1 - dampening`. For `torch.optim.Adam` and `AdamW`, with the moments m and v of the state, bias-corrected, and
-    the gradient g,
+    For `torch.optim.SGD` D is the learning rate of the group, times `1 - dampening` with momentum, and `1 + momentum`
+    with Nesterov's. For `torch.optim.Adam` and `AdamW`, with the bias-corrected moments m and v of the state, the
+    gradient g, `s = sqrt(v)` and step t,
 
-        D = lr * d/dg [ m / (sqrt(v) + eps) ]
-          = lr / (sqrt(v) + eps) * ((1 - beta1) / (1 - beta1^t)  -  (1 - beta2) / (1 - beta2^t) * m g / (sqrt(v) (sqrt(v)
-            + eps))),
+        D = lr * d/dg [ m / (s + eps) ]  =  lr / (s + eps) * (a - c m g / (s (s + eps))),
+        a = (1 - beta1) / (1 - beta1^t),    c = (1 - beta2) / (1 - beta2^t).
 
-    betty's formula, which leaves the bias corrections out. g is read from `.grad`, which `zero_grad()` clears: call
-    this before. Without it the second term is left out, a percent of the first once training is under way. A parameter
-    that has made no step yet has D = 0, which is what Adam's first step has.
+    That is betty's formula with the bias corrections, which betty leaves out. g is read from `.grad`, so call this
+    before `zero_grad()` clears it. Where it is None the second term is left out, a percent of the first once training
+    is under way. A parameter that has made no step yet has D = 0, as Adam's first step has.
 
     No product with H is spent, so `stats.residual` is NaN, not known, and `converged` is False. Cost in gradients: see
     `OneStep`.
@@ -81,8 +80,8 @@ class SAMA(KnownSolution):
         for i, param in enumerate(params):
             if id(param) not in groups:
                 raise ValueError(
-                    f"optimizer does not have the inner parameter number {i}, of shape {tuple(param.shape)}: SAMA needs "
-                    "the one that trains inner_params"
+                    f"optimizer does not have the inner parameter number {i}, of shape {tuple(param.shape)}: pass the "
+                    "one that trains inner_params"
                 )
         if not isinstance(self.optimizer, torch.optim.SGD) and not any(map(self.optimizer.state.get, params)):
             raise ValueError("optimizer must have made a step of inner_params: its state is empty")
@@ -106,9 +105,9 @@ def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, A
     beta1, beta2 = map(float, group["betas"])
     lr, decay, step = float(group["lr"]), float(group["weight_decay"]), float(state["step"])
     rate1, rate2 = (1 - beta1) / (1 - beta1**step), (1 - beta2) / (1 - beta2**step)
-    mean = state["exp_avg"]
+    mean: Tensor = state["exp_avg"]
     root = state["exp_avg_sq"].div(1 - beta2**step).sqrt_()
-    denominator = root + group["eps"]
+    denominator: Tensor = root + group["eps"]
     if param.grad is None:
         return lr * rate1 / denominator
     gradient = param.grad

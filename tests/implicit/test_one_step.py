@@ -82,7 +82,7 @@ class Network:
         return hypergradient(self.outer, self.inner, self.w, self.phi, solver=solver, **options).grads
 
 
-# -------------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------------------- one step
 
 
 @mixed_products
@@ -275,7 +275,7 @@ def test_a_gradient_that_is_none_of_a_loss_has_its_one_step_all_the_same():
     assert float(found.grads[0]) == pytest.approx(-0.1 * 4 * 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- single loop
+# ---------------------------------------------------------------------------------------------------------- single loop
 
 
 def test_single_loop_converges_to_the_closed_form_while_phi_is_fixed():
@@ -358,7 +358,7 @@ def test_a_single_loop_that_diverges_is_told_and_starts_anew():
     torch.testing.assert_close(result.grads[0], 2 * problem.decay.detach())
 
 
-# ------------------------------------------------------------------------------------------------------------------ SAMA
+# ----------------------------------------------------------------------------------------------------------------- SAMA
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
@@ -486,7 +486,7 @@ def test_a_step_to_nowhere_is_the_inner_gradients_fault():
     assert all(t.isfinite().all() for t in problem.w)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_losses_that_are_evaluated_elsewhere_must_be_functions():

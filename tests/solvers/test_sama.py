@@ -160,7 +160,7 @@ def test_several_right_hand_sides_are_scaled_alike():
 
 def test_settings_and_right_hand_sides_are_checked():
     params = [torch.ones(2, requires_grad=True)]
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.SGD, Adam or AdamW, not a RMSprop"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.SGD, Adam or AdamW, not a RMSprop"):
         SAMA(torch.optim.RMSprop(params))
     with pytest.raises(ValueError, match="optimizer must be without amsgrad"):
         SAMA(torch.optim.Adam(params, amsgrad=True))
