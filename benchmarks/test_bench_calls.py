@@ -193,8 +193,8 @@ def soba_by_hand(problem: Problem, v: list[Tensor]) -> Tensors:
 
 
 def sama_by_hand(problem: Problem) -> Tensors:
-    """betty's SAMA for Adam: the outer gradient times the derivative of Adam's update in the gradient, and a central
-    difference."""
+    """SAMA for Adam: the outer gradient times the derivative of Adam's update in the gradient, and a central difference.
+    This is betty's formula with the bias corrections, which betty leaves out."""
     v = torch.autograd.grad(problem.outer(), problem.w)
     assert problem.optimizer is not None
     (group,) = problem.optimizer.param_groups
@@ -202,10 +202,10 @@ def sama_by_hand(problem: Problem) -> Tensors:
     for p, t in zip(problem.w, v, strict=True):
         state, last = problem.optimizer.state[p], p.grad
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        old_mean = (mean - (1 - beta1) * last) / beta1
-        old_square = (square - (1 - beta2) * last * last) / beta2
-        scale = (1 - beta1) * beta2 * old_square - beta1 * (1 - beta2) * last * old_mean
-        adapted.append(t * scale / (square.sqrt() + group["eps"]) ** 3 * group["lr"])
+        correction1, correction2 = 1 - beta1 ** float(state["step"]), 1 - beta2 ** float(state["step"])
+        root = (square / correction2).sqrt()
+        second = (1 - beta2) / correction2 * (mean / correction1) * last / (root * (root + group["eps"]) + 1e-30)
+        adapted.append(t * ((1 - beta1) / correction1 - second) / (root + group["eps"]) * group["lr"])
     return [-g for g in central_difference(problem.inner, problem.w, problem.phi, adapted)]
 
 
