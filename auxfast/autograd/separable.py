@@ -48,6 +48,8 @@ class Split(NamedTuple):
 def split(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Split:
     """The `outputs` as their graph shows them. Costs a pass through the separable parts, if there are any: a diagonal
     is its product with ones. Where a hook may act in that pass, all is left to the engine."""
+    if not any(type(output.grad_fn).__name__ in _ELEMENTWISE for output in outputs):  # no sums either
+        return whole(outputs)
     found = _Inputs(inputs)
     parts: list[tuple[int, Output]] = []
     separable: list[tuple[int, int, GradientEdge]] = []
