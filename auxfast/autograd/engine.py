@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ Output = Tensor | GradientEdge
 # torch.autograd.grad hands to this method after checks in Python that take an eighth of a small Hessian product. The
 # engine itself checks shapes and devices.
 _run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+_keeps_graph: Callable[[], bool] | None = getattr(
+    getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None
+)
 
 
 def vjp(
@@ -52,6 +55,12 @@ def run_engine(
         tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
     return gradients
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is under way was told to keep its graph (`retain_graph`); True where torch does
+    not tell: what a node holds then goes with the node."""
+    return _keeps_graph is None or _keeps_graph()
 
 
 def zeros_for_none(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

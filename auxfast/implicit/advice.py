@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from auxfast._callers import stacklevel
-from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import DEFAULT_SOLVER, GradientFlow, Identity, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats
+from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
+from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers.known_solution import KnownSolution
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -67,6 +67,24 @@ _TEXTS = {
         "stay at a kink are held there, and the theorem holds for the others alone: pass free=[w != 0 for w in "
         "inner_params], or what verify_hypergradient suggests."
     ),
+    "no minimum": (
+        "The inner parameters are not at a minimum: along the outer loss's gradient a Newton step would move them by "
+        "more than a tenth of their length, and what is computed is the derivative of something else. Train them "
+        "further before implicit_minimum, or pass the loss that they were trained with."
+    ),
+    "no root": (
+        "The parameters are not at a root: along the outer loss's gradient a Newton step would move them by more than "
+        "a tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 "
+        "further before implicit_root."
+    ),
+    "singular": (
+        "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual "
+        "cannot be made smaller in this precision. Add damping to the solver, or take parameters of float64."
+    ),
+    "no part in the function": (
+        "No outer parameter plays a part in function, so that nothing of them reaches the outer loss through params. "
+        "Was something detached on the way, or were they replaced since?"
+    ),
     "identity": _IDENTITY,
     "flow": (
         "GradientFlow's estimate of its own relative error, result.stats.residual, is above its tol. Allow more steps, "
@@ -114,7 +132,7 @@ def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
 
 
 def problem_of(
-    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], nothing: bool
+    solver: Solver, stats: SolveStats, curvature: Matvec, rhs: Sequence[Tensor], nothing: bool
 ) -> str | None:
     """The problem with a solve; `nothing` is what `found_nothing` says of it.
 
@@ -163,7 +181,8 @@ def no_more_than_identity(
     tensor. `None` also where the `state` knows that a warning was given: the comparison costs as much as a check."""
     if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
         return None
-    if isinstance(solver, (GradientFlow, Identity)):  # a short flow is right to be parallel
+    method = solver.solver if isinstance(solver, BlockDiagonal) else solver
+    if isinstance(method, (GradientFlow, Identity, KnownSolution)):  # a short flow is right to be parallel
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]

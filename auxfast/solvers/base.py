@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,18 @@ one that also has batched products; without them a solver multiplies one vector 
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """A symmetric matrix H, known by its products."""
+    """A square matrix H, known by its products.
+
+    Three attributes, here and of any `Matvec`, may say more of it, and need not be there:
+
+    - `symmetric`, a bool: whether H is its own transpose. Without it, it is. `GMRES`, `NormalEquations`, `Dense` and
+      `Identity` take other matrices too; the other solvers refuse them.
+    - `transposed`, a method or a `Matvec`: `v -> H^T v`, which `NormalEquations` needs where H is not symmetric. A
+      `LinearOperator` there multiplies several vectors at once, too.
+    - `exact = True`: all products are those of one matrix, up to rounding: nothing in them is random, estimated or
+      computed anew from something that may have changed. A solver may then know a residual from a recurrence, without
+      a product of its own.
+    """
 
     def __call__(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
         """`H v`, one tensor per parameter."""
@@ -59,7 +70,7 @@ class StopReason(str, Enum):
     STAGNATED = (
         "stagnated",
         "The residual cannot be made smaller in this precision: the inner Hessian is singular, or nearly so. Add "
-        "damping to the solver, or take parameters of float64.",
+        "damping to the solver, or take parameters of float64; GMRES may lack a larger restart.",
     )
     """The residual cannot be made smaller in this precision."""
     NOT_FINITE = (
@@ -113,8 +124,8 @@ class SolveStats:
             batched product counts once for each of its vectors.
         residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, of the x that is returned, rounded to
             its dtype; true to the rounding of the products, and not estimated; the largest of `residuals`. 0 is exact,
-            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`. `GradientFlow` solves no
-            linear system: there it is an estimate of the relative error of what it computes.
+            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`, `OneStep`, `SAMA`.
+            `GradientFlow` solves no linear system: there it is an estimate of the relative error of what it computes.
         converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0. False
             where it is not known, or where H is not symmetric.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
@@ -128,6 +139,9 @@ class SolveStats:
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
+        residual_from: what `residual` was computed from: `product`, one with the solution; or `recurrence`, that of the
+            method, of products with other vectors. This is so only where a bound of their difference is at most 3% of
+            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported.
         symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
             largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
             where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
@@ -147,6 +161,7 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
+    residual_from: Literal["product", "recurrence"] = "product"
     symmetry_error: float | None = None
     operator_error: float | None = None
 
@@ -168,6 +183,7 @@ class SolverState:
         smallest_eigenvalue: the smallest one.
         preconditioner: what `preconditioner.build` made last, with the settings that it was made for.
         preconditioner_age: how many solves ago that was.
+        blocks: into how many independent problems `BlockDiagonal` has found H to fall.
         symmetry_error: what the first `hypergradient` with functions for losses found; see `SolveStats`.
         warned: the kinds of warnings that `hypergradient` has given.
     """
@@ -177,6 +193,7 @@ class SolverState:
     smallest_eigenvalue: float | None = None
     preconditioner: Any = None
     preconditioner_age: int = 0
+    blocks: int | None = None
     symmetry_error: float | None = None
     warned: set[str] = field(default_factory=set)
 
@@ -190,7 +207,7 @@ class Solver(Protocol):
         """Solves `(H + damping I) x = rhs`, which stays as it is.
 
         Args:
-            matvec: the symmetric matrix H; see `Matvec` and `LinearOperator`.
+            matvec: the matrix H, symmetric unless it says otherwise; see `Matvec` and `LinearOperator`.
             rhs: tensors of one floating dtype on one device.
             batched: the tensors of `rhs` have one more axis in front, one entry for each of several right-hand sides.
             state: what earlier solves of similar systems learnt; updated.
@@ -209,15 +226,29 @@ def check_solver(solver: object, name: str = "solver") -> None:
         raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
 
 
+def is_symmetric(matvec: Matvec) -> bool:
+    """Whether the operator does not say that it is not; see `LinearOperator`."""
+    return bool(getattr(matvec, "symmetric", True))
+
+
+def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
+    """Raises ValueError where the operator says that it is not symmetric, for a `solver` that is right for no other."""
+    if not is_symmetric(matvec):
+        raise ValueError(
+            f"matvec is not symmetric, as it says, and {type(solver).__name__} solves symmetric systems alone: take "
+            "GMRES(), NormalEquations() or, for few parameters, Dense()"
+        )
+
+
 def checked_solve(
-    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None, batched: bool = False
 ) -> tuple[Sequence[Tensor], SolveStats]:
     """What `solver.solve` returns.
 
     Raises:
         TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
     """
-    result: Any = solver.solve(matvec, rhs, state=state)
+    result: Any = solver.solve(matvec, rhs, batched=batched, state=state)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise _wrong_result(solver, f"{result!r:.60}")
     solution, stats = result

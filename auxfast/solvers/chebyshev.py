@@ -170,9 +170,10 @@ class _Cycle:
             following = 1 / (2 * self.center / self.half - self.ratio)
             coefficients.append((following * self.ratio, 2 * following / self.half))
             self.ratio = following
+        index = torch.from_numpy(self.rows).to(self.x.device)
         add, subtract, *turns = self._coefficients([(1.0, 1.0), (1.0, -1.0), *coefficients])
         for turn in turns:
-            product = self.best.system.product(self.direction)
+            product = self.best.system.product(self.direction, index)
             linear_combination_(self.x, [self.direction], add)
             squares = linear_combination_(self.residual, [product], subtract)
             image = self._preconditioned()

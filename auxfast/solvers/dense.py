@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Dense:
 
     n parameters take n products, three matrices of `8 n^2` bytes (600 MB for 5000) and some `10 n^3` operations. The
     matrix is symmetrised: H is symmetric, so what its products miss of that is rounding. Where it is more, the stop
-    reason is `not symmetric`.
+    reason is `not symmetric`. A matrix that says that it is not is inverted by its singular values, as it stands.
 
     **Singular H.** Eigenvalues within rounding, `sqrt(n) eps` of the largest, eps being that of the parameters' dtype,
     are left out: of the solutions of the smallest residual it is the shortest one (the pseudo-inverse's). Should that
@@ -72,28 +73,32 @@ class Dense:
         rows = best.unsolved()
         if len(rows) == 0:
             return best.result(iterations=0)
-        matrix = _form(system)
+        matrix = _form(system).T
         if not bool(matrix.isfinite().all()):
             best.set_stop_reason(StopReason.DIVERGED)
             return best.result(iterations=0)
-        size = float(torch.linalg.vector_norm(matrix))
-        best.symmetry_error = float(torch.linalg.vector_norm(matrix - matrix.T)) / size if size else 0.0
-        best.symmetric = may_be_symmetric(system, best.symmetry_error, None, matrix, matrix.T)
-        values, vectors = torch.linalg.eigh(matrix / 2 + matrix.T / 2)
+        more: dict[str, Any] = {}
+        if system.symmetric:
+            size = float(torch.linalg.vector_norm(matrix))
+            best.symmetry_error = float(torch.linalg.vector_norm(matrix - matrix.T)) / size if size else 0.0
+            best.symmetric = may_be_symmetric(system, best.symmetry_error, None, matrix.T, matrix)
+            values, left = torch.linalg.eigh(matrix / 2 + matrix.T / 2)
+            right = left.T
+        else:
+            left, values, right = torch.linalg.svd(matrix)
         rounding = n**0.5 * torch.finfo(rhs[0].dtype).eps * values.abs().amax()
         inverse = torch.where(values.abs() > rounding, 1 / values, 0.0)
-        x = ((best.current(rows)[1].double() @ vectors) * inverse) @ vectors.T  # (len(rows), n)
+        x = ((best.current(rows)[1].double() @ left) * inverse) @ right  # (len(rows), n)
         best.update(rows, x.to(system.rhs.dtype))
         best.set_stop_reason(StopReason.STAGNATED)
-        return best.result(
-            iterations=0,
-            largest_eigenvalue=float(values[-1]) - self.damping,
-            negative_curvature=bool(values[0] < -rounding),
-        )
+        if system.symmetric:
+            more["largest_eigenvalue"] = float(values[-1]) - self.damping
+            more["negative_curvature"] = bool(values[0] < -rounding)
+        return best.result(iterations=0, **more)
 
 
 def _form(system: LinearSystem) -> Tensor:
-    """(n, n) float64: row i is the product with the i-th unit vector."""
+    """(n, n) float64, the transpose of the matrix: row i is the product with the i-th unit vector."""
     size = system.rhs.shape[1]
     matrix = system.rhs.new_empty(size, size, dtype=torch.float64)
     for start in range(0, size, MAX_BATCH):

@@ -21,6 +21,7 @@ from auxfast.solvers.base import (
     check_positive,
     check_steps,
     check_tol,
+    refuse_not_symmetric,
 )
 from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.iterative import steps_per_check
@@ -137,11 +138,12 @@ class GradientFlow:
         where that leaves x = 0. It is `stagnated` where more steps would change nothing, but rounding is above `tol`.
 
         Raises:
-            ValueError: `time` is not given; or see `LinearSystem`.
+            ValueError: `time` is not given, or `matvec` says that it is not symmetric; or see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
         if self.time is None:
             raise ValueError("time must be given: GradientFlow(time=...), or GradientFlow.of(optimizer, inner_steps)")
+        refuse_not_symmetric(self, matvec)
         system = LinearSystem(matvec, rhs, self.damping, batched)
         process = Lanczos(system, system.rhs, self.steps)
         rows = [_Row(self, self.time, norm, torch.finfo(system.dtype).eps) for norm in system.rhs_norms.tolist()]

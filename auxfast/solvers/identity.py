@@ -54,7 +54,8 @@ class Identity:
         worst = int(residuals.argmax())
         residual = float(residuals[worst])
         if not usable[worst]:
-            finite = bool(system.product(system.rhs[worst : worst + 1]).isfinite().all())
+            index = torch.tensor([worst], device=x.device)
+            finite = bool(system.product(system.rhs[worst : worst + 1], index).isfinite().all())
             reason = StopReason.DIVERGED if finite else StopReason.NOT_FINITE
         elif residual == 0:
             reason = StopReason.CONVERGED if system.rhs_norms[worst] else StopReason.TRIVIAL

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, check_damping, check_flag, check_steps, check_tol
+from auxfast.solvers.base import (
+    Matvec,
+    SolverState,
+    SolveStats,
+    check_damping,
+    check_flag,
+    check_steps,
+    check_tol,
+    refuse_not_symmetric,
+)
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 
@@ -40,6 +49,8 @@ class IterativeSolver(ABC):
     tol: float | None
     damping: float
     warm_start: bool
+    _symmetric_alone: ClassVar[bool] = True
+    """Whether the method needs a symmetric matrix."""
 
     def __post_init__(self) -> None:
         check_steps("steps", self.steps)
@@ -53,9 +64,12 @@ class IterativeSolver(ABC):
         """Solves `(H + damping I) x = rhs`; see `Solver.solve`.
 
         Raises:
-            ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides.
+            ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides; or `matvec`
+                says that it is not symmetric, and the method needs that.
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
+        if self._symmetric_alone:
+            refuse_not_symmetric(self, matvec)
         system = LinearSystem(matvec, rhs, self.damping, batched)
         best = BestIterate(system, self.tol)
         if self.warm_start:

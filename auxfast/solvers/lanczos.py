@@ -22,6 +22,7 @@ class Lanczos:
         steps: at least 1, the most that will be taken; `steps + 1` vectors a row are held, twice as many with a
             preconditioner.
         precondition: with it, the bases are orthonormal in the inner product that it induces.
+        index: (k,), the right-hand sides that the rows belong to; None: all, in order.
 
     Attributes:
         basis: (k, steps + 1, n).
@@ -33,9 +34,16 @@ class Lanczos:
         taken: steps so far.
     """
 
-    def __init__(self, system: LinearSystem, start: Tensor, steps: int, precondition: Apply | None = None) -> None:
+    def __init__(
+        self,
+        system: LinearSystem,
+        start: Tensor,
+        steps: int,
+        precondition: Apply | None = None,
+        index: Tensor | None = None,
+    ) -> None:
         rows, size = start.shape
-        self._system, self._precondition = system, precondition
+        self._system, self._precondition, self._index = system, precondition, index
         self._rounding = 10 * torch.finfo(start.dtype).eps
         self.basis = start.new_zeros(rows, steps + 1, size)
         self.images = self.basis if precondition is None else torch.zeros_like(self.basis)
@@ -49,7 +57,7 @@ class Lanczos:
         """Multiplies the last vectors and appends the next ones."""
         j = self.taken
         basis, images = self.basis[:, : j + 1], self.images[:, : j + 1]
-        vector = self._system.product(self.images[:, j].contiguous())
+        vector = self._system.product(self.images[:, j].contiguous(), self._index)
         negligible = self._rounding * self._norms_and_images(vector)[0]
         for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
             overlap = images @ vector[..., None]  # (k, j + 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property, partial
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import LinearOperator, Matvec
+from auxfast.solvers.base import LinearOperator, Matvec, is_symmetric
+from auxfast.solvers.block_operator import BlockOperator
 
 MAX_BATCH = 32
 """Vectors in one batched product. More are hardly faster, and each holds all activations once more."""
@@ -34,20 +36,32 @@ class LinearSystem:
         dtype: that of the parameters.
         shapes: those of the parameters.
         damping: as given.
+        symmetric: whether H does not say that it is not.
+        has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
+        exact: whether the operator says that its products are; see `LinearOperator`.
         matvecs: vectors multiplied so far.
+        params: the parameters themselves, where the operator knows them (`matvec.params`, as a curvature does); else
+            None.
 
     Raises:
         ValueError: `rhs` is empty, not finite, or (batched) of different numbers of right-hand sides.
     """
 
-    def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool) -> None:
+    def __init__(
+        self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool, name: str = "matvec"
+    ) -> None:
         check_rhs(rhs, batched)
         self._matvec = matvec
+        self._name = name  # of the argument, for errors
+        self.params: Sequence[Tensor] | None = getattr(matvec, "params", None)
         self._batched = batched
         self.dtype = rhs[0].dtype
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
         self._sizes = [shape.numel() for shape in self.shapes]
         self.damping = damping
+        self.symmetric = is_symmetric(matvec)
+        self.has_own_matrices = isinstance(matvec, BlockOperator)
+        self.exact = bool(getattr(matvec, "exact", False))
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
         self._scale: Tensor | None = None  # (k, 1), powers of two
@@ -96,16 +110,20 @@ class LinearSystem:
 
     def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
         lead = rows.shape[:1] if batched else torch.Size()
-        pieces = rows.to(self.dtype).split(self._sizes, dim=-1)
+        pieces = rows.to(self.dtype).split_with_sizes(self._sizes, dim=-1)
         return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def product(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
         """Rows (m, n) times `H + damping I`, for any m.
 
         Args:
-            index: (m,), the right-hand side that each of the rows belongs to; `None`: any, or all in order.
+            index: (m,), the right-hand side that each of the rows belongs to; `None`: any, or all in order. Where rows
+                have matrices of their own, each right-hand side may come once.
         """
-        self.matvecs += len(rows)
+        if self.has_own_matrices and index is not None:
+            every = torch.zeros_like(self.rhs).index_copy_(0, index, rows)
+            return self.product(every).index_select(0, index)
+        self.matvecs += rows.shape[0]
         results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
         result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
         return result.add_(rows, alpha=self.damping) if self.damping else result
@@ -115,27 +133,54 @@ class LinearSystem:
         rows needs no others."""
         if self._last is None or self._last[0] is not rows or rows.dtype != self.dtype:
             calls: list[_Call] = []
-            for part in rows.split(MAX_BATCH) if len(rows) else ():
-                if len(part) > 1:
+            most = len(rows) if self.has_own_matrices else MAX_BATCH
+            for part in rows.split(most) if len(rows) > most else (rows,):
+                if len(part) > 1 or self.has_own_matrices:
                     calls.append((self._batched_matvec, self._cut(part, True), len(part)))
-                else:
+                elif len(part):
                     calls.append((self._matvec, self._cut(part[0], False), 1))
             self._last = rows, calls
         return self._last[1]
 
     @cached_property
+    def transposed(self) -> LinearSystem:
+        """The system with the transpose of H in its place; this one itself, if H is symmetric.
+
+        Raises:
+            TypeError: the operator is not symmetric and has no products with its transpose.
+        """
+        if self.symmetric:
+            return self
+        transpose = getattr(self._matvec, "transposed", None)
+        if transpose is None:
+            raise TypeError(
+                "matvec must have products with its transpose, as matvec.transposed(vectors), where it is not "
+                "symmetric; or take GMRES(), which needs none"
+            )
+        other = copy(self)
+        other.__dict__.pop("_batched_matvec", None)
+        other._matvec, other._last, other.matvecs = transpose, None, 0
+        return other
+
+    @cached_property
     def _batched_matvec(self) -> Matvec:
-        matvec = self._matvec
-        return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+        return batched_matvec(self._matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
         if len(products) != len(operand):
-            raise RuntimeError(f"matvec returned {len(products)} tensors for {len(operand)} parameters")
+            raise RuntimeError(f"{self._name} returned {len(products)} tensors for {len(operand)} parameters")
         for i, (product, like) in enumerate(zip(products, operand, strict=True)):
             if product.shape != like.shape or product.dtype != like.dtype:
                 given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
-                raise RuntimeError(f"matvec returned {given} for tensor {i}, not {wanted}")
-        return torch.cat([product.reshape(count, -1) for product in products], dim=1).detach().to(self.rhs.dtype)
+                raise RuntimeError(f"{self._name} returned {given} for tensor {i}, not {wanted}")
+        joined = torch.cat([product.reshape(count, -1) for product in products], dim=1)  # a copy, even of one tensor
+        joined = joined.detach() if joined.requires_grad else joined
+        return joined if joined.dtype == self.rhs.dtype else joined.to(self.rhs.dtype)
+
+
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
 
 
 def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:

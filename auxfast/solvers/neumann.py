@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_flag, check_positive
+from auxfast.solvers.base import (
+    Matvec,
+    SolverState,
+    SolveStats,
+    StopReason,
+    check_flag,
+    check_positive,
+    refuse_not_symmetric,
+)
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.linear_system import LinearSystem, check_rhs
@@ -86,9 +94,11 @@ class Neumann(IterativeSolver):
         """Solves `(H + damping I) x = rhs`; see `Solver.solve`.
 
         Raises:
-            ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides.
+            ValueError: `rhs` is empty or not finite, or (batched) of different numbers of right-hand sides; or `matvec`
+                says that it is not symmetric.
             RuntimeError: `matvec` returns other shapes, dtypes or devices than it was given.
         """
+        refuse_not_symmetric(self, matvec)
         is_flat = batched or self.damping != 0 or torch.finfo(rhs[0].dtype).bits < 32 if rhs else True
         if self.certify:
             if is_flat or self.step_size == "auto" or self.tol is not None or self.warm_start:
@@ -98,7 +108,7 @@ class Neumann(IterativeSolver):
         check_rhs(rhs, batched)
         if is_flat:
             system = LinearSystem(matvec, rhs, self.damping, batched)
-            series = [Series([b], self.step_size) for b in system.rhs]
+            series = [Series([b], self.step_size, row=i) for i, b in enumerate(system.rhs)]
             stats = self._sum(series, RowProducts(system), system.limits())
             return system.unflatten(torch.stack([s.p[0] for s in series])), stats
         one = Series(without_graph(rhs), self.step_size)
@@ -170,7 +180,8 @@ class Neumann(IterativeSolver):
             x, residual = best.current(rows)
             rounding = torch.finfo(residual.dtype).eps * before
             tolerances = np.maximum(best.tolerances[rows], rounding if self.tol else 0).tolist()
-            cycle = [Series([r], step_size, tolerance) for r, tolerance in zip(residual, tolerances, strict=True)]
+            starts = zip(residual, tolerances, rows.tolist(), strict=True)
+            cycle = [Series([r], step_size, tolerance, row) for r, tolerance, row in starts]
             iterations += run(cycle, products, self.steps - iterations)
             again = spectrum is not None and any(s.grew for s in cycle) and spectrum.should_retry()
             for s in cycle:

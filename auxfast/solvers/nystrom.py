@@ -20,6 +20,7 @@ from auxfast.solvers.base import (
     check_seed,
     check_steps,
     check_tol,
+    refuse_not_symmetric,
 )
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
@@ -115,9 +116,10 @@ class Nystrom:
         """Solves `(H + damping I) x = rhs` in that approximation; see `Solver.solve`.
 
         Raises:
-            ValueError: see `LinearSystem`.
+            ValueError: `matvec` says that it is not symmetric; or see `LinearSystem`.
             RuntimeError: `matvec` returns other shapes than it was given.
         """
+        refuse_not_symmetric(self, matvec)
         system = LinearSystem(matvec, rhs, self.damping, batched)
         best = BestIterate(system, self.tol)
         rows = best.unsolved()

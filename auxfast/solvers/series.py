@@ -61,13 +61,16 @@ class RowProducts:
 
     def __call__(self, series: Sequence[Series]) -> list[list[Tensor]]:
         vectors = [s.v[0] for s in series]
+        index = None
+        if self._system.has_own_matrices:
+            index = torch.tensor([s.row for s in series], device=vectors[0].device)
         if len(vectors) > 1:
             rows = torch.stack(vectors)
         else:  # the same view each time, for which the system keeps what it made of it
             if self._alone is None or self._alone[0] is not vectors[0]:
                 self._alone = vectors[0], vectors[0][None]
             rows = self._alone[1]
-        return [[row] for row in self._system.product(rows)]
+        return [[row] for row in self._system.product(rows, index)]
 
 
 class Series:
@@ -81,6 +84,7 @@ class Series:
         start: b.
         step_size: a.
         tolerance: the norm of the residual that is small enough.
+        row: the index of the right-hand side, among those of a linear system.
 
     Attributes:
         v, p: as above, one tensor per parameter.
@@ -91,8 +95,9 @@ class Series:
         curvature: a Rayleigh quotient of A in the growing direction, once there is one.
     """
 
-    def __init__(self, start: Sequence[Tensor], step_size: float, tolerance: float = 0.0) -> None:
+    def __init__(self, start: Sequence[Tensor], step_size: float, tolerance: float = 0.0, row: int = 0) -> None:
         self.start = start
+        self.row = row
         self.squares: list[float] = []
         self.best = 0
         self.reached = self.grew = False

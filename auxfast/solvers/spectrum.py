@@ -69,7 +69,8 @@ class SpectrumBounds:
             return rows
         self._estimates += 1
         x, residual = self._best.current(rows)
-        space = lanczos(self._best.system, residual, _LANCZOS_STEPS, self._precondition)
+        index = torch.from_numpy(rows).to(residual.device)
+        space = lanczos(self._best.system, residual, _LANCZOS_STEPS, self._precondition, index)
         self._best.update(rows, x + space.correction)
         if math.isnan(space.smallest):
             for row in rows:
@@ -116,7 +117,13 @@ class KrylovSpace:
     symmetry_error: float
 
 
-def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Apply | None = None) -> KrylovSpace:
+def lanczos(
+    system: LinearSystem,
+    residual: Tensor,
+    steps: int,
+    precondition: Apply | None = None,
+    index: Tensor | None = None,
+) -> KrylovSpace:
     """`steps` Lanczos steps on every row of `residual`; the solution is that of MINRES (Paige & Saunders 1975).
 
     Costs `steps` products a row, and holds `steps + 1` vectors a row, twice as many with a preconditioner. Nothing
@@ -128,8 +135,9 @@ def lanczos(system: LinearSystem, residual: Tensor, steps: int, precondition: Ap
         residual: (k, n); rows of zeros are left alone.
         steps: at least 1.
         precondition: with it the solution makes the residual smallest in the norm that it induces.
+        index: (k,), the right-hand sides that the rows belong to; None: all, in order.
     """
-    process = Lanczos(system, residual, steps, precondition)
+    process = Lanczos(system, residual, steps, precondition, index)
     for _ in range(steps):
         process.step()
         if residual.device.type == "cpu" and process.is_exhausted():

@@ -13,7 +13,7 @@ def set_check_every(monkeypatch) -> Callable[[int], None]:
     stay on the device."""
 
     def set_steps(steps: int) -> None:
-        for module in ("series", "chebyshev", "krylov", "gradient_flow"):
+        for module in ("series", "chebyshev", "krylov", "gradient_flow", "restarted"):
             monkeypatch.setattr(f"auxfast.solvers.{module}.steps_per_check", lambda device: steps)
 
     return set_steps
