@@ -1,4 +1,4 @@
-"""The line of code outside of this package that a warning points to."""
+"""The line of the user's code that a warning points to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 
 
 def stacklevel() -> int:
-    """The `stacklevel` at which `warnings.warn`, called where this is, finds the first caller outside of auxfast."""
+    """The `stacklevel` at which `warnings.warn`, called where this is, finds the first caller outside of auxfast and of
+    torch, which calls backward passes."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("auxfast."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("auxfast.", "torch.")):
         level, frame = level + 1, frame.f_back
     return level

@@ -18,9 +18,18 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 TESTED_ELSEWHERE = [DOCS / "theorem.md", DOCS / "compat.md", *(DOCS / "kernels").glob("*.md")]
 WITH_CLAIMS = [
     DOCS / f"{name}.md"
-    for name in ("quickstart", "your-own-task", "hyperparameters", "trainer", "certificates", "outer-loop")
+    for name in (
+        "quickstart",
+        "your-own-task",
+        "hyperparameters",
+        "trainer",
+        "certificates",
+        "outer-loop",
+        "implicit-functions",
+    )
 ]
 API = {
+    "curvature.md": "auxfast.curvature",
     "nn.md": "auxfast.nn",
     "solvers.md": "auxfast.solvers",
     "train.md": "auxfast.train",
@@ -76,12 +85,23 @@ def test_the_program_of_the_hyperparameters_tunes_decays_example_weights_and_a_m
     assert "tensor" in capsys.readouterr().out
 
 
+def test_the_programs_of_implicit_functions_share_a_solve_and_differentiate_roots():
+    names = run(DOCS / "implicit-functions.md")
+    assert names["rows"].shape == (10, 2)
+    (solve,) = names["stats"]
+    assert len(solve.residuals) == 10
+    assert names["W"].grad.any()
+    assert all(parameter.grad.any() for parameter in names["meta"].parameters())
+
+
 def test_the_programs_of_your_own_task_mask_losses_and_take_micro_batches(capsys):
     names = run(DOCS / "your-own-task.md")
     assert names["loss"].isfinite()
     assert names["weights"].shape == names["loss_image"].shape
     assert (names["weights"][names["pixel_mask"] == 0] == 0).all()
     assert len(names["micro_batches"]) == 4
+    assert names["micro_batches"][3][0] == 4
+    assert names["log_decay"].detach().ne(0).all()
     assert names["stats"].residual < 0.1
     assert "nan" not in capsys.readouterr().out
 
@@ -171,7 +191,7 @@ def test_commands_name_experiments_that_there_are(capsys):
 def test_the_reference_has_every_public_name():
     """Pages of modules list what is in `__all__` by themselves; that of `auxfast` is in an order of its own."""
     listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "api" / "auxfast.md").read_text(), re.MULTILINE)
-    public = set(importlib.import_module("auxfast").__all__) - {"__version__", "nn", "solvers"}
+    public = set(importlib.import_module("auxfast").__all__) - {"__version__", "curvature", "nn", "solvers"}
     assert {name.rpartition(".")[2] for name in listed} == public
     for page, module in API.items():
         assert f"::: {module}\n" in (DOCS / "api" / page).read_text()

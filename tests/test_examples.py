@@ -74,8 +74,16 @@ def test_a_solver_of_ones_own_has_the_signature_of_the_protocol():
     assert list(inspect.signature(own).parameters) == list(inspect.signature(protocol).parameters)
 
 
+@pytest.mark.filterwarnings("ignore")  # curvlinops' own
+def test_kfacs_inverse_saves_nearly_all_products_where_it_is_exact():
+    pytest.importorskip("curvlinops")
+    results = example("kfac").main()
+    assert results["KFAC"].stats.matvecs <= 4 < results["none"].stats.matvecs / 10
+    assert results["KFAC"].grads[0].item() == pytest.approx(results["none"].grads[0].item(), rel=1e-3)
+
+
 def test_each_example_has_a_test_here_and_is_about_sixty_lines():
-    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver", "imaml"}
+    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver", "imaml", "kfac"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
 

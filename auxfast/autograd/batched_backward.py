@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from auxfast.autograd.engine import Output
 from auxfast.autograd.graph import function_class
 from auxfast.autograd.hooks import has_hook
 
@@ -144,10 +145,10 @@ class BatchedBackward:
             torch.utils.checkpoint; a torch that lacks what is needed here.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Output], inputs: Sequence[Tensor]) -> None:
         if not _torch_is_known():
             raise BatchingUnsupported("this torch lacks private names that batched passes need")
-        starts, ends = [*map(_edge_to, outputs)], [*map(_edge_to, inputs)]
+        starts, ends = [*map(edge_to, outputs)], [*map(edge_to, inputs)]
         results = set(ends)
         following = _following([node for node, _ in starts])
         self.nodes = _topological(following)
@@ -159,8 +160,9 @@ class BatchedBackward:
                     break
         metadata = {node: _metadata(node) for node in self.nodes if node in leading}
         metadata.update({node: _metadata(node) for node, _ in ends if node in following and node not in metadata})
-        _refuse_hooks((*outputs, *inputs))
-        weights = {shape for tensor in (*outputs, *inputs) for shape in (tensor.shape, tensor.shape[::-1])}
+        tensors = [tensor for tensor in (*outputs, *inputs) if isinstance(tensor, Tensor)]
+        _refuse_hooks(tensors)
+        weights = {shape for tensor in tensors for shape in (tensor.shape, tensor.shape[::-1])}
         shapes = {shape for each in metadata.values() for shape, _ in each} - weights
         self.activation_size = max((shape.numel() for shape in shapes), default=0)
         accumulators: dict[Edge, Accumulator] = {}
@@ -223,8 +225,10 @@ def _transposed(gradient: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the graph
 
 
-def _edge_to(tensor: Tensor) -> Edge:
+def edge_to(tensor: Output) -> Edge:
     """The edge at which the gradients of the tensor come together."""
+    if isinstance(tensor, GradientEdge):
+        return tensor.node, tensor.output_nr
     if tensor.grad_fn is not None:
         return tensor.grad_fn, tensor.output_nr
     edge = get_gradient_edge(tensor)
@@ -273,6 +277,27 @@ def _metadata(node: Any) -> list[tuple[torch.Size, torch.dtype]]:
             raise BatchingUnsupported(f"{node.name()} has complex numbers, which not all rules conjugate")
         found.append((torch.Size(data.shape), data.dtype))
     return found
+
+
+def result_of(edge: Edge) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of the result at the edge; `None` where torch does not tell."""
+    metadata = getattr(edge[0], "_input_metadata", ())[edge[1] : edge[1] + 1]
+    return (torch.Size(metadata[0].shape), metadata[0].dtype) if metadata else None
+
+
+def summands(edge: Edge) -> list[Edge]:
+    """The edges of the terms, where the result at `edge` is a plain sum, or a sum of such, of terms of one shape and
+    dtype; else this edge alone. Constants are left out."""
+    terms, pending = [], [edge]
+    while pending:
+        edge = pending.pop()
+        parts = [part for part in edge[0].next_functions if part[0] is not None]
+        is_sum = edge[0].name() == "AddBackward0" and getattr(edge[0], "_saved_alpha", None) == 1
+        if is_sum and all(result_of(part) == result_of(edge) is not None for part in parts):
+            pending += parts
+        else:
+            terms.append(edge)
+    return terms
 
 
 def _refuse_hooks(tensors: Iterable[Tensor]) -> None:

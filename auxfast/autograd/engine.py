@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Output = Tensor | GradientEdge
+"""A result in a graph: the tensor, or the edge at which its gradients come together."""
 
 # torch.autograd.grad hands to this method after checks in Python that take an eighth of a small Hessian product. The
 # engine itself checks shapes and devices.
 _run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+_keeps_graph: Callable[[], bool] | None = getattr(
+    getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None
+)
 
 
 def vjp(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     *,
@@ -32,7 +39,7 @@ def vjp(
 
 
 def run_engine(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     retain_graph: bool = True,
@@ -40,13 +47,20 @@ def run_engine(
 ) -> tuple[Tensor | None, ...]:
     """`vjp` as the engine gives it: this calls nothing else of torch."""
     if _run_backward is None:
+        mixed: Any = outputs  # its types know of lists of one kind only
         return torch.autograd.grad(
-            outputs, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            mixed, inputs, vectors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     gradients: tuple[Tensor | None, ...] = _run_backward(
         tuple(outputs), tuple(vectors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
     return gradients
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is under way was told to keep its graph (`retain_graph`); True where torch does
+    not tell: what a node holds then goes with the node."""
+    return _keeps_graph is None or _keeps_graph()
 
 
 def zeros_for_none(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -15,9 +15,10 @@ from auxfast.autograd.graph import function_class, functions_of
 
 
 def has_hook(tensor: Tensor) -> bool:
-    """Whether a hook is registered on the tensor, `retain_grad()` included. Autograd's engine runs the hooks of every
-    tensor of a graph, and the graph leads to few of its tensors: `HookDetector` finds hooks on the others."""
-    return bool(tensor._backward_hooks) or tensor.retains_grad
+    """Whether a hook is registered on the tensor, `retain_grad()` included; also where torch does not tell. Autograd's
+    engine runs the hooks of every tensor of a graph, and the graph leads to few of its tensors: `HookDetector` finds
+    hooks on the others."""
+    return bool(getattr(tensor, "_backward_hooks", True)) or tensor.retains_grad
 
 
 # Python that torch itself runs for a few operators, such as sums with tensors that it knows to be zero.

@@ -15,6 +15,8 @@ from torch import Tensor
 from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
 from auxfast.autograd.engine import run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
+from auxfast.autograd.separable import split, whole
+from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs
 
 Gradients = Sequence[Tensor | None]
 
@@ -57,14 +59,20 @@ class Pullback:
 
     Args:
         outputs, inputs: tensors of the graph.
+        symmetric: whether there is an output for each input, and `d outputs / d inputs` is a symmetric matrix, as the
+            second derivatives of a loss are: batches are then checked by inner products. Without harm if it is not.
 
     Attributes:
         num_batched: vectors that went through the graph in batches.
         refusal: why batches are left to the engine from now on; `None`: they are not.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], symmetric: bool = False) -> None:
         self._outputs, self._inputs = outputs, inputs
+        self._symmetric = symmetric
+        self._probe: SymmetricProbe | None = None
+        self._split = whole(outputs)
+        self._is_used = self._is_split = False
         self._pass: BatchedBackward | None = None
         many = sum(tensor.numel() for tensor in inputs) > _MANY_NUMBERS
         self._min_vectors = _MIN_VECTORS_OF_MANY_NUMBERS if many else _MIN_VECTORS
@@ -78,11 +86,40 @@ class Pullback:
         speed of a whole hypergradient). Where launches dominate, on a GPU, it may: this is the place for it, once it
         is measured.
         """
-        return vjp(self._outputs, self._inputs, vectors) if self._outputs else [None] * len(self._inputs)
+        if not self._outputs:
+            return [None] * len(self._inputs)
+        if self._is_used:  # to split the outputs costs about what it saves of one product
+            self._separate()
+        self._is_used = True
+        return self._with_diagonals(self._by_engine(self._of_parts(vectors)), vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> Gradients:
         """Products of k vectors: all tensors have one more axis of size k in front."""
         if not self._outputs:
+            return [None] * len(self._inputs)
+        self._separate()
+        return self._with_diagonals(self._batched(self._of_parts(vectors)), vectors)
+
+    def _separate(self) -> None:
+        if not self._is_split and not _ENGINE_ONLY.get():
+            self._split = split(self._outputs, self._inputs)
+            self._is_split = True
+
+    def _of_parts(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [vectors[i] for i in self._split.outputs]
+
+    def _with_diagonals(self, gradients: Gradients, vectors: Sequence[Tensor]) -> Gradients:
+        total = [*gradients]
+        for output, place, entries in self._split.diagonals:
+            gradient, vector = total[place], vectors[output]
+            total[place] = entries * vector if gradient is None else torch.addcmul(gradient, entries, vector)
+        return total
+
+    def _by_engine(self, vectors: Sequence[Tensor]) -> Gradients:
+        return vjp(self._split.parts, self._inputs, vectors) if vectors else [None] * len(self._inputs)
+
+    def _batched(self, vectors: Sequence[Tensor]) -> Gradients:
+        if not vectors:
             return [None] * len(self._inputs)
         if len(vectors[0]) >= self._min_vectors and self.refusal is None and self._may_batch():
             try:
@@ -102,7 +139,7 @@ class Pullback:
         count = len(vectors[0])
         results: list[Tensor | None] = [None] * len(self._inputs)
         for i, row in enumerate(zip(*vectors, strict=True)):
-            for j, gradient in enumerate(self(row)):
+            for j, gradient in enumerate(self._by_engine(row)):
                 if gradient is not None:
                     result = results[j]
                     if result is None:
@@ -115,7 +152,9 @@ class Pullback:
         """The products by a `BatchedBackward`. Each batch is compared with one product of the engine, so that no answer
         depends on what an earlier batch has shown: that of a combination of the first vector and the last, if the first
         has no zeros and so reaches whatever another reaches, or else of all vectors. (One vector alone would not tell a
-        pass that gives the same result, or another one's, to all of them.)
+        pass that gives the same result, or another one's, to all of them.) Products with a symmetric matrix are
+        compared with one product of the engine for all batches, see `SymmetricProbe`; where that does not confirm them,
+        by rounding or since the matrix is not symmetric, with one for each as well.
 
         Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises its own
         error. So nothing is hidden but the time that it takes, and `refusal` tells why.
@@ -124,29 +163,62 @@ class Pullback:
             BatchingUnsupported: the engine is to be asked for each of the vectors.
         """
         try:
-            planned = self._pass = self._pass or BatchedBackward(self._outputs, self._inputs)
+            planned = self._pass = self._pass or BatchedBackward(self._split.parts, self._inputs)
             at_once = self._vectors_at_once(planned)
-            combine = _combination(vectors)
-            probe = combine(vectors)
         except BatchingUnsupported:
             raise
         except Exception as error:  # a graph that was freed, say
             raise BatchingUnsupported(f"planning a pass raised {error!r}") from error
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
-        with HookDetector(planned.nodes) as hooks:
-            expected = run_engine(self._outputs, self._inputs, probe)
-        if hooks.found:
-            raise BatchingUnsupported("a hook computes with gradients")
         try:
             gradients = _in_parts(planned, vectors, at_once)
-            combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
-            found = [None if gradient is None else next(combined) for gradient in gradients]
-            agrees = _agree(*(zeros_for_none(each, self._inputs) for each in (found, expected)))
+            agrees = self._is_confirmed(vectors, gradients) or self._agrees_with_engine(vectors, gradients)
+        except BatchingUnsupported:
+            raise
         except Exception as error:  # a Function that cannot run outside of the engine, say
             raise BatchingUnsupported(f"the pass raised {error!r}") from error
         if not agrees:
             raise BatchingUnsupported("the engine finds something else")
+        return gradients
+
+    def _is_confirmed(self, vectors: Sequence[Tensor], gradients: Gradients) -> bool:
+        if not self._symmetric:
+            return False
+        part_of = {output: i for i, output in enumerate(self._split.outputs)}  # one of them, if it has several
+        own = [gradient for output in part_of if (gradient := gradients[output]) is not None]
+        if len(own) == len(part_of) == sum(gradient is not None for gradient in gradients):
+            if self._probe is None:
+                self._probe = self._make_probe(own, [*part_of])
+            if self._probe is not None and self._probe.confirms([vectors[i] for i in part_of.values()], own):
+                return True
+        self._symmetric = False
+        return False
+
+    def _make_probe(self, like: Sequence[Tensor], outputs: Sequence[int]) -> SymmetricProbe | None:
+        signs = random_signs(like)
+        image = self._engine([signs[outputs.index(output)] for output in self._split.outputs])
+        own = [each for output in outputs if (each := image[output]) is not None]
+        return SymmetricProbe(signs, own) if len(own) == len(outputs) else None
+
+    def _agrees_with_engine(self, vectors: Sequence[Tensor], gradients: Gradients) -> bool:
+        combine = _combination(vectors)
+        expected = self._engine(combine(vectors))
+        combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
+        found = [None if gradient is None else next(combined) for gradient in gradients]
+        return _agree(*(zeros_for_none(each, self._inputs) for each in (found, expected)))
+
+    def _engine(self, vectors: Sequence[Tensor]) -> Gradients:
+        """The product by the engine.
+
+        Raises:
+            BatchingUnsupported: a hook takes part.
+        """
+        assert self._pass is not None
+        with HookDetector(self._pass.nodes) as hooks:
+            gradients = run_engine(self._split.parts, self._inputs, vectors)
+        if hooks.found:
+            raise BatchingUnsupported("a hook computes with gradients")
         return gradients
 
     def _vectors_at_once(self, planned: BatchedBackward) -> int:

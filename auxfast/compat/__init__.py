@@ -1,1 +1,2 @@
-"""Drop-ins for other libraries: the same names and values, on auxfast's kernels."""
+"""Drop-ins and adapters for other libraries: AuxiLearn's names on auxfast's kernels; operators of curvlinops and SciPy,
+and torchopt's `solve=`."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from auxfast._callers import stacklevel
-from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import BlockDiagonal, GradientFlow, Identity, StopReason
-from auxfast.solvers.base import Solver, SolverState, SolveStats
+from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
+from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
+from auxfast.solvers.known_solution import KnownSolution
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -24,7 +24,7 @@ _MAX_ELEMENTS = 4096  # to compare more of two vectors would cost what a cheap s
 _IDENTITY = (
     "The hypergradient is little more than the identity approximation: the solution is nearly parallel to the outer "
     "loss's gradient, while the residual is large or not certified. The steps are too few or too small for the "
-    "curvature to matter: take a larger step_size, step_size='auto', or the default solver, MINRES(); or, if this is "
+    "curvature to matter: take a larger step_size, step_size='auto', or MINRES(); or, if this is "
     "what you want, auxfast.solvers.Identity(), which is cheaper."
 )
 _DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
@@ -66,6 +66,24 @@ _TEXTS = {
         "Some inner parameters are exactly 0, where abs() or relu() of them in inner_loss has a kink. Entries that "
         "stay at a kink are held there, and the theorem holds for the others alone: pass free=[w != 0 for w in "
         "inner_params], or what verify_hypergradient suggests."
+    ),
+    "no minimum": (
+        "The inner parameters are not at a minimum: along the outer loss's gradient a Newton step would move them by "
+        "more than a tenth of their length, and what is computed is the derivative of something else. Train them "
+        "further before implicit_minimum, or pass the loss that they were trained with."
+    ),
+    "no root": (
+        "The parameters are not at a root: along the outer loss's gradient a Newton step would move them by more than "
+        "a tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 "
+        "further before implicit_root."
+    ),
+    "singular": (
+        "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual "
+        "cannot be made smaller in this precision. Add damping to the solver, or take parameters of float64."
+    ),
+    "no part in the function": (
+        "No outer parameter plays a part in function, so that nothing of them reaches the outer loss through params. "
+        "Was something detached on the way, or were they replaced since?"
     ),
     "identity": _IDENTITY,
     "flow": (
@@ -114,7 +132,7 @@ def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
 
 
 def problem_of(
-    solver: Solver, stats: SolveStats, curvature: Curvature, rhs: Sequence[Tensor], nothing: bool
+    solver: Solver, stats: SolveStats, curvature: Matvec, rhs: Sequence[Tensor], nothing: bool
 ) -> str | None:
     """The problem with a solve; `nothing` is what `found_nothing` says of it.
 
@@ -135,10 +153,15 @@ def problem_of(
         return str(StopReason.NEGATIVE_CURVATURE)
     if nothing:
         return "no solution"
-    if not stats.converged and getattr(solver, "tol", None) is not None:
+    if not stats.converged and getattr(solver, "tol", None) is not None and not _is_as_meant(solver, stats):
         stagnated = stats.stop_reason is StopReason.STAGNATED
         return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
     return None
+
+
+def _is_as_meant(solver: Solver, stats: SolveStats) -> bool:
+    """Whether a residual above the tolerance is what the default solver is for: a bound on the cost."""
+    return solver == DEFAULT_SOLVER and stats.residual < _LARGE_RESIDUAL
 
 
 def _problem_of_flow(solver: GradientFlow, stats: SolveStats) -> str | None:
@@ -159,7 +182,7 @@ def no_more_than_identity(
     if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
         return None
     method = solver.solver if isinstance(solver, BlockDiagonal) else solver
-    if isinstance(method, (GradientFlow, Identity)):  # a short flow is right to be parallel
+    if isinstance(method, (GradientFlow, Identity, KnownSolution)):  # a short flow is right to be parallel
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,13 +53,17 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def check_independent(**lists: Sequence[Tensor]) -> None:
     """Raises ValueError where a tensor of the named lists is given twice, or computed from another: that would count a
     dependence twice."""
+    given = [tensor for tensors in lists.values() for tensor in tensors]
+    results = [tensor for tensor in given if tensor.grad_fn is not None]
+    if not results and len({*map(id, given)}) == len(given):  # the usual case, in which no place need have a name
+        return
     places: dict[int, str] = {}
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if id(tensor) in places:
                 raise ValueError(f"{name}[{i}] is the same tensor as {places[id(tensor)]}: each may be given once")
             places[id(tensor)] = f"{name}[{i}]"
-    nodes = {t.grad_fn: places[id(t)] for tensors in lists.values() for t in tensors if t.grad_fn is not None}
+    nodes: dict[Any, str] = {tensor.grad_fn: places[id(tensor)] for tensor in results}
     for node, place in nodes.items():
         for above in graph_from(following for following, _ in node.next_functions):
             origin = nodes.get(above) or places.get(id(getattr(above, "variable", None)))
@@ -69,3 +75,21 @@ def check_one_device(name: str, params: Sequence[Tensor]) -> None:
     devices = {param.device for param in params}
     if len(devices) > 1:
         raise ValueError(f"{name} must be of one device, not of {' and '.join(sorted(map(str, devices)))}")
+
+
+def shares_of(name: str, weights: Sequence[Any]) -> list[float]:
+    """The weights divided by their sum.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    for i, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"{name} must be numbers, but number {i} is a {type(weight).__name__}")
+        if not 0 <= float(weight) < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, but number {i} is {weight}")
+    total = math.fsum(weights)
+    if not total:
+        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
+    return [float(weight) / total for weight in weights]

@@ -20,7 +20,7 @@ from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.losses import LossGraph, add, check_connected
+from auxfast.implicit.losses import LossGraph, check_connected
 
 _WAYS_OUT = {  # by a part of the name of autograd's node
     "Attention": "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
@@ -67,6 +67,7 @@ class Hessian:
         retain_graph: whether to keep the graph when `mixed` is done.
 
     Attributes:
+        gradient: that of the loss in each of the given `params`, with its graph; `None` where it does not depend on it.
         pullback: the backward pass through the graph of the gradient; it tells how many vectors went in batches.
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
@@ -104,10 +105,15 @@ class Hessian:
         check_connected(inner.name, grads)
         self.in_system = [grad is not None and grad.requires_grad for grad in grads]
         self.params = list(compress(params, self.in_system))
+        self.gradient = grads
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
-        self.pullback = Pullback(self._grads, self.params)
+        self.pullback = Pullback(self._grads, self.params, symmetric=True)
+
+    def slope(self, vectors: Sequence[Tensor]) -> Tensor:
+        """`<v, d inner / d params>`."""
+        return slope(vectors, self._grads)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -122,6 +128,14 @@ class Hessian:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
         return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
+
+    def with_mixed(
+        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """`H v` and the mixed product with v, by one backward pass. It keeps the graph."""
+        found = self._named(vjp, self._grads, [*self.params, *outer_params], vectors)
+        count = len(self.params)
+        return zeros_for_none(found[:count], vectors), list(found[count:])
 
     def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
         """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
@@ -173,6 +187,11 @@ class GaussNewton(Hessian):
         tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
         return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
 
+    def with_mixed(
+        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        return self(vectors), list(self._named(vjp, self._grads, outer_params, vectors))
+
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
     """`d l / d W` with the outputs held fixed: the backward pass ends at them."""
@@ -209,56 +228,6 @@ def _check_outputs(inner: LossGraph) -> Sequence[Tensor]:
             raise ValueError(f"outputs[{i}] is not a result in the graph of {inner.name}: was it computed anew?")
     check_independent(outputs=given)
     return given
-
-
-class MicroBatches:
-    """Mean of the curvatures of micro-batches, each recorded anew for every product, in the memory of one.
-
-    Args:
-        records: functions that record the curvature of a micro-batch in the parameters that they are given.
-        params: tensors that the loss is differentiated in.
-
-    Attributes:
-        unproven, kinked: see `Hessian`.
-    """
-
-    def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Hessian]], params: Sequence[Tensor]) -> None:
-        self._records = records
-        self.unproven: list[str] = []
-        self.kinked: list[Tensor] = []
-        in_system = [self._inspect(record(params)) for record in records]
-        self.in_system = [any(which) for which in zip(*in_system, strict=True)]
-        self.params = list(compress(params, self.in_system))
-
-    def _inspect(self, curvature: Hessian) -> list[bool]:
-        self.unproven += [name for name in curvature.unproven if name not in self.unproven]
-        self.kinked += curvature.kinked
-        return curvature.in_system
-
-    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._products(vectors, lambda curvature, chosen: curvature(chosen))
-
-    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._products(vectors, lambda curvature, chosen: curvature.batched(chosen))
-
-    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        total: list[Tensor | None] = [None] * len(outer_params)
-        for i in range(len(self._records)):
-            total = add(total, self._of_one(i, vectors, lambda c, chosen: c.mixed(chosen, outer_params))[1])
-        return [term if term is None else term / len(self._records) for term in total]
-
-    def _products(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
-        total = [torch.zeros_like(v) for v in vectors]
-        for i in range(len(self._records)):
-            in_system, terms = self._of_one(i, vectors, product)
-            torch._foreach_add_(list(compress(total, in_system)), terms, alpha=1 / len(self._records))
-        return total
-
-    def _of_one(self, i: int, vectors: Sequence[Tensor], product: Callable[..., Any]) -> tuple[list[bool], Any]:
-        """Product with the curvature of micro-batch `i`. This is a function of its own so that its graph is gone before
-        the next is made."""
-        curvature = self._records[i](self.params)
-        return curvature.in_system, product(curvature, list(compress(vectors, curvature.in_system)))
 
 
 class _InWidestDtype:
@@ -300,6 +269,12 @@ def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
         for of_all, of_one in zip(products, curvature(row), strict=True):
             of_all[i] = of_one
     return products
+
+
+def slope(vectors: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+    """`<v, gradient>`, where the gradient may have a graph, and its tensors narrower dtypes."""
+    pairs = zip(vectors, gradient, strict=True)
+    return torch.stack([torch.dot(v.reshape(-1).to(g.dtype), g.detach().reshape(-1)) for v, g in pairs]).sum()
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

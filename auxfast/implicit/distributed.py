@@ -23,7 +23,7 @@ class SpreadOverProcesses(RuntimeError):
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without the import of its module, which takes long and is not always there."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "device_mesh")
 
 
 def refuse_calls(module: nn.Module) -> None:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, check_curvature, derivatives_of, solve_adjoint
+from auxfast.implicit.adjoint import CurvatureName, derivatives_of, solve_adjoint
 from auxfast.implicit.advice import missing_dependence
-from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
-from auxfast.implicit.free_entries import Free, free_masks
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, check_connected, mean_gradient
-from auxfast.solvers import MINRES
+from auxfast.implicit.free_entries import Free
+from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
+from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
+from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
-
-_DEFAULT_SOLVER = MINRES()
+from auxfast.solvers.known_solution import KnownSolution
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def hypergradient(
     inner_params: Iterable[Tensor],
     outer_params: Iterable[Tensor],
     *,
-    solver: Solver = _DEFAULT_SOLVER,
+    solver: Solver = DEFAULT_SOLVER,
     curvature: CurvatureName = "hessian",
     outputs: Tensor | Sequence[Tensor] | None = None,
     free: Free | None = None,
@@ -57,10 +57,12 @@ def hypergradient(
     as the solver is at `H^-1`. Nothing is written to any `.grad`.
 
     **Losses.** Each of the two is a tensor of one element with its graph; or a function of no arguments that computes
-    it; or a list of such functions, which stands for their mean: micro-batches, evaluated anew for every product, so
-    that no more than the graph of one is in memory. Functions must compute everything from the parameters when they are
-    called. They leave no trace in the buffers of modules and in torch's random states, and draw the same random numbers
-    (dropout masks) each time within one call; see `auxfast.preserved_state`.
+    it; or a list of such functions, or of pairs `(weight, function)`, which stands for their mean: micro-batches,
+    evaluated anew for every product, so that no more than the graph of one is in memory (`auxfast.MicroBatches` makes
+    the list of a DataLoader). `auxfast.FreshBatches` takes another batch for every product instead. Functions must
+    compute everything from the parameters when they are called. They leave no trace in the buffers of modules and in
+    torch's random states, and draw the same random numbers (dropout masks) each time within one call; see
+    `auxfast.preserved_state`.
 
     Args:
         outer_loss: depends on `inner_params`, and may depend on `outer_params`, which gives the direct gradient.
@@ -72,7 +74,10 @@ def hypergradient(
             nothing of `phi` reaches the outer loss through them.
         outer_params: `phi`, any iterable of tensors, of any floating dtypes. These and `inner_params` need
             not be leaves, but none may be computed from another.
-        solver: how to apply `H^-1`; by default to a relative residual of 1e-3, in 100 products at most.
+        solver: how to apply `H^-1`; by default in about ten products, which leaves the system of most networks at a
+            residual of some tenths (see `solvers.DEFAULT_SOLVER`). `MINRES()` goes on to 1e-3, in 100 at most.
+            `OneStep`, `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more
+            products, and what evaluates a loss at other parameters needs it as a function.
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
             fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
             "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
@@ -99,8 +104,9 @@ def hypergradient(
         and the solver's statistics.
 
     Raises:
-        TypeError: a loss that is neither a tensor nor made of functions that return one, parameters that are not an
-            iterable of tensors, or a solver that is none or returns something else than `Solver.solve` says.
+        TypeError: a loss that is neither a tensor nor made of functions that return one, or a tensor where the solver
+            needs a function, parameters that are not an iterable of tensors, or a solver that is none or returns
+            something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
@@ -112,32 +118,39 @@ def hypergradient(
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
-    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
-    check_independent(inner_params=inner, outer_params=outer)
-    check_one_device("inner_params", inner)
-    _check_curvature_and_losses(curvature, inner_loss, outputs)
-    masks = free_masks(free, inner)
+    params = given_params(inner_params, outer_params, free)
+    active_inner, active_outer = params.active_inner, params.active_outer
+    check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
-    active_inner = [w for w in inner if w.requires_grad]
-    active_outer = [phi for phi in outer if phi.requires_grad]
+    if isinstance(solver, KnownSolution):
+        check_losses(solver, outer_loss, inner_loss)
     if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
         refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
     with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
-        given_outer = _given("outer_loss", outer_loss, guard)
-        given_inner = _given("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
-        outer_grads = _outer_gradient(given_outer, given_inner, [*active_inner, *active_outer], retain_graph)
+        given_outer = given_loss("outer_loss", outer_loss, guard)
+        given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
+        outer_gradient = partial(
+            _outer_gradient, given_outer, given_inner, [*active_inner, *active_outer], retain_graph
+        )
+        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
+        if isinstance(solver, KnownSolution):
+            outer_grads, derivatives = outer_gradient_and_derivatives(
+                solver, outer_gradient, recorded, given_inner, active_inner, active_outer, params.masks
+            )
+        else:
+            outer_grads, derivatives = outer_gradient(), None
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
         adjoint = solve_adjoint(
-            derivatives_of(curvature, given_inner, active_inner, active_outer, retain_graph),
+            derivatives or recorded(),
             given_inner,
             rhs,
             active_inner,
             active_outer,
-            None if free is None else masks,
-            solver,
+            params.masks,
+            solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
 
@@ -150,28 +163,10 @@ def hypergradient(
         adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
     total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in outer),
+        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in params.outer),
         adjoint.stats,
         adjoint.direct_only,
     )
-
-
-def _check_curvature_and_losses(curvature: str, inner_loss: Loss, outputs: Any) -> None:
-    check_curvature(curvature)
-    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
-        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
-    if outputs is not None and curvature != "gauss-newton":
-        raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
-    if outputs is not None and not isinstance(inner_loss, Tensor):
-        raise ValueError("outputs must be None where inner_loss is made of functions: they return (loss, outputs)")
-
-
-def _given(
-    name: str, loss: Loss, guard: preserved_state | None, outputs: Any = None, with_outputs: bool = False
-) -> LossGraph | list[LossFn]:
-    if isinstance(loss, Tensor) or guard is None:
-        return LossGraph(name, loss, outputs)  # whatever it is: that checks
-    return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 
 def _outer_gradient(

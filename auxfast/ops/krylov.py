@@ -25,9 +25,9 @@ MINRES_STEP_SCHEMA = (
 )
 
 RUNNING, REACHED, SINGULAR, CURVED, BROKEN = range(5)
-"""Status of a row: whether it goes on, or why it has stopped. REACHED: its residual is within the tolerance. SINGULAR: a
-null vector was met. CURVED: negative curvature, which ends conjugate gradients. BROKEN: something was not finite, or a
-preconditioner is not positive definite."""
+"""Status of a row: whether it goes on, or why it has stopped. REACHED: its residual is within the tolerance. SINGULAR:
+a null vector was met. CURVED: negative curvature, which ends conjugate gradients. BROKEN: something was not finite, or
+a preconditioner is not positive definite."""
 
 WHOLE, BEFORE_PRECONDITIONER, AFTER_PRECONDITIONER = range(3)
 """Parts of a step."""
@@ -186,8 +186,8 @@ def conjugate_gradient_step_(
     the reference.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse; or a
-            tensor that requires a gradient where gradients are recorded.
+        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse;
+            or a tensor that requires a gradient where gradients are recorded.
     """
     _refuse_gradients("conjugate_gradient_step_", x, r, p, product)
     if use_native(r.device) and r.dtype in _KERNEL_DTYPES:
@@ -222,9 +222,7 @@ def conjugate_gradient_step_reference_(
         square = row_dots_reference(r, r)
         of.stop(~square.isfinite(), BROKEN)
         leaves = (of["square"] <= of["best_square"]) & (square > of["square"])
-        of.set(
-            leaves=leaves.double(), best_square=torch.where(leaves, of["square"], of["best_square"]), square=square
-        )
+        of.set(leaves=leaves.double(), best_square=torch.where(leaves, of["square"], of["best_square"]), square=square)
     if part != BEFORE_PRECONDITIONER:
         z = r if z is None else z
         rz = row_dots_reference(r, z) if part == AFTER_PRECONDITIONER else of["square"]
@@ -278,8 +276,8 @@ def minres_step_(
     the reference.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse; or a
-            tensor that requires a gradient where gradients are recorded.
+        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse;
+            or a tensor that requires a gradient where gradients are recorded.
     """
     _refuse_gradients("minres_step_", x, v, r, product)
     if use_native(r.device) and r.dtype in _KERNEL_DTYPES:
@@ -514,9 +512,7 @@ _LIBRARY.impl("linear_combination_", linear_combination_reference_, "CompositeEx
 _LIBRARY.impl("row_dots", row_dots_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("conjugate_gradient_step_", conjugate_gradient_step_reference_, "CompositeExplicitAutograd")
 _LIBRARY.impl("minres_step_", minres_step_reference_, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "auxfast::conjugate_gradient_step_", _check_conjugate_gradient_step, lib=_LIBRARY
-)
+torch.library.register_fake("auxfast::conjugate_gradient_step_", _check_conjugate_gradient_step, lib=_LIBRARY)
 torch.library.register_fake("auxfast::minres_step_", _check_minres_step, lib=_LIBRARY)
 torch.library.register_fake("auxfast::linear_combination_", _linear_combination_fake, lib=_LIBRARY)
 torch.library.register_fake("auxfast::row_dots", _row_dots_fake, lib=_LIBRARY)

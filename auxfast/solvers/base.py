@@ -49,7 +49,8 @@ class StopReason(str, Enum):
     STEPS = (
         "steps",
         "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
-        "steps, add damping or a preconditioner, or set a larger tol; tol=None says that the number of steps is meant.",
+        "steps (MINRES() takes up to 100), add damping or a preconditioner, or set a larger tol; tol=None says that "
+        "the number of steps is meant.",
     )
     """The allowed number of steps is done."""
     NEGATIVE_CURVATURE = (
@@ -63,7 +64,7 @@ class StopReason(str, Enum):
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
         "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
-        "take a smaller one, step_size='auto', or the default solver, MINRES(). See result.stats.",
+        "take a smaller one, step_size='auto', or MINRES(). See result.stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
@@ -123,8 +124,8 @@ class SolveStats:
             batched product counts once for each of its vectors.
         residual: `||b - (H + damping I) x|| / ||b||` over all tensors together, of the x that is returned, rounded to
             its dtype; true to the rounding of the products, and not estimated; the largest of `residuals`. 0 is exact,
-            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`. `GradientFlow` solves no
-            linear system: there it is an estimate of the relative error of what it computes.
+            and 1 is what `x = 0` has. NaN where it is not known: `Neumann(certify=False)`, `OneStep`, `SAMA`.
+            `GradientFlow` solves no linear system: there it is an estimate of the relative error of what it computes.
         converged: whether the residual is within the solver's tolerance; where that is `None`, whether it is 0. False
             where it is not known, or where H is not symmetric.
         stop_reason: a `StopReason`; a text that equals one becomes it. `converged`; `steps`: the allowed number is
@@ -240,14 +241,14 @@ def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
 
 
 def checked_solve(
-    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None
+    solver: Solver, matvec: Matvec, rhs: Sequence[Tensor], state: SolverState | None, batched: bool = False
 ) -> tuple[Sequence[Tensor], SolveStats]:
     """What `solver.solve` returns.
 
     Raises:
         TypeError: a solver of one's own returns something else than a solution like `rhs` and SolveStats.
     """
-    result: Any = solver.solve(matvec, rhs, state=state)
+    result: Any = solver.solve(matvec, rhs, batched=batched, state=state)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise _wrong_result(solver, f"{result!r:.60}")
     solution, stats = result

@@ -26,8 +26,8 @@ _STOP_REASONS = (  # by the status of a row
     StopReason.DIVERGED,
 )
 _NEGLIGIBLE = 0.03
-"""The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and moves
-the norm by 0.03^2 / 2, one in two thousand."""
+"""The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and
+moves the norm by 0.03^2 / 2, one in two thousand."""
 
 
 class Recurrence(ABC):
@@ -85,9 +85,7 @@ class Recurrence(ABC):
                 product = system.product(self.direction, index)
             else:  # rows that have stopped need no products
                 product = torch.zeros_like(self.direction)
-                product[active] = system.product(
-                    self.direction[active], active if index is None else index[active]
-                )
+                product[active] = system.product(self.direction[active], active if index is None else index[active])
             self.step(product)
             if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
                 active = (status == RUNNING).nonzero()[:, 0]  # waits for the device

@@ -40,14 +40,20 @@ class LinearSystem:
         has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
         exact: whether the operator says that its products are; see `LinearOperator`.
         matvecs: vectors multiplied so far.
+        params: the parameters themselves, where the operator knows them (`matvec.params`, as a curvature does); else
+            None.
 
     Raises:
         ValueError: `rhs` is empty, not finite, or (batched) of different numbers of right-hand sides.
     """
 
-    def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool) -> None:
+    def __init__(
+        self, matvec: Matvec, rhs: Sequence[Tensor], damping: float, batched: bool, name: str = "matvec"
+    ) -> None:
         check_rhs(rhs, batched)
         self._matvec = matvec
+        self._name = name  # of the argument, for errors
+        self.params: Sequence[Tensor] | None = getattr(matvec, "params", None)
         self._batched = batched
         self.dtype = rhs[0].dtype
         self.shapes = [tensor.shape[1:] if batched else tensor.shape for tensor in rhs]
@@ -158,19 +164,23 @@ class LinearSystem:
 
     @cached_property
     def _batched_matvec(self) -> Matvec:
-        matvec = self._matvec
-        return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+        return batched_matvec(self._matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
         if len(products) != len(operand):
-            raise RuntimeError(f"matvec returned {len(products)} tensors for {len(operand)} parameters")
+            raise RuntimeError(f"{self._name} returned {len(products)} tensors for {len(operand)} parameters")
         for i, (product, like) in enumerate(zip(products, operand, strict=True)):
             if product.shape != like.shape or product.dtype != like.dtype:
                 given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
-                raise RuntimeError(f"matvec returned {given} for tensor {i}, not {wanted}")
+                raise RuntimeError(f"{self._name} returned {given} for tensor {i}, not {wanted}")
         joined = torch.cat([product.reshape(count, -1) for product in products], dim=1)  # a copy, even of one tensor
         joined = joined.detach() if joined.requires_grad else joined
         return joined if joined.dtype == self.rhs.dtype else joined.to(self.rhs.dtype)
+
+
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
 
 
 def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -19,15 +19,27 @@ Apply = Callable[[Tensor], Tensor]
 
 
 class Preconditioner(Protocol):
-    """A setting, compared by value; `build` does the work and may spend products."""
+    """A setting that makes an approximate inverse for each system; `ConjugateGradient`, `MINRES` and `Chebyshev` take
+    one. It changes how many products a solve needs, and neither the solution nor what its residual says.
+
+    It need not inherit from this class. One with a `refresh` above 1 is compared by value, as a frozen dataclass is:
+    what it has built is used again where an equal one is given.
+    """
 
     @property
     def refresh(self) -> int:
-        """How many solves one `build` serves."""
+        """How many solves one `build` serves, at least 1, where the solver is given a `SolverState`."""
         ...
 
     def build(self, system: LinearSystem) -> Apply | None:
-        """Approximates the inverse of the system's operator; None where its products are not finite."""
+        """The function that multiplies rows (k, n) by a symmetric positive definite matrix near
+        `(H + damping I)^-1`; None: solve without, as where the products are not finite.
+
+        Args:
+            system: `system.product(rows)` multiplies rows (m, n), for any m, by `H + damping I`, and counts in the
+                stats; `system.rhs` (k, n) has the dtype and the device of all rows; `system.damping`,
+                `system.shapes` (those of the parameters, whose entries are the columns, in order) and `system.params`.
+        """
         ...
 
 
@@ -47,7 +59,7 @@ def prepare(preconditioner: Preconditioner | None, system: LinearSystem, state: 
     """
     if preconditioner is None:
         return None
-    if state is None:
+    if state is None or preconditioner.refresh == 1:  # none is held that no later solve can use
         return preconditioner.build(system)
     key = (preconditioner, system.damping, system.rhs.shape[1], system.rhs.dtype, system.rhs.device)
     if state.preconditioner is not None and state.preconditioner[0] == key:

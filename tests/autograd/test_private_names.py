@@ -29,6 +29,8 @@ _RULE = "what a node saved is read once for a batch of vectors", "the engine, ve
 _MODULE_HOOKS = "modules with hooks must run, others need not", "all modules run"
 _VMAP = "torch.vmap of a node without its own frames, 60 us", "the engine, vector by vector"
 
+_BATCH = "one solve for the rows of is_grads_batched", "an error: a backward pass for each row, or torch.func.vmap"
+
 NAMES = {
     "_execution_engine": Name("torch.autograd.grad without its checks, an eighth of a product", "torch.autograd.grad"),
     "_forward_cls": Name("what a Function says of itself", "Functions prove their derivatives, run one by one"),
@@ -63,12 +65,18 @@ NAMES = {
     "_add_batch_dim": Name(*_VMAP),
     "_remove_batch_dim": Name(*_VMAP),
     "_set_vmap_fallback_warning_enabled": Name("no warning of operators that vmap runs one by one", "the warning"),
+    "_vmapmode_increment_nesting": Name(*_BATCH),
+    "_vmapmode_decrement_nesting": Name(*_BATCH),
+    "_get_current_graph_task_keep_graph": Name(
+        "the recorded inner gradient is freed as saved tensors are", "it goes with its node"
+    ),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
 }
 # Names without which nothing works, or that lead to those above.
 LASTING = {
     "_C": "the module of torch that has them",
     "_functorch": "likewise",
+    "_autograd": "likewise",
     "_buffers": "where modules keep buffers: in every module that was ever pickled; no public name shows empty ones",
     "_version": "counts what writes to a tensor: the notes on autograd's in-place checks name it",
 }

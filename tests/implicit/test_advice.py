@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -107,3 +108,37 @@ def test_little_more_than_the_identity_is_not_told_by_the_residual_alone():
             w.sum(), 0.5 * (d * w.square()).sum() + (phi * w).sum(), [w], [phi], solver=Neumann(40, 0.9)
         )
     assert result.stats.residual > 0.5
+
+
+def many_eigenvalues(size: int, lowest: float) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    w = torch.linspace(-1, 2, size).double().requires_grad_()
+    phi = torch.ones(size, dtype=torch.float64, requires_grad=True)
+    d = torch.logspace(math.log10(lowest), 0, size).double()
+    return w.sin().sum(), 0.5 * (d * w.square()).sum() + (phi * w).sum(), [w], [phi]
+
+
+def test_the_default_solver_takes_ten_steps_and_says_what_they_bought():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a residual of some tenths is what it is for
+        stats = hypergradient(*many_eigenvalues(200, 1e-2)).stats
+    assert stats.iterations == 10
+    assert stats.matvecs <= 11
+    assert 1e-3 < stats.residual < 0.5
+    assert not stats.converged
+
+
+def test_the_default_solver_warns_of_half_a_residual():
+    with pytest.warns(RuntimeWarning, match=r"not solved to the solver's tol.*MINRES\(\) takes up to 100"):
+        result = hypergradient(*many_eigenvalues(2000, 1e-8))
+    assert result.stats.residual >= 0.5
+
+
+def test_the_default_solver_goes_on_from_the_last_call():
+    state = SolverState()
+    residuals = [hypergradient(*many_eigenvalues(200, 1e-2), state=state).stats.residual for _ in range(4)]
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < residuals[0] / 5
+
+
+def test_the_exact_solver_is_a_word_away():
+    assert hypergradient(*many_eigenvalues(200, 1e-2), solver=MINRES()).stats.converged

@@ -211,7 +211,11 @@ def test_opcheck(shape, dtype, device):
 # -------------------------------------------------------------------------------------------------------- whole steps
 
 STEPS = {
-    "conjugate gradients": (DiagonalSystems.conjugate_gradients, conjugate_gradient_step_, conjugate_gradient_step_reference_),
+    "conjugate gradients": (
+        DiagonalSystems.conjugate_gradients,
+        conjugate_gradient_step_,
+        conjugate_gradient_step_reference_,
+    ),
     "MINRES": (DiagonalSystems.minres, minres_step_, minres_step_reference_),
 }
 methods = pytest.mark.parametrize("method", STEPS.values(), ids=STEPS.keys())

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import (
+    BEFORE_PRECONDITIONER,
+    NUMBERS,
+    conjugate_gradient_step_,
+    conjugate_gradient_step_reference_,
     linear_combination_,
     linear_combination_reference_,
+    minres_step_,
+    minres_step_reference_,
     row_dots,
     row_dots_reference,
 )
@@ -86,6 +92,73 @@ def test_dot_errors_name_the_argument(which, make, message, native):
         (row_dots if native else row_dots_reference)(**given)
 
 
+STEP_ERRORS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "shape": (_other("product", lambda t: t[:1]), r"product has shape \(1, 4\), not \(3, 4\)"),
+    "rank": (_other("r", lambda t: t[0]), r"r must be a contiguous \(k, n\) tensor"),
+    "strides": (_other("product", lambda t: t.mT.contiguous().mT), "product must be a contiguous .* strides"),
+    "dtype": (_other("product", torch.Tensor.double), "product.*dtype"),
+    "device": (_other("product", lambda t: t.to("meta")), "product.*device"),
+    "integer": (_other("r", torch.Tensor.long), "r must be"),
+    "shape of numbers": (_other("numbers", lambda t: t[1:]), r"numbers has shape \(\d+, 3\), not \(\d+, 3\)"),
+    "dtype of numbers": (_other("numbers", torch.Tensor.float), "numbers must .* dtype float64"),
+    "strides of numbers": (_other("numbers", lambda t: t.mT.contiguous().mT), "numbers must be contiguous"),
+    "device of numbers": (_other("numbers", lambda t: t.to("meta")), "numbers and r must be on one device"),
+    "part": (_other("part", lambda _: 3), "part must be 0, 1 or 2, not 3"),
+    "z of a whole step": (_other("z", lambda _: torch.zeros(3, 4)), "z must be None for part 0"),
+    "no z": (_other("part", lambda _: 2), "z must be given for part 2"),
+}
+CONJUGATE_GRADIENT_ERRORS = {
+    "dtype of x": (_other("x", torch.Tensor.double), "x.*dtype"),
+    "shape of best": (_other("best", lambda t: t[:, :1]), r"best (has shape|must)"),
+    "shape of p": (_other("p", lambda t: t[:1]), "p has shape"),
+    "no z before": (_other("part", lambda _: BEFORE_PRECONDITIONER), "z must be given for part 1"),
+}
+MINRES_ERRORS = {
+    "dtype of x": (_other("x", torch.Tensor.float), "x must .* dtype float64"),
+    "dtype of w": (_other("w", torch.Tensor.float), "w must .* dtype float64"),
+    "shape of w_old": (_other("w_old", lambda t: t[:1]), "w_old has shape"),
+    "shape of u": (_other("u", lambda t: t[:1]), "u has shape"),
+    "shape of u_old": (_other("u_old", lambda t: t[:1]), "u_old has shape"),
+    "shape of v": (_other("v", lambda t: t[:1]), "v has shape"),
+}
+
+
+def _step(names: str, wide: str) -> dict[str, Any]:
+    given: dict[str, Any] = {name: torch.zeros(3, 4) for name in names.split()}
+    given |= {name: torch.zeros(3, 4, dtype=torch.float64) for name in wide.split()}
+    return given | {"z": None, "numbers": torch.zeros(NUMBERS, 3, dtype=torch.float64), "part": 0}
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"), (errors := STEP_ERRORS | CONJUGATE_GRADIENT_ERRORS).values(), ids=errors.keys()
+)
+def test_errors_of_a_step_of_conjugate_gradients_name_the_argument(change, message, native):
+    given = _step("x best r p product", "")
+    change(given)
+    with pytest.raises(RuntimeError, match=f"conjugate_gradient_step_: {message}"):
+        (conjugate_gradient_step_ if native else conjugate_gradient_step_reference_)(**given)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize(("change", "message"), (errors := STEP_ERRORS | MINRES_ERRORS).values(), ids=errors.keys())
+def test_errors_of_a_step_of_minres_name_the_argument(change, message, native):
+    given = _step("v u u_old r product", "x w w_old")
+    change(given)
+    with pytest.raises(RuntimeError, match=f"minres_step_: {message}"):
+        (minres_step_ if native else minres_step_reference_)(**given)
+
+
+def test_a_step_refuses_to_lose_a_gradient():
+    for step, given in (
+        (conjugate_gradient_step_, _step("x best r p product", "")),
+        (minres_step_, _step("v u u_old r product", "x w w_old")),
+    ):
+        given["product"].requires_grad_()
+        with pytest.raises(RuntimeError, match="step_ is not differentiable"):
+            step(**given)
+
+
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_refuses_a_term_that_overlaps_out_in_part(shift, device, native):
@@ -125,3 +198,10 @@ def test_fake_kernels_refuse_what_the_kernels_refuse():
         torch.ops.auxfast.linear_combination_(meta, [meta.clone()], coefficients[:1])
     with pytest.raises(RuntimeError, match="b has dtype"):
         torch.ops.auxfast.row_dots(meta, double)
+    numbers = torch.zeros(NUMBERS, 3, dtype=torch.float64, device="meta")
+    torch.ops.auxfast.conjugate_gradient_step_(meta, meta, meta, meta, None, meta, numbers, 0)
+    torch.ops.auxfast.minres_step_(double, double, double, meta, meta, meta, meta, None, meta, numbers, 0)
+    with pytest.raises(RuntimeError, match="product has dtype"):
+        torch.ops.auxfast.conjugate_gradient_step_(meta, meta, meta, meta, None, double, numbers, 0)
+    with pytest.raises(RuntimeError, match="part must be 0, 1 or 2"):
+        torch.ops.auxfast.minres_step_(double, double, double, meta, meta, meta, meta, None, meta, numbers, 4)

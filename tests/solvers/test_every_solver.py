@@ -18,6 +18,7 @@ import auxfast.solvers
 from auxfast.solvers import (
     GMRES,
     MINRES,
+    SAMA,
     BlockDiagonal,
     Chebyshev,
     ConjugateGradient,
@@ -28,6 +29,8 @@ from auxfast.solvers import (
     Neumann,
     NormalEquations,
     Nystrom,
+    OneStep,
+    SingleLoop,
     Solver,
     SolverState,
     SolveStats,
@@ -39,6 +42,8 @@ UNIFORM = torch.linspace(0.1, 1, SIZE, dtype=torch.float64)  # eigenvalues, of w
 
 SOLVERS: dict[str, Solver] = {
     "Identity": Identity(0.7),
+    "OneStep": OneStep(0.7),
+    "SingleLoop": SingleLoop(0.7),
     "Neumann": Neumann(500, 1.0),
     "Neumann, tolerance": Neumann(500, 1.0, tol=1e-8),
     "Neumann, auto": Neumann(500, tol=1e-8),
@@ -56,9 +61,17 @@ SOLVERS: dict[str, Solver] = {
     "GradientFlow": GradientFlow(20.0, tol=1e-8),
 }
 NO_SYSTEM = {"GradientFlow": "it solves no linear system, and has no residual; test_gradient_flow.py has its claims"}
-APPROXIMATES = {"Identity": "it approximates H by a multiple of the identity", **NO_SYSTEM}
+NO_PRODUCT = {"OneStep": "it spends no product, so that its residual is not known"}
+APPROXIMATES = {
+    "Identity": "it approximates H by a multiple of the identity",
+    "SingleLoop": "it comes nearer by one step in each call",
+    **NO_PRODUCT,
+    **NO_SYSTEM,
+}
 FIXED_STEP = dict.fromkeys(("Neumann", "Neumann, tolerance", "Chebyshev"), "its step or bounds are for one scale")
-NO_WARM_START = dict.fromkeys(("Identity", "Nystrom", "Dense", "GradientFlow"), "it has no such setting")
+NO_WARM_START = dict.fromkeys(
+    ("Identity", "OneStep", "SingleLoop", "Nystrom", "Dense", "GradientFlow"), "it has no such setting"
+)
 
 
 def every_solver(*lacking: Mapping[str, str]) -> pytest.MarkDecorator:
@@ -96,8 +109,10 @@ def rounding_error(matrix: Tensor, x: Tensor, b: Tensor) -> float:
 
 def test_every_solver_is_here():
     offered = {getattr(auxfast.solvers, name) for name in auxfast.solvers.__all__}
-    classes = {cls for cls in offered if dataclasses.is_dataclass(cls) and hasattr(cls, "solve")}
-    classes.remove(BlockDiagonal)  # it needs a block diagonal H; test_block_diagonal.py has its claims
+    classes = {
+        cls for cls in offered if inspect.isclass(cls) and dataclasses.is_dataclass(cls) and hasattr(cls, "solve")
+    }
+    classes -= {BlockDiagonal, SAMA}  # they need a block diagonal H and an optimizer, and have tests of their own
     assert {cls for cls in classes if not inspect.isabstract(cls)} == {type(solver) for solver in SOLVERS.values()}
 
 
@@ -125,7 +140,7 @@ def test_tensors_of_any_shape_are_solved(solver, shape, device):
     assert stats.residual <= 1e-6
 
 
-@every_solver(NO_SYSTEM)
+@every_solver(NO_SYSTEM, NO_PRODUCT)
 @spectra
 @dtypes
 def test_residual_is_true(solver, values, dtype, device):
@@ -138,7 +153,9 @@ def test_residual_is_true(solver, values, dtype, device):
     assert stats.matvecs == operator.products
 
 
-@every_solver({"Identity": "a scale that is wrong makes it worse than x = 0"}, NO_SYSTEM)
+@every_solver(
+    dict.fromkeys(("Identity", "SingleLoop"), "a scale that is wrong makes it worse than x = 0"), NO_SYSTEM, NO_PRODUCT
+)
 @spectra
 @dtypes
 def test_residual_is_a_bound(solver, values, dtype, device):
@@ -150,7 +167,7 @@ def test_residual_is_a_bound(solver, values, dtype, device):
     assert stats.residual <= 1
 
 
-@every_solver()
+@every_solver(NO_PRODUCT)
 @spectra
 def test_stats_are_consistent(solver, values):
     operator = Operator(with_eigenvalues(values))
@@ -160,11 +177,11 @@ def test_stats_are_consistent(solver, values):
     assert stats.converged == (stats.residual <= tol)
     assert (stats.stop_reason == "converged") == stats.converged
     assert stats.stop_reason in ("converged", "steps", "negative curvature", "diverged", "stagnated")
-    assert 0 <= stats.iterations <= getattr(solver, "steps", 0)
+    assert 0 <= stats.iterations <= getattr(solver, "steps", isinstance(solver, SingleLoop))
     assert stats.largest_eigenvalue is None or stats.largest_eigenvalue <= float(values.max()) + 1e-9
 
 
-@every_solver({"Identity": "damping would change its certificate and nothing else, so it has none"}, NO_SYSTEM)
+@every_solver(dict.fromkeys(("Identity", "SingleLoop"), "it has no damping"), NO_SYSTEM, NO_PRODUCT)
 def test_damping_is_a_shift(solver, device):
     """Damping is added to all eigenvalues, and makes an indefinite H definite. The estimate of the largest is of H."""
     operator, b = Operator(with_eigenvalues(UNIFORM - 0.2).to(device)), gaussian(SIZE).to(device)
@@ -204,7 +221,7 @@ def test_bfloat16_is_solved_to_its_precision(solver, device):
 # --------------------------------------------------------------------------------------------- several right-hand sides
 
 
-@every_solver()
+@every_solver(NO_PRODUCT)
 @pytest.mark.parametrize("plain", [False, True], ids=["batched", "plain"])
 def test_batched_is_one_at_a_time(solver, plain, device):
     """Right-hand sides, one of zeros, one long and one an eigenvector, have the solutions that each has alone. `plain`:
@@ -275,14 +292,14 @@ def test_right_hand_side_is_checked(solver):
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-@every_solver()
+@every_solver(NO_PRODUCT)
 def test_wrong_products_are_refused(solver):
     for matvec in (lambda v: [v[0][:2], v[1]], lambda v: v[:1]):
         with pytest.raises(RuntimeError, match=r"for tensor 0|parameters|neumann_step_"):
             solver.solve(matvec, [torch.ones(4), torch.ones(4)])
 
 
-@every_solver(NO_SYSTEM)
+@every_solver(NO_SYSTEM, NO_PRODUCT)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("for_good", [True, False], ids=["for good", "once"])
 @pytest.mark.parametrize("first", [1, 2, 3, 5, 9, 10, 11, 13, 20, 21])
@@ -318,7 +335,7 @@ def saved_and_loaded(state: SolverState) -> SolverState:
     return SolverState(**torch.load(file, weights_only=True))
 
 
-@every_solver()
+@every_solver(NO_PRODUCT, {"SingleLoop": "each call comes nearer, which is what its state is for"})
 def test_state_is_reusable(solver, device):
     """A second solve of the same system is as good; the state can be copied and saved between, and loaded as data."""
     state = SolverState()
@@ -459,9 +476,10 @@ WRONG = {
     "tol": ("must be", [0, 1, 1.5, -1e-3, math.nan, math.inf, True, "1e-3"]),
     "damping": ("must be a finite number of at least 0", [-1e-9, -1.0, math.nan, math.inf, False, "0"]),
     "seed": ("must be an integer from 0 to", [-1, 2**64, 1.5, True]),
-    **dict.fromkeys(("warm_start", "certify", "floored"), ("must be True or False", [0, 1, None, "no"])),
-    **dict.fromkeys(("scale", "time", "learning_rate"), ("must be a finite number above 0", NOT_POSITIVE)),
+    **dict.fromkeys(("warm_start", "certify", "floored", "lookahead"), ("must be True or False", [0, 1, None, "no"])),
+    **dict.fromkeys(("scale", "time", "learning_rate", "lr"), ("must be a finite number above 0", NOT_POSITIVE)),
     "step_size": ("must be a finite number above 0", [*NOT_POSITIVE, "best"]),
+    "mixed": ("must be 'exact' or 'difference'", ["", "central", None]),
     "bounds": ('must be "auto" or two numbers', [(1.0, 0.5), (0.0, 0.5), (0.1, math.inf), (0.1,), "wide", 3.0]),
 }
 FREE = {"preconditioner"}  # it has settings of its own
@@ -495,7 +513,7 @@ def test_a_solver_is_a_value(solver):
         setattr(solver, name, 1)
 
 
-@every_solver()
+@every_solver(NO_PRODUCT)
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
 def test_products_at_the_end_of_the_range_do_no_harm(solver, first, scale):

@@ -216,9 +216,7 @@ def test_the_hessian_of_a_network_is_exact(solver, curvature):
 def test_free_entries_keep_it_exact(solver):
     outer, inner, params, phi, _ = losses()
     free = [torch.rand_like(w) < 0.7 for w in params]
-    stats = auxfast.hypergradient(
-        outer, inner, params, [phi], solver=solver(4, tol=None, damping=0.5), free=free
-    ).stats
+    stats = auxfast.hypergradient(outer, inner, params, [phi], solver=solver(4, tol=None, damping=0.5), free=free).stats
     assert stats.residual_from == "recurrence"
 
 

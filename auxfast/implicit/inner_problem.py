@@ -1,0 +1,73 @@
+"""The inner problem as it is given, checked: what `hypergradient` and `implicit_minimum` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from auxfast.autograd.preserved_state import preserved_state
+from auxfast.implicit.adjoint import check_curvature
+from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.free_entries import Free, Masks, free_masks
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns
+
+
+@dataclass(frozen=True)
+class GivenParams:
+    """Inner and outer parameters: all that were given, and the active ones, which require gradients.
+
+    Attributes:
+        masks: the free entries of `active_inner`; `None`: all are.
+    """
+
+    inner: tuple[Tensor, ...]
+    outer: tuple[Tensor, ...]
+    active_inner: list[Tensor]
+    active_outer: list[Tensor]
+    masks: Masks | None
+
+
+def given_params(inner_params: Iterable[Tensor], outer_params: Iterable[Tensor], free: Free | None) -> GivenParams:
+    """The parameters, checked; see `hypergradient` for what is raised."""
+    inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
+    check_independent(inner_params=inner, outer_params=outer)
+    check_one_device("inner_params", inner)
+    masks = free_masks(free, inner)
+    return GivenParams(
+        inner,
+        outer,
+        [w for w in inner if w.requires_grad],
+        [phi for phi in outer if phi.requires_grad],
+        None if free is None else masks,
+    )
+
+
+def check_inner_loss(inner_loss: Loss, curvature: str, outputs: Any) -> None:
+    """Raises ValueError or TypeError where the three do not fit together."""
+    check_curvature(curvature)
+    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
+        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
+    if outputs is not None and curvature != "gauss-newton":
+        raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
+    if outputs is not None and not isinstance(inner_loss, Tensor):
+        raise ValueError("outputs must be None where inner_loss is made of functions: they return (loss, outputs)")
+
+
+def given_loss(
+    name: str,
+    loss: Loss,
+    guard: preserved_state | None,
+    outputs: Tensor | Sequence[Tensor] | None = None,
+    with_outputs: bool = False,
+) -> LossGraph | list[LossFn]:
+    """A loss with its graph, or functions that compute it anew and leave no trace.
+
+    Args:
+        guard: `None` where there are no functions.
+    """
+    if isinstance(loss, Tensor) or guard is None:
+        return LossGraph(name, loss, outputs)  # whatever it is: that checks
+    return as_loss_fns(name, loss, guard.replay, with_outputs)
