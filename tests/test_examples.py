@@ -57,6 +57,11 @@ def test_scores_of_auxiliaries_predict_what_training_with_them_does():
     assert changes["the same target, without noise"][0] < 0 < changes["the opposite"][0]
 
 
+def test_shared_weights_are_learned_from_which_tasks_adapt_better():
+    found = example("imaml").main()
+    assert found["learned"] < 0.3 * found["as drawn"]
+
+
 def test_a_solver_of_ones_own_serves_and_is_judged_by_its_true_residual():
     found = example("custom_solver").main()
     error, products = found["SteepestDescent"]
@@ -70,7 +75,7 @@ def test_a_solver_of_ones_own_has_the_signature_of_the_protocol():
 
 
 def test_each_example_has_a_test_here_and_is_about_sixty_lines():
-    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver"}
+    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver", "imaml"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from auxfast._callers import stacklevel
 from auxfast.implicit.curvature import Curvature
 from auxfast.implicit.finite import check_finite
-from auxfast.solvers import DEFAULT_SOLVER, GradientFlow, Identity, StopReason
+from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 _LARGE_RESIDUAL = 0.5
@@ -181,7 +181,8 @@ def no_more_than_identity(
     tensor. `None` also where the `state` knows that a warning was given: the comparison costs as much as a check."""
     if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
         return None
-    if isinstance(solver, (GradientFlow, Identity)):  # a short flow is right to be parallel
+    method = solver.solver if isinstance(solver, BlockDiagonal) else solver
+    if isinstance(method, (GradientFlow, Identity)):  # a short flow is right to be parallel
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]

@@ -71,6 +71,7 @@ class Hessian:
         unproven: names of the user's `torch.autograd.Function`s in the graph, whose backward passes need not be the
             derivatives of their forward passes.
         kinked: the leaves that go straight into a function with a kink at 0.
+        exact: see `LinearOperator`; all products go through one recorded graph.
 
     Raises:
         ValueError: the loss depends on none of `params`.
@@ -78,6 +79,8 @@ class Hessian:
             `torch.compile`, a Function that is only once differentiable, an operator without a double backward or with
             one that torch gets wrong; or it went through a reentrant checkpoint.
     """
+
+    exact = True
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_reentrant_checkpoints()

@@ -76,6 +76,7 @@ class FreeCurvature:
     def __init__(self, curvature: Curvature, masks: Masks) -> None:
         self.in_system = curvature.in_system
         self.params = curvature.params
+        self.exact = getattr(curvature, "exact", False)  # see `LinearOperator`
         self._curvature = curvature
         self._masks = list(compress(masks, curvature.in_system))
 

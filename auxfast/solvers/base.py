@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,12 +19,15 @@ one that also has batched products; without them a solver multiplies one vector 
 class LinearOperator(Protocol):
     """A square matrix H, known by its products.
 
-    Two attributes, here and of any `Matvec`, may say more of it, and need not be there:
+    Three attributes, here and of any `Matvec`, may say more of it, and need not be there:
 
     - `symmetric`, a bool: whether H is its own transpose. Without it, it is. `GMRES`, `NormalEquations`, `Dense` and
       `Identity` take other matrices too; the other solvers refuse them.
     - `transposed`, a method or a `Matvec`: `v -> H^T v`, which `NormalEquations` needs where H is not symmetric. A
       `LinearOperator` there multiplies several vectors at once, too.
+    - `exact = True`: all products are those of one matrix, up to rounding: nothing in them is random, estimated or
+      computed anew from something that may have changed. A solver may then know a residual from a recurrence, without
+      a product of its own.
     """
 
     def __call__(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
@@ -136,6 +139,9 @@ class SolveStats:
         negative_curvature: whether a direction with `v . (H + damping I) v < 0` was met: the inner parameters are not
             at a minimum.
         residuals: the relative residual of each right-hand side.
+        residual_from: what `residual` was computed from: `product`, one with the solution; or `recurrence`, that of the
+            method, of products with other vectors. This is so only where a bound of their difference is at most 3% of
+            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported.
         symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
             largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
             where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
@@ -155,6 +161,7 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
+    residual_from: Literal["product", "recurrence"] = "product"
     symmetry_error: float | None = None
     operator_error: float | None = None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import isfinite
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ class BestIterate:
         norms: (k,), of the rows of `residual`; on the host, so an update waits for the device once.
         tolerances: (k,), the norms that count as converged.
         stop_reasons: one for each row; STEPS is for the solver to make more precise.
-        symmetry_error: see SolveStats.
+        residual_from, symmetry_error: see SolveStats.
         symmetric: whether H may be symmetric.
     """
 
@@ -48,6 +49,7 @@ class BestIterate:
         self.norms = self.rhs_norms.copy()
         self.tolerances = (tol or 0.0) * self.rhs_norms
         self.stop_reasons = [StopReason.STEPS if norm > 0 else StopReason.TRIVIAL for norm in self.rhs_norms]
+        self.residual_from: Literal["product", "recurrence"] = "product"
         self.symmetry_error: float | None = None
         self.symmetric = True
 
@@ -57,6 +59,8 @@ class BestIterate:
 
     def current(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Copies of those rows' solutions and residuals, each (len(rows), n)."""
+        if len(rows) == len(self.solution):
+            return self.solution.clone(), self.residual.clone()
         index = torch.from_numpy(rows).to(self.solution.device)
         return self.solution.index_select(0, index), self.residual.index_select(0, index)
 
@@ -68,20 +72,38 @@ class BestIterate:
         """
         index = torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)
-        if product is None:
-            product = self.system.product(x, index)
-        residual = self.system.rhs.index_select(0, index) - product
-        norms: Floats = row_dots(residual, residual).sqrt().cpu().numpy()
-        better = norms < self.norms[rows]  # false for NaN
-        taken = torch.from_numpy(np.flatnonzero(better)).to(x.device)
-        self.solution.index_copy_(0, index[taken], x.index_select(0, taken))
-        self.residual.index_copy_(0, index[taken], residual.index_select(0, taken))
-        self.norms[rows[better]] = norms[better]
-        for row, norm in zip(rows, norms, strict=True):
+        product = self.system.product(x, index) if product is None else product
+        rhs = self.system.rhs if len(rows) == len(self.solution) else self.system.rhs.index_select(0, index)
+        residual = rhs - product
+        norms: Floats = np.sqrt(row_dots(residual, residual).cpu().numpy())
+        taken = self._take(rows, x, norms)
+        if len(taken) == len(self.solution):
+            self.residual = residual
+        else:
+            place = torch.from_numpy(taken).to(x.device)
+            self.residual.index_copy_(0, index[place], residual.index_select(0, place))
+
+    def accept(self, rows: Rows, x: Tensor, norms: Floats) -> None:
+        """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, which is so
+        rounded. `residual` stays as it is, so no cycle may start from these rows."""
+        if len(self._take(rows, x, norms)):
+            self.residual_from = "recurrence"
+
+    def _take(self, rows: Rows, x: Tensor, norms: Floats) -> Rows:
+        """Takes what is better, sets why rows stopped, and returns which of `rows` it took, by their place in there."""
+        taken = np.flatnonzero(norms < self.norms[rows])  # false for NaN
+        if len(taken) == len(self.solution):
+            self.solution.copy_(x)
+        else:
+            place = torch.from_numpy(taken).to(x.device)
+            self.solution.index_copy_(0, torch.from_numpy(rows[taken]).to(x.device), x.index_select(0, place))
+        self.norms[rows[taken]] = norms[taken]
+        for row, norm in zip(rows.tolist(), norms.tolist(), strict=True):
             if self.norms[row] <= self.tolerances[row]:
                 self.stop_reasons[row] = StopReason.CONVERGED
             else:
-                self.stop_reasons[row] = StopReason.STEPS if np.isfinite(norm) else StopReason.DIVERGED
+                self.stop_reasons[row] = StopReason.STEPS if isfinite(norm) else StopReason.DIVERGED
+        return taken
 
     def set_stop_reason(self, reason: StopReason) -> None:
         """Sets why all rows stopped that have neither converged nor diverged."""
@@ -105,6 +127,8 @@ class BestIterate:
     def _look_into_failures(self) -> None:
         """Makes the reason NOT_FINITE where a row diverged without any gain and not even its first product, the one
         with the right-hand side, is finite: a product that only such solves spend."""
+        if StopReason.DIVERGED not in self.stop_reasons:
+            return
         diverged = np.array([reason == StopReason.DIVERGED for reason in self.stop_reasons])
         failed = np.flatnonzero(diverged & (self.norms == self.rhs_norms))
         if len(failed):
@@ -125,6 +149,7 @@ class BestIterate:
             converged=self.symmetric and len(self.unsolved()) == 0,
             stop_reason=self.stop_reasons[worst] if self.symmetric else StopReason.NOT_SYMMETRIC,
             residuals=tuple(residuals.tolist()),
+            residual_from=self.residual_from,
             symmetry_error=self.symmetry_error,
             **more,
         )

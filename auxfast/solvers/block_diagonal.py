@@ -80,17 +80,15 @@ class BlockDiagonal:
         """
         check_rhs(rhs, batched)
         blocks = _number_of_blocks(rhs, batched)
-        checks = 0
-        if state is None or state.blocks != blocks:
-            _refuse_dependent(matvec, [b[0].detach() for b in rhs] if batched else [b.detach() for b in rhs], blocks)
-            checks = 2
         operator = BlockOperator(matvec, blocks)
+        if state is None or state.blocks != blocks:
+            _refuse_dependent(operator, [b[0].detach() if batched else b.detach() for b in rhs], blocks)
         rows = [b.flatten(0, 1) for b in rhs] if batched else rhs
         solution, stats = self.solver.solve(operator, rows, batched=True, state=state)
         if state is not None:
             state.blocks = blocks
         solution = [x.reshape(b.shape) for x, b in zip(solution, rhs, strict=True)]
-        return solution, replace(stats, matvecs=operator.products + checks)
+        return solution, replace(stats, matvecs=operator.products)
 
 
 def _number_of_blocks(rhs: Sequence[Tensor], batched: bool) -> int:
@@ -104,7 +102,7 @@ def _number_of_blocks(rhs: Sequence[Tensor], batched: bool) -> int:
     return sizes.pop()
 
 
-def _refuse_dependent(matvec: Matvec, vectors: Sequence[Tensor], blocks: int) -> None:
+def _refuse_dependent(operator: BlockOperator, vectors: Sequence[Tensor], blocks: int) -> None:
     """Raises ValueError where blocks beside the diagonal are not 0: scaling the vectors of the problems by different
     powers of two, which is exact, then changes more than the scale of the products.
 
@@ -117,8 +115,8 @@ def _refuse_dependent(matvec: Matvec, vectors: Sequence[Tensor], blocks: int) ->
     scales = 2.0 ** (torch.arange(blocks, dtype=vectors[0].dtype, device=vectors[0].device) % _SCALES)
     columns = [scales.reshape(-1, *[1] * (v.dim() - 1)) for v in vectors]
     vectors = [v / largest for v in vectors]
-    products = matvec([v.clone() for v in vectors])
-    scaled = matvec([v * column for v, column in zip(vectors, columns, strict=True)])
+    products = operator.batched([v.clone() for v in vectors])
+    scaled = operator.batched([v * column for v, column in zip(vectors, columns, strict=True)])
     pairs = zip(products, scaled, columns, strict=True)
     changes = max((float((s.detach() / c - p.detach()).abs().max()) for p, s, c in pairs if p.numel()), default=0.0)
     size = max((float(p.detach().abs().max()) for p in products if p.numel()), default=0.0)

@@ -21,13 +21,14 @@ class BlockOperator:
 
     Attributes:
         products: products with H or its transpose so far.
-        symmetric: see `LinearOperator`.
+        symmetric, exact: see `LinearOperator`.
     """
 
     def __init__(self, matvec: Matvec, blocks: int) -> None:
         self._matvec, self._blocks = matvec, blocks
         self._count = [0]  # shared with the transpose
         self.symmetric = is_symmetric(matvec)
+        self.exact = bool(getattr(matvec, "exact", False))
 
     @property
     def products(self) -> int:

@@ -8,9 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.krylov import (
+    AFTER_PRECONDITIONER,
+    BEFORE_PRECONDITIONER,
+    BROKEN,
+    CONJUGATE_GRADIENT_NUMBERS,
+    conjugate_gradient_step_,
+    row_dots,
+)
 from auxfast.solvers.best_iterate import Floats
-from auxfast.solvers.krylov import BROKEN, CURVED, REACHED, SINGULAR, KrylovSolver, Recurrence, Scalars
+from auxfast.solvers.krylov import KrylovSolver, Recurrence
 from auxfast.solvers.preconditioners import Apply
 
 
@@ -32,70 +39,44 @@ class ConjugateGradient(KrylovSolver):
     """
 
     @staticmethod
-    def _recurrence(x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> Recurrence:
-        return _ConjugateGradient(x, residual, tolerances, precondition)
+    def _recurrence(
+        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+    ) -> Recurrence:
+        return _ConjugateGradient(x, residual, norms, tolerances, precondition)
 
 
 class _ConjugateGradient(Recurrence):
-    """The recurrence in the notation of Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1."""
+    names = CONJUGATE_GRADIENT_NUMBERS
 
-    def __init__(self, x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
-        super().__init__(x, tolerances, precondition)
-        self.r = residual
-        self.z = precondition(self.r) if precondition else self.r
-        self.direction = self.p = self.z.clone()
-        self.rz = self.scalars(row_dots(self.r, self.p))
-        self.pp = self.scalars(row_dots(self.p, self.p))
-        self.rr = self.scalars(row_dots(self.r, self.r))
-        self.first_pp, self.beta = self.pp, self.zero
-        self.best_x, self.best_rr = x.clone(), self.rr
-        self.largest = self.zero  # curvature seen
-        self.last = self.zero  # beta / alpha of the step before
-        self.stop(~(self.rz > 0), BROKEN)
+    def __init__(
+        self, x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+    ) -> None:
+        squares = norms**2
+        super().__init__(x, norms, tolerances, precondition, rz=squares, pp=squares, best_square=squares)
+        self.r, self.z = residual, None
+        self.best_x = x.clone()
+        if precondition is None:
+            self.direction = residual.clone()
+            return
+        self.z = precondition(residual)
+        self.direction = self.z.clone()
+        rz = row_dots(residual, self.z)
+        self.number("rz").copy_(rz)
+        self.number("pp").copy_(row_dots(self.z, self.z))
+        self.number("status").masked_fill_(~(rz > 0), BROKEN)
 
     def step(self, product: Tensor) -> None:
-        xp, p, r = self.xp, self.p, self.r
-        pap = self.scalars(row_dots(p, product))
-        self._check_curvature(pap / self.pp)
-        if self.taken == 1:  # p0 . A p1, which is 0 but for p0 . A p1 - p1 . A p0; p1 = z + beta p0
-            difference = (pap - self.scalars(row_dots(self.z, product))) / self.beta
-            self.note_asymmetry(difference / (xp.sqrt(self.first_pp * self.pp) * self.largest))
+        vectors = self.x, self.best_x, self.r, self.direction
+        if self.precondition is None:
+            conjugate_gradient_step_(*vectors, None, product, self.numbers)
+            return
+        conjugate_gradient_step_(*vectors, self.z, product, self.numbers, BEFORE_PRECONDITIONER)
+        self.z = self.precondition(self.r)
+        conjugate_gradient_step_(*vectors, self.z, product, self.numbers, AFTER_PRECONDITIONER)
 
-        alpha = self.rz / pap
-        rr = self.scalars(linear_combination_(r, [product], self.coefficients(self.one, -alpha)))
-        self.stop(~xp.isfinite(rr), BROKEN)
-        self._keep_best(rr)
-        linear_combination_(self.x, [p], self.coefficients(self.one, alpha))
-
-        z = self.precondition(r) if self.precondition else r
-        rz = self.scalars(row_dots(r, z)) if self.precondition else rr
-        beta = rz / self.rz
-        self.record(1 / alpha + self.last, xp.sqrt(beta) / alpha)
-        self.z, self.rz, self.beta, self.last = z, rz, beta, beta / alpha
-
-        self.stop(rr <= self.tolerances**2, REACHED)
-        self.stop(~(rz > 0), BROKEN)  # a preconditioner that is not positive definite
-        self.pp = self.scalars(linear_combination_(p, [z], self.coefficients(beta, self.one)))
-
-    def _check_curvature(self, curvature: Scalars) -> None:
-        self.stop(~self.xp.isfinite(curvature), BROKEN)
-        self.largest = self.xp.maximum(self.largest, abs(curvature))
-        flat = self.tiny * self.largest
-        negative = curvature < -flat
-        self.negative_curvature |= self.active & negative
-        self.stop(negative, CURVED)
-        self.stop(curvature <= flat, SINGULAR)
-
-    def _keep_best(self, rr: Scalars) -> None:
-        """Copies the iterate where it is the best so far and the next one, of squared residual `rr`, is worse."""
-        better = self.rr <= self.best_rr
-        leaving = self.active & better & (rr > self.rr)
-        if self.xp is not np or leaving.any():
-            copy = self.xp.where(leaving, 1.0, self.zero)
-            linear_combination_(self.best_x, [self.x], self.coefficients(1 - copy, copy))
-            self.best_rr = self.xp.where(leaving, self.rr, self.best_rr)
-        self.rr = self.xp.where(self.active, rr, self.rr)
-
-    def best(self) -> Tensor:
-        better = torch.as_tensor(self.rr <= self.best_rr, device=self.x.device)
-        return torch.where(better[:, None], self.x, self.best_x)
+    def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
+        square, best_square = numbers[self.names["square"]], numbers[self.names["best_square"]]
+        if (square <= best_square).all():
+            return self.x, np.sqrt(square)
+        last = torch.from_numpy(square <= best_square).to(self.x.device)
+        return torch.where(last[:, None], self.x, self.best_x), np.sqrt(np.minimum(square, best_square))

@@ -84,24 +84,23 @@ class _Arnoldi(Cycle):
     def step(self) -> None:
         j = self._across.shape[1] - 1
         basis = self.basis[:, : j + 1]
-        vector = self.product(self._system, self.basis[:, j].contiguous())
-        size = row_dots(vector, vector).sqrt()
-        column = torch.zeros_like(self._across)  # (k, j + 1)
-        for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
-            overlap = basis @ vector[..., None]  # (k, j + 1, 1)
-            vector = vector - (basis.mT @ overlap)[..., 0]
-            column += overlap[..., 0]
-        norm = row_dots(vector, vector).sqrt()
-        is_finite = (size + norm).isfinite()
-        self.broken |= self.running & ~is_finite
-        taken = self.running & is_finite
-        norm = torch.where(norm > self._rounding * size, norm, 0)  # 0: an invariant subspace, with the solution in it
-        self.hessenberg[:, : j + 2, j] = torch.where(taken[:, None], torch.cat([column, norm[:, None]], dim=1), 0)
+        vector = self.product(self._system, self.basis[:, j].contiguous())[..., None]  # (k, n, 1)
+        first = basis @ vector  # (k, j + 1, 1)
+        vector = torch.baddbmm(vector, basis.mT, first, alpha=-1)
+        second = basis @ vector  # one Gram-Schmidt pass leaves what rounding put back
+        vector = torch.baddbmm(vector, basis.mT, second, alpha=-1)[..., 0]
+        above, norm = (first + second)[..., 0].double(), row_dots(vector, vector).sqrt()
+        column = torch.cat([above, norm[:, None]], dim=1)
+        size = torch.linalg.vector_norm(column, dim=1)  # of the product
+        taken = self.running & size.isfinite()
+        self.broken |= self.running ^ taken
         self.lengths += taken
-        across = torch.where(norm > 0, -(self._across * column).sum(dim=1) / norm, 0)
+        self.hessenberg[:, : j + 2, j] = column  # what rows that stopped have in there is behind their lengths
+        across = (self._across * above).sum(dim=1) / -norm
         self._across = torch.cat([self._across, across[:, None]], dim=1)
         left = self.norms / torch.linalg.vector_norm(self._across, dim=1)
-        self.running = taken & (norm > 0) & (left > self.tolerances)
+        # A norm that is rounding ends an invariant subspace, which the solution is in, if there is one.
+        self.running = taken & (norm > self._rounding * size) & (left > self.tolerances)
         self.basis[:, j + 1] = torch.where(self.running[:, None], vector / norm[:, None].to(vector.dtype), 0)
 
     def correction(self) -> Tensor:

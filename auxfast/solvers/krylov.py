@@ -5,153 +5,167 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from auxfast.ops.krylov import BROKEN, LANCZOS, LANCZOS_STEPS, NUMBERS, REACHED, RUNNING
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
 
-Scalars = Any
-"""(k,), one number for each row: a NumPy array on a CPU, where that takes a third of torch's time for so few; a tensor
-on other devices, where reading it would wait. The functions that the recurrences need have one name in both."""
-
-RUNNING, REACHED, SINGULAR, CURVED, BROKEN = range(5)  # status of a row
-_STOP_REASONS = (
+_STOP_REASONS = (  # by the status of a row
     StopReason.STEPS,
     StopReason.STAGNATED,
     StopReason.STAGNATED,
     StopReason.NEGATIVE_CURVATURE,
     StopReason.DIVERGED,
 )
-_RITZ_STEPS = 32  # steps whose Lanczos matrix is kept: enough for the largest eigenvalue to a few per cent
+_NEGLIGIBLE = 0.03
+"""The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and moves
+the norm by 0.03^2 / 2, one in two thousand."""
 
 
 class Recurrence(ABC):
-    """k systems side by side. A row that stops is frozen: its coefficients turn to 1 for what is updated, else to 0.
+    """k systems side by side, each with numbers of its own, which stay on the device. A row that stops is left alone.
 
     Args:
         x: (k, n), where to start from; updated in place.
+        norms: (k,), of the residuals of x.
         tolerances: (k,), residual norms to stop at.
         precondition: see `Apply`.
+        first: (k,) each, what the method knows of the rows before the first step.
 
     Attributes:
+        names: rows of `numbers`, by name.
+        numbers: (NUMBERS, k), see `auxfast.ops.krylov`.
         direction: (k, n), the vectors that `step` wants the products with.
-        status: (k,), RUNNING or why a row has stopped.
-        active: (k,), whether a row is RUNNING.
-        negative_curvature: (k,), whether any was met.
-        asymmetry: (k,), `|<v, H w> - <w, H v>|` for unit vectors in the span of the first two of the Krylov space,
-            relative to what is known of H by then; NaN for rows that had stopped; None before the second step.
     """
 
+    names: ClassVar[dict[str, int]]
     direction: Tensor
 
-    def __init__(self, x: Tensor, tolerances: Floats, precondition: Apply | None) -> None:
+    def __init__(
+        self, x: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, **first: Floats
+    ) -> None:
         self.x = x
         self.precondition = precondition
-        self.tiny = torch.finfo(x.dtype).eps  # rounding, relative to the largest curvature
-        self._check_every = steps_per_check(x.device)
-        self.xp: Any = np if self._check_every == 1 else torch  # 1: reading is free
-        self.tolerances = self.scalars(torch.from_numpy(tolerances).to(x.device))
-        self.one, self.zero = self.xp.ones_like(self.tolerances), self.xp.zeros_like(self.tolerances)
-        self._stack: Any = np.array if self.xp is np else torch.stack
-        self._frozen = self._stack([self.one, self.zero, self.zero, self.zero])
-        self.status = self.zero
-        self.active = self.status == RUNNING
-        self._some_stopped = self.xp is not np  # known to the host without waiting; on a GPU some may have
-        self.negative_curvature = ~self.active
-        self.lanczos: list[tuple[Scalars, Scalars]] = []
-        self.taken = 0
-        self.asymmetry: Scalars | None = None
+        numbers = np.zeros((NUMBERS, len(norms)))
+        numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = np.nan
+        first |= {"tolerance": tolerances, "square": norms**2}
+        for name, values in first.items():
+            numbers[self.names[name]] = values
+        self.numbers = torch.from_numpy(numbers).to(x.device)
 
-    def note_asymmetry(self, value: Scalars) -> None:
-        self.asymmetry = self.xp.where(self.active, abs(value), self.xp.nan)
+    def number(self, name: str) -> Tensor:
+        """(k,)"""
+        return self.numbers[self.names[name]]
 
     @abstractmethod
     def step(self, product: Tensor) -> None:
         """Takes the product (k, n) with `direction`, which it may overwrite. Waits for no device."""
 
-    def best(self) -> Tensor:
-        """(k, n): the iterates of the smallest residuals, as far as the recurrence knows."""
-        return self.x
+    @abstractmethod
+    def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
+        """(k, n) and (k,): the iterates of the smallest residuals, and the norms of those, as far as the recurrence
+        knows. numbers: those of the recurrence, on the host."""
 
-    def scalars(self, values: Tensor) -> Scalars:
-        return values.numpy() if self.xp is np else values
-
-    def coefficients(self, out: Scalars, *terms: Scalars) -> Tensor:
-        """Coefficients of `linear_combination_`, (1 + number of terms, k), that leave stopped rows as they are."""
-        values = self._stack([out, *terms])
-        if self._some_stopped:
-            values = self.xp.where(self.active, values, self._frozen[: 1 + len(terms)])
-        return torch.from_numpy(values) if self.xp is np else values
-
-    def stop(self, where: Scalars, status: int) -> None:
-        if self.xp is np and not np.count_nonzero(where):
-            return
-        self._some_stopped = True
-        self.status = self.xp.where(self.active & where, status, self.status)
-        self.active = self.status == RUNNING
-
-    def record(self, diagonal: Scalars, off_diagonal: Scalars) -> None:
-        """Keeps the next entries of the Lanczos matrix, while it is small and that of H itself."""
-        if self.precondition is None and len(self.lanczos) < _RITZ_STEPS:
-            self.lanczos.append((self.xp.where(self.active, diagonal, np.nan), off_diagonal))
-
-    def run(self, system: LinearSystem, steps: int, index: Tensor) -> int:
-        """Takes at most `steps` steps; returns how many.
-
-        Args:
-            index: (k,), the right-hand sides that the rows belong to.
-        """
-        active = torch.arange(len(self.x), device=self.x.device)
+    def run(self, system: LinearSystem, rows: Rows, steps: int) -> int:
+        """Takes at most `steps` steps, on these rows of the system; returns how many."""
+        check_every, status = steps_per_check(self.x.device), self.number("status")
+        on_host = status.numpy() if check_every == 1 else None  # the same memory, which a look at costs nothing
+        index = None if len(rows) == len(system.rhs) else torch.from_numpy(rows).to(self.x.device)
+        active, stopped = index, 0
         for step in range(1, steps + 1):
-            if len(active) == len(self.x):
+            if not stopped:
                 product = system.product(self.direction, index)
             else:  # rows that have stopped need no products
                 product = torch.zeros_like(self.direction)
-                product[active] = system.product(self.direction[active], index[active])
-            with torch.no_grad(), np.errstate(all="ignore"):  # a division by 0 ends a row, and says so
-                self.step(product)
-            self.taken = step
-            if step % self._check_every == 0 and self._some_stopped:
-                active = torch.as_tensor(self.active).nonzero()[:, 0]  # waits for the device
+                product[active] = system.product(
+                    self.direction[active], active if index is None else index[active]
+                )
+            self.step(product)
+            if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
+                active = (status == RUNNING).nonzero()[:, 0]  # waits for the device
+                stopped = len(self.x) - len(active)
                 if not len(active):
                     break
         return step
 
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a cycle of k rows went, read from the device once.
+
+    Attributes:
+        x: (k, n), the best iterates.
+        norms: (k,), of their residuals, as the recurrence knows them.
+        numbers: (NUMBERS, k)
+        names: rows of `numbers`, by name.
+    """
+
+    x: Tensor
+    norms: Floats
+    numbers: Floats
+    names: dict[str, int]
+
+    def number(self, name: str) -> Floats:
+        values: Floats = self.numbers[self.names[name]]
+        return values
+
     def symmetry_error(self) -> float:
         """The largest `asymmetry` of a row; nan if there is none."""
-        errors = [] if self.asymmetry is None else self.asymmetry.tolist()
-        return max(filter(math.isfinite, errors), default=math.nan)
+        return max(filter(math.isfinite, self.number("asymmetry").tolist()), default=math.nan)
 
     def largest_ritz_value(self) -> float | None:
         """The largest eigenvalue of the rows' Lanczos matrices: at most the largest of `H + damping I`."""
-        if not self.lanczos:
-            return None
-        table = self._stack([self._stack(entries) for entries in self.lanczos])  # (steps, 2, k)
         ritz_values = []
-        for entries in np.moveaxis(table if self.xp is np else table.cpu().numpy(), 2, 0):
-            diagonal, off_diagonal = entries[np.isfinite(entries[:, 0])].T
-            if len(diagonal):
-                lower = np.diag(diagonal) + np.diag(off_diagonal[:-1], -1)
+        for entries in self.numbers[LANCZOS:].T:
+            diagonal, off_diagonal = entries.reshape(LANCZOS_STEPS, 2)[np.isfinite(entries[::2])].T
+            if size := len(diagonal):
+                lower = np.zeros((size, size))
+                lower.flat[:: size + 1], lower.flat[size :: size + 1] = diagonal, off_diagonal[:-1]
                 ritz_values.append(float(np.linalg.eigvalsh(lower)[-1]))
         return max(ritz_values, default=None)
+
+    def known(self, best: BestIterate, rows: Rows) -> tuple[Floats, Any]:
+        """(k,) norms of the true residuals, and which of them need no product to be known.
+
+        The residual of the recurrence is that of its products; it drifts from the true one by what is wrong with these,
+        and by the rounding of x (van der Vorst & Ye 2000). With products that are off by e_j, relative to |H|, and
+        x = sum_j y_j v_j over orthonormal vectors v_j, the drift is at most `|H| sum_j e_j |y_j| <= |H| e sqrt(steps)
+        |x|`, and the same for conjugate gradients, whose directions point one way. e is the machine epsilon, or twice
+        what products show: each two that follow each other contradict symmetry by one of the n components of an error.
+        """
+        system = best.system
+        steps = self.number("steps")
+        shown = np.sqrt(self.x.shape[1] * self.number("noise") / np.maximum(steps - 1, 1))
+        lengths = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float64).cpu().numpy()
+        error = np.maximum(torch.finfo(system.dtype).eps, 2 * shown)
+        drift = error * self.number("largest") * np.sqrt(steps) * lengths
+        norms = np.hypot(self.norms, drift)
+        tolerances = best.tolerances[rows]
+        known = (drift <= _NEGLIGIBLE * np.maximum(self.norms, tolerances)) & (self.number("status") != BROKEN)
+        known &= (self.number("status") != REACHED) | (norms <= tolerances)
+        return norms, known & ((steps > 2) | (lengths == 0))  # each step but the first makes a sample
 
 
 @dataclass(frozen=True)
 class KrylovSolver(IterativeSolver):
     """Settings and outer loop of `ConjugateGradient` and `MINRES`.
 
-    The recurrence's own residual drifts from the true one by rounding. Every cycle ends with the product that tells the
-    true one, and if that is above the tolerance while the recurrence says below, another one starts from there.
+    The recurrence's own residual drifts from the true one by rounding. A cycle ends with the product that tells the
+    true one, unless the operator says that its products are `exact` (see `LinearOperator`) and a bound of the drift
+    says that it is negligible; `SolveStats.residual_from` tells. Where the true residual is above the tolerance while
+    the recurrence says below, another cycle starts from there.
 
     Args:
-        steps: at most, each of one product; a further product tells the true residual in the end.
+        steps: at most, each of one product; a further product may tell the true residual in the end. A restart's
+            product counts as a step.
         tol: stop once the relative residual is at most this, between 0 and 1. `None`: go on to working precision.
         damping: at least 0; added to every eigenvalue of H.
         warm_start: start from `state.solution` if that has a smaller residual than x = 0; costs a product.
@@ -174,37 +188,59 @@ class KrylovSolver(IterativeSolver):
 
     @staticmethod
     @abstractmethod
-    def _recurrence(x: Tensor, residual: Tensor, tolerances: Floats, precondition: Apply | None) -> Recurrence:
-        """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten."""
+    def _recurrence(
+        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+    ) -> Recurrence:
+        """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten; norms: (k,),
+        those of `residual`."""
 
     def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
         rows = best.unsolved()
         precondition = prepare(self.preconditioner, best.system, state) if len(rows) else None
-        iterations, negative_curvature, largest = 0, False, None
-        while len(rows) and iterations < self.steps:
+        iterations, left, negative_curvature, largest = 0, self.steps, False, None
+        while len(rows) and left > 0:
             before = best.norms[rows]
             tolerances = np.maximum(best.tolerances[rows], torch.finfo(best.residual.dtype).eps * before)
-            with np.errstate(all="ignore"):
-                cycle = self._recurrence(*best.current(rows), tolerances, precondition)
-            index = torch.from_numpy(rows).to(best.residual.device)
-            iterations += cycle.run(best.system, self.steps - iterations, index)
-            best.update(rows, cycle.best())
-            if largest is None and (ritz := cycle.largest_ritz_value()) is not None:
+            cycle = self._recurrence(*best.current(rows), before, tolerances, precondition)
+            taken = cycle.run(best.system, rows, left)
+            iterations, left = iterations + taken, left - taken - 1
+            numbers = cycle.numbers.cpu().numpy()  # waits for the device
+            outcome = _Outcome(*cycle.best(numbers), numbers, cycle.names)
+            self._take(best, rows, outcome, is_known=best.system.exact and precondition is None and taken == iterations)
+            if largest is None and precondition is None and (ritz := outcome.largest_ritz_value()) is not None:
                 largest = ritz - self.damping
-            negative_curvature |= bool(cycle.negative_curvature.any())
-            best.check_symmetry(cycle.symmetry_error())
-            rows = _rows_to_restart(best, rows, before, cycle)
+            negative_curvature |= bool(outcome.number("negative").any())
+            best.check_symmetry(outcome.symmetry_error())
+            rows = _rows_to_restart(best, rows, before, outcome.number("status"))
         return {
             "iterations": iterations,
             "largest_eigenvalue": largest,
             "negative_curvature": negative_curvature,
         }
 
+    @staticmethod
+    def _take(best: BestIterate, rows: Rows, outcome: _Outcome, is_known: bool) -> None:
+        """Takes the iterates of a cycle, and spends products on those whose residuals need one to be known.
 
-def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Recurrence) -> Rows:
+        is_known: whether the recurrence may know any. It does not with a preconditioner, where its numbers do not tell
+        of H itself; nor where a cycle before has drifted."""
+        if not is_known:
+            best.update(rows, outcome.x)
+            return
+        norms, known = outcome.known(best, rows)
+        if known.all():
+            best.accept(rows, outcome.x, norms)
+            return
+        for which, take in ((known, best.accept), (~known, best.update)):
+            if which.any():
+                x = outcome.x[torch.from_numpy(which).to(outcome.x.device)]
+                take(rows[which], x, *([norms[which]] if take == best.accept else []))
+
+
+def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, statuses: Floats) -> Rows:
     """The rows that are done but for the drift of the recurrence's residual; sets why the others have stopped."""
     again = []
-    for row, norm, status in zip(rows, before, cycle.status.tolist(), strict=True):
+    for row, norm, status in zip(rows, before, statuses.tolist(), strict=True):
         if best.stop_reasons[row] != StopReason.STEPS:
             continue
         if status == REACHED and best.norms[row] <= RESTART_GAIN * norm:

@@ -38,6 +38,7 @@ class LinearSystem:
         damping: as given.
         symmetric: whether H does not say that it is not.
         has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
+        exact: whether the operator says that its products are; see `LinearOperator`.
         matvecs: vectors multiplied so far.
 
     Raises:
@@ -54,6 +55,7 @@ class LinearSystem:
         self.damping = damping
         self.symmetric = is_symmetric(matvec)
         self.has_own_matrices = isinstance(matvec, BlockOperator)
+        self.exact = bool(getattr(matvec, "exact", False))
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
         self._scale: Tensor | None = None  # (k, 1), powers of two
@@ -102,7 +104,7 @@ class LinearSystem:
 
     def _cut(self, rows: Tensor, batched: bool) -> list[Tensor]:
         lead = rows.shape[:1] if batched else torch.Size()
-        pieces = rows.to(self.dtype).split(self._sizes, dim=-1)
+        pieces = rows.to(self.dtype).split_with_sizes(self._sizes, dim=-1)
         return [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def product(self, rows: Tensor, index: Tensor | None = None) -> Tensor:
@@ -115,7 +117,7 @@ class LinearSystem:
         if self.has_own_matrices and index is not None:
             every = torch.zeros_like(self.rhs).index_copy_(0, index, rows)
             return self.product(every).index_select(0, index)
-        self.matvecs += len(rows)
+        self.matvecs += rows.shape[0]
         results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
         result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
         return result.add_(rows, alpha=self.damping) if self.damping else result
@@ -125,10 +127,11 @@ class LinearSystem:
         rows needs no others."""
         if self._last is None or self._last[0] is not rows or rows.dtype != self.dtype:
             calls: list[_Call] = []
-            for part in rows.split(len(rows) if self.has_own_matrices else MAX_BATCH) if len(rows) else ():
+            most = len(rows) if self.has_own_matrices else MAX_BATCH
+            for part in rows.split(most) if len(rows) > most else (rows,):
                 if len(part) > 1 or self.has_own_matrices:
                     calls.append((self._batched_matvec, self._cut(part, True), len(part)))
-                else:
+                elif len(part):
                     calls.append((self._matvec, self._cut(part[0], False), 1))
             self._last = rows, calls
         return self._last[1]
@@ -165,7 +168,9 @@ class LinearSystem:
             if product.shape != like.shape or product.dtype != like.dtype:
                 given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
                 raise RuntimeError(f"matvec returned {given} for tensor {i}, not {wanted}")
-        return torch.cat([product.reshape(count, -1) for product in products], dim=1).detach().to(self.rhs.dtype)
+        joined = torch.cat([product.reshape(count, -1) for product in products], dim=1)  # a copy, even of one tensor
+        joined = joined.detach() if joined.requires_grad else joined
+        return joined if joined.dtype == self.rhs.dtype else joined.to(self.rhs.dtype)
 
 
 def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:

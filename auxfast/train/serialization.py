@@ -19,6 +19,8 @@ SOLVERS: dict[str, type] = {
         solvers.Chebyshev,
         solvers.ConjugateGradient,
         solvers.MINRES,
+        solvers.GMRES,
+        solvers.NormalEquations,
         solvers.Nystrom,
         solvers.Dense,
         solvers.GradientFlow,

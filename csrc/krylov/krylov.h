@@ -31,15 +31,82 @@ struct RowDots {
   void* workspace;  // overwritten; CUDA only
 };
 
+// What a step of conjugate gradients or MINRES knows of each row, float64: a number is a row of the matrix `numbers`,
+// (kNumbers, rows). auxfast/ops/krylov.py has the same lists, and says what each number is.
+enum SharedNumber { kStatus, kNegative, kAsymmetry, kNoise, kLargest, kTolerance, kSquare, kSteps, kMoves, kSharedEnd };
+enum ConjugateGradientNumber {
+  kRz = kSharedEnd,
+  kPp,
+  kPpBefore,
+  kAlpha,
+  kCgBeta,
+  kBetaByAlpha,
+  kBestSquare,
+  kLeaves,
+  kConjugateGradientEnd
+};
+enum MinresNumber {
+  kAlfa = kSharedEnd,
+  kBeta,
+  kBetaRatio,
+  kPhibar,
+  kPhibarBefore,
+  kC,
+  kS,
+  kDbar,
+  kEpsilon,
+  kEpsilonBefore,
+  kDelta,
+  kGamma,
+  kPhi,
+  kMinresEnd
+};
+constexpr int kLanczosSteps = 32;  // of which the tridiagonal matrix is kept: diagonal and off-diagonal in turn
+constexpr int kLanczos = kMinresEnd, kNumbers = kLanczos + 2 * kLanczosSteps;
+static_assert(kConjugateGradientEnd <= kLanczos, "the Lanczos matrix stands behind the numbers of either method");
+
+enum Status { kRunning, kReached, kSingular, kCurved, kBroken };  // of a row
+
+// A preconditioner is applied in the middle of a step, which is then two calls.
+enum Part { kWhole, kBeforePreconditioner, kAfterPreconditioner };
+
+template <class T>
+struct ConjugateGradientStep {
+  T *x, *best, *r, *p;  // in and out: (rows, n)
+  const T* z;           // in: (rows, n), the preconditioned r of the step before, or the new one; r itself without
+  const T* product;     // in: (rows, n)
+  double* numbers;      // in and out: (kNumbers, rows)
+  Part part;
+  int64_t rows, n;
+  void* workspace;  // overwritten; CUDA only
+};
+
+template <class T>
+struct MinresStep {
+  double *x, *w_old;        // in and out: (rows, n); w_old becomes the next w
+  const double* w;          // in: (rows, n)
+  T *v, *r, *product;       // in and out: (rows, n); product becomes the next u
+  const T *u, *u_old;       // in: (rows, n)
+  const T* z;               // in: (rows, n), the next u preconditioned; product itself without
+  double* numbers;          // in and out: (kNumbers, rows)
+  Part part;
+  int64_t rows, n;
+  void* workspace;  // overwritten; CUDA only
+};
+
 template <class T>
 struct KrylovKernels {
   CpuKernel<LinearCombination<T>> linear_combination;
   CpuKernel<RowDots<T>> row_dots;
+  CpuKernel<ConjugateGradientStep<T>> conjugate_gradient_step;
+  CpuKernel<MinresStep<T>> minres_step;
 };
 template <class T>
 struct KrylovCudaKernels {
   CudaKernel<LinearCombination<T>> linear_combination;
   CudaKernel<RowDots<T>> row_dots;
+  CudaKernel<ConjugateGradientStep<T>> conjugate_gradient_step;
+  CudaKernel<MinresStep<T>> minres_step;
 };
 
 }  // namespace auxfast

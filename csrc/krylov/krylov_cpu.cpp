@@ -1,9 +1,28 @@
 // The Krylov solvers' vector work on the CPU: one pass over the memory that each row needs.
 #include "common/sum_products.h"
+#include "krylov/conjugate_gradient_math.h"
 #include "krylov/krylov.h"
 #include "krylov/krylov_math.h"
+#include "krylov/minres_math.h"
 
 namespace auxfast::AUXFAST_ISA {
+
+template <>
+struct Memory<Vec<double>> {
+  template <class T>
+  struct Stored {
+    typedef T Type __attribute__((vector_size(kLanes<double> * sizeof(T))));
+  };
+  template <class T>
+  static AUXFAST_HD Vec<double> load(const T* from) {
+    return __builtin_convertvector(load_as<typename Stored<T>::Type>(from), Vec<double>);
+  }
+  template <class T>
+  static AUXFAST_HD void store(T* to, Vec<double> value) {
+    store_as(to, __builtin_convertvector(value, typename Stored<T>::Type));
+  }
+};
+
 namespace {
 
 constexpr int64_t kTileElements = 32768;                  // enough to pay for handing them to a thread
@@ -102,9 +121,104 @@ void row_dots(const RowDots<T>& work, const Executor& executor) {
            [&](int64_t row, int64_t from, int64_t count) { return dot_tile(work, row, from, count); });
 }
 
+// The sums of a pass over elements from .. end of a row, in an order that depends on their number only.
+template <class Pass>
+Sums pass_over(const Pass& pass, int64_t from, int64_t end) {
+  constexpr int kUnroll = 4;  // vectors: as many independent additions as the unit has latency
+  using V = Vec<double>;
+  V a[kUnroll] = {}, b[kUnroll] = {};
+  int64_t at = from;
+  const auto add_vector = [&](int sum) AUXFAST_INLINE {
+    const Pair<V> shares = pass.template at<V>(at);
+    a[sum] += shares.a;
+    b[sum] += shares.b;
+    at += kLanes<double>;
+  };
+  while (at + kUnroll * kLanes<double> <= end)
+    for (int i = 0; i < kUnroll; ++i) add_vector(i);
+  while (at + kLanes<double> <= end) add_vector(0);
+  Sums sums{sum_lanes<double>((a[0] + a[1]) + (a[2] + a[3])), sum_lanes<double>((b[0] + b[1]) + (b[2] + b[3]))};
+  for (; at < end; ++at) {
+    const Sums shares = pass.template at<double>(at);
+    sums = {sums.a + shares.a, sums.b + shares.b};
+  }
+  return sums;
+}
+
+// A pass over a row: tile by tile, which several threads take if `executor` is not null. The tiles' sums are added in
+// order.
+template <class Pass, class Work>
+void run_pass(const Work& work, int64_t row, const Executor* executor) {
+  const Pass pass(work, row);
+  Sums sums{};
+  if (!pass.skips()) {
+    const int64_t tiles = (work.n + kTileElements - 1) / kTileElements;
+    const auto tile = [&](int64_t i) {
+      const int64_t from = i * kTileElements, end = from + kTileElements;
+      return pass_over(pass, from, end < work.n ? end : work.n);
+    };
+    if (executor == nullptr || tiles < 2) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Sums share = tile(i);
+        sums = {sums.a + share.a, sums.b + share.b};
+      }
+    } else {
+      Sums* shares = static_cast<Sums*>(executor->scratch(size_t(tiles) * sizeof(Sums)));
+      executor->run(tiles, [&](int64_t i) { shares[i] = tile(i); });
+      for (int64_t i = 0; i < tiles; ++i) sums = {sums.a + shares[i].a, sums.b + shares[i].b};
+    }
+  }
+  Pass::finish(work, row, sums);
+}
+
+// All passes of a step over one row.
+template <class T>
+void step_row(const ConjugateGradientStep<T>& work, int64_t row, const Executor* executor) {
+  if (work.part != kAfterPreconditioner) {
+    run_pass<Curvature<T>>(work, row, executor);
+    run_pass<Residual<T>>(work, row, executor);
+  } else {
+    run_pass<PreconditionedResidual<T>>(work, row, executor);
+  }
+  if (work.part != kBeforePreconditioner) run_pass<Direction<T>>(work, row, executor);
+}
+
+template <class T>
+void step_row(const MinresStep<T>& work, int64_t row, const Executor* executor) {
+  if (work.part != kAfterPreconditioner) {
+    run_pass<LanczosDiagonal<T>>(work, row, executor);
+    run_pass<LanczosVector<T>>(work, row, executor);
+  } else {
+    run_pass<PreconditionedVector<T>>(work, row, executor);
+  }
+  if (work.part != kBeforePreconditioner) {
+    run_pass<Directions<T>>(work, row, executor);
+    run_pass<Solution<T>>(work, row, executor);
+  }
+}
+
+// Threads share the tiles of a long row, one row after the other; of short rows each takes whole ones, so that all
+// passes find them in its cache.
+template <class Work>
+void step(const Work& work, const Executor& executor) {
+  if (work.n >= kParallelElements) {
+    for (int64_t row = 0; row < work.rows; ++row) step_row(work, row, &executor);
+  } else if (work.rows * work.n >= kParallelElements) {
+    const int64_t per_chunk = work.n < kTileElements ? kTileElements / (work.n + 1) : 1;
+    executor.run((work.rows + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
+      const int64_t begin = chunk * per_chunk, end = begin + per_chunk;
+      for (int64_t row = begin; row < end && row < work.rows; ++row) step_row(work, row, nullptr);
+    });
+  } else {
+    for (int64_t row = 0; row < work.rows; ++row) step_row(work, row, nullptr);
+  }
+}
+
 }  // namespace
 
-extern const KrylovKernels<float> krylov_f32 = {linear_combination<float>, row_dots<float>};
-extern const KrylovKernels<double> krylov_f64 = {linear_combination<double>, row_dots<double>};
+extern const KrylovKernels<float> krylov_f32 = {linear_combination<float>, row_dots<float>,
+                                                 step<ConjugateGradientStep<float>>, step<MinresStep<float>>};
+extern const KrylovKernels<double> krylov_f64 = {linear_combination<double>, row_dots<double>,
+                                                 step<ConjugateGradientStep<double>>, step<MinresStep<double>>};
 
 }  // namespace auxfast::AUXFAST_ISA

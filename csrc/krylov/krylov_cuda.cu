@@ -1,9 +1,11 @@
-// The Krylov solvers' vector work on a GPU: one launch, and for long rows one more that adds the blocks' sums. No
+// The Krylov solvers' vector work on a GPU: one launch a pass, and for long rows one more that adds the blocks' sums. No
 // atomics, so that the same call gives the same bits; coefficients are read and sums are left on the device, and
 // nothing waits.
 #include "common/block_sum.cuh"
+#include "krylov/conjugate_gradient_math.h"
 #include "krylov/krylov.h"
 #include "krylov/krylov_math.h"
+#include "krylov/minres_math.h"
 
 namespace auxfast::cuda {
 
@@ -100,9 +102,117 @@ const char* row_dots(const RowDots<T>& work, void* stream) {
   return sum_rows(row_dots_kernel<T>, work, stream);
 }
 
+// A pass of a step over all rows. partial: out, (gridDim.x,), if a row has several blocks; else its one block finishes.
+template <class Pass, class Work>
+__global__ void __launch_bounds__(kSumThreads) pass_kernel(const Work work, unsigned blocks, Sums* partial) {
+  const auto [row, begin] = place(blocks);
+  const Pass pass(work, row);
+  Sums sums{0, 0};
+  if (!pass.skips())
+    for (int i = 0; i < kPerThread; ++i) {
+      const int64_t at = begin + i * kSumThreads;
+      if (at >= work.n) break;
+      const Sums shares = pass.template at<double>(at);
+      sums = {sums.a + shares.a, sums.b + shares.b};
+    }
+  sums.a = block_sum(sums.a);
+  __syncthreads();
+  sums.b = block_sum(sums.b);
+  if (threadIdx.x != 0) return;
+  if (blocks == 1)
+    Pass::finish(work, row, sums);
+  else
+    partial[blockIdx.x] = sums;
+}
+
+// Adds the sums of a row's blocks, in order, and finishes its pass. partial: in, (rows, blocks).
+template <class Pass, class Work>
+__global__ void __launch_bounds__(kSumThreads) finish_kernel(const Work work, int64_t blocks, const Sums* partial) {
+  const int64_t row = blockIdx.x;
+  Sums sums{0, 0};
+  for (int64_t i = threadIdx.x; i < blocks; i += kSumThreads) {
+    const Sums share = partial[row * blocks + i];
+    sums = {sums.a + share.a, sums.b + share.b};
+  }
+  sums.a = block_sum(sums.a);
+  __syncthreads();
+  sums.b = block_sum(sums.b);
+  if (threadIdx.x == 0) Pass::finish(work, row, sums);
+}
+
+// Launches passes in order, until one fails.
+template <class Work>
+class Launcher {
+ public:
+  Launcher(const Work& work, void* stream) : work_(work), stream_(stream), blocks_(blocks_per_row(work.n)) {}
+
+  template <class Pass>
+  void pass() {
+    launch<Pass>();
+    if (error_ != nullptr || blocks_ == 1 || work_.rows == 0) return;
+    LAUNCH((finish_kernel<Pass, Work>), dim3(unsigned(work_.rows)), dim3(kSumThreads), 0, stream_, work_, blocks_,
+           static_cast<const Sums*>(work_.workspace));
+    error_ = launch_error();
+  }
+
+  // A pass that has no sums.
+  template <class Pass>
+  void launch() {
+    if (error_ != nullptr || work_.rows == 0) return;
+    LAUNCH((pass_kernel<Pass, Work>), dim3(unsigned(work_.rows * blocks_)), dim3(kSumThreads), 0, stream_, work_,
+           unsigned(blocks_), static_cast<Sums*>(work_.workspace));
+    error_ = launch_error();
+  }
+
+  const char* error() const { return error_; }
+
+ private:
+  const Work& work_;
+  void* stream_;
+  int64_t blocks_;
+  const char* error_ = nullptr;
+};
+
 template <class T>
-constexpr KrylovCudaKernels<T> kKernels{{workspace_bytes<LinearCombination<T>>, linear_combination<T>},
-                                        {workspace_bytes<RowDots<T>>, row_dots<T>}};
+const char* conjugate_gradient_step(const ConjugateGradientStep<T>& work, void* stream) {
+  Launcher<ConjugateGradientStep<T>> run(work, stream);
+  if (work.part != kAfterPreconditioner) {
+    run.template pass<Curvature<T>>();
+    run.template pass<Residual<T>>();
+  } else {
+    run.template pass<PreconditionedResidual<T>>();
+  }
+  if (work.part != kBeforePreconditioner) run.template pass<Direction<T>>();
+  return run.error();
+}
+
+template <class T>
+const char* minres_step(const MinresStep<T>& work, void* stream) {
+  Launcher<MinresStep<T>> run(work, stream);
+  if (work.part != kAfterPreconditioner) {
+    run.template pass<LanczosDiagonal<T>>();
+    run.template pass<LanczosVector<T>>();
+  } else {
+    run.template pass<PreconditionedVector<T>>();
+  }
+  if (work.part != kBeforePreconditioner) {
+    run.template pass<Directions<T>>();
+    run.template launch<Solution<T>>();
+  }
+  return run.error();
+}
+
+template <class Work>
+int64_t step_workspace_bytes(const Work& work) {
+  return 2 * workspace_bytes(work);
+}
+
+template <class T>
+constexpr KrylovCudaKernels<T> kKernels{
+    {workspace_bytes<LinearCombination<T>>, linear_combination<T>},
+    {workspace_bytes<RowDots<T>>, row_dots<T>},
+    {step_workspace_bytes<ConjugateGradientStep<T>>, conjugate_gradient_step<T>},
+    {step_workspace_bytes<MinresStep<T>>, minres_step<T>}};
 extern const KrylovCudaKernels<float> krylov_f32 = kKernels<float>;
 extern const KrylovCudaKernels<double> krylov_f64 = kKernels<double>;
 

@@ -1,5 +1,6 @@
-// torch's side of the Krylov solvers' vector work: checks, fills LinearCombination or RowDots and hands over to the
-// kernels of the device. The schemas, and what each op returns, are in auxfast/ops/krylov.py.
+// torch's side of the Krylov solvers' vector work: checks, fills the struct of an op and hands over to the kernels of the
+// device. The schemas, and what each op returns, are in auxfast/ops/krylov.py.
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -102,9 +103,110 @@ Tensor row_dots(Tensor a,    // (k, n)
   return dots;
 }
 
+void check_float64(const char* op, const char* name, const Tensor& tensor, Sizes sizes, const Tensor& like) {
+  check_shape(op, name, tensor, sizes);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous(), "auxfast::", op, ": ", name,
+                  " must be contiguous and have dtype float64");
+  STD_TORCH_CHECK(tensor.device() == like.device(), "auxfast::", op, ": ", name, " and r must be on one device");
+}
+
+// first_with_z: the first part that has z.
+Part check_part(const char* op, const std::optional<Tensor>& z, int64_t part, Part first_with_z) {
+  STD_TORCH_CHECK(kWhole <= part && part <= kAfterPreconditioner, "auxfast::", op, ": part must be 0, 1 or 2, not ",
+                  part);
+  STD_TORCH_CHECK(z.has_value() == (part >= first_with_z), "auxfast::", op, ": z must ",
+                  part >= first_with_z ? "be given" : "be None", " for part ", part);
+  return Part(part);
+}
+
+void conjugate_gradient_step(Tensor x,                 // in and out: (k, n)
+                             Tensor best,              // in and out: (k, n)
+                             Tensor r,                 // in and out: (k, n)
+                             Tensor p,                 // in and out: (k, n)
+                             std::optional<Tensor> z,  // (k, n)
+                             Tensor product,           // (k, n)
+                             Tensor numbers,           // in and out: (kNumbers, k)
+                             int64_t part) {
+  constexpr const char* kOp = "conjugate_gradient_step_";
+  check_rows(kOp, "r", r);
+  check_matches_rows(kOp, "x", x, "r", r);
+  check_matches_rows(kOp, "best", best, "r", r);
+  check_matches_rows(kOp, "p", p, "r", r);
+  if (z) check_matches_rows(kOp, "z", *z, "r", r);
+  check_matches_rows(kOp, "product", product, "r", r);
+  check_float64(kOp, "numbers", numbers, {kNumbers, r.size(0)}, r);
+  const Part checked_part = check_part(kOp, z, part, kBeforePreconditioner);
+  by_dtype(r, [&](auto zero) {
+    using T = decltype(zero);
+    ConjugateGradientStep<T> work{};
+    work.part = checked_part;
+    work.rows = r.size(0);
+    work.n = r.size(1);
+    set_pointer(work.x, x);
+    set_pointer(work.best, best);
+    set_pointer(work.r, r);
+    set_pointer(work.p, p);
+    set_pointer(work.z, z ? *z : r);
+    set_pointer(work.product, product);
+    set_pointer(work.numbers, numbers);
+#ifdef AUXFAST_WITH_CUDA
+    if (r.is_cuda()) return launch_cuda(kOp, krylov_cuda<T>().conjugate_gradient_step, work, r);
+#endif
+    krylov_cpu<T>().conjugate_gradient_step(work, kTorchExecutor);
+  });
+}
+
+void minres_step(Tensor x,                 // in and out: (k, n) float64
+                 Tensor w,                 // (k, n) float64
+                 Tensor w_old,             // in and out: (k, n) float64
+                 Tensor v,                 // in and out: (k, n)
+                 Tensor u,                 // (k, n)
+                 Tensor u_old,             // (k, n)
+                 Tensor r,                 // in and out: (k, n)
+                 std::optional<Tensor> z,  // (k, n)
+                 Tensor product,           // in and out: (k, n)
+                 Tensor numbers,           // in and out: (kNumbers, k)
+                 int64_t part) {
+  constexpr const char* kOp = "minres_step_";
+  check_rows(kOp, "r", r);
+  check_float64(kOp, "x", x, r.sizes(), r);
+  check_float64(kOp, "w", w, r.sizes(), r);
+  check_float64(kOp, "w_old", w_old, r.sizes(), r);
+  check_matches_rows(kOp, "v", v, "r", r);
+  check_matches_rows(kOp, "u", u, "r", r);
+  check_matches_rows(kOp, "u_old", u_old, "r", r);
+  if (z) check_matches_rows(kOp, "z", *z, "r", r);
+  check_matches_rows(kOp, "product", product, "r", r);
+  check_float64(kOp, "numbers", numbers, {kNumbers, r.size(0)}, r);
+  const Part checked_part = check_part(kOp, z, part, kAfterPreconditioner);
+  by_dtype(r, [&](auto zero) {
+    using T = decltype(zero);
+    MinresStep<T> work{};
+    work.part = checked_part;
+    work.rows = r.size(0);
+    work.n = r.size(1);
+    set_pointer(work.x, x);
+    set_pointer(work.w, w);
+    set_pointer(work.w_old, w_old);
+    set_pointer(work.v, v);
+    set_pointer(work.u, u);
+    set_pointer(work.u_old, u_old);
+    set_pointer(work.r, r);
+    set_pointer(work.z, z ? *z : product);
+    set_pointer(work.product, product);
+    set_pointer(work.numbers, numbers);
+#ifdef AUXFAST_WITH_CUDA
+    if (r.is_cuda()) return launch_cuda(kOp, krylov_cuda<T>().minres_step, work, r);
+#endif
+    krylov_cpu<T>().minres_step(work, kTorchExecutor);
+  });
+}
+
 void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("linear_combination_", TORCH_BOX(&linear_combination));
   library.impl("row_dots", TORCH_BOX(&row_dots));
+  library.impl("conjugate_gradient_step_", TORCH_BOX(&conjugate_gradient_step));
+  library.impl("minres_step_", TORCH_BOX(&minres_step));
 }
 
 }  // namespace

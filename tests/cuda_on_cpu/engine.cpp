@@ -64,6 +64,7 @@ std::vector<Thread*> ready;
 const std::function<void()>* body;
 char launch_key, error[1000];
 bool failed = false;
+int64_t num_launches = 0;
 uint64_t random_state = 1;
 
 uint64_t random_below(uint64_t end) {
@@ -212,11 +213,14 @@ bool check_launch(dim3 grid, dim3 block, size_t dynamic_bytes) {
 
 }  // namespace
 
+extern "C" int64_t launches() { return num_launches; }
+
 extern "C" void set_seed(uint64_t seed) { random_state = (seed + 1) * 0x9E3779B97F4A7C15u; }
 
 const char* take_error() { return std::exchange(failed, false) ? error : nullptr; }
 
 void launch(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& kernel) {
+  ++num_launches;
   if (failed || !check_launch(grid, block, dynamic_bytes)) return;
   body = &kernel;
   std::vector<uint3> blocks;

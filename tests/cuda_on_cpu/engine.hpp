@@ -30,6 +30,9 @@ extern const Position* position;  // of the running thread
 // Of the random order.
 extern "C" void set_seed(uint64_t seed);
 
+// Kernels launched so far.
+extern "C" int64_t launches();
+
 // Runs `kernel` once in every thread and returns when all have ended, or when a mistake was found. After a mistake it
 // runs nothing until take_error() was asked.
 void launch(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& kernel);

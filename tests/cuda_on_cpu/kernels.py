@@ -104,6 +104,15 @@ def _to_c(argument: object) -> object:
     return None if argument is None else ctypes.c_int64(argument)  # type: ignore[arg-type]
 
 
+def launches(run: Callable[[], object]) -> int:
+    """How many kernels run() launches."""
+    count = library().launches
+    count.restype = ctypes.c_int64
+    before: int = count()
+    run()
+    return count() - before
+
+
 def network_numbers(packed: str) -> list[int]:
     """What a wrapper is told of a network, of which `packed` is the text that the op is told."""
     return [int(number) for number in packed.split(",")]

@@ -27,3 +27,48 @@ extern "C" const char* row_dots(int64_t is_double, int64_t rows, int64_t n, cons
     return run(krylov_cuda<T>().row_dots, work);
   });
 }
+
+// x, best, r, p, z, product: (rows, n); numbers: (kNumbers, rows).
+extern "C" const char* conjugate_gradient_step(int64_t is_double, int64_t rows, int64_t n, void* x, void* best, void* r,
+                                               void* p, const void* z, const void* product, double* numbers,
+                                               int64_t part) {
+  return by_dtype(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    ConjugateGradientStep<T> work{};
+    set_pointer(work.x, x);
+    set_pointer(work.best, best);
+    set_pointer(work.r, r);
+    set_pointer(work.p, p);
+    set_pointer(work.z, z == nullptr ? r : z);
+    set_pointer(work.product, product);
+    work.numbers = numbers;
+    work.part = Part(part);
+    work.rows = rows;
+    work.n = n;
+    return run(krylov_cuda<T>().conjugate_gradient_step, work);
+  });
+}
+
+// x, w, w_old: (rows, n) double; v, u, u_old, r, z, product: (rows, n); numbers: (kNumbers, rows).
+extern "C" const char* minres_step(int64_t is_double, int64_t rows, int64_t n, double* x, const double* w,
+                                   double* w_old, void* v, const void* u, const void* u_old, void* r, const void* z,
+                                   void* product, double* numbers, int64_t part) {
+  return by_dtype(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    MinresStep<T> work{};
+    work.x = x;
+    work.w = w;
+    work.w_old = w_old;
+    set_pointer(work.v, v);
+    set_pointer(work.u, u);
+    set_pointer(work.u_old, u_old);
+    set_pointer(work.r, r);
+    set_pointer(work.z, z == nullptr ? product : z);
+    set_pointer(work.product, product);
+    work.numbers = numbers;
+    work.part = Part(part);
+    work.rows = rows;
+    work.n = n;
+    return run(krylov_cuda<T>().minres_step, work);
+  });
+}

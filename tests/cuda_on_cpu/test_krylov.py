@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.krylov_cases import DTYPES, coefficients_for, rows
+from ops.krylov_cases import DTYPES, DiagonalSystems, assert_same_solves, coefficients_for, rows
 from torch import Tensor
 
-from auxfast.ops.krylov import linear_combination_reference_, row_dots_reference
+from auxfast.ops.krylov import (
+    WHOLE,
+    conjugate_gradient_step_reference_,
+    linear_combination_reference_,
+    minres_step_reference_,
+    row_dots_reference,
+)
 
-from .kernels import call, in_any_order, unwritten
+from .kernels import call, in_any_order, launches, unwritten
 
 SHAPES = {
     "one": (1, 1),
@@ -23,6 +29,9 @@ SHAPES = {
     "more blocks than threads add up": (1, 600_001),
     "many rows": (301, 3),
 }
+
+STEP_SHAPES = {name: SHAPES[name] for name in ("one", "no rows", "empty rows", "a whole block", "many rows")}
+STEP_SHAPES |= {"three blocks": (5, 4099), "more blocks than threads add up": (1, 600_001)}
 
 
 def combine(out: Tensor, terms: list[Tensor], coefficients: Tensor) -> dict[str, Tensor]:
@@ -84,3 +93,46 @@ def test_dots_are_the_reference(shape, dtype):
         return {"dots": dots}
 
     torch.testing.assert_close(in_any_order(run)["dots"], row_dots_reference(a, b), rtol=1e-12, atol=1e-10)
+
+
+def cuda_conjugate_gradient_step(x: Tensor, *rest: Tensor | int | None) -> None:
+    step("conjugate_gradient_step", x, *rest)
+
+
+def cuda_minres_step(x: Tensor, *rest: Tensor | int | None) -> None:
+    step("minres_step", x, *rest)
+
+
+def step(function: str, x: Tensor, *rest: Tensor | int | None) -> None:
+    *vectors, numbers, part = rest if isinstance(rest[-1], int) else (*rest, WHOLE)
+    call(function, vectors[-1].dtype == torch.float64, *x.shape, x, *vectors, numbers, part)  # the product is last
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
+@pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
+def test_steps_of_conjugate_gradients_are_the_reference(shape, preconditioned, dtype):
+    systems = DiagonalSystems(shape, dtype, "cpu")
+    results = in_any_order(lambda: systems.conjugate_gradients(cuda_conjugate_gradient_step, 3, preconditioned))
+    wanted = systems.conjugate_gradients(conjugate_gradient_step_reference_, 3, preconditioned)
+    assert_same_solves(results, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
+@pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
+def test_steps_of_minres_are_the_reference(shape, preconditioned, dtype):
+    systems = DiagonalSystems(shape, dtype, "cpu")
+    results = in_any_order(lambda: systems.minres(cuda_minres_step, 3, preconditioned))
+    assert_same_solves(results, systems.minres(minres_step_reference_, 3, preconditioned), dtype)
+
+
+@pytest.mark.parametrize(("n", "conjugate_gradients", "minres"), [(2048, 3, 4), (100_000, 6, 7)])
+def test_a_step_is_at_most_eight_launches(n, conjugate_gradients, minres):
+    """A pass over rows of several blocks is two launches: the second adds up the blocks' sums."""
+    systems = DiagonalSystems((2, n), torch.float32, "cpu")
+    for solve, step_, a_step in (
+        (systems.conjugate_gradients, cuda_conjugate_gradient_step, conjugate_gradients),
+        (systems.minres, cuda_minres_step, minres),
+    ):
+        assert launches(lambda run=solve, step_=step_: run(step_, 2, False)) == 2 * a_step

@@ -8,13 +8,26 @@ from torch import Tensor
 
 from auxfast import reference_kernels
 from auxfast.ops.krylov import (
+    NUMBERS,
+    conjugate_gradient_step_,
+    conjugate_gradient_step_reference_,
     linear_combination_,
     linear_combination_reference_,
+    minres_step_,
+    minres_step_reference_,
     row_dots,
     row_dots_reference,
 )
 
-from .krylov_cases import DTYPES, SHAPES, coefficients_for, rows
+from .krylov_cases import (
+    DTYPES,
+    SHAPES,
+    STEP_SHAPES,
+    DiagonalSystems,
+    assert_same_solves,
+    coefficients_for,
+    rows,
+)
 
 NAN = float("nan")
 
@@ -193,3 +206,70 @@ def test_opcheck(shape, dtype, device):
     out, *terms = rows(shape, 3, dtype, device)
     torch.library.opcheck(torch.ops.auxfast.linear_combination_.default, (out, terms, coefficients_for(out, 2)))
     torch.library.opcheck(torch.ops.auxfast.row_dots.default, (out, terms[0]))
+
+
+# -------------------------------------------------------------------------------------------------------- whole steps
+
+STEPS = {
+    "conjugate gradients": (DiagonalSystems.conjugate_gradients, conjugate_gradient_step_, conjugate_gradient_step_reference_),
+    "MINRES": (DiagonalSystems.minres, minres_step_, minres_step_reference_),
+}
+methods = pytest.mark.parametrize("method", STEPS.values(), ids=STEPS.keys())
+
+
+@methods
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
+@pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
+def test_steps_are_the_reference(method, shape, preconditioned, dtype, device):
+    solve, step, reference = method
+    systems = DiagonalSystems(shape, dtype, device)
+    for steps in (1, 2, 4):
+        wanted = solve(systems, reference, steps, preconditioned)
+        assert_same_solves(solve(systems, step, steps, preconditioned), wanted, dtype)
+
+
+@methods
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 200_003), (5, 70_001), (4099, 33)], ids=str)
+def test_steps_have_the_same_bits_for_any_number_of_threads(method, shape, dtype):
+    solve, step, _ = method
+    systems, threads, results = DiagonalSystems(shape, dtype, "cpu"), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(solve(systems, step, 3, False))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@methods
+def test_a_row_that_has_stopped_is_left_alone(method, device):
+    solve, step, _ = method
+    systems = DiagonalSystems((5, 40), torch.float64, device)
+    before, after = (solve(systems, step, steps, False) for steps in (0, 4))
+    assert torch.equal(after["x"][4], before["x"][4])
+    assert torch.equal(after["r"][4], before["r"][4])
+    assert not torch.equal(after["r"][0], before["r"][0])
+
+
+@methods
+def test_steps_within_reference_kernels_run_the_reference(method, device):
+    solve, step, reference = method
+    systems = DiagonalSystems((5, 40), torch.float32, device)
+    with reference_kernels():
+        results, wanted = (solve(systems, each, 3, False) for each in (step, reference))
+    torch.testing.assert_close(results, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@methods
+def test_steps_solve_their_systems(method, device):
+    """A diagonal of two values is solved in two steps, to the rounding of float64."""
+    solve, step, _ = method
+    systems = DiagonalSystems((1, 30), torch.float64, device)
+    systems.diagonal = torch.where(systems.diagonal > 1, 3.0, 0.5)
+    results = solve(systems, step, 2, False)
+    torch.testing.assert_close(results["x"], systems.rhs / systems.diagonal, rtol=1e-12, atol=1e-12)
+    assert results["numbers"].shape == (NUMBERS, 1)

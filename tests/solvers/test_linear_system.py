@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from auxfast.solvers.block_operator import BlockOperator
 from auxfast.solvers.linear_system import LinearSystem
 
 from .systems import SHAPES, Operator, cut, flat, gaussian, symmetric, with_eigenvalues
@@ -189,3 +190,28 @@ def test_right_hand_side_is_checked(rhs, batched, message):
 def test_cut_and_flat_of_the_test_systems_are_inverse():
     vector = gaussian(19)
     assert torch.equal(flat(cut(vector)), vector)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_rows_with_matrices_of_their_own_are_multiplied_by_those(damping):
+    matrices, rhs = gaussian(3, 4, 4), gaussian(3, 4, seed=5)
+    operator = BlockOperator(lambda v: [(matrices @ v[0][..., None])[..., 0]], 3)
+    linear = LinearSystem(operator, [rhs], damping, batched=True)
+    wanted = (matrices @ rhs[..., None])[..., 0] + damping * rhs
+    torch.testing.assert_close(linear.product(rhs), wanted)
+    for index in ([2, 0], [1], []):
+        rows = rhs[index]
+        torch.testing.assert_close(linear.product(rows, torch.tensor(index, dtype=torch.long)), wanted[index])
+    assert operator.products == 4
+
+
+def test_the_system_of_the_transpose_has_the_same_right_hand_sides():
+    operator, rhs = Operator(gaussian(4, 4)), gaussian(2, 4)
+    linear = LinearSystem(operator, [rhs], 0.3, batched=True)
+    assert linear.transposed is linear  # it does not say that it is not symmetric
+    operator.symmetric, operator.transposed = False, Operator(operator.matrix.T)
+    linear = LinearSystem(operator, [rhs], 0.3, batched=True)
+    torch.testing.assert_close(linear.product(rhs), rhs @ operator.matrix.T + 0.3 * rhs)
+    torch.testing.assert_close(linear.transposed.product(rhs), rhs @ operator.matrix + 0.3 * rhs)
+    assert torch.equal(linear.transposed.rhs, linear.rhs)
+    assert (linear.matvecs, linear.transposed.matvecs) == (2, 2)

@@ -1,0 +1,181 @@
+// A step of conjugate gradients, in the notation of Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm
+// 9.1, in as few passes as its sums allow.
+//
+// clang-format off
+// With q = H p, and z = M r or r itself:
+//   Curvature    p.q, z.q                                      alpha = r.z / p.q
+//   Residual     r <- r - alpha q,   r.r                       beta = r'.z' / r.z
+//   Direction    x <- x + alpha p,   p <- beta p + z',   p.p
+// z.q costs a row no more than its memory, and says by how much products contradict symmetry: with p = z + beta p_old,
+//   p.q - z.q = beta p_old . H p,   which would be beta p . H p_old = 0.
+// The Lanczos matrix has 1 / alpha + (beta / alpha of the step before) on its diagonal and sqrt(beta) / alpha beside it.
+// clang-format on
+#pragma once
+
+#include "krylov/step_math.h"
+
+namespace auxfast::AUXFAST_ISA {
+
+template <class T>
+class Curvature {
+ public:
+  AUXFAST_HD Curvature(const ConjugateGradientStep<T>& work, int64_t row)
+      : p_(work.p + row * work.n),
+        q_(work.product + row * work.n),
+        z_(work.z + row * work.n),
+        skips_(numbers_of(work, row)[kStatus] != kRunning) {}
+
+  AUXFAST_HD bool skips() const { return skips_; }
+
+  template <class V>
+  AUXFAST_HD Pair<V> at(int64_t i) const {
+    const V q = Memory<V>::load(q_ + i);
+    return {Memory<V>::load(p_ + i) * q, Memory<V>::load(z_ + i) * q};
+  }
+
+  static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
+    const Numbers numbers = numbers_of(work, row);
+    numbers[kMoves] = 0;
+    if (numbers[kStatus] != kRunning) return;
+    const double curvature = sums.a / numbers[kPp];
+    if (!is_finite(curvature)) return numbers.stop(kBroken);
+    const double largest = numbers[kLargest] = larger(numbers[kLargest], fabs(curvature));
+    const double flat = kTiny<T> * largest;
+    if (curvature < -flat) {
+      numbers[kNegative] = 1;
+      return numbers.stop(kCurved);
+    }
+    if (curvature <= flat) return numbers.stop(kSingular);
+    if (numbers[kSteps] > 0) {
+      const double lengths = sqrt(numbers[kPpBefore] * numbers[kPp]);
+      numbers.note_asymmetry((sums.a - sums.b) / (numbers[kCgBeta] * lengths * largest));
+    }
+    numbers[kAlpha] = numbers[kRz] / sums.a;
+    numbers[kMoves] = 1;
+  }
+
+ private:
+  const T *p_, *q_, *z_;
+  bool skips_;
+};
+
+// r'.z' leads on to the next direction.
+template <class T>
+AUXFAST_HD void turn(const ConjugateGradientStep<T>& work, const Numbers& numbers, double rz) {
+  const double alpha = numbers[kAlpha], beta = rz / numbers[kRz];
+  if (work.part == kWhole) numbers.record(1 / alpha + numbers[kBetaByAlpha], sqrt(beta) / alpha);
+  numbers[kRz] = rz;
+  numbers[kCgBeta] = beta;
+  numbers[kBetaByAlpha] = beta / alpha;
+  numbers[kSteps] += 1;
+  const double tolerance = numbers[kTolerance];
+  if (numbers[kSquare] <= tolerance * tolerance)
+    numbers[kStatus] = kReached;
+  else if (!(rz > 0))
+    numbers[kStatus] = kBroken;  // a preconditioner that is not positive definite
+}
+
+template <class T>
+class Residual {
+ public:
+  AUXFAST_HD Residual(const ConjugateGradientStep<T>& work, int64_t row)
+      : r_(work.r + row * work.n), q_(work.product + row * work.n) {
+    const Numbers numbers = numbers_of(work, row);
+    alpha_ = numbers[kAlpha];
+    skips_ = numbers[kMoves] == 0;
+  }
+
+  AUXFAST_HD bool skips() const { return skips_; }
+
+  template <class V>
+  AUXFAST_HD Pair<V> at(int64_t i) const {
+    Memory<V>::store(r_ + i, Memory<V>::load(r_ + i) - alpha_ * Memory<V>::load(q_ + i));
+    const V r = Memory<V>::load(r_ + i);  // as it is stored
+    return {r * r, V{}};
+  }
+
+  // The iterate is kept where it is the best so far and the next one is worse.
+  static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
+    const Numbers numbers = numbers_of(work, row);
+    if (numbers[kMoves] == 0) return;
+    if (!is_finite(sums.a)) return numbers.stop(kBroken);
+    const double square = numbers[kSquare];
+    const bool leaves = square <= numbers[kBestSquare] && sums.a > square;
+    numbers[kLeaves] = leaves;
+    if (leaves) numbers[kBestSquare] = square;
+    numbers[kSquare] = sums.a;
+    if (work.part == kWhole) turn(work, numbers, sums.a);
+  }
+
+ private:
+  T* r_;
+  const T* q_;
+  double alpha_;
+  bool skips_;
+};
+
+template <class T>
+class PreconditionedResidual {
+ public:
+  AUXFAST_HD PreconditionedResidual(const ConjugateGradientStep<T>& work, int64_t row)
+      : r_(work.r + row * work.n), z_(work.z + row * work.n), skips_(numbers_of(work, row)[kMoves] == 0) {}
+
+  AUXFAST_HD bool skips() const { return skips_; }
+
+  template <class V>
+  AUXFAST_HD Pair<V> at(int64_t i) const {
+    return {Memory<V>::load(r_ + i) * Memory<V>::load(z_ + i), V{}};
+  }
+
+  static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
+    const Numbers numbers = numbers_of(work, row);
+    if (numbers[kMoves] != 0) turn(work, numbers, sums.a);
+  }
+
+ private:
+  const T *r_, *z_;
+  bool skips_;
+};
+
+template <class T>
+class Direction {
+ public:
+  AUXFAST_HD Direction(const ConjugateGradientStep<T>& work, int64_t row)
+      : x_(work.x + row * work.n),
+        best_(work.best + row * work.n),
+        p_(work.p + row * work.n),
+        z_(work.z + row * work.n) {
+    const Numbers numbers = numbers_of(work, row);
+    alpha_ = numbers[kAlpha];
+    beta_ = numbers[kCgBeta];
+    leaves_ = numbers[kLeaves] != 0;
+    skips_ = numbers[kMoves] == 0;
+  }
+
+  AUXFAST_HD bool skips() const { return skips_; }
+
+  template <class V>
+  AUXFAST_HD Pair<V> at(int64_t i) const {
+    const V x = Memory<V>::load(x_ + i), p = Memory<V>::load(p_ + i);
+    if (leaves_) Memory<V>::store(best_ + i, x);
+    Memory<V>::store(x_ + i, x + alpha_ * p);
+    Memory<V>::store(p_ + i, beta_ * p + Memory<V>::load(z_ + i));
+    const V next = Memory<V>::load(p_ + i);  // as it is stored
+    return {next * next, V{}};
+  }
+
+  static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
+    const Numbers numbers = numbers_of(work, row);
+    if (numbers[kMoves] == 0) return;
+    numbers[kPpBefore] = numbers[kPp];
+    numbers[kPp] = sums.a;
+  }
+
+ private:
+  T *x_, *best_, *p_;
+  const T* z_;
+  double alpha_, beta_;
+  bool leaves_, skips_;
+};
+
+}  // namespace auxfast::AUXFAST_ISA
