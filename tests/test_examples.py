@@ -59,7 +59,7 @@ def test_scores_of_auxiliaries_predict_what_training_with_them_does():
 
 def test_shared_weights_are_learned_from_which_tasks_adapt_better():
     found = example("imaml").main()
-    assert found["learned"] < 0.3 * found["as drawn"]
+    assert found["learned"] < 0.5 * found["as drawn"]
 
 
 def test_a_solver_of_ones_own_serves_and_is_judged_by_its_true_residual():

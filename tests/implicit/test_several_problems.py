@@ -315,6 +315,43 @@ def test_a_task_that_is_harder_goes_on_alone():
         assert result.stats.residuals[t] == pytest.approx(stats.residual, rel=1e-6)
 
 
+def test_implicit_minimum_gives_the_tasks_and_each_of_their_gradients():
+    """One outer loss for each task: their Jacobian is one batched solve of all right-hand sides of all tasks."""
+    problem = Sinusoids()
+    outer_params = [problem.phi, problem.strength]
+    (w,) = auxfast.implicit_minimum(
+        problem.inner_loss, [problem.w], outer_params, solver=BlockDiagonal(MINRES(tol=1e-12))
+    )
+    losses = ((problem.outer_x @ w[..., None])[..., 0] - problem.outer_y).square().sum(dim=1) / 2
+    found = torch.autograd.grad(losses.sum(), outer_params, retain_graph=True)
+    assert_close(found, problem.exact(), 1e-9)
+    rows = torch.eye(TASKS, dtype=torch.float64)
+    jacobian = torch.autograd.grad(losses, outer_params, rows, is_grads_batched=True)
+    assert_close(tuple(j.sum(dim=0) for j in jacobian), problem.exact(), 1e-9)
+
+
+def test_roots_of_all_tasks_are_found_side_by_side():
+    """z = tanh(A_t z + phi) for each task, a root that is no gradient; d z_t / d phi is (I - D_t A_t)^-1 D_t with the
+    slopes D_t."""
+    torch.manual_seed(0)
+    weights = torch.randn(TASKS, 5, 5).double() / 5
+    phi = torch.randn(5).double().requires_grad_()
+    z = torch.zeros(TASKS, 5, dtype=torch.float64, requires_grad=True)
+
+    def step() -> Tensor:
+        return ((weights @ z[..., None])[..., 0] + phi).tanh()
+
+    with torch.no_grad():
+        for _ in range(200):
+            z.copy_(step())
+    solver = BlockDiagonal(GMRES(tol=1e-12))
+    (root,) = auxfast.implicit_root(lambda: z - step(), [z], [phi], solver=solver)
+    (found,) = torch.autograd.grad(root.square().sum() / 2, [phi])
+    slopes = torch.diag_embed(1 - z.detach().square())
+    each = torch.linalg.solve(torch.eye(5) - slopes @ weights, slopes)  # (TASKS, 5, 5)
+    torch.testing.assert_close(found, torch.einsum("ti,tij->j", z.detach(), each), rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------- outer steps
 
 
