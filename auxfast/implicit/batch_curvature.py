@@ -103,8 +103,9 @@ class FreshCurvature:
         """Raises ValueError where `solver` needs the same matrix in every product."""
         if not isinstance(solver, Neumann) or solver.certify:
             raise ValueError(
-                f"inner_loss of FreshBatches goes with Neumann(certify=False) alone, whose terms may each have a batch "
-                f"of its own; {solver!r} needs the same matrix in every product: pass MicroBatches"
+                "inner_loss of FreshBatches goes with Neumann(certify=False) alone, whose terms may each have a batch "
+                f"of its own; {solver!r} needs the same matrix in every product: pass MicroBatches, or a function of "
+                "one batch"
             )
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,17 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from auxfast import FreshBatches, MicroBatches, hypergradient, verify_hypergradient
 from auxfast.implicit import HyperOptimizer
-from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, GradientFlow, Identity, Neumann, Nystrom
+from auxfast.solvers import (
+    MINRES,
+    Chebyshev,
+    ConjugateGradient,
+    GradientFlow,
+    Identity,
+    Neumann,
+    Nystrom,
+    OneStep,
+    SingleLoop,
+)
 from auxfast.solvers import Dense as DenseSolver
 
 SERIES = Neumann(15, 0.2, certify=False)
@@ -126,6 +136,8 @@ def test_parameters_that_only_some_batches_use_are_in_the_system():
         Identity(),
         GradientFlow(10.0),
         Neumann(5, 0.1),
+        OneStep(0.1),
+        SingleLoop(0.1),
     ],
     ids=lambda solver: type(solver).__name__,
 )

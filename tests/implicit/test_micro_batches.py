@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import auxfast
 from auxfast import MicroBatches
 from auxfast.implicit import HyperOptimizer, hypergradient
-from auxfast.solvers import MINRES
+from auxfast.solvers import MINRES, OneStep, SingleLoop
 
 from .problems import Dense
 
@@ -59,6 +59,19 @@ def test_a_short_last_batch_counts_for_its_samples(curvature):
     found = case.hypergradient(MicroBatches(case.outer, case.loader()), batches, curvature=curvature)
     tolerance = {"rtol": 1e-7, "atol": 1e-9} if curvature == "finite-difference" else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found, case.whole(curvature=curvature), **tolerance)
+
+
+@pytest.mark.parametrize(
+    "solver", [OneStep(0.1), OneStep(0.1, lookahead=True), OneStep(0.1, mixed="difference"), SingleLoop(0.1)], ids=repr
+)
+def test_one_step_solvers_take_them(solver):
+    case = Samples()
+    everything = case.data.tensors
+    rest = (case.params, [case.phi])
+    whole = hypergradient(lambda: case.outer(everything), lambda: case.inner(everything), *rest, solver=solver)
+    batches = MicroBatches(case.outer, case.loader()), MicroBatches(case.inner, case.loader(shuffle=True))
+    found = hypergradient(*batches, *rest, solver=solver)
+    torch.testing.assert_close(found.grads, whole.grads)
 
 
 @pytest.mark.parametrize("form", ["iterator", "generator", "list", "dict", "islice"])
