@@ -143,8 +143,12 @@ def operator_of(derivatives: Curvature, masks: Masks | None) -> Curvature:
 
 def hardest(tensors: Sequence[Tensor], stats: SolveStats, batched: bool) -> Sequence[Tensor]:
     """The entries of the right-hand side with the largest residual, of tensors that are `batched` or have but one."""
-    row = max(range(len(stats.residuals)), key=stats.residuals.__getitem__, default=0) if batched else 0
-    return [tensor[row] for tensor in tensors] if batched else tensors
+    if not batched:
+        return tensors
+    count, residuals = len(tensors[0]), stats.residuals
+    worst = max(range(len(residuals)), key=residuals.__getitem__, default=0)
+    row = worst * count // max(len(residuals), count)  # there may be several residuals for a right-hand side
+    return [tensor[row] for tensor in tensors]
 
 
 def _mixed_of_rows(
