@@ -271,10 +271,10 @@ def one_by_one(curvature: Curvature, vectors: Sequence[Tensor]) -> list[Tensor]:
     return products
 
 
+@torch.no_grad()
 def slope(vectors: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
     """`<v, gradient>`, where the gradient may have a graph, and its tensors narrower dtypes."""
-    pairs = zip(vectors, gradient, strict=True)
-    return torch.stack([torch.dot(v.reshape(-1).to(g.dtype), g.detach().reshape(-1)) for v, g in pairs]).sum()
+    return torch.stack([product.sum() for product in torch._foreach_mul(list(vectors), list(gradient))]).sum()
 
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:

@@ -13,7 +13,17 @@ from torch.func import functional_call
 
 import auxfast
 from auxfast.implicit import NotFiniteError, hypergradient, implicit_minimum
-from auxfast.solvers import MINRES, ConjugateGradient, Dense, Identity, Neumann, Nystrom, SolverState, SolveStats
+from auxfast.solvers import (
+    MINRES,
+    BlockDiagonal,
+    ConjugateGradient,
+    Dense,
+    Identity,
+    Neumann,
+    Nystrom,
+    SolverState,
+    SolveStats,
+)
 
 from .problems import Ridge
 
@@ -201,6 +211,28 @@ def test_gauss_newton_takes_the_outputs():
     found = torch.autograd.grad(problem.outer(w), problem.weights)[0]
     expected = hypergradient(problem.outer(problem.w), loss, problem.w.values(), problem.phi, **options).grads[1]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_several_inner_problems_at_once():
+    """Four linear tasks that are drawn to shared outer parameters, solved side by side: iMAML."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 10, 3, dtype=D), torch.randn(4, 10, 1, dtype=D)
+    phi, stats = torch.randn(3, dtype=D, requires_grad=True), []
+
+    def solve(phi: Tensor) -> Tensor:
+        return torch.linalg.solve(x.mT @ x + torch.eye(3, dtype=D), (x.mT @ y)[..., 0] + phi)
+
+    w = solve(phi).detach().requires_grad_()
+
+    def inner() -> Tensor:
+        return 0.5 * (x @ w[..., None] - y).square().sum() + 0.5 * (w - phi).square().sum()
+
+    (solved,) = implicit_minimum(inner, [w], [phi], solver=BlockDiagonal(EXACT), on_solve=stats.append)
+    units = torch.eye(4, dtype=D)
+    (rows,) = torch.autograd.grad(solved.sin().sum(1), [phi], units, is_grads_batched=True)
+    expected = torch.autograd.functional.jacobian(lambda phi: solve(phi).sin().sum(1), phi)
+    torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-12)
+    assert len(stats[0].residuals) == 16
 
 
 class Logistic:
