@@ -84,8 +84,8 @@ class BestIterate:
             self.residual.index_copy_(0, index[place], residual.index_select(0, place))
 
     def accept(self, rows: Rows, x: Tensor, norms: Floats) -> None:
-        """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, which is so
-        rounded. `residual` stays as it is, so no cycle may start from these rows."""
+        """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, rounded as it
+        would be returned. `residual` stays as it is, so no cycle may start from these rows."""
         if len(self._take(rows, x, norms)):
             self.residual_from = "recurrence"
 

@@ -222,17 +222,15 @@ class KrylovSolver(IterativeSolver):
 
         is_known: whether the recurrence may know any. It does not with a preconditioner, where its numbers do not tell
         of H itself; nor where a cycle before has drifted."""
-        if not is_known:
-            best.update(rows, outcome.x)
-            return
-        norms, known = outcome.known(best, rows)
-        if known.all():
-            best.accept(rows, outcome.x, norms)
-            return
-        for which, take in ((known, best.accept), (~known, best.update)):
-            if which.any():
-                x = outcome.x[torch.from_numpy(which).to(outcome.x.device)]
-                take(rows[which], x, *([norms[which]] if take == best.accept else []))
+        norms, known = outcome.known(best, rows) if is_known else (outcome.norms, np.zeros(len(rows), dtype=bool))
+
+        def those(which: Any) -> Tensor:
+            return outcome.x if which.all() else outcome.x[torch.from_numpy(which).to(outcome.x.device)]
+
+        if known.any():
+            best.accept(rows[known], those(known), norms[known])
+        if not known.all():
+            best.update(rows[~known], those(~known))
 
 
 def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, statuses: Floats) -> Rows:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from ops import loss_image_cases
 from ops.combiner_cases import inputs, normal, of_kernels
-from ops.krylov_cases import coefficients_for, rows
+from ops.krylov_cases import DiagonalSystems, coefficients_for, rows
 from ops.test_neumann import LAYOUTS, STEP, clones, lists
 from torch import Tensor
 
 from auxfast.ops.combiner import combiner
-from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.krylov import conjugate_gradient_step_, linear_combination_, minres_step_, row_dots
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
@@ -85,6 +85,23 @@ def _krylov(dtype: torch.dtype) -> Case:
     return Case(make, run)
 
 
+def _krylov_steps(dtype: torch.dtype) -> Case:
+    """Systems that all go on."""
+
+    def make(seed: int, device: str) -> list[Tensor]:
+        rhs, diagonal = rows((1, 5000), 2, dtype, device)
+        return [(1 + seed) * rhs, diagonal.abs() + 0.1]
+
+    def run(rhs: Tensor, diagonal: Tensor) -> list[Tensor]:
+        systems = DiagonalSystems(rhs.shape, rhs.dtype, str(rhs.device))
+        systems.rhs, systems.diagonal = rhs, diagonal
+        cg = systems.conjugate_gradients(conjugate_gradient_step_, 3, False)
+        minres = systems.minres(minres_step_, 3, False)
+        return [cg["x"], cg["r"], minres["x"], minres["r"]]
+
+    return Case(make, run)
+
+
 CASES = {
     "combiner, tiles in shared memory": _combiner(CombinerNetwork(5, (10, 6), main=0), 700, torch.float32),
     "combiner, tiles in the workspace": _combiner(CombinerNetwork(40, (64,) * 8, reduction="none"), 70, torch.float64),
@@ -95,6 +112,8 @@ CASES = {
     "Neumann, float64": _neumann(torch.float64),
     "Krylov, float32": _krylov(torch.float32),
     "Krylov, float64": _krylov(torch.float64),
+    "Krylov steps, float32": _krylov_steps(torch.float32),
+    "Krylov steps, float64": _krylov_steps(torch.float64),
 }
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, of_kernels
-from ops.krylov_cases import coefficients_for, rows
+from ops.krylov_cases import DiagonalSystems, assert_same_solves, coefficients_for, rows
 from ops.test_neumann import STEP, lists
 
-from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.krylov import conjugate_gradient_step_, linear_combination_, minres_step_, row_dots
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 from auxfast.ops.neumann import neumann_step_
 
@@ -74,3 +74,16 @@ def test_krylov(shape, dtype, rtol):
         results.append([tensor.cpu() for tensor in (out, squares, row_dots(out, out))])
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=rtol, atol=8 * rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 17), (5, 2049)])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_krylov_steps(shape, preconditioned, dtype):
+    on_cpu, on_gpu = (DiagonalSystems(shape, dtype, device) for device in ("cpu", "cuda"))
+    for solve, step in (
+        (DiagonalSystems.conjugate_gradients, conjugate_gradient_step_),
+        (DiagonalSystems.minres, minres_step_),
+    ):
+        results = {name: tensor.cpu() for name, tensor in solve(on_gpu, step, 3, preconditioned).items()}
+        assert_same_solves(results, solve(on_cpu, step, 3, preconditioned), dtype)
