@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -38,14 +39,13 @@ class preserved_buffers:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
+        self._parts: dict[int, Module] = {}  # of the modules that were called, by id
         self._called: set[int] = set()  # ids of modules called in its thread, under it or a guard around it
         self._calls = _Outermost()
 
     def __enter__(self) -> Any:
         with _lock:
-            if not _active:
-                _hooks.append(register_module_forward_pre_hook(_before))
-                _hooks.append(register_module_forward_hook(_after, always_call=True))
+            _register_hooks()
             _active.append(self)
         guards = _present.guards
         self._called = guards[-1]._called if guards else set()
@@ -59,8 +59,7 @@ class preserved_buffers:
         with _lock:
             _active.remove(self)
             if not _active:
-                while _hooks:
-                    _hooks.pop().remove()
+                _remove_hooks()
             for module in self._touched.values():
                 for name, buffer in module._buffers.items():
                     if id(buffer) in self._originals:
@@ -84,6 +83,7 @@ class preserved_buffers:
         elif id(module) in call.modules:
             return
         parts = _parts_of(module)
+        self._parts.update(parts)
         call.modules.update(parts)
         self._called.update(parts)
         for part in parts.values():
@@ -165,21 +165,27 @@ class preserved_state(preserved_buffers):
     def replay(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """`function`, such that every call starts from the buffers and the random states of the first call, and draws
         the same dropout masks. The first call starts from the present random states and moves them on. If it does not,
-        those that follow leave them to other threads."""
+        those that follow leave them to other threads; and if no module of it has a buffer either, they run without
+        hooks, which take longer than a small layer."""
         ends: list[RandomStates] = []  # of the first call: before it, and after it
         draws: bool | None = None  # known at the second call: many losses are called once, and that takes 10 us
+        parts: dict[int, Module] = {}
 
         @functools.wraps(function)
         def replayed() -> Result:
-            nonlocal draws
-            with preserved_buffers(self._check):
+            nonlocal draws, parts
+            if ends and draws is None:
+                draws = _differ(*ends)
+            if draws is False and not any(len(part._buffers) for part in parts.values()):
+                with self._without_hooks():
+                    return function()
+            with preserved_buffers(self._check) as guard:
                 if not ends:
                     start = _random_states()
                     result = function()
                     ends.extend([start, _random_states()])
+                    parts = guard._parts
                     return result
-                if draws is None:
-                    draws = _differ(*ends)
                 if not draws:
                     return function()
                 present = _random_states()
@@ -190,6 +196,19 @@ class preserved_state(preserved_buffers):
                     _restore(present)
 
         return replayed
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Takes the hooks away, unless another guard needs them."""
+        with _lock:
+            if alone := _active == [self]:
+                _remove_hooks()
+        try:
+            yield
+        finally:
+            if alone:
+                with _lock:
+                    _register_hooks()
 
 
 _without_transforms: Any = getattr(torch._C, "_DisableFuncTorch", None)
@@ -244,6 +263,17 @@ _present = _OfThread()
 _active: list[preserved_buffers] = []  # those of all threads
 _hooks: list[Any] = []
 _lock = threading.RLock()  # for these two, torch's own lists of hooks, and buffers while they are exchanged
+
+
+def _register_hooks() -> None:
+    if not _hooks:
+        _hooks.append(register_module_forward_pre_hook(_before))
+        _hooks.append(register_module_forward_hook(_after, always_call=True))
+
+
+def _remove_hooks() -> None:
+    while _hooks:
+        _hooks.pop().remove()
 
 
 def _acting_on(module: Module) -> preserved_buffers | None:

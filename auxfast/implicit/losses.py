@@ -189,8 +189,7 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
     pairs = [_weighted(item) for item in given] if isinstance(given, Sequence) else []
     if not isinstance(given, Sequence) or not all(callable(function) for _, function in pairs):
         raise TypeError(
-            f"{name} must be a tensor, a function that returns one, or a list of such functions or of (weight, "
-            f"function) pairs, not a {_what(given)}"
+            f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {_what(given)}"
         )
     if not pairs:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
@@ -205,6 +204,8 @@ def _what(given: Any) -> str:
     if _are_tensors(given):
         return "list of tensors: combine them into one"
     kind = type(given).__name__
+    if isinstance(given, Sequence) and any(isinstance(item, tuple) for item in given):
+        return f"{kind} of other pairs than (weight, function)"
     if isinstance(given, Iterable) and not isinstance(given, (Sequence, Mapping)):
         return (
             f"{kind}. For batches of data pass auxfast.MicroBatches(loss_of_batch, batches), their mean, or "

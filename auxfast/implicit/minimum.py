@@ -28,6 +28,7 @@ from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_p
 from auxfast.implicit.losses import Loss, LossGraph, check_call
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
 from auxfast.solvers.base import Solver, SolverState, check_solver
+from auxfast.solvers.known_solution import KnownSolution
 
 _INVERSES = (MINRES, ConjugateGradient, Dense)
 """Solvers whose result is the solution, to their tolerance: its derivative is then that of the solution."""
@@ -129,6 +130,10 @@ def implicit_minimum(
     params = given_params(values, outer_params, free)
     check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
+    if isinstance(solver, KnownSolution) and solver.lookahead_lr:
+        raise ValueError(
+            f"solver must take the outer gradient at the parameters as they are, not after a step: {solver}"
+        )
     if not params.active_inner:
         raise ValueError("inner_params have requires_grad=False, all of them: nothing would move with outer_params")
     if isinstance(inner_loss, Tensor):

@@ -24,7 +24,8 @@ class KnownSolution:
     products would tell: whether H is symmetric, or a parameter at a kink.
 
     Attributes:
-        mixed: see `MixedProduct`. Where it is "difference", no second derivatives are recorded at all.
+        mixed: see `MixedProduct`. Where it is "difference", `hypergradient` records no second derivatives at all;
+            `implicit_minimum`, whose backward pass evaluates no loss, takes the exact one in any case.
         lookahead_lr: learning rate of the step of the inner training after which the outer gradient is to be taken; 0
             where that is the one at the inner parameters as they are.
     """

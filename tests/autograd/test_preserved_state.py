@@ -315,3 +315,32 @@ def test_a_function_that_failed_at_first_is_replayed_from_the_call_that_did_not(
         with pytest.raises(ValueError):  # noqa: PT011
             replayed()
         assert torch.equal(replayed(), replayed())
+
+
+@pytest.mark.parametrize(
+    "extra", [[], [torch.nn.BatchNorm1d(3)], [torch.nn.Dropout()]], ids=["plain", "buffers", "draws"]
+)
+def test_modules_are_seen_in_every_call_only_where_there_is_something_to_preserve(extra):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), *extra)
+    calls = []
+    with preserved_state(check=lambda module: calls.append(module)) as guard:
+        replayed = guard.replay(lambda: net(torch.ones(2, 3)))
+        results = [replayed() for _ in range(3)]
+        assert len(calls) == (3 if extra else 1) * (2 + len(extra))
+        net(torch.ones(2, 3))  # what is called elsewhere is seen in any case
+    assert len(calls) == (4 if extra else 2) * (2 + len(extra))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_buffer_that_the_first_call_makes_is_preserved_in_the_next(net):
+    class Counter(torch.nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "count"):
+                self.register_buffer("count", torch.zeros(()))
+            self.count += 1
+            return x * self.count
+
+    counter = Counter()
+    with preserved_state() as guard:
+        replayed = guard.replay(lambda: counter(torch.ones(())))
+        assert [float(replayed()) for _ in range(3)] == [1.0, 2.0, 2.0]

@@ -173,6 +173,12 @@ def test_bad_batches_are_refused():
         MicroBatches(lambda batch: batch.sum(), [torch.ones(2), 3])
 
 
+def test_pairs_in_another_order_are_told():
+    case = Samples()
+    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of other pairs than \(weight, function\)"):
+        case.hypergradient(lambda: case.outer(case.data.tensors), [(lambda: case.inner(case.data.tensors), 0.5)])
+
+
 @pytest.mark.parametrize("name", ["outer_loss", "inner_loss"])
 def test_a_loader_or_its_iterator_as_a_loss_is_told_what_to_write(name):
     case = Samples()

@@ -537,6 +537,26 @@ def test_an_outer_gradient_of_zero_gives_the_direct_gradient(mixed):
     assert not result.grads[1].any()
 
 
+@pytest.mark.parametrize("name", ["T1-T2", "SingleLoop", "SAMA"])
+def test_the_minimum_as_a_function_takes_them(name):
+    """Its mixed product is exact in any case."""
+    problem = Network()
+    solver = solvers_for(problem)[name]
+    states = SolverState(), SolverState()
+    for _ in range(3):
+        w = auxfast.implicit_minimum(problem.inner, problem.w, problem.phi, solver=solver, state=states[0], warn=False)
+        found = torch.autograd.grad(problem.outer(w), problem.phi)
+        expected = problem.gradients(solver, state=states[1])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_the_minimum_as_a_function_cannot_look_ahead():
+    problem = Network()
+    with pytest.raises(ValueError, match="solver must take the outer gradient at the parameters as they are"):
+        auxfast.implicit_minimum(problem.inner, problem.w, problem.phi, solver=OneStep(LR, lookahead=True))
+
+
 def test_verify_takes_a_one_step_solver():
     problem = Ridge()
     report = auxfast.verify_hypergradient(
