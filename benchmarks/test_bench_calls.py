@@ -271,8 +271,6 @@ def test_cg_to_a_tolerance_takes_no_longer_than_textbook_cg(benchmark: Any) -> N
 
 
 def test_the_minimum_as_a_function_costs_what_a_hypergradient_costs(benchmark: Any) -> None:
-    if not hasattr(auxfast, "implicit_minimum"):
-        pytest.skip("no implicit_minimum yet")
     net, x_outer, y_outer, problem = _with_functional_outer()
     solver = MINRES(10, tol=None, damping=DAMPING)
 
@@ -289,8 +287,6 @@ def test_the_minimum_as_a_function_costs_what_a_hypergradient_costs(benchmark: A
 
 
 def test_eight_outer_losses_share_one_batched_solve(benchmark: Any) -> None:
-    if not hasattr(auxfast, "implicit_minimum"):
-        pytest.skip("no implicit_minimum yet")
     net, x_outer, y_outer, problem = _with_functional_outer()
     solver = MINRES(10, tol=None, damping=DAMPING)
 
