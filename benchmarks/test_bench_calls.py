@@ -193,7 +193,7 @@ def soba_by_hand(problem: Problem, v: list[Tensor]) -> Tensors:
 
 
 def sama_by_hand(problem: Problem) -> Tensors:
-    """SAMA for Adam: the outer gradient times the derivative of Adam's update in the gradient, and a central difference.
+    """SAMA for Adam: the outer gradient times the derivative of the update in the gradient, and a central difference.
     This is betty's formula with the bias corrections, which betty leaves out."""
     v = torch.autograd.grad(problem.outer(), problem.w)
     assert problem.optimizer is not None

@@ -30,6 +30,7 @@ from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.implicit.one_step import StepDerivatives
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
+from auxfast.solvers.known_solution import KnownSolution
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 Derivatives = Hessian | MicroBatches | FiniteDifference | TransposedJacobian
@@ -121,7 +122,11 @@ def solve_adjoint(
         )
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif inner is not None and not direct_only and isinstance(derivatives, (Hessian, MicroBatches)):
+        elif (
+            isinstance(derivatives, (Hessian, MicroBatches))
+            and not isinstance(solver, KnownSolution)
+            and not (inner is None or direct_only)
+        ):
             one = hardest(solution, stats, batched)
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, one)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):
@@ -196,7 +201,7 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
-) -> Derivatives:
+) -> Hessian | MicroBatches | FiniteDifference:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
     if name == "finite-difference":
