@@ -1,14 +1,16 @@
 """Hypergradients for auxiliary learning by implicit differentiation, on fused C++/CUDA kernels."""
 
-from auxfast import nn, solvers
+from auxfast import curvature, nn, solvers
 from auxfast._native import build_info, reference_kernels
 from auxfast._version import __version__
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.autograd.pullback import engine_only
 from auxfast.implicit import (
+    FreshBatches,
     HypergradientReport,
     HypergradientResult,
     HyperOptimizer,
+    MicroBatches,
     NotFiniteError,
     RetrainingReport,
     UsefulnessResult,
@@ -21,15 +23,18 @@ from auxfast.implicit import (
 )
 
 __all__ = [
+    "FreshBatches",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",
+    "MicroBatches",
     "NotFiniteError",
     "RetrainingReport",
     "UsefulnessResult",
     "__version__",
     "auxiliary_usefulness",
     "build_info",
+    "curvature",
     "engine_only",
     "hypergradient",
     "implicit_minimum",

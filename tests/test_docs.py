@@ -29,6 +29,7 @@ WITH_CLAIMS = [
     )
 ]
 API = {
+    "curvature.md": "auxfast.curvature",
     "nn.md": "auxfast.nn",
     "solvers.md": "auxfast.solvers",
     "train.md": "auxfast.train",
@@ -99,6 +100,8 @@ def test_the_programs_of_your_own_task_mask_losses_and_take_micro_batches(capsys
     assert names["weights"].shape == names["loss_image"].shape
     assert (names["weights"][names["pixel_mask"] == 0] == 0).all()
     assert len(names["micro_batches"]) == 4
+    assert names["micro_batches"][3][0] == 4
+    assert names["log_decay"].detach().ne(0).all()
     assert names["stats"].residual < 0.1
     assert "nan" not in capsys.readouterr().out
 
@@ -188,7 +191,7 @@ def test_commands_name_experiments_that_there_are(capsys):
 def test_the_reference_has_every_public_name():
     """Pages of modules list what is in `__all__` by themselves; that of `auxfast` is in an order of its own."""
     listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "api" / "auxfast.md").read_text(), re.MULTILINE)
-    public = set(importlib.import_module("auxfast").__all__) - {"__version__", "nn", "solvers"}
+    public = set(importlib.import_module("auxfast").__all__) - {"__version__", "curvature", "nn", "solvers"}
     assert {name.rpartition(".")[2] for name in listed} == public
     for page, module in API.items():
         assert f"::: {module}\n" in (DOCS / "api" / page).read_text()

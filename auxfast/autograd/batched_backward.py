@@ -286,15 +286,13 @@ def result_of(edge: Edge) -> tuple[torch.Size, torch.dtype] | None:
 
 
 def summands(edge: Edge) -> list[Edge]:
-    """The edges of the terms, where the result at `edge` is a plain sum, or a sum of such, of terms of one shape and
-    dtype; else this edge alone. Constants are left out."""
+    """The edges of the terms, where the result at `edge` is a plain sum, or a sum of such; else this edge alone.
+    Constants are left out."""
     terms, pending = [], [edge]
     while pending:
         edge = pending.pop()
-        parts = [part for part in edge[0].next_functions if part[0] is not None]
-        is_sum = edge[0].name() == "AddBackward0" and getattr(edge[0], "_saved_alpha", None) == 1
-        if is_sum and all(result_of(part) == result_of(edge) is not None for part in parts):
-            pending += parts
+        if type(edge[0]).__name__ == "AddBackward0" and getattr(edge[0], "_saved_alpha", None) == 1:
+            pending += [part for part in edge[0].next_functions if part[0] is not None]
         else:
             terms.append(edge)
     return terms

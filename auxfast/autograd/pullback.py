@@ -33,6 +33,10 @@ _MIN_VECTORS_OF_MANY_NUMBERS, _MANY_NUMBERS = 16, 1 << 20
 the caches. With 6 MB of weights, batches of 8 went at 0.8 of the speed of `autograd.grad`, of 20 at 1.1, and 8 vectors
 one by one at 0.9, since their products are written into one batch."""
 
+_PRODUCTS_OF_A_SPLIT = 3
+"""Products before the outputs are split into separable parts and the rest. A split costs what it saves of 2 to 4, and
+many solvers need no more."""
+
 _MAX_BYTES_ON_CPU = 1 << 21
 """Most bytes of an activation's gradients, of all vectors that go through the graph at once. Batches save most of the
 time that autograd and the dispatcher take, and lose to the caches: 8 vectors were 1.4 to 5 times faster in networks
@@ -72,7 +76,7 @@ class Pullback:
         self._symmetric = symmetric
         self._probe: SymmetricProbe | None = None
         self._split = whole(outputs)
-        self._is_used = self._is_split = False
+        self._products_until_split = _PRODUCTS_OF_A_SPLIT
         self._pass: BatchedBackward | None = None
         many = sum(tensor.numel() for tensor in inputs) > _MANY_NUMBERS
         self._min_vectors = _MIN_VECTORS_OF_MANY_NUMBERS if many else _MIN_VECTORS
@@ -88,22 +92,25 @@ class Pullback:
         """
         if not self._outputs:
             return [None] * len(self._inputs)
-        if self._is_used:  # to split the outputs costs about what it saves of one product
+        if self._products_until_split == 0:
             self._separate()
-        self._is_used = True
+        self._products_until_split -= 1
+        if not self._split.diagonals:
+            return vjp(self._outputs, self._inputs, vectors)
         return self._with_diagonals(self._by_engine(self._of_parts(vectors)), vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> Gradients:
         """Products of k vectors: all tensors have one more axis of size k in front."""
         if not self._outputs:
             return [None] * len(self._inputs)
-        self._separate()
+        if self._products_until_split >= 0:
+            self._separate()
+        self._products_until_split = -1
         return self._with_diagonals(self._batched(self._of_parts(vectors)), vectors)
 
     def _separate(self) -> None:
-        if not self._is_split and not _ENGINE_ONLY.get():
+        if not _ENGINE_ONLY.get():
             self._split = split(self._outputs, self._inputs)
-            self._is_split = True
 
     def _of_parts(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [vectors[i] for i in self._split.outputs]

@@ -48,12 +48,14 @@ class Split(NamedTuple):
 def split(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Split:
     """The `outputs` as their graph shows them. Costs a pass through the separable parts, if there are any: a diagonal
     is its product with ones. Where a hook may act in that pass, all is left to the engine."""
+    if not any(type(output.grad_fn).__name__ in _ELEMENTWISE for output in outputs):  # no sums either
+        return whole(outputs)
     found = _Inputs(inputs)
     parts: list[tuple[int, Output]] = []
     separable: list[tuple[int, int, GradientEdge]] = []
     for i, output in enumerate(outputs):
         terms = summands(edge_to(output))
-        places = [found.only_input(term) for term in terms]
+        places = [found.only_input(term, output) for term in terms]
         if all(place is None for place in places):
             parts.append((i, output))
             continue
@@ -96,9 +98,9 @@ class _Inputs:
         self._results = {edge_to(tensor): i for i, tensor in enumerate(inputs) if tensor.grad_fn is not None}
         self._nodes = {node for node, _ in self._results}
 
-    def only_input(self, edge: Edge) -> int | None:
-        """Index of the one input that the result at `edge` depends on, and that entry by entry; `None` where it is not
-        so, or not seen to be."""
+    def only_input(self, edge: Edge, output: Tensor) -> int | None:
+        """Index of the one input that the result at `edge`, a term of `output`, depends on, and that entry by entry;
+        `None` where it is not so, or not seen to be."""
         if type(edge[0]).__name__ not in _ELEMENTWISE:
             return None
         places: set[int] = set()
@@ -117,9 +119,8 @@ class _Inputs:
             return None
         (place,) = places
         like = self._inputs[place]
-        if result_of(edge) != (like.shape, like.dtype) or self._are_reached(others):
-            return None
-        return place
+        is_like = (output.shape, output.dtype) == (like.shape, like.dtype) == result_of(edge)
+        return place if is_like and not self._are_reached(others) else None
 
     def _place(self, edge: Edge) -> int | None:
         leaf = self._leaves.get(id(getattr(edge[0], "variable", None)))

@@ -2,7 +2,9 @@
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.finite import NotFiniteError
+from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
+from auxfast.implicit.micro_batches import MicroBatches
 from auxfast.implicit.minimum import implicit_minimum
 from auxfast.implicit.optimizer import HyperOptimizer
 from auxfast.implicit.report import Agreement, HypergradientReport
@@ -14,9 +16,11 @@ from auxfast.implicit.verify import verify_hypergradient
 
 __all__ = [
     "Agreement",
+    "FreshBatches",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",
+    "MicroBatches",
     "NotFiniteError",
     "RetrainingReport",
     "UsefulnessResult",

@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from auxfast.implicit.advice import found_nothing, no_more_than_identity, problem_of, warn_of
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
 from auxfast.implicit.central_difference import quotient
 from auxfast.implicit.curvature import (
     Curvature,
     GaussNewton,
     Hessian,
-    MicroBatches,
     in_widest_dtype,
     on_one_dtype,
 )
@@ -33,7 +33,8 @@ from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, check
 from auxfast.solvers.known_solution import KnownSolution
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
-Derivatives = Hessian | MicroBatches | FiniteDifference | TransposedJacobian
+Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
+Derivatives = Recorded | TransposedJacobian
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
 
 
@@ -103,6 +104,8 @@ def solve_adjoint(
         masks: the free entries of `inner_params`; `None`: all are.
         batched: `outer_gradient` has one more axis in front, of several right-hand sides, and so has the result.
     """
+    if isinstance(derivatives, FreshCurvature):
+        derivatives.check(solver)
     product = operator_of(derivatives, masks)
     if masks is not None:
         outer_gradient = project(outer_gradient, masks)
@@ -123,7 +126,7 @@ def solve_adjoint(
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
         elif (
-            isinstance(derivatives, (Hessian, MicroBatches))
+            isinstance(derivatives, (Hessian, MeanCurvature))
             and not isinstance(solver, KnownSolution)
             and not (inner is None or direct_only)
         ):
@@ -201,16 +204,22 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
-) -> Hessian | MicroBatches | FiniteDifference:
+) -> Recorded:
     if isinstance(inner, LossGraph):
         return _RECORDED[name](inner, params, retain_graph)
+    if any(loss_fn.is_fresh for loss_fn in inner):
+        if name == "finite-difference":
+            raise ValueError(
+                "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
+            )
+        return FreshCurvature(_recorder(_RECORDED[name], inner[0]), params)
     if name == "finite-difference":
         return FiniteDifference(inner, params, outer_params)
-    kind = _RECORDED[name]
     if len(inner) == 1:
-        return kind(inner[0](), params, retain_graph)
+        return _RECORDED[name](inner[0](), params, retain_graph)
+    records = [_recorder(_RECORDED[name], loss_fn) for loss_fn in inner]
+    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
 
-    def recorder(loss_fn: LossFn) -> Any:
-        return lambda params: kind(loss_fn(), params)
 
-    return MicroBatches([recorder(loss_fn) for loss_fn in inner], params)
+def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
+    return lambda params: kind(loss_fn(), params)

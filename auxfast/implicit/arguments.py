@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -73,3 +75,21 @@ def check_one_device(name: str, params: Sequence[Tensor]) -> None:
     devices = {param.device for param in params}
     if len(devices) > 1:
         raise ValueError(f"{name} must be of one device, not of {' and '.join(sorted(map(str, devices)))}")
+
+
+def shares_of(name: str, weights: Sequence[Any]) -> list[float]:
+    """The weights divided by their sum.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    for i, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"{name} must be numbers, but number {i} is a {type(weight).__name__}")
+        if not 0 <= float(weight) < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, but number {i} is {weight}")
+    total = math.fsum(weights)
+    if not total:
+        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
+    return [float(weight) / total for weight in weights]

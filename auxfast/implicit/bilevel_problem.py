@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.adjoint import CurvatureName
-from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
-from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.adjoint import CurvatureName, derivatives_of
+from auxfast.implicit.curvature import Curvature, in_widest_dtype, on_one_dtype
 from auxfast.implicit.free_entries import FreeCurvature, project
 from auxfast.implicit.hypergradient import hypergradient
-from auxfast.implicit.losses import LossFn
+from auxfast.implicit.losses import Loss, LossFn, mean_gradient, mean_loss, mean_loss_and_gradient
 from auxfast.solvers import MINRES, Solver, SolveStats
 
 _NEWTON_STEPS = 20
@@ -37,10 +35,10 @@ class Solved:
 class BilevelProblem:
     """Losses and the parameters that they are varied in. Vectors (n,) hold all of those, in float64."""
 
-    outer_loss: Callable[[], Any]
-    inner_loss: Callable[[], Any]
-    outer_graph: LossFn  # the same two, checked
-    inner_graph: LossFn
+    outer_loss: Loss
+    inner_loss: Loss
+    outer_fns: list[LossFn]  # the same two, checked
+    inner_fns: list[LossFn]
     inner: list[Tensor]  # those with requires_grad
     outer: list[Tensor]  # those with requires_grad
     masks: list[Tensor | None]  # the entries of `inner` that move
@@ -71,11 +69,11 @@ class BilevelProblem:
         assign(self.inner, point)
         assign(self.outer, outer_values)
         (self.solve_inner or self._minimise)()
-        return Solved(self.outer_graph().loss.item(), flat(self.inner), flat(self.inner_gradient()))
+        return Solved(mean_loss(self.outer_fns).item(), flat(self.inner), flat(self.inner_gradient()))
 
     def inner_gradient(self) -> list[Tensor]:
         """Zeros for entries that do not move."""
-        return project(self._gradient(self.inner_graph), self.masks)
+        return project(self._gradient(self.inner_fns), self.masks)
 
     def inner_gradient_at(self, point: Tensor) -> Tensor:
         """(n,) -> (n,)"""
@@ -88,8 +86,8 @@ class BilevelProblem:
         assign(self.inner, point)
         return change
 
-    def _gradient(self, graph: LossFn) -> list[Tensor]:
-        return zeros_for_none(graph().gradient(self.inner), self.inner)
+    def _gradient(self, loss_fns: list[LossFn]) -> list[Tensor]:
+        return zeros_for_none(mean_gradient(loss_fns, self.inner), self.inner)
 
     def hessian(self) -> Callable[[Tensor], Tensor]:
         """Products with the inner Hessian at the parameters as they are, (n,) -> (n,). They are exact where there are
@@ -102,9 +100,9 @@ class BilevelProblem:
         return product
 
     def _operator(self) -> Curvature:
-        if self.curvature == "finite-difference":
-            return FreeCurvature(on_one_dtype(FiniteDifference([self.inner_graph], self.inner)), self.masks)
-        return FreeCurvature(on_one_dtype(Hessian(self.inner_graph(), self.inner)), self.masks)
+        name: CurvatureName = "finite-difference" if self.curvature == "finite-difference" else "hessian"
+        derivatives = derivatives_of(name, self.inner_fns, self.inner, (), retain_graph=False)
+        return FreeCurvature(on_one_dtype(derivatives), self.masks)
 
     def _of_all(self, tensors: Sequence[Tensor], operator: Curvature) -> list[Tensor]:
         """One tensor for each of `inner`: those of parameters in the system, and zeros for the others."""
@@ -114,7 +112,7 @@ class BilevelProblem:
 
     def outer_solution(self) -> list[Tensor]:
         """`H^-1 d outer / d W`, by a solver that is not the one to verify."""
-        return self._solve(self._gradient(self.outer_graph))
+        return self._solve(self._gradient(self.outer_fns))
 
     def _solve(self, rhs: Sequence[Tensor]) -> list[Tensor]:
         operator = self._operator()
@@ -132,10 +130,10 @@ class BilevelProblem:
         )
 
         def closure() -> Tensor:
-            loss = self.inner_graph()
-            for param, grad in zip(self.inner, project(loss.gradient(self.inner), self.masks), strict=True):
+            loss, gradient = mean_loss_and_gradient(self.inner_fns, self.inner)
+            for param, grad in zip(self.inner, project(gradient, self.masks), strict=True):
                 param.grad = grad
-            return loss.loss
+            return loss
 
         lbfgs.step(closure)
         self._polish()

@@ -120,10 +120,6 @@ def minus(tensors: Grads, others: Grads) -> Grads:
     return [None if a is None or b is None else a - b for a, b in zip(tensors, others, strict=True)]
 
 
-def times(factor: float, tensors: Grads) -> Grads:
-    return [None if t is None else factor * t for t in tensors]
-
-
 def quotient(part: float, whole: float) -> float:
     """`part / whole`, where 0 / 0 is 0."""
     return part and (part / whole if whole else math.inf)

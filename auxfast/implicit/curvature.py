@@ -20,7 +20,7 @@ from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.losses import LossGraph, add, check_connected
+from auxfast.implicit.losses import LossGraph, check_connected
 
 _WAYS_OUT = {  # by a part of the name of autograd's node
     "Attention": "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
@@ -228,67 +228,6 @@ def _check_outputs(inner: LossGraph) -> Sequence[Tensor]:
             raise ValueError(f"outputs[{i}] is not a result in the graph of {inner.name}: was it computed anew?")
     check_independent(outputs=given)
     return given
-
-
-class MicroBatches:
-    """Mean of the curvatures of micro-batches, each recorded anew for every product, in the memory of one.
-
-    Args:
-        records: functions that record the curvature of a micro-batch in the parameters that they are given.
-        params: tensors that the loss is differentiated in.
-
-    Attributes:
-        unproven, kinked: see `Hessian`.
-    """
-
-    def __init__(self, records: Sequence[Callable[[Sequence[Tensor]], Hessian]], params: Sequence[Tensor]) -> None:
-        self._records = records
-        self.unproven: list[str] = []
-        self.kinked: list[Tensor] = []
-        in_system = [self._inspect(record(params)) for record in records]
-        self.in_system = [any(which) for which in zip(*in_system, strict=True)]
-        self.params = list(compress(params, self.in_system))
-
-    def _inspect(self, curvature: Hessian) -> list[bool]:
-        self.unproven += [name for name in curvature.unproven if name not in self.unproven]
-        self.kinked += curvature.kinked
-        return curvature.in_system
-
-    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._products(vectors, lambda curvature, chosen: curvature(chosen))
-
-    def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._products(vectors, lambda curvature, chosen: curvature.batched(chosen))
-
-    def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        total: list[Tensor | None] = [None] * len(outer_params)
-        for i in range(len(self._records)):
-            total = add(total, self._of_one(i, vectors, lambda c, chosen: c.mixed(chosen, outer_params))[1])
-        return [term if term is None else term / len(self._records) for term in total]
-
-    def with_mixed(
-        self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        product = [torch.zeros_like(v) for v in vectors]
-        mixed: list[Tensor | None] = [None] * len(outer_params)
-        for i in range(len(self._records)):
-            in_system, (terms, more) = self._of_one(i, vectors, lambda c, chosen: c.with_mixed(chosen, outer_params))
-            torch._foreach_add_(list(compress(product, in_system)), terms, alpha=1 / len(self._records))
-            mixed = add(mixed, more)
-        return product, [term if term is None else term / len(self._records) for term in mixed]
-
-    def _products(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
-        total = [torch.zeros_like(v) for v in vectors]
-        for i in range(len(self._records)):
-            in_system, terms = self._of_one(i, vectors, product)
-            torch._foreach_add_(list(compress(total, in_system)), terms, alpha=1 / len(self._records))
-        return total
-
-    def _of_one(self, i: int, vectors: Sequence[Tensor], product: Callable[..., Any]) -> tuple[list[bool], Any]:
-        """Product with the curvature of micro-batch `i`. This is a function of its own so that its graph is gone before
-        the next is made."""
-        curvature = self._records[i](self.params)
-        return curvature.in_system, product(curvature, list(compress(vectors, curvature.in_system)))
 
 
 class _InWidestDtype:

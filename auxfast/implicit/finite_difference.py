@@ -20,11 +20,10 @@ from auxfast.implicit.central_difference import (
     norm_of,
     norms_of,
     quotient,
-    times,
 )
 from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import check_finite
-from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient
+from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient, times
 from auxfast.solvers.base import SolveStats, StopReason
 
 _GROWTH = 16.0  # A step that rounding spoils grows by this factor: agreement within that rounding vouches for no more.
@@ -342,12 +341,13 @@ class FiniteDifference:
                 hessian = Hessian(loss_fn(), self.params)
                 chosen = list(compress(vectors, hessian.in_system))
                 terms = iter(hessian(chosen))
-                product = add(product, [next(terms) if is_in else None for is_in in hessian.in_system])
-                mixed = add(mixed, hessian.mixed(chosen, outer_params))
+                of_all = [next(terms) if is_in else None for is_in in hessian.in_system]
+                product = add(product, times(loss_fn.share, of_all))
+                mixed = add(mixed, times(loss_fn.share, hessian.mixed(chosen, outer_params)))
                 del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
             return None
-        return times(1 / len(self._loss_fns), product), times(1 / len(self._loss_fns), mixed)
+        return product, mixed
 
 
 def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Grads, float]:

@@ -57,10 +57,12 @@ def hypergradient(
     as the solver is at `H^-1`. Nothing is written to any `.grad`.
 
     **Losses.** Each of the two is a tensor of one element with its graph; or a function of no arguments that computes
-    it; or a list of such functions, which stands for their mean: micro-batches, evaluated anew for every product, so
-    that no more than the graph of one is in memory. Functions must compute everything from the parameters when they are
-    called. They leave no trace in the buffers of modules and in torch's random states, and draw the same random numbers
-    (dropout masks) each time within one call; see `auxfast.preserved_state`.
+    it; or a list of such functions, or of pairs `(weight, function)`, which stands for their mean: micro-batches,
+    evaluated anew for every product, so that no more than the graph of one is in memory (`auxfast.MicroBatches` makes
+    the list of a DataLoader). `auxfast.FreshBatches` takes another batch for every product instead. Functions must
+    compute everything from the parameters when they are called. They leave no trace in the buffers of modules and in
+    torch's random states, and draw the same random numbers (dropout masks) each time within one call; see
+    `auxfast.preserved_state`.
 
     Args:
         outer_loss: depends on `inner_params`, and may depend on `outer_params`, which gives the direct gradient.

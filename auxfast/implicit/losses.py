@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
 from typing import Any
@@ -15,11 +16,14 @@ from torch.utils.checkpoint import CheckpointFunction
 from auxfast.autograd.engine import vjp
 from auxfast.autograd.graph import function_class, functions_of, graph_from
 from auxfast.autograd.transforms import in_transform_of_torch_func
+from auxfast.implicit.arguments import shares_of
 from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls
+from auxfast.implicit.fresh_batches import FreshBatches
 
-Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any]]
-"""A scalar, a function of no arguments that computes it, or a sequence of such functions, whose mean it is. For
-Gauss-Newton products the functions of the inner loss return `(loss, outputs)`."""
+Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any] | tuple[float, Callable[[], Any]]]
+"""A scalar, a function of no arguments that computes it, or a sequence of such functions or of pairs
+`(weight, function)`, whose weighted mean it is. A function without a weight has weight 1. For Gauss-Newton products the
+functions of the inner loss return `(loss, outputs)`."""
 
 
 _REENTRANT = (
@@ -136,30 +140,81 @@ def _are_tensors(given: Any) -> bool:
     return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(item, Tensor) for item in given)
 
 
-LossFn = Callable[[], LossGraph]
-"""Computes the loss of a micro-batch anew."""
+@dataclass(frozen=True)
+class LossFn:
+    """Function that computes the loss of a micro-batch anew.
+
+    Attributes:
+        share: the part that this loss has in the mean of all; the shares add up to 1.
+        is_fresh: whether every call takes a batch of its own, so that no two give the same.
+    """
+
+    compute: Callable[[], LossGraph]
+    share: float = 1.0
+    is_fresh: bool = False
+
+    def __call__(self) -> LossGraph:
+        return self.compute()
 
 
 def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
-    """Functions that compute the loss of each micro-batch anew. `loss` is not a tensor; `replay` wraps each function of
-    the user.
+    """Functions that compute the loss of each micro-batch anew, without those of weight 0. `loss` is not a tensor;
+    `replay` wraps each function of the user, but for fresh batches, which draw fresh random numbers too.
 
     Raises:
-        TypeError: `loss` is neither a function nor a sequence of functions. ValueError: the sequence is empty.
+        TypeError, ValueError: as `as_pairs` does.
     """
-    functions: Any = [loss] if callable(loss) else loss
-    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
-        what = "list of tensors: combine them into one" if _are_tensors(functions) else type(loss).__name__
+    if isinstance(loss, FreshBatches):
+        return [LossFn(_checked(name, loss, with_outputs), is_fresh=True)]
+    pairs = as_pairs(name, loss)
+    shares = shares_of(f"weights of {name}", [weight for weight, _ in pairs])
+    names = [f"{name}[{i}]" for i in range(len(pairs))] if len(pairs) > 1 else [name]
+    return [
+        LossFn(_checked(each, replay(function), with_outputs), share)
+        for each, (_, function), share in zip(names, pairs, shares, strict=True)
+        if share
+    ]
+
+
+def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
+    """The `(weight, function)` pairs of a loss that is not a tensor.
+
+    Raises:
+        TypeError: `loss` is neither a function nor a sequence of functions or of such pairs.
+        ValueError: the sequence is empty.
+    """
+    given: Any = loss
+    if callable(given):
+        return [(1.0, given)]
+    pairs = [_weighted(item) for item in given] if isinstance(given, Sequence) else []
+    if not isinstance(given, Sequence) or not all(callable(function) for _, function in pairs):
         raise TypeError(
-            f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {what}"
+            f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {_what(given)}"
         )
-    if not functions:
+    if not pairs:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
-    names = [name if callable(loss) else f"{name}[{i}]" for i in range(len(functions))]
-    return [_loss_fn(n, replay(f), with_outputs) for n, f in zip(names, functions, strict=True)]
+    return pairs
 
 
-def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> LossFn:
+def _weighted(item: Any) -> tuple[Any, Any]:
+    return (item[0], item[1]) if isinstance(item, tuple) and len(item) == 2 else (1.0, item)
+
+
+def _what(given: Any) -> str:
+    if _are_tensors(given):
+        return "list of tensors: combine them into one"
+    kind = type(given).__name__
+    if isinstance(given, Sequence) and any(isinstance(item, tuple) for item in given):
+        return f"{kind} of other pairs than (weight, function)"
+    if isinstance(given, Iterable) and not isinstance(given, (Sequence, Mapping)):
+        return (
+            f"{kind}. For batches of data pass auxfast.MicroBatches(loss_of_batch, batches), their mean, or "
+            "auxfast.FreshBatches(loss_of_batch, batches), of which every product takes the next"
+        )
+    return kind
+
+
+def _checked(name: str, function: Callable[[], Any], with_outputs: bool) -> Callable[[], LossGraph]:
     checked = False
 
     def compute() -> LossGraph:
@@ -186,16 +241,42 @@ def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> Loss
     return compute
 
 
+def mean_loss(loss_fns: Sequence[LossFn]) -> Tensor:
+    """Value of the mean loss."""
+    return mean_loss_and_gradient(loss_fns, ())[0]
+
+
+def mean_loss_and_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Value and gradient of the mean loss."""
+    losses, gradient = _losses_and_gradient(loss_fns, params)
+    value: Any = sum(loss_fn.share * loss for loss_fn, loss in zip(loss_fns, losses, strict=True))
+    return value, gradient
+
+
 def mean_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradient of the mean loss, accumulated one micro-batch after the other."""
-    if not params:
-        return []
+    """Gradient of the mean loss."""
+    return _losses_and_gradient(loss_fns, params)[1] if params else []
+
+
+def _losses_and_gradient(
+    loss_fns: Sequence[LossFn], params: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The losses, and the gradient of their mean, accumulated one micro-batch after the other."""
+    losses = []
     total: list[Tensor | None] = [None] * len(params)
     for loss_fn in loss_fns:
-        total = add(total, loss_fn().gradient(params))
-    return total if len(loss_fns) == 1 else [grad if grad is None else grad / len(loss_fns) for grad in total]
+        graph = loss_fn()
+        losses.append(graph.loss.detach())
+        total = add(total, times(loss_fn.share, graph.gradient(params)))
+        del graph  # it goes before the next one is made
+    return losses, total
 
 
 def add(total: Sequence[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
     """`total + terms`, where `None` is 0. Not in place: autograd may give one tensor to two parameters."""
     return [a if b is None else b if a is None else a + b for a, b in zip(total, terms, strict=True)]
+
+
+def times(factor: float, terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`factor * terms`, where `None` is 0."""
+    return list(terms) if factor == 1 else [None if term is None else factor * term for term in terms]

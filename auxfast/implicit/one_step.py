@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.central_difference import Grads, minus, moved_by, norm_of, times
-from auxfast.implicit.curvature import Hessian, MicroBatches, one_by_one
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
+from auxfast.implicit.central_difference import Grads, minus, moved_by, norm_of
+from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Masks, project
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient, times
 from auxfast.solvers.known_solution import KnownSolution
 
 _RADIUS = 0.01
 """How far a central difference moves the parameters to each side, in norm: DARTS's choice, and betty's."""
 
-Recorded = Hessian | MicroBatches | FiniteDifference
+Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
 
 
 class StepDifference:
@@ -67,7 +68,7 @@ class OnePass:
     """Recorded second derivatives for a `KnownSolution`: where it multiplies x, the mixed product is taken in the same
     backward pass."""
 
-    def __init__(self, derivatives: Hessian | MicroBatches, outer_params: Sequence[Tensor]) -> None:
+    def __init__(self, derivatives: Hessian | MeanCurvature, outer_params: Sequence[Tensor]) -> None:
         self._derivatives = derivatives
         self._outer_params = outer_params
         self._mixed: list[Tensor | None] | None = None
@@ -81,14 +82,12 @@ class OnePass:
         return self._derivatives.batched(vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        if self._mixed is None or not any(
-            bool(v.any()) for v in sorted(vectors, key=Tensor.numel)
-        ):  # x = 0 was not what was multiplied
+        if self._mixed is None or not any(bool(v.any()) for v in vectors):  # what was multiplied was not x = 0
             return self._derivatives.mixed(vectors, outer_params)
         return self._mixed
 
 
-StepDerivatives = OnePass | StepDifference | FiniteDifference
+StepDerivatives = OnePass | StepDifference | FreshCurvature | FiniteDifference
 
 
 def check_losses(solver: KnownSolution, outer_loss: Loss, inner_loss: Loss) -> None:
@@ -144,6 +143,6 @@ def outer_gradient_and_derivatives(
 
 
 def _in_one_pass(derivatives: Recorded | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
-    if isinstance(derivatives, (Hessian, MicroBatches)):
+    if isinstance(derivatives, (Hessian, MeanCurvature)):
         return OnePass(derivatives, outer_params)
     return derivatives

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.hypergradient import hypergradient
+from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
@@ -40,8 +41,45 @@ class Projectable(Protocol):
     def project_(self) -> Any: ...
 
 
+@dataclass
+class _Accumulated:
+    """Hypergradients since the last step.
+
+    Attributes:
+        grads: their weighted sum; `None` as long as none was added.
+        stats: of all tasks, those that were left out too.
+        left_out: the number of those.
+        reason: why the last of them was.
+    """
+
+    grads: Sequence[Tensor] | None = None
+    stats: list[SolveStats] = field(default_factory=list)
+    left_out: int = 0
+    reason: str | None = None
+    _outer_losses: list[tuple[float, Tensor | None]] = field(default_factory=list)
+
+    def add(self, result: HypergradientResult, outer_loss: Loss, weight: float) -> None:
+        grads = result.grads if weight == 1 else [weight * grad for grad in result.grads]
+        self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
+        self.stats.append(result.stats)
+        self._outer_losses.append((weight, outer_loss.detach() if isinstance(outer_loss, Tensor) else None))
+
+    def leave_out(self, stats: SolveStats, reason: str) -> None:
+        self.stats.append(stats)
+        self.left_out += 1
+        self.reason = reason
+
+    def outer_loss(self) -> float | None:
+        """The weighted mean of the outer losses, where all are tensors."""
+        values = [(weight, float(loss)) for weight, loss in self._outer_losses if loss is not None]
+        if len(values) < len(self._outer_losses):
+            return None
+        return sum(weight * value for weight, value in values) / sum(weight for weight, _ in values)
+
+
 class HyperOptimizer:
-    """Updates the parameters of a torch optimizer along their hypergradient, as the paper's Algorithm 1 does.
+    """Updates the parameters of a torch optimizer along their hypergradient, as the paper's Algorithm 1 does; or along
+    the sum of those of several tasks, see `accumulate`.
 
     Args:
         optimizer: holds the outer parameters, in its parameter groups, and makes the update.
@@ -58,8 +96,10 @@ class HyperOptimizer:
 
     Attributes:
         optimizer: the one that was given. Learning rate schedulers take it.
-        state: what the solver keeps from one step for the next.
+        state: what the solver keeps from one step for the next; of several tasks, for the first.
+        task_states: the same for the other tasks of `accumulate`, by their places in the order or their names.
         skipped_steps: the number of steps that changed nothing; see `step`.
+        skipped_tasks: the number of hypergradients that were left out of their steps; see `accumulate`.
         watch: what was noticed in the course of the steps; `watch.noticed` names it.
 
     Raises:
@@ -107,11 +147,14 @@ class HyperOptimizer:
         self.curvature = curvature
         self.warn = warn
         self.state = SolverState()
+        self.task_states: dict[int | str, SolverState] = {}
         self.skipped_steps = 0
+        self.skipped_tasks = 0
         self.max_grad_norm = max_grad_norm
         self.max_weight_change = max_weight_change
         self._totals: list[float | None] | None = [] if keep_total else None
         self.watch = Watch()
+        self._accumulated = _Accumulated()
 
     @classmethod
     def recommended(cls, combiner: Combiner, *, lr: float = 0.1, **settings: Any) -> HyperOptimizer:
@@ -151,9 +194,9 @@ class HyperOptimizer:
 
     def step(
         self,
-        outer_loss: Loss,
-        inner_loss: Loss,
-        inner_params: Iterable[Tensor],
+        outer_loss: Loss | None = None,
+        inner_loss: Loss | None = None,
+        inner_params: Iterable[Tensor] | None = None,
         *,
         outputs: Tensor | Sequence[Tensor] | None = None,
         free: Free | None = None,
@@ -165,30 +208,116 @@ class HyperOptimizer:
         the step is skipped: parameters, the optimizer's momentum and the solver's state stay as they are,
         `skipped_steps` counts it, and a warning says why, once. `stats.stop_reason` is then `not finite`, or the
         solver's.
+
+        After `accumulate`, the update is along the sum of the hypergradients of all tasks. The losses are then those of
+        the last task, or there are none: `step()`. What is returned is of the task with the largest residual.
+
+        Raises:
+            TypeError: only some of the three arguments were given; or see `hypergradient`.
+            RuntimeError: there are no losses, and nothing was accumulated; or see `hypergradient`.
         """
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        before = vars(self.state).copy()
+        if outer_loss is not None and inner_loss is not None and inner_params is not None:
+            self.accumulate(outer_loss, inner_loss, inner_params, outputs=outputs, free=free, retain_graph=retain_graph)
+        elif outer_loss is not None or inner_loss is not None or inner_params is not None:
+            raise TypeError("step takes outer_loss, inner_loss and inner_params, or none of them after accumulate()")
+        elif not self._accumulated.stats:
+            raise RuntimeError("step() without losses needs accumulate() before it: there is no gradient to follow")
+        accumulated, self._accumulated = self._accumulated, _Accumulated()
+        self._count(accumulated)
+        if accumulated.grads is not None:
+            self._update(accumulated.grads, accumulated.outer_loss())
+        return max(accumulated.stats, key=lambda stats: math.inf if math.isnan(stats.residual) else stats.residual)
+
+    def accumulate(
+        self,
+        outer_loss: Loss,
+        inner_loss: Loss,
+        inner_params: Iterable[Tensor],
+        *,
+        weight: float = 1.0,
+        task: int | str | None = None,
+        outputs: Tensor | Sequence[Tensor] | None = None,
+        free: Free | None = None,
+        retain_graph: bool = False,
+    ) -> SolveStats:
+        """Adds the hypergradient of a task to the sum that the next `step` follows, so that several tasks, each with
+        inner parameters of its own, make one update.
+
+        A task whose hypergradient is not finite, or for which the solver finds nothing better than x = 0, is left out:
+        its part of the solver's state stays as it is, `skipped_tasks` counts it, and the step warns of it, once. A step
+        of which no task is left is skipped.
+
+        Args:
+            outer_loss, inner_loss, inner_params, outputs, free, retain_graph: see `hypergradient`.
+            weight: what the hypergradient is multiplied by, above 0; `1 / number of tasks` makes the sum a mean.
+            task: what the solver keeps from this task, such as eigenvalues and solutions for a warm start, goes to that
+                of the same number or name in later steps. `None`: its place in the order of this step, from 0 on. Tasks
+                that are drawn anew for each step have nothing to hand on: take a solver that keeps nothing, such as
+                `MINRES()`, and not the default, which starts from the last solution.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `hypergradient` does; also for another `weight` or `task`. Nothing
+                is added then.
+        """
+        check_positive("weight", weight)
+        if task is not None and (isinstance(task, bool) or not isinstance(task, (int, str))):
+            raise TypeError(f"task must be an integer, a text or None, not a {type(task).__name__}")
+        accumulated = self._accumulated
+        state = self._state_of(len(accumulated.stats) if task is None else task)
+        before = vars(state).copy()
         try:
             result = hypergradient(
                 outer_loss,
                 inner_loss,
                 inner_params,
-                params,
+                self._params(),
                 solver=self.solver,
                 curvature=self.curvature,
                 outputs=outputs,
                 free=free,
-                state=self.state,
+                state=state,
                 retain_graph=retain_graph,
                 warn=self.warn,
             )
         except NotFiniteError as error:
-            return self._skip(before, NOT_FINITE, str(error))
+            vars(state).update(before, warned=state.warned)
+            accumulated.leave_out(NOT_FINITE, str(error))
+            return NOT_FINITE
         if result.direct_only or math.isinf(result.stats.residual):
             # What the solver has thrown away, such as eigenvalues that did not serve, would only fail again.
-            before = {name: None if vars(self.state)[name] is None else kept for name, kept in before.items()}
-            return self._skip(before, result.stats, "the solver has found nothing better than x = 0")
-        for param, grad in zip(params, self._clipped(result.grads), strict=True):
+            before = {name: None if vars(state)[name] is None else kept for name, kept in before.items()}
+            vars(state).update(before, warned=state.warned)
+            accumulated.leave_out(result.stats, "the solver has found nothing better than x = 0")
+        else:
+            accumulated.add(result, outer_loss, weight)
+        return result.stats
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def _state_of(self, task: int | str) -> SolverState:
+        """The state that the solver has for a task. Warnings are given once for all tasks."""
+        if task == 0:
+            return self.state
+        return self.task_states.setdefault(task, SolverState(warned=self.state.warned))
+
+    def _count(self, accumulated: _Accumulated) -> None:
+        """Counts tasks that were left out, or the step if none is left, and warns of them."""
+        if accumulated.reason is None:
+            return
+        self.skipped_tasks += accumulated.left_out
+        if accumulated.grads is None:
+            self.skipped_steps += 1
+            kind, text = "skipped", "An outer step was skipped, and HyperOptimizer.skipped_steps counts it"
+        else:
+            kind = "task left out"
+            text = "A task was left out of an outer step, and HyperOptimizer.skipped_tasks counts it"
+        if self.warn:
+            warn_once(kind, f"{text}: {accumulated.reason}", self.state)
+
+    def _update(self, grads: Sequence[Tensor], outer_loss: float | None) -> None:
+        params = self._params()
+        for param, grad in zip(params, self._clipped(grads), strict=True):
             param.grad = grad if param.requires_grad else None
         watched = next(filter(sees, combiners_of(params)), None)
         if watched is not None and self.watch.first_total is None:  # it may be this step after which they have grown
@@ -201,12 +330,12 @@ class HyperOptimizer:
         if self.warn and is_limited and any(not sees(c) and _has_gradient(c) for c in combiners_of(params)):
             warn_once("unseen", _UNSEEN, self.state)
         self._observe(outer_loss, watched, reached)
-        return result.stats
 
-    def _observe(self, outer_loss: Loss, combiner: Combiner | None, reached: Mapping[Combiner, Tensor]) -> None:
+    def _observe(self, outer_loss: float | None, combiner: Combiner | None, reached: Mapping[Combiner, Tensor]) -> None:
         """Warns of what is noticed for the first time.
 
         Args:
+            outer_loss: its value; None where it is not known.
             combiner: the first that is seen, since several are not told apart; None if there is none.
             reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
         """
@@ -214,22 +343,9 @@ class HyperOptimizer:
         if combiner is not None and combiner.last_call is not None:
             known = combiner in reached and combiner.last_call[1] is None
             weights = (reached[combiner] if known else combiner.mean_weights(whole_batch(combiner))).tolist()
-        value = float(outer_loss.detach()) if isinstance(outer_loss, Tensor) else None
-        for kind in self.watch.observe(value, weights, None if combiner is None else combiner.main):
+        for kind in self.watch.observe(outer_loss, weights, None if combiner is None else combiner.main):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)
-
-    def _skip(self, state: dict[str, Any], stats: SolveStats, reason: str) -> SolveStats:
-        """Counts a step that is not taken, and gives the solver the state back that it had before."""
-        self.skipped_steps += 1
-        vars(self.state).update(state, warned=self.state.warned)
-        if self.warn:
-            warn_once(
-                "skipped",
-                f"An outer step was skipped, and HyperOptimizer.skipped_steps counts it: {reason}",
-                self.state,
-            )
-        return stats
 
     def _clipped(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.max_grad_norm is None:
@@ -245,11 +361,25 @@ class HyperOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the torch optimizer, `state`, which the solver keeps, `skipped_steps` and `watch`. A run that goes
-        on from here gives the same numbers as one without a break."""
-        solver_state = dict(vars(self.state))
-        own = {"solver_state": solver_state, "skipped_steps": self.skipped_steps, "watch": self.watch.state_dict()}
-        return {**self.optimizer.state_dict(), **own, "totals": deepcopy(self._totals)}
+        """State of the torch optimizer, `state` and `task_states`, which the solver keeps, `skipped_steps`,
+        `skipped_tasks` and `watch`. A run that goes on from here gives the same numbers as one without a break.
+
+        Raises:
+            RuntimeError: gradients were accumulated that no step has followed: they are not saved.
+        """
+        if self._accumulated.stats:
+            raise RuntimeError(
+                "state_dict() between accumulate() and step() would lose the gradients of the tasks: call step() first"
+            )
+        return {
+            **self.optimizer.state_dict(),
+            "solver_state": dict(vars(self.state)),
+            "task_states": {task: _without_warned(state) for task, state in self.task_states.items()},
+            "skipped_steps": self.skipped_steps,
+            "skipped_tasks": self.skipped_tasks,
+            "watch": self.watch.state_dict(),
+            "totals": deepcopy(self._totals),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or the state of a torch optimizer, from which the solver learns nothing.
@@ -263,10 +393,19 @@ class HyperOptimizer:
             )
         self.optimizer.load_state_dict(state_dict)
         self.state = SolverState(**deepcopy(state_dict.get("solver_state", {})))
+        states = deepcopy(state_dict.get("task_states", {}))
+        self.task_states = {task: SolverState(**kept, warned=self.state.warned) for task, kept in states.items()}
         self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self.skipped_tasks = state_dict.get("skipped_tasks", 0)
+        self._accumulated = _Accumulated()
         self.watch = Watch.from_state_dict(state_dict.get("watch", {}))
         if self._totals is not None:
             self._totals = list(state_dict.get("totals") or [])
+
+
+def _without_warned(state: SolverState) -> dict[str, Any]:
+    """The fields, but for the warnings, which are those of `HyperOptimizer.state`."""
+    return {name: kept for name, kept in vars(state).items() if name != "warned"}
 
 
 def _projectable(project: Any) -> tuple[Projectable, ...]:

@@ -49,6 +49,17 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Unrolled:
+    """Derivatives of the outer loss after some steps of an inner optimizer, of what training really does."""
+
+    derivatives: Tensor
+    """(m,)"""
+    steps: int
+    optimizer: str
+    """Name of its class."""
+
+
+@dataclass(frozen=True)
 class HypergradientReport:
     """What `verify_hypergradient` found; `print` it for a reading, which ends with `verdict`.
 
@@ -99,6 +110,9 @@ class HypergradientReport:
     the second derivatives say of it: far above 1 where kinks are near."""
     inner_entries: int
     """Number of the inner parameters' entries that were free."""
+    unrolled: Unrolled | None = None
+    """Derivatives, along the same directions, of the outer loss after steps of training from the inner parameters as
+    given; `None` where none were asked for."""
 
     @property
     def solver(self) -> Agreement | None:
@@ -111,8 +125,27 @@ class HypergradientReport:
         return Agreement.of(self.hypergradient, self.finite_differences)
 
     @property
+    def training(self) -> Agreement | None:
+        """The solver's hypergradient against the steps of training: does the inner problem converge in so many?"""
+        return None if self.unrolled is None else Agreement.of(self.hypergradient, self.unrolled.derivatives)
+
+    @property
     def verdict(self) -> str:
-        """Whether the hypergradient is right, by how much it is off, and the first reason that the numbers show."""
+        """Whether the hypergradient is right, by how much it is off, and the first reason that the numbers show; and
+        how it compares with steps of training, if any were asked for."""
+        return self._of_the_minimum() + self._of_training()
+
+    def _of_training(self) -> str:
+        if self.unrolled is None or self.training is None or not bool(self.hypergradient.isfinite().all()):
+            return ""
+        name = f"{self.unrolled.steps} step{'s' if self.unrolled.steps > 1 else ''} of {self.unrolled.optimizer}"
+        if self.training.relative_error <= RIGHT:
+            return f"; {_percent(self.training.relative_error)} off the derivative of {name}"
+        if not bool(self.unrolled.derivatives.isfinite().all()):
+            return f"; the derivative of {name} is not finite: training diverges"
+        return f"; against the derivative of {name}, {self._size(self.unrolled.derivatives, self.training)}"
+
+    def _of_the_minimum(self) -> str:
         total, fault = self.total, self._fault()
         if not bool(self.hypergradient.isfinite().all()):
             return f"not finite: {fault or 'a loss has NaN or infinite derivatives at these parameters'}"
@@ -123,7 +156,7 @@ class HypergradientReport:
             return f"{right}, but {fault}" if fault else right
         if not self.finite_difference_error <= _TRUSTED:
             return fault or self._why_not_trusted()
-        return f"{self._size()}: {fault or self._other_cause()}"
+        return f"{self._size(self.finite_differences, total)}: {fault or self._other_cause()}"
 
     def _fault(self) -> str | None:
         """What is wrong, by numbers that do not need the finite differences of the outer loss. An error of NaN tells
@@ -178,19 +211,19 @@ class HypergradientReport:
             "minimum, parameters of float64, or a larger step"
         )
 
-    def _size(self) -> str:
-        norm, truth = float(self.hypergradient.norm()), float(self.finite_differences.norm())
+    def _size(self, truth: Tensor, agreement: Agreement) -> str:
+        norm, true_norm, cosine = float(self.hypergradient.norm()), float(truth.norm()), agreement.cosine
         if not norm:
             return "zero, where the finite differences are not"
-        if not truth:
+        if not true_norm:
             return "not zero, where the finite differences are"
-        cosine, ratio = self.total.cosine, norm / truth
         if cosine < _SAME_DIRECTION:
             opposite, wrong = cosine < -_SAME_DIRECTION, cosine < _WRONG_DIRECTION
             return f"direction {'opposite' if opposite else 'wrong' if wrong else 'off'} (cosine {cosine:.2f})"
+        ratio = norm / true_norm
         times, how = (ratio, "large") if ratio > 1 else (1 / ratio, "small")
         if times < 1 + RIGHT:
-            return f"direction and size nearly right, {_percent(self.total.relative_error)} off"
+            return f"direction and size nearly right, {_percent(agreement.relative_error)} off"
         return f"direction right, size {times:.3g} times too {how}"
 
     def _other_cause(self) -> str:
@@ -207,12 +240,19 @@ class HypergradientReport:
             "or the minimum jumps to another"
         )
 
+    def _training_line(self) -> list[str]:
+        if self.unrolled is None:
+            return []
+        steps = f"against {self.unrolled.steps} of {self.unrolled.optimizer}"
+        return [f"{steps:<29} {self.training}"]
+
     def __str__(self) -> str:
         solver = "not done: the system is too large or not finite" if self.solver is None else str(self.solver)
         error = f"estimated error {self.finite_difference_error:.2e}"
         lines = [
             f"against the dense solve       {solver}",
             f"against finite differences    {self.total} ({error})",
+            *self._training_line(),
             f"linear system                 residual {self.stats.residual:.2e} after {self.stats.matvecs} "
             f"products, {self.stats.stop_reason}",
             f"norm of the inner gradient    {self.inner_gradient_norm:.2e} as given, "

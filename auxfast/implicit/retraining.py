@@ -17,7 +17,7 @@ from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import assign, flat, restored
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, mean_gradient
+from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, mean_gradient, mean_loss
 from auxfast.implicit.retraining_report import Prediction, RetrainingReport
 from auxfast.solvers import MINRES, Solver, SolveStats
 from auxfast.solvers.base import check_positive, check_solver, check_steps
@@ -176,8 +176,7 @@ class _Training:
             raise ValueError("train changes outer_params: it must train the inner parameters alone")
         outer_loss, inner_loss, inner_params = returned
         with preserved_state(check=check_call) as guard:
-            fns = _loss_fns("outer_loss", outer_loss, guard)
-            loss = sum(fn().loss.item() for fn in fns) / len(fns)
+            loss = mean_loss(_loss_fns("outer_loss", outer_loss, guard)).item()
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"The outer loss is {loss} after training with seed {seed}: inner training has diverged. Take a "
@@ -219,7 +218,7 @@ class _Trained:
 def _loss_fns(name: str, loss: Loss, guard: preserved_state, with_outputs: bool = False) -> list[LossFn]:
     if isinstance(loss, Tensor):
         graph = LossGraph(name, loss)
-        return [lambda: graph]
+        return [LossFn(lambda: graph)]
     return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 

@@ -8,7 +8,8 @@ from itertools import compress
 
 from torch import Tensor
 
-from auxfast.implicit.curvature import Hessian, MicroBatches, in_dtypes_of
+from auxfast.implicit.batch_curvature import MeanCurvature
+from auxfast.implicit.curvature import Hessian, in_dtypes_of
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import LossFn, LossGraph
@@ -20,7 +21,7 @@ def check_symmetry(
     problem: str | None,
     state: SolverState | None,
     inner: LossGraph | list[LossFn],
-    curvature: Hessian | MicroBatches,
+    curvature: Hessian | MeanCurvature,
     params: Sequence[Tensor],
     solution: Sequence[Tensor],
 ) -> tuple[SolveStats, str | None]:

@@ -17,13 +17,13 @@ from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import BilevelProblem, assign, coarsest_eps, cut, flat, restored
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
+from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.kinks import find_kinks
-from auxfast.implicit.losses import LossFn, as_loss_fns
-from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport
+from auxfast.implicit.losses import Loss, LossFn, as_loss_fns, as_pairs, mean_loss
+from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport, Unrolled
+from auxfast.implicit.unrolling import check_unrollable, unrolled_gradient
 from auxfast.solvers import MINRES, Dense, Solver
 from auxfast.solvers.base import NOT_FINITE, check_positive, check_solver, check_steps
-
-Loss = Callable[[], Any]
 
 _SYMMETRY_PAIRS = 4
 """Pairs of random vectors, which give the norm of the antisymmetric part of H to a factor of about 2."""
@@ -46,6 +46,8 @@ def verify_hypergradient(
     step: float | None = None,
     max_directions: int = 16,
     max_dense: int = 2000,
+    unrolled: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> HypergradientReport:
     """Compares a hypergradient with a dense solve and with finite differences through a re-solved inner problem.
 
@@ -60,9 +62,15 @@ def verify_hypergradient(
     `1e-8` of their size (float64); bounds, as entries that `solve_inner` leaves exactly in place. `report.verdict`, at
     the end of `print(report)`, says in one sentence what all of it comes to.
 
+    With `unrolled=K` it is also compared with the derivative of K steps of the inner `optimizer` from the parameters as
+    they are: what an inner problem that is not converged really has, `report.training`. K = 1 is the one-step gradient,
+    and with K the derivative tends to that of the solved problem. It is exact, of the gradients that the inner loss has
+    at all entries, free or not, and takes a gradient, a recorded one and two products a step, and the memory of K
+    copies of the inner parameters, their gradient and the optimizer's state.
+
     Args:
-        outer_loss, inner_loss: functions of no arguments that compute the loss from the parameters; deterministic but
-            for torch's random numbers, which are replayed at each call.
+        outer_loss, inner_loss: functions of no arguments that compute the loss from the parameters, or lists of them or
+            `MicroBatches`, for the mean; deterministic but for torch's random numbers, which are replayed at each call.
         inner_params, outer_params: as for `hypergradient`; leaves, since they are varied in place.
         solver: what is verified; `None`: `MINRES()`, so that the linear system is solved.
         curvature: as for `hypergradient`, whose error with "gauss-newton" or "finite-difference" this measures. With
@@ -75,21 +83,25 @@ def verify_hypergradient(
             of the precision of the inner parameters' dtype.
         max_directions: up to so many outer parameters are each varied; of more, so many random directions.
         max_dense: systems with more inner parameters are not solved densely.
+        unrolled: K, at least 1; `None`: nothing is unrolled.
+        optimizer: goes with `unrolled`; torch's SGD, Adam or AdamW, which holds the inner parameters and no others. A
+            copy of it takes the steps, from its state (momentum, moments, learning rates) as it is.
 
     Raises:
-        TypeError: a loss that is not a function, parameters that are not an iterable of tensors, `free` that is none of
-            masks, or a solver that is none.
+        TypeError: a loss that is not made of functions, an `optimizer` of another class, parameters that are not an
+            iterable of tensors, `free` that is none of masks, or a solver that is none.
         ValueError: a setting outside its range; parameters that are none, not leaves or without any
-            `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; or what
-            `hypergradient` raises.
+            `requires_grad=True`; a loss that is not finite, or of two values at the same parameters; `unrolled` without
+            an `optimizer` of the inner parameters; or what `hypergradient` raises.
         NotFiniteError: as `hypergradient` does, unless entries at kinks explain it, which the report then says.
     """
-    for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
-        if isinstance(loss, Tensor) or not callable(loss):
-            raise TypeError(
-                f"{name} must be a function of no arguments, since it is evaluated again, not a {type(loss).__name__}: "
-                "lambda: ..."
-            )
+    outer_pairs, inner_pairs = _pairs("outer_loss", outer_loss), _pairs("inner_loss", inner_loss)
+    if unrolled is not None:
+        check_steps("unrolled", unrolled)
+    if (unrolled is None) != (optimizer is None):
+        raise ValueError(
+            "unrolled, the number of steps, and optimizer, which takes them, go together: give both or none"
+        )
     if solver is not None:
         check_solver(solver)
     check_steps("max_directions", max_directions)
@@ -101,42 +113,75 @@ def verify_hypergradient(
         if not any(param.requires_grad for param in params):
             raise ValueError(f"{name} has no parameter with requires_grad=True: there is nothing to verify")
     active = [param for param in inner if param.requires_grad]
+    if optimizer is not None:
+        check_unrollable(optimizer)
+        _check_holds(optimizer, inner)
     if step is None:
         step = coarsest_eps(active) ** (1 / 3)
     check_positive("step", step)
     with preserved_state() as guard, restored([*active, *outer]):
-        replayed_outer, replayed_inner = guard.replay(outer_loss), guard.replay(inner_loss)
-        (outer_graph,) = as_loss_fns("outer_loss", replayed_outer, _as_it_is)
-        (inner_graph,) = as_loss_fns("inner_loss", replayed_inner, _as_it_is, curvature == "gauss-newton")
-        _check_values(outer_loss=outer_graph, inner_loss=inner_graph)
+        replayed_outer = [(weight, guard.replay(function)) for weight, function in outer_pairs]
+        replayed_inner = [(weight, guard.replay(function)) for weight, function in inner_pairs]
+        outer_fns = as_loss_fns("outer_loss", replayed_outer, _as_it_is)
+        inner_fns = as_loss_fns("inner_loss", replayed_inner, _as_it_is, curvature == "gauss-newton")
+        _check_values(outer_loss=outer_fns, inner_loss=inner_fns)
         problem = BilevelProblem(
             replayed_outer,
             replayed_inner,
-            outer_graph,
-            inner_graph,
+            outer_fns,
+            inner_fns,
             active,
             [param for param in outer if param.requires_grad],
             masks,
             None if solve_inner is None else guard.replay(solve_inner),
             curvature,
         )
+        values = flat(problem.inner), flat(problem.outer)
         report = _verify(problem, solver or MINRES(), step, max_directions, max_dense)
+        if unrolled is not None and optimizer is not None:
+            assign(problem.inner, values[0])
+            assign(problem.outer, values[1])
+            kind: CurvatureName = "finite-difference" if curvature == "finite-difference" else "hessian"
+            gradient = unrolled_gradient(outer_fns, inner_fns, problem.inner, problem.outer, optimizer, unrolled, kind)
+            along = report.directions @ flat(gradient)
+            report = replace(report, unrolled=Unrolled(along, unrolled, type(optimizer).__name__))
     if report.suggested_free is None:
         return report
     suggested = iter(report.suggested_free)
     return replace(report, suggested_free=tuple(next(suggested) if param.requires_grad else None for param in inner))
 
 
-def _as_it_is(function: Loss) -> Loss:
+def _pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
+    if isinstance(loss, Tensor):
+        raise TypeError(
+            f"{name} must be a function of no arguments, since it is evaluated again, not a Tensor: lambda: ..."
+        )
+    if isinstance(loss, FreshBatches):
+        raise ValueError(f"{name} must not be FreshBatches, another loss at every call: pass MicroBatches")
+    return as_pairs(name, loss)
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, inner: Sequence[Tensor]) -> None:
+    """Raises ValueError where an optimizer would not train the inner parameters, or train others."""
+    held = {id(param) for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
+    wanted = {id(param) for param in inner if param.requires_grad}
+    if held != wanted:
+        raise ValueError(
+            f"optimizer must hold the inner parameters and no others: it lacks {len(wanted - held)} of them, and holds "
+            f"{len(held - wanted)} others"
+        )
+
+
+def _as_it_is(function: Any) -> Any:
     return function
 
 
-def _check_values(**losses: LossFn) -> None:
+def _check_values(**losses: list[LossFn]) -> None:
     """Raises ValueError where a loss is not finite, or differs between two calls by more than summation in another
     order could make it."""
-    for name, compute in losses.items():
-        loss = compute().loss
-        first, second = loss.item(), compute().loss.item()
+    for name, loss_fns in losses.items():
+        loss = mean_loss(loss_fns)
+        first, second = loss.item(), mean_loss(loss_fns).item()
         if not (math.isfinite(first) and math.isfinite(second)):
             raise ValueError(f"{name} is {first} at the given parameters: there is nothing to verify")
         if abs(first - second) > torch.finfo(loss.dtype).eps ** (2 / 3) * abs(first):

@@ -25,9 +25,9 @@ MINRES_STEP_SCHEMA = (
 )
 
 RUNNING, REACHED, SINGULAR, CURVED, BROKEN = range(5)
-"""Status of a row: whether it goes on, or why it has stopped. REACHED: its residual is within the tolerance. SINGULAR: a
-null vector was met. CURVED: negative curvature, which ends conjugate gradients. BROKEN: something was not finite, or a
-preconditioner is not positive definite."""
+"""Status of a row: whether it goes on, or why it has stopped. REACHED: its residual is within the tolerance. SINGULAR:
+a null vector was met. CURVED: negative curvature, which ends conjugate gradients. BROKEN: something was not finite, or
+a preconditioner is not positive definite."""
 
 WHOLE, BEFORE_PRECONDITIONER, AFTER_PRECONDITIONER = range(3)
 """Parts of a step."""
@@ -186,8 +186,8 @@ def conjugate_gradient_step_(
     the reference.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse; or a
-            tensor that requires a gradient where gradients are recorded.
+        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse;
+            or a tensor that requires a gradient where gradients are recorded.
     """
     _refuse_gradients("conjugate_gradient_step_", x, r, p, product)
     if use_native(r.device) and r.dtype in _KERNEL_DTYPES:
@@ -276,8 +276,8 @@ def minres_step_(
     the reference.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse; or a
-            tensor that requires a gradient where gradients are recorded.
+        RuntimeError: shapes, dtypes, devices or layouts other than these; z where the part has none, or the reverse;
+            or a tensor that requires a gradient where gradients are recorded.
     """
     _refuse_gradients("minres_step_", x, v, r, product)
     if use_native(r.device) and r.dtype in _KERNEL_DTYPES:

@@ -26,8 +26,8 @@ _STOP_REASONS = (  # by the status of a row
     StopReason.DIVERGED,
 )
 _NEGLIGIBLE = 0.03
-"""The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and moves
-the norm by 0.03^2 / 2, one in two thousand."""
+"""The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and
+moves the norm by 0.03^2 / 2, one in two thousand."""
 
 
 class Recurrence(ABC):

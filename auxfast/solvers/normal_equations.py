@@ -94,12 +94,12 @@ class _Bidiagonalization(Cycle):
     def _next(self, system: LinearSystem, a: Tensor, coefficient: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The unit vectors along `A a - coefficient b`, and what they were divided by; zeros for rows that have stopped
         or stop here."""
-        vector = self.product(system, a) - _column(coefficient, a) * b
+        vector = torch.addcmul(self.product(system, a), _column(coefficient, a), b, value=-1)
         norm = row_dots(vector, vector).sqrt()
-        is_finite = norm.isfinite()
-        self.broken |= self.running & ~is_finite
-        self._stop(~is_finite)
-        norm = torch.where(self.running, norm, 0)
+        taken = self.running & norm.isfinite()
+        self.broken |= self.running ^ taken
+        self.running = taken
+        norm = torch.where(taken, norm, 0)
         return torch.where((norm > 0)[:, None], vector / _column(norm, vector), 0), norm
 
     def _stop(self, where: Tensor) -> None:

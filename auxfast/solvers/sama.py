@@ -109,7 +109,7 @@ def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, A
     root = state["exp_avg_sq"].div(1 - beta2**step).sqrt_()
     denominator: Tensor = root + group["eps"]
     if param.grad is None:
-        return denominator.reciprocal_().mul_(lr * rate1)
+        return denominator.reciprocal().mul_(lr * rate1)
     gradient = param.grad
     if decay and not is_decoupled:  # which was added to the gradient, at the parameter as it was before the update
         update = mean / denominator * (lr / (1 - beta1**step))

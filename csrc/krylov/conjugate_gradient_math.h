@@ -89,8 +89,7 @@ class Residual {
 
   template <class V>
   AUXFAST_HD Pair<V> at(int64_t i) const {
-    Memory<V>::store(r_ + i, Memory<V>::load(r_ + i) - alpha_ * Memory<V>::load(q_ + i));
-    const V r = Memory<V>::load(r_ + i);  // as it is stored
+    const V r = Memory<V>::store(r_ + i, Memory<V>::load(r_ + i) - alpha_ * Memory<V>::load(q_ + i));
     return {r * r, V{}};
   }
 
@@ -159,8 +158,7 @@ class Direction {
     const V x = Memory<V>::load(x_ + i), p = Memory<V>::load(p_ + i);
     if (leaves_) Memory<V>::store(best_ + i, x);
     Memory<V>::store(x_ + i, x + alpha_ * p);
-    Memory<V>::store(p_ + i, beta_ * p + Memory<V>::load(z_ + i));
-    const V next = Memory<V>::load(p_ + i);  // as it is stored
+    const V next = Memory<V>::store(p_ + i, beta_ * p + Memory<V>::load(z_ + i));
     return {next * next, V{}};
   }
 

@@ -83,12 +83,12 @@ struct ConjugateGradientStep {
 
 template <class T>
 struct MinresStep {
-  double *x, *w_old;        // in and out: (rows, n); w_old becomes the next w
-  const double* w;          // in: (rows, n)
-  T *v, *r, *product;       // in and out: (rows, n); product becomes the next u
-  const T *u, *u_old;       // in: (rows, n)
-  const T* z;               // in: (rows, n), the next u preconditioned; product itself without
-  double* numbers;          // in and out: (kNumbers, rows)
+  double *x, *w_old;   // in and out: (rows, n); w_old becomes the next w
+  const double* w;     // in: (rows, n)
+  T *v, *r, *product;  // in and out: (rows, n); product becomes the next u
+  const T *u, *u_old;  // in: (rows, n)
+  const T* z;          // in: (rows, n), the next u preconditioned; product itself without
+  double* numbers;     // in and out: (kNumbers, rows)
   Part part;
   int64_t rows, n;
   void* workspace;  // overwritten; CUDA only

@@ -7,19 +7,44 @@
 
 namespace auxfast::AUXFAST_ISA {
 
+// Two vectors of doubles side by side: one vector of floats. GCC converts those as a whole in half the instructions
+// that it takes for their halves; but it adds halves in registers, and wholes in memory.
+struct Doubles {
+  Vec<double> low, high;
+
+  friend AUXFAST_HD Doubles operator+(Doubles a, Doubles b) { return {a.low + b.low, a.high + b.high}; }
+  friend AUXFAST_HD Doubles operator-(Doubles a, Doubles b) { return {a.low - b.low, a.high - b.high}; }
+  friend AUXFAST_HD Doubles operator*(Doubles a, Doubles b) { return {a.low * b.low, a.high * b.high}; }
+  friend AUXFAST_HD Doubles operator*(double a, Doubles b) { return {a * b.low, a * b.high}; }
+};
+
 template <>
-struct Memory<Vec<double>> {
-  template <class T>
-  struct Stored {
-    typedef T Type __attribute__((vector_size(kLanes<double> * sizeof(T))));
-  };
-  template <class T>
-  static AUXFAST_HD Vec<double> load(const T* from) {
-    return __builtin_convertvector(load_as<typename Stored<T>::Type>(from), Vec<double>);
+struct Memory<Doubles> {
+  static AUXFAST_HD Doubles load(const float* from) { return widened(load_as<Vec<float>>(from)); }
+  static AUXFAST_HD Doubles load(const double* from) {
+    return {load_as<Vec<double>>(from), load_as<Vec<double>>(from + kLanes<double>)};
   }
-  template <class T>
-  static AUXFAST_HD void store(T* to, Vec<double> value) {
-    store_as(to, __builtin_convertvector(value, typename Stored<T>::Type));
+  static AUXFAST_HD Doubles store(float* to, Doubles value) {
+    Whole whole;
+    __builtin_memcpy(&whole, &value, sizeof value);
+    const Vec<float> stored = __builtin_convertvector(whole, Vec<float>);
+    store_as(to, stored);
+    return widened(stored);
+  }
+  static AUXFAST_HD Doubles store(double* to, Doubles value) {
+    store_as(to, value.low);
+    store_as(to + kLanes<double>, value.high);
+    return value;
+  }
+
+ private:
+  typedef double Whole __attribute__((vector_size(2 * kVectorBytes)));
+
+  static AUXFAST_HD Doubles widened(Vec<float> value) {
+    const Whole whole = __builtin_convertvector(value, Whole);
+    Doubles halves;
+    __builtin_memcpy(&halves, &whole, sizeof whole);
+    return halves;
   }
 };
 
@@ -121,23 +146,25 @@ void row_dots(const RowDots<T>& work, const Executor& executor) {
            [&](int64_t row, int64_t from, int64_t count) { return dot_tile(work, row, from, count); });
 }
 
-// The sums of a pass over elements from .. end of a row, in an order that depends on their number only.
+// The sums of a pass over elements from .. end of a row, in an order that depends on their number only. The pass comes
+// by value, so that the compiler knows that what is stored into the row changes nothing of it.
 template <class Pass>
-Sums pass_over(const Pass& pass, int64_t from, int64_t end) {
-  constexpr int kUnroll = 4;  // vectors: as many independent additions as the unit has latency
-  using V = Vec<double>;
-  V a[kUnroll] = {}, b[kUnroll] = {};
+Sums pass_over(const Pass pass, int64_t from, int64_t end) {
+  constexpr int kUnroll = 2;  // pairs of vectors: as many independent additions as the unit has latency
+  constexpr int kLength = 2 * kLanes<double>;
+  Doubles a[kUnroll] = {}, b[kUnroll] = {};
   int64_t at = from;
-  const auto add_vector = [&](int sum) AUXFAST_INLINE {
-    const Pair<V> shares = pass.template at<V>(at);
-    a[sum] += shares.a;
-    b[sum] += shares.b;
-    at += kLanes<double>;
+  const auto add_vectors = [&](int sum) AUXFAST_INLINE {
+    const Pair<Doubles> shares = pass.template at<Doubles>(at);
+    a[sum] = a[sum] + shares.a;
+    b[sum] = b[sum] + shares.b;
+    at += kLength;
   };
-  while (at + kUnroll * kLanes<double> <= end)
-    for (int i = 0; i < kUnroll; ++i) add_vector(i);
-  while (at + kLanes<double> <= end) add_vector(0);
-  Sums sums{sum_lanes<double>((a[0] + a[1]) + (a[2] + a[3])), sum_lanes<double>((b[0] + b[1]) + (b[2] + b[3]))};
+  while (at + kUnroll * kLength <= end)
+    for (int i = 0; i < kUnroll; ++i) add_vectors(i);
+  while (at + kLength <= end) add_vectors(0);
+  const Doubles sum_a = a[0] + a[1], sum_b = b[0] + b[1];
+  Sums sums{sum_lanes<double>(sum_a.low + sum_a.high), sum_lanes<double>(sum_b.low + sum_b.high)};
   for (; at < end; ++at) {
     const Sums shares = pass.template at<double>(at);
     sums = {sums.a + shares.a, sums.b + shares.b};
@@ -217,7 +244,7 @@ void step(const Work& work, const Executor& executor) {
 }  // namespace
 
 extern const KrylovKernels<float> krylov_f32 = {linear_combination<float>, row_dots<float>,
-                                                 step<ConjugateGradientStep<float>>, step<MinresStep<float>>};
+                                                step<ConjugateGradientStep<float>>, step<MinresStep<float>>};
 extern const KrylovKernels<double> krylov_f64 = {linear_combination<double>, row_dots<double>,
                                                  step<ConjugateGradientStep<double>>, step<MinresStep<double>>};
 

@@ -1,5 +1,5 @@
-// The Krylov solvers' vector work on a GPU: one launch a pass, and for long rows one more that adds the blocks' sums. No
-// atomics, so that the same call gives the same bits; coefficients are read and sums are left on the device, and
+// The Krylov solvers' vector work on a GPU: one launch a pass, and for long rows one more that adds the blocks' sums.
+// No atomics, so that the same call gives the same bits; coefficients are read and sums are left on the device, and
 // nothing waits.
 #include "common/block_sum.cuh"
 #include "krylov/conjugate_gradient_math.h"
@@ -208,11 +208,10 @@ int64_t step_workspace_bytes(const Work& work) {
 }
 
 template <class T>
-constexpr KrylovCudaKernels<T> kKernels{
-    {workspace_bytes<LinearCombination<T>>, linear_combination<T>},
-    {workspace_bytes<RowDots<T>>, row_dots<T>},
-    {step_workspace_bytes<ConjugateGradientStep<T>>, conjugate_gradient_step<T>},
-    {step_workspace_bytes<MinresStep<T>>, minres_step<T>}};
+constexpr KrylovCudaKernels<T> kKernels{{workspace_bytes<LinearCombination<T>>, linear_combination<T>},
+                                        {workspace_bytes<RowDots<T>>, row_dots<T>},
+                                        {step_workspace_bytes<ConjugateGradientStep<T>>, conjugate_gradient_step<T>},
+                                        {step_workspace_bytes<MinresStep<T>>, minres_step<T>}};
 extern const KrylovCudaKernels<float> krylov_f32 = kKernels<float>;
 extern const KrylovCudaKernels<double> krylov_f64 = kKernels<double>;
 

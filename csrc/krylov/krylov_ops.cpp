@@ -1,5 +1,5 @@
-// torch's side of the Krylov solvers' vector work: checks, fills the struct of an op and hands over to the kernels of the
-// device. The schemas, and what each op returns, are in auxfast/ops/krylov.py.
+// torch's side of the Krylov solvers' vector work: checks, fills the struct of an op and hands over to the kernels of
+// the device. The schemas, and what each op returns, are in auxfast/ops/krylov.py.
 #include <optional>
 #include <string>
 #include <vector>

@@ -66,7 +66,7 @@ AUXFAST_HD void rotate(const MinresStep<T>& work, const Numbers& numbers, double
   const double gbar = numbers[kS] * numbers[kDbar] - numbers[kC] * alfa;
   const double curvature = -numbers[kC] * gbar, dbar = -numbers[kC] * beta, slope = hypot(gbar, dbar);
   if (!is_finite(slope)) return numbers.stop(kBroken);  // a preconditioner that is not positive definite ends here too
-  numbers[kLargest] = column;  // the longest column of the tridiagonal matrix, at most |H|
+  numbers[kLargest] = column;                           // the longest column of the tridiagonal matrix, at most |H|
   const double flat = kTiny<T> * column;
   if (curvature < -flat) numbers[kNegative] = 1;
   if (fabs(curvature) <= kNull * flat && slope * slope <= kNull * flat * column) return numbers.stop(kSingular);
@@ -101,8 +101,8 @@ class LanczosVector {
   template <class V>
   AUXFAST_HD Pair<V> at(int64_t i) const {
     const V old = Memory<V>::load(u_old_ + i);
-    Memory<V>::store(q_ + i, Memory<V>::load(q_ + i) - of_u_ * Memory<V>::load(u_ + i) - of_u_old_ * old);
-    const V next = Memory<V>::load(q_ + i);  // as it is stored
+    const V next =
+        Memory<V>::store(q_ + i, Memory<V>::load(q_ + i) - of_u_ * Memory<V>::load(u_ + i) - of_u_old_ * old);
     return {next * next, old * next};
   }
 
@@ -170,18 +170,17 @@ class Directions {
 
   template <class V>
   AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V w = of_v_ * Memory<V>::load(v_ + i) + of_w_ * Memory<V>::load(w_ + i) +
-                of_w_old_ * Memory<V>::load(w_old_ + i);
+    const V w =
+        of_v_ * Memory<V>::load(v_ + i) + of_w_ * Memory<V>::load(w_ + i) + of_w_old_ * Memory<V>::load(w_old_ + i);
     Memory<V>::store(w_old_ + i, w);
     Memory<V>::store(v_ + i, of_z_ * Memory<V>::load(z_ + i));
-    Memory<V>::store(r_ + i, of_r_ * Memory<V>::load(r_ + i) + of_u_ * Memory<V>::load(u_ + i));
-    const V r = Memory<V>::load(r_ + i);  // as it is stored
+    const V r = Memory<V>::store(r_ + i, of_r_ * Memory<V>::load(r_ + i) + of_u_ * Memory<V>::load(u_ + i));
     return {w * w, r * r};
   }
 
-  // Stops before a step if its rounding, in a product with H, is more than it takes from the residual: it would go along
-  // null vectors. Rounding within sqrt(eps) of the residual never matters. With a preconditioner phibar is in its norm,
-  // and w is not.
+  // Stops before a step if its rounding, in a product with H, is more than it takes from the residual: it would go
+  // along null vectors. Rounding within sqrt(eps) of the residual never matters. With a preconditioner phibar is in its
+  // norm, and w is not.
   static AUXFAST_HD void finish(const MinresStep<T>& work, int64_t row, Sums sums) {
     const Numbers numbers = numbers_of(work, row);
     if (numbers[kMoves] == 0) return;

@@ -17,7 +17,7 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// How a V is read and written; the CPU adds its vectors.
+// How a V is read and written; store() returns the value as it is stored. The CPU adds its vectors.
 template <class V>
 struct Memory;
 
@@ -28,8 +28,10 @@ struct Memory<double> {
     return double(*from);
   }
   template <class T>
-  static AUXFAST_HD void store(T* to, double value) {
-    *to = T(value);
+  static AUXFAST_HD double store(T* to, double value) {
+    const T stored = T(value);
+    *to = stored;
+    return double(stored);
   }
 };
 

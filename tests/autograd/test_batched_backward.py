@@ -122,7 +122,7 @@ GRAPHS: dict[str, tuple[Loss, list[tuple[int, ...]]]] = {
         lambda u, v: (F.log_softmax(u.sin(), -1) * v.sum()).sin() + (u * v).sin().sum(),
         [(), (4,)],
     ),
-    "its gradient is a parameter": (lambda u, v: (u * v).sum(), [(5,), (5,)]),
+    "its gradient is a parameter": (lambda u, v: (u * v).sum(), [(5,), (2, 5)]),
     "a Function's other arguments": (lambda u: Scaled.apply(3, X[:5], 0.5, u.tanh()).square().sum(), [(5,)]),
     "one of two results": (lambda u: Pair.apply(u)[0].sin().sum() + Pair.apply(u.exp())[1].sum(), [(5,)]),
 }

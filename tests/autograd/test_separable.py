@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from auxfast.autograd.pullback import Pullback
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.losses import LossGraph
 
@@ -122,19 +123,49 @@ def test_parameters_that_are_no_leaves():
     check(second.square().sum() * (leaf.detach() @ phi).sum(), [first, second], [phi])
 
 
-def test_hooks_act_as_they_do_in_autograd():
-    """A factor of a hook is a factor of the recorded gradient: autograd's answers are those of the products."""
-    for place in ("parameter", "difference", "square", "node", "node of the difference"):
-        w, v, phi = made(1)
-        difference = v - phi
-        square = difference.square()
-        if place.startswith("node"):
-            node = (square if place == "node" else difference).grad_fn
-            node.register_hook(lambda outgoing, incoming: tuple(g if g is None else 3 * g for g in outgoing))
-        else:
-            tensor = {"parameter": v, "difference": difference, "square": square}[place]
-            tensor.register_hook(lambda grad: 3 * grad)
-        check(network(w, v, phi) + square.sum(), [w, v], [phi])
+HOOKS = {
+    "a factor": lambda grad: 3 * grad,
+    "clipping": lambda grad: grad.clamp(-0.1, 0.1),
+    "a constant": lambda grad: torch.add(grad, torch.ones_like(grad), alpha=2),
+    "a look": lambda grad: None,
+}
+
+
+@pytest.mark.parametrize("place", ["parameter", "difference", "square", "node", "node of the difference"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_act_as_they_do_in_autograd(name, place):
+    """They act in the recorded gradient, and in every product with it that goes where they are."""
+    w, v, phi = made(1)
+    difference = v - phi
+    square = difference.square()
+    hook = HOOKS[name]
+    if place.startswith("node"):
+        node = (square if place == "node" else difference).grad_fn
+        node.register_hook(lambda outgoing, incoming: tuple(g if g is None else hook(g) for g in outgoing))
+    else:
+        {"parameter": v, "difference": difference, "square": square}[place].register_hook(hook)
+    check(network(w, v, phi) + square.sum(), [w, v], [phi])
+
+
+def test_sums_that_are_weighted_or_broadcast():
+    torch.manual_seed(6)
+    a, b = torch.randn(2, 3, dtype=D, requires_grad=True), torch.randn(3, dtype=D, requires_grad=True)
+    outputs = [torch.add((a @ a.T @ a).sin(), a.square(), alpha=3), a.sin() + b.square(), b.square() + a.sin().sum(0)]
+    pullback = Pullback(outputs, [a, b])
+    for _ in range(5):
+        vectors = [torch.randn_like(output) for output in outputs]
+        expected = torch.autograd.grad(outputs, [a, b], vectors, retain_graph=True)
+        torch.testing.assert_close(pullback(vectors), list(expected))
+
+
+def test_an_input_that_is_squared_in_several_outputs():
+    a, b = (torch.randn(3, dtype=D, requires_grad=True) for _ in range(2))
+    outputs = [a.sin() + b.square(), b.sin() + b * b + a.square()]
+    pullback = Pullback(outputs, [a, b])
+    for _ in range(5):
+        vectors = [torch.randn(3, dtype=D) for _ in outputs]
+        expected = torch.autograd.grad(outputs, [a, b], vectors, retain_graph=True)
+        torch.testing.assert_close(pullback(vectors), list(expected))
 
 
 class Doubled(torch.autograd.Function):

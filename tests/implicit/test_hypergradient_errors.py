@@ -31,7 +31,7 @@ def call(**changes):
 def test_losses(name):
     with pytest.raises(
         TypeError,
-        match=f"{name} must be a tensor, a function.*or a list of such functions, not a float",
+        match=f"{name} must be a tensor, a function.*or a list of such functions or of .weight, function. pairs, not a float",
     ):
         call(**{name: 1.0})
     with pytest.raises(ValueError, match=rf"{name} must be a scalar, not of shape \(5,\)"):

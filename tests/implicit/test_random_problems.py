@@ -175,7 +175,8 @@ def assert_true(problem: Problem, result: auxfast.HypergradientResult) -> None:
     )
     if differences:
         inexact += 10 * stats.operator_error * float((sizes @ x.abs()).norm() / b.norm())
-    assert stats.residual == pytest.approx(true, rel=1e-3, abs=inexact)
+    drift = 0.03 * tol if stats.residual_from == "recurrence" else 0.0
+    assert stats.residual == pytest.approx(true, rel=1e-3, abs=inexact + drift)
     if stats.converged:
         assert true <= tol + inexact
         matrix = matrix + damping * torch.eye(len(b), dtype=torch.float64)

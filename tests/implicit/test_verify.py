@@ -519,8 +519,8 @@ def test_what_is_refused():
     problem = Ridge()
     with pytest.raises(TypeError, match=r"inner_loss must be a function .*, not a Tensor: lambda: \.\.\."):
         verify_hypergradient(problem.outer_loss, problem.inner_loss(), [problem.w], [problem.decay])
-    with pytest.raises(TypeError, match=r"inner_loss must be a function .*, not a list"):
-        verify_hypergradient(problem.outer_loss, [problem.inner_loss], [problem.w], [problem.decay])
+    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of tensors"):
+        verify_hypergradient(problem.outer_loss, [problem.inner_loss()], [problem.w], [problem.decay])
     with pytest.raises(ValueError, match="inner_params must be leaves"):
         verify_hypergradient(problem.outer_loss, problem.inner_loss, [problem.w * 1], [problem.decay])
     with pytest.raises(ValueError, match="outer_params has no parameter with requires_grad=True"):

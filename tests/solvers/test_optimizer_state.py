@@ -256,6 +256,21 @@ def test_several_right_hand_sides_and_free_entries_in_a_hypergradient():
             torch.testing.assert_close(found.grads, exact.grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Adam", "LBFGS"])
+def test_low_precision_and_several_right_hand_sides(name):
+    quadratic, optimizer = trained(name, 2)
+    for w in quadratic.params:
+        w.data = w.data.bfloat16()
+    linear = LinearSystem(quadratic, [torch.stack([b, -b]).bfloat16() for b in quadratic.rhs], 0.5, batched=True)
+    quadratic.matrix = quadratic.matrix.bfloat16()
+    apply = FromOptimizer(optimizer).build(linear)
+    assert apply is not None
+    rows = apply(linear.rhs)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows[0], -rows[1])
+    torch.testing.assert_close(rows[:1], apply(linear.rhs[:1]))
+
+
 def test_what_serves_no_purpose_is_refused():
     w = torch.zeros(3, requires_grad=True)
     with pytest.raises(TypeError, match=r"must be the torch\.optim\.Optimizer of the inner parameters"):
