@@ -30,6 +30,7 @@ from auxfast.implicit.losses import LossFn, LossGraph
 from auxfast.implicit.one_step import StepDerivatives
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
+from auxfast.solvers.known_solution import KnownSolution
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
 Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
@@ -124,7 +125,11 @@ def solve_adjoint(
         )
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
-        elif inner is not None and not direct_only and isinstance(derivatives, (Hessian, MeanCurvature)):
+        elif (
+            isinstance(derivatives, (Hessian, MeanCurvature))
+            and not isinstance(solver, KnownSolution)
+            and not (inner is None or direct_only)
+        ):
             one = hardest(solution, stats, batched)
             stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, one)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):

@@ -136,9 +136,8 @@ def outer_gradient_and_derivatives(
     used = [w for w, grad in zip(params, moved, strict=True) if grad is not None]
     with moved_by(used, [grad.detach() for grad in moved if grad is not None], -solver.lookahead_lr):
         grads = outer_gradient()
-    if not all_finite(
-        [grad for grad in grads if grad is not None][:1]
-    ):  # what follows checks all, and blames outer_loss
+    first = next((grad for grad in grads if grad is not None), None)
+    if first is not None and not all_finite([first]):  # what follows checks all, and blames outer_loss
         check_finite("The gradients of inner_loss in inner_params", moved)
     return grads, _in_one_pass(found, outer_params)
 
