@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.curvature import in_dtypes_of
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.losses import Loss, LossGraph, as_loss_fns, check_call

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
 from auxfast.implicit.curvature import Curvature, in_widest_dtype, on_one_dtype
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.free_entries import FreeCurvature, project
 from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import Loss, LossFn, mean_gradient, mean_loss, mean_loss_and_gradient

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from auxfast.autograd.engine import keeps_graph
 from auxfast.autograd.transforms import as_batch, in_transform_of_torch_func, outside_of_batch, rows_of_batch
-from auxfast.implicit.adjoint import Adjoint, Derivatives, length_of, solve_adjoint
+from auxfast.implicit.adjoint import Adjoint, Derivatives, solve_adjoint
+from auxfast.implicit.central_difference import norm_of
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
 from auxfast.implicit.jacobian import TransposedJacobian
-from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.losses import CheckedLoss
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 OnSolve = Callable[[SolveStats], object]
@@ -42,7 +43,7 @@ class ImplicitFunction:
 
     name: str
     derivatives: Derivatives
-    inner: LossGraph | list[LossFn] | None
+    inner: CheckedLoss | None
     params: Sequence[Tensor]
     outer_params: Sequence[Tensor]
     masks: Masks | None
@@ -92,7 +93,7 @@ class ImplicitFunction:
         """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        return adjoint.distance(derivatives.slope) > _FAR * length_of(derivatives.params) > 0
+        return adjoint.distance(derivatives.slope) > _FAR * norm_of(derivatives.params) > 0
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]

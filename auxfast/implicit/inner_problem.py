@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import check_curvature
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.derivatives import check_curvature
 from auxfast.implicit.free_entries import Free, Masks, free_masks
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns
+from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, as_loss_fns
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def given_loss(
     guard: preserved_state | None,
     outputs: Tensor | Sequence[Tensor] | None = None,
     with_outputs: bool = False,
-) -> LossGraph | list[LossFn]:
+) -> CheckedLoss:
     """A loss with its graph, or functions that compute it anew and leave no trace.
 
     Args:

@@ -157,6 +157,10 @@ class LossFn:
         return self.compute()
 
 
+CheckedLoss = LossGraph | list[LossFn]
+"""A loss with its graph, or the functions that compute it anew."""
+
+
 def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
     """Functions that compute the loss of each micro-batch anew, without those of weight 0. `loss` is not a tensor;
     `replay` wraps each function of the user, but for fresh batches, which draw fresh random numbers too.

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import (
-    Adjoint,
-    CurvatureName,
-    derivatives_of,
-    operator_of,
-    solve_system,
-)
+from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
 from auxfast.implicit.advice import found_nothing, problem_of, warn_of
 from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
@@ -126,8 +121,7 @@ def implicit_minimum(
             the graph.
         NotImplementedError: by the backward pass, where there is no second derivative, or a third is asked for.
     """
-    values = list(values_of(inner_params)) if isinstance(inner_params, Mapping) else inner_params
-    params = given_params(values, outer_params, free)
+    params = given_params(values_of(inner_params), outer_params, free)
     check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
     if isinstance(solver, KnownSolution) and solver.lookahead_lr:

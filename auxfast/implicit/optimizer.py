@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
+from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.losses import LossFn, add, mean_gradient
 
 State = dict[str, Tensor]

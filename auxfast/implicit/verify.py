@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import BilevelProblem, assign, coarsest_eps, cut, flat, restored
+from auxfast.implicit.derivatives import CurvatureName
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
 from auxfast.implicit.fresh_batches import FreshBatches
