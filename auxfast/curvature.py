@@ -10,6 +10,7 @@ from typing import ClassVar, overload
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.curvature import in_dtypes_of
@@ -146,9 +147,8 @@ class Hessian:
     def _product(self, product: Callable[[Sequence[Tensor]], list[Tensor]], vectors: Sequence[Tensor]) -> list[Tensor]:
         chosen = in_dtypes_of(self._curvature.params, list(compress(vectors, self._in_system)))
         with torch.no_grad():
-            terms = iter(product(chosen) if chosen else ())
-            pairs = zip(vectors, self._in_system, strict=True)
-            return [next(terms).to(v.dtype) if inside else torch.zeros_like(v) for v, inside in pairs]
+            terms = zeros_for_none(spread(product(chosen) if chosen else (), self._in_system), vectors)
+            return [term.to(v.dtype) for term, v in zip(terms, vectors, strict=True)]
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         """(..., n) -> tensors like `params`, with the axes in front"""

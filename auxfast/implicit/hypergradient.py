@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import solve_adjoint
 from auxfast.implicit.advice import missing_dependence
@@ -162,9 +163,8 @@ def hypergradient(
         check_finite("The hypergradients", grads)
     if warn:
         adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
-    total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in params.outer),
+        tuple(zeros_for_none(spread(grads, [phi.requires_grad for phi in params.outer]), params.outer)),
         adjoint.stats,
         adjoint.direct_only,
     )

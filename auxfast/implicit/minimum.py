@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import vjp, zeros_for_none
+from auxfast.autograd.engine import spread, vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
 from auxfast.implicit.advice import found_nothing, problem_of, warn_of
@@ -178,9 +178,8 @@ class _Minimum(ImplicitFunction):
             mixed = vjp(g, self.outer_params, x, create_graph=True)  # type: ignore[arg-type]
             images = vjp(g, product.params, x, create_graph=True)  # type: ignore[arg-type]
             mixed_with_u = _dot(mixed, cotangents)
-        none = [None] * len(self.params), [None] * len(self.params), [None] * len(self.outer_params)
         if mixed_with_u is None:
-            return none
+            return [None] * len(self.params), [None] * len(self.params), [None] * len(self.outer_params)
         along = zeros_for_none(vjp([mixed_with_u], x, [torch.ones_like(mixed_with_u)]), x)
         s = self._solve(in_widest_dtype(along))
         with torch.enable_grad():
@@ -188,9 +187,8 @@ class _Minimum(ImplicitFunction):
             total = -mixed_with_u if images_with_s is None else images_with_s - mixed_with_u
         ends = [*self.params, *self.outer_params]
         grads = vjp([total], ends, [torch.ones_like(total)])
-        negative = iter(s)
         return (
-            [-next(negative) if inside else None for inside in product.in_system],
+            spread([-each for each in s], product.in_system),
             grads[: len(self.params)],
             grads[len(self.params) :],
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import zeros_for_none
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.losses import LossFn, add, mean_gradient
 
@@ -59,8 +59,7 @@ def unrolled_gradient(
                 w.copy_(value)
             derivatives = derivatives_of(curvature, inner_fns, inner, outer, retain_graph=False)
             chosen = list(compress([of_gradient for _, of_gradient, _ in pulled], derivatives.in_system))
-            products = iter(derivatives(chosen) if chosen else ())
-            terms = [next(products) if inside else None for inside in derivatives.in_system]
+            terms = spread(derivatives(chosen) if chosen else (), derivatives.in_system)
             adjoint = zeros_for_none(add([of_value for of_value, _, _ in pulled], terms), inner)
             total = add(total, derivatives.mixed(chosen, outer))
     return zeros_for_none(total, outer)
