@@ -29,7 +29,7 @@ class ParameterOperator(Protocol):
 
 @dataclass(frozen=True)
 class _FromCurvlinops:
-    """See `solvers.LinearOperator`. There a batch is the last axis, here it is the first one."""
+    """Products of an operator of curvlinops, for which the axis of a batch is the last one, not the first."""
 
     operator: Any
 
@@ -43,7 +43,7 @@ class _FromCurvlinops:
 
 @dataclass(frozen=True)
 class _FromScipy:
-    """See `solvers.LinearOperator`."""
+    """Products of an operator of SciPy."""
 
     operator: Any
 

@@ -164,7 +164,7 @@ class _Minimum(ImplicitFunction):
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """With `x = H^-1 b` and cotangents u, `<u, -M^T x>` for `M = d g / d phi` changes by
+        """See `ImplicitFunction`. With `x = H^-1 b`, cotangents u and `M = d g / d phi`, the change of `<u, -M^T x>` is
 
             -<db, s> + <x, dH s> - <x, dM u>,    s = H^-1 M u
 

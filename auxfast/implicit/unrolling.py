@@ -122,7 +122,7 @@ def _update_of(optimizer: torch.optim.Optimizer) -> Callable[..., tuple[Tensor, 
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return _adam
     raise TypeError(
-        f"optimizer must be one of torch's SGD, Adam or AdamW, whose steps can be unrolled, not "
+        "optimizer must be a torch.optim.SGD, Adam or AdamW, whose steps can be unrolled, not a "
         f"{type(optimizer).__name__}"
     )
 

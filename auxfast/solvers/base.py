@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Matvec = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -37,6 +39,16 @@ class LinearOperator(Protocol):
     def batched(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
         """`H v` for k vectors: each tensor has one more axis of size k in front, in `vectors` and in the result."""
         ...
+
+
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`, one after the other where `matvec` has no others."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+
+
+def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
+    products = [[t.detach() for t in matvec(list(vector))] for vector in zip(*vectors, strict=True)]
+    return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
 
 
 class StopReason(str, Enum):
@@ -271,6 +283,13 @@ def _wrong_result(solver: Solver, given: str) -> TypeError:
     return TypeError(f"{name}.solve must return (solution, SolveStats), the solution a list like rhs; it gave {given}")
 
 
+def are_alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they agree in shapes, dtypes and devices, one by one."""
+    kinds, wanted = ([(t.shape, t.dtype, t.device) for t in each] for each in (tensors, others))
+    return kinds == wanted
+
+
+RHS_NOT_FINITE = "rhs is not finite: the gradient of the outer loss holds an inf or NaN"
 TRIVIAL = SolveStats(iterations=0, matvecs=0, residual=0.0, converged=True, stop_reason=StopReason.TRIVIAL)
 NOT_FINITE = SolveStats(iterations=0, matvecs=0, residual=math.inf, converged=False, stop_reason=StopReason.NOT_FINITE)
 
