@@ -10,6 +10,7 @@ from torch import Tensor
 
 import auxfast
 from auxfast.compat.linear_operators import from_curvlinops, from_scipy, to_curvlinops, to_scipy
+from auxfast.curvature import Hessian
 from auxfast.solvers import MINRES, ConjugateGradient, FromOptimizer, InverseOperator
 
 SHAPES = [(2, 3), (4,), ()]
@@ -100,7 +101,6 @@ def test_a_solver_takes_scipys_matrices_and_its_factorisations_as_preconditioner
 
 
 def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():
-    curvature = pytest.importorskip("auxfast.curvature")
     linalg = pytest.importorskip("scipy.sparse.linalg")
     net, x, y = curved_network()
     params = list(net.parameters())
@@ -109,7 +109,7 @@ def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
-    hessian = curvature.Hessian(torch.nn.functional.cross_entropy(net(x), y), params)
+    hessian = Hessian(torch.nn.functional.cross_entropy(net(x), y), params)
     dense = hessian.matmat(torch.eye(hessian.shape[0], dtype=torch.float64))
     largest = linalg.eigsh(to_scipy(hessian), k=1, which="LA", return_eigenvectors=False)
     assert largest[0] == pytest.approx(torch.linalg.eigvalsh(dense)[-1].item())
