@@ -75,7 +75,12 @@ _TEXTS = {
     "no root": (
         "The parameters are not at a root: along the outer loss's gradient a Newton step would move them by more than "
         "a tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 "
-        "further before implicit_root."
+        "further before implicit_root; of a fixed-point map f, function is f(W) - W."
+    ),
+    "not solved": (
+        "The linear system of implicit_root is not solved to the solver's tol; on_solve is told its residual. Is "
+        "function the F of F(W) = 0? Of a fixed-point map f pass f(W) - W. Else allow more steps, GMRES a larger "
+        "restart, or take Dense() for few parameters; tol=None says that the number of steps is meant."
     ),
     "singular": (
         "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual "

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from auxfast.autograd.graph import reaches
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.adjoint import Adjoint
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.finite import NotFiniteError
-from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
+from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.losses import check_call
 from auxfast.solvers import GMRES
@@ -120,11 +119,10 @@ def implicit_root(
             raise ValueError(f"params must be of one dtype, not {values[0].dtype} and {w.dtype}")
     if not callable(function):
         raise TypeError(f"function must be a function of no arguments that computes F, not a {type(function).__name__}")
+    refuse_transforms("implicit_root", outer)
     active_outer = [phi for phi in outer if phi.requires_grad]
     if not (torch.is_grad_enabled() and active_outer):
         return like_given(params, values, values, [w.detach() for w in values])
-    if in_transform_of_torch_func():
-        raise RuntimeError("implicit_root cannot be used within a transform of torch.func (grad, jvp, ...)")
     with preserved_state(warn=warn, check=check_call):
         equations = _like_params(function(), params, values)
     root = _Root(
@@ -159,6 +157,8 @@ class _Root(ImplicitFunction):
             return "no part in the function"
         if adjoint.problem in ("no curvature", "stagnated"):
             return "singular"
+        if adjoint.problem in ("steps", "no solution"):
+            return "not solved"
         return "no root" if self.is_far(adjoint, self.derivatives) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -221,9 +222,15 @@ class Solver(Protocol):
 def check_solver(solver: object, name: str = "solver") -> None:
     """Raises TypeError where `solver` is none, and says what would be."""
     if isinstance(solver, type) and hasattr(solver, "solve"):
-        raise TypeError(f"{name} must be a solver and not its class: write {solver.__name__}()")
+        raise TypeError(f"{name} must be a solver and not its class: write {as_written(solver)}")
     if not callable(getattr(solver, "solve", None)):
         raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
+
+
+def as_written(setting: type) -> str:
+    """How an instance of the class is written: `MINRES()`; `OneStep(...)`, which has an argument without a default."""
+    needed = any(p.default is p.empty for p in inspect.signature(setting).parameters.values())
+    return f"{setting.__name__}({'...' if needed else ''})"
 
 
 def is_symmetric(matvec: Matvec) -> bool:
@@ -235,8 +242,9 @@ def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
     """Raises ValueError where the operator says that it is not symmetric, for a `solver` that is right for no other."""
     if not is_symmetric(matvec):
         raise ValueError(
-            f"matvec is not symmetric, as it says, and {type(solver).__name__} solves symmetric systems alone: take "
-            "GMRES(), NormalEquations() or, for few parameters, Dense()"
+            f"the matrix is not symmetric (a Jacobian of implicit_root, or an operator with symmetric = False), and "
+            f"{type(solver).__name__} solves symmetric systems alone: take GMRES(), NormalEquations() or, for few "
+            "parameters, Dense()"
         )
 
 

@@ -189,7 +189,9 @@ def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tens
     return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
 
 
-def check_rhs(rhs: Sequence[Tensor], batched: bool = False) -> None:
+def check_rhs(rhs: Tensor | Sequence[Tensor], batched: bool = False) -> None:
+    if isinstance(rhs, Tensor):
+        raise TypeError("rhs must be a list of tensors, like parameters, and not a tensor: pass [rhs]")
     if not rhs:
         raise ValueError("rhs is empty: a solver needs at least one tensor")
     dtype, device = rhs[0].dtype, rhs[0].device
