@@ -83,7 +83,9 @@ def implicit_root(
             from names to tensors. They need not be leaves.
         outer_params: `phi`, any iterable of tensors, none of them computed from `params`.
         solver: how to apply `J^-T`. J is not symmetric in general: `GMRES`, `NormalEquations` and `Dense` are for
-            such, and solvers for symmetric matrices are refused by the backward pass.
+            such, and solvers for symmetric matrices are refused by the backward pass. `OneStep` and `Identity` take F
+            for what a step subtracts from W: of a fixed-point map f that is `W - f(W)`, and `f(W) - W` has their sign
+            wrong.
         state: what the solver keeps from one call for the next of a slowly changing problem, and which warnings were
             given.
         on_solve: called with the `SolveStats` of every solve, within the backward pass.

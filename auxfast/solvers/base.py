@@ -49,7 +49,7 @@ class StopReason(str, Enum):
     """The residual is within the tolerance."""
     STEPS = (
         "steps",
-        "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
+        "The hypergradient's linear system is not solved to the solver's tol: see stats.residual. Allow more "
         "steps (MINRES() takes up to 100), add damping or a preconditioner, or set a larger tol; tol=None says that "
         "the number of steps is meant.",
     )
@@ -65,7 +65,7 @@ class StopReason(str, Enum):
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
         "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
-        "take a smaller one, step_size='auto', or MINRES(). See result.stats.",
+        "take a smaller one, step_size='auto', or MINRES(). See stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
@@ -84,13 +84,13 @@ class StopReason(str, Enum):
         "not symmetric",
         "The second derivatives are not those of a loss: some backward pass is not the derivative of its forward pass "
         "(gradient reversal, a straight-through estimator, a detach() within the loss, a hook that changes a "
-        "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
+        "gradient), and the hypergradient is not to be trusted. See stats.symmetry_error.",
     )
     """Products contradict each other, or the gradient, by more than rounding."""
     INEXACT = (
         "inexact",
         "The products by finite differences have a larger error than the solver's tol: see "
-        "result.stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
+        "stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
         "replace what has kinks (ReLU by GELU or softplus), or take curvature='hessian' where there are second "
         "derivatives.",
     )
