@@ -86,7 +86,10 @@ class Hessian:
         self.device = self.params[0].device
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """`H v` for one tensor like each of `params`. This is what makes it a solver's matvec; it checks nothing."""
+        """`H v` for one tensor like each of `params`. This is what makes it a solver's matvec; it checks their number
+        alone."""
+        if len(vectors) != len(self.params):
+            self._check_list("vectors", vectors, batched=False)
         return self._product(self._curvature, vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -163,6 +166,8 @@ class Hessian:
             )
 
     def _check_list(self, name: str, given: Sequence[Tensor], batched: bool) -> None:
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} must be a tensor, or a list of tensors like params, not a {type(given).__name__}")
         if len(given) != len(self.params):
             raise ValueError(f"{name} must be one tensor for each of the {len(self.params)} params, not {len(given)}")
         lead = given[0].shape[:1] if batched else torch.Size()

@@ -139,6 +139,14 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             matrix.matvec(vector)
+    with pytest.raises(TypeError, match="vector must be a tensor, or a list of tensors like params, not a ndarray"):
+        matrix.matvec(torch.ones(n).numpy())
+    for rhs, error, message in (
+        (torch.ones(n), TypeError, r"rhs must be a list of tensors, like parameters, and not a tensor: pass \[rhs\]"),
+        ([torch.ones(n)], ValueError, "vectors must be one tensor for each of the 6 params, not 1"),
+    ):
+        with pytest.raises(error, match=message):
+            auxfast.solvers.MINRES().solve(matrix, rhs)
     for vectors, message in (
         (torch.ones(n), rf"vectors must be of shape \({n}, k\)"),
         (torch.ones(()), rf"vectors must be of shape \({n}, k\)"),

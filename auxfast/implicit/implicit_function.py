@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import keeps_graph
-from auxfast.autograd.transforms import as_batch, in_transform_of_torch_func, outside_of_batch, rows_of_batch
+from auxfast.autograd.transforms import (
+    as_batch,
+    has_tangent,
+    in_transform_of_torch_func,
+    outside_of_batch,
+    rows_of_batch,
+)
 from auxfast.implicit.adjoint import Adjoint, Derivatives, solve_adjoint
 from auxfast.implicit.central_difference import norm_of
 from auxfast.implicit.curvature import Hessian
@@ -124,6 +130,16 @@ class ImplicitFunction:
             self._refuse(
                 "has first and second derivatives, and no third: leave create_graph out of the last backward pass"
             )
+
+
+def refuse_transforms(name: str, outer_params: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where forward-mode AD or a transform of torch.func would get zeros of what `name` returns."""
+    if in_transform_of_torch_func() or has_tangent(outer_params):
+        raise RuntimeError(
+            f"{name} cannot be used within a transform of torch.func (grad, jvp, vmap, ...) or forward-mode AD: its "
+            "results have backward passes alone. For a Jacobian take torch.autograd.functional.jacobian with "
+            "strategy='reverse-mode'"
+        )
 
 
 def values_of(params: Any) -> Any:

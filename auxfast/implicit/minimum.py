@@ -18,7 +18,7 @@ from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
 from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
-from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
+from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossGraph, check_call
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
@@ -132,6 +132,7 @@ def implicit_minimum(
         raise ValueError("inner_params have requires_grad=False, all of them: nothing would move with outer_params")
     if isinstance(inner_loss, Tensor):
         refuse_params("inner_params", params.active_inner)
+    refuse_transforms("implicit_minimum", params.outer)
     if not (torch.is_grad_enabled() and params.active_outer):
         solved: Sequence[Tensor] = [w.detach() for w in params.active_inner]
         return like_given(inner_params, params.inner, params.active_inner, solved)

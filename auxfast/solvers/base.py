@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class StopReason(str, Enum):
     """The residual is within the tolerance."""
     STEPS = (
         "steps",
-        "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
+        "The hypergradient's linear system is not solved to the solver's tol: see stats.residual. Allow more "
         "steps (MINRES() takes up to 100), add damping or a preconditioner, or set a larger tol; tol=None says that "
         "the number of steps is meant.",
     )
@@ -76,7 +77,7 @@ class StopReason(str, Enum):
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
         "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
-        "take a smaller one, step_size='auto', or MINRES(). See result.stats.",
+        "take a smaller one, step_size='auto', or MINRES(). See stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
@@ -95,13 +96,13 @@ class StopReason(str, Enum):
         "not symmetric",
         "The second derivatives are not those of a loss: some backward pass is not the derivative of its forward pass "
         "(gradient reversal, a straight-through estimator, a detach() within the loss, a hook that changes a "
-        "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
+        "gradient), and the hypergradient is not to be trusted. See stats.symmetry_error.",
     )
     """Products contradict each other, or the gradient, by more than rounding."""
     INEXACT = (
         "inexact",
         "The products by finite differences have a larger error than the solver's tol: see "
-        "result.stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
+        "stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
         "replace what has kinks (ReLU by GELU or softplus), or take curvature='hessian' where there are second "
         "derivatives.",
     )
@@ -233,9 +234,15 @@ class Solver(Protocol):
 def check_solver(solver: object, name: str = "solver") -> None:
     """Raises TypeError where `solver` is none, and says what would be."""
     if isinstance(solver, type) and hasattr(solver, "solve"):
-        raise TypeError(f"{name} must be a solver and not its class: write {solver.__name__}()")
+        raise TypeError(f"{name} must be a solver and not its class: write {as_written(solver)}")
     if not callable(getattr(solver, "solve", None)):
         raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
+
+
+def as_written(setting: type) -> str:
+    """How an instance of the class is written: `MINRES()`; `OneStep(...)`, which has an argument without a default."""
+    needed = any(p.default is p.empty for p in inspect.signature(setting).parameters.values())
+    return f"{setting.__name__}({'...' if needed else ''})"
 
 
 def is_symmetric(matvec: Matvec) -> bool:
@@ -247,8 +254,9 @@ def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
     """Raises ValueError where the operator says that it is not symmetric, for a `solver` that is right for no other."""
     if not is_symmetric(matvec):
         raise ValueError(
-            f"matvec is not symmetric, as it says, and {type(solver).__name__} solves symmetric systems alone: take "
-            "GMRES(), NormalEquations() or, for few parameters, Dense()"
+            f"the matrix is not symmetric (a Jacobian of implicit_root, or an operator with symmetric = False), and "
+            f"{type(solver).__name__} solves symmetric systems alone: take GMRES(), NormalEquations() or, for few "
+            "parameters, Dense()"
         )
 
 

@@ -183,7 +183,9 @@ def check_product(product: Sequence[Tensor], operand: Sequence[Tensor], name: st
             raise RuntimeError(f"{name} returned {given} for tensor {i}, not {wanted}")
 
 
-def check_rhs(rhs: Sequence[Tensor], batched: bool = False) -> None:
+def check_rhs(rhs: Tensor | Sequence[Tensor], batched: bool = False) -> None:
+    if isinstance(rhs, Tensor):
+        raise TypeError("rhs must be a list of tensors, like parameters, and not a tensor: pass [rhs]")
     if not rhs:
         raise ValueError("rhs is empty: a solver needs at least one tensor")
     dtype, device = rhs[0].dtype, rhs[0].device
