@@ -190,7 +190,7 @@ class _Solved(torch.autograd.Function):
                 gradients, _ = function.pull_back(rows, True)
             return as_batch(gradients)
         if torch.is_grad_enabled() or in_transform_of_torch_func():
-            results = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
+            results: tuple[Tensor, ...] = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
             return results[: len(function.outer_params)]
         return function.pull_back(cotangents, False)[0]
 

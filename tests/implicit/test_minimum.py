@@ -406,7 +406,7 @@ def test_rows_of_second_derivatives_are_those_of_a_pass_each():
 def test_vmap_within_vmap_is_refused():
     problem = Ridge()
     w, units = minimum_of(problem), torch.eye(5, dtype=D)[None]
-    with pytest.raises(NotImplementedError, match="one torch.func.vmap.*: put all cotangents on one axis"):
+    with pytest.raises(NotImplementedError, match=r"one torch.func.vmap.*: put all cotangents on one axis"):
         torch.func.vmap(torch.func.vmap(lambda unit: torch.autograd.grad(w, problem.decay, unit)))(units)
 
 

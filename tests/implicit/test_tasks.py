@@ -215,5 +215,7 @@ def test_parameters_that_came_between_the_tasks_and_the_step_are_told():
     outer = HyperOptimizer(torch.optim.SGD([phi], lr=0.1), solver=MINRES())
     outer.accumulate(*Task(phi, 2.0, 1.0).losses())
     outer.optimizer.add_param_group({"params": [late]})
-    with pytest.raises(RuntimeError, match="holds 2 parameters at the step, and held 1 .*: add parameter groups after"):
+    with pytest.raises(
+        RuntimeError, match=r"holds 2 parameters at the step, and held 1 .*: add parameter groups after"
+    ):
         outer.step()
