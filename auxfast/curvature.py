@@ -110,7 +110,7 @@ class Hessian:
             vector: a tensor like each of `params`, in a list; or all flat, (n,).
 
         Raises:
-            ValueError: it is of other shapes.
+            ValueError: it is of other shapes. TypeError: it is of no floating dtype.
         """
         if isinstance(vector, Tensor):
             self._check_flat("vector", vector, (self.shape[0],))
@@ -132,7 +132,7 @@ class Hessian:
                 `params` with one more axis of size k in front. All of H is `matmat(torch.eye(n))`.
 
         Raises:
-            ValueError: they are of other shapes.
+            ValueError: they are of other shapes. TypeError: they are of no floating dtype.
         """
         if isinstance(vectors, Tensor):
             self._check_flat("vectors", vectors, (self.shape[0], vectors.shape[-1] if vectors.dim() else 0))
@@ -159,6 +159,7 @@ class Hessian:
         return [part.reshape(*flat.shape[:-1], *w.shape) for part, w in zip(parts, self.params, strict=True)]
 
     def _check_flat(self, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        self._check_dtype(name, given)
         if given.shape != shape:
             wanted = f"({shape[0]}, k)" if len(shape) > 1 else f"({shape[0]},)"
             raise ValueError(
@@ -172,9 +173,15 @@ class Hessian:
             raise ValueError(f"{name} must be one tensor for each of the {len(self.params)} params, not {len(given)}")
         lead = given[0].shape[:1] if batched else torch.Size()
         for i, (tensor, w) in enumerate(zip(given, self.params, strict=True)):
+            self._check_dtype(f"{name}[{i}]", tensor)
             if tensor.shape != lead + w.shape or len(lead) != batched:
                 wanted = f"(k, {', '.join(map(str, w.shape))})" if batched else f"{tuple(w.shape)}"
                 raise ValueError(f"{name}[{i}] must be of shape {wanted}, as params[{i}], not {tuple(tensor.shape)}")
+
+    @staticmethod
+    def _check_dtype(name: str, given: Tensor) -> None:
+        if not given.is_floating_point():  # the product would be rounded to integers
+            raise TypeError(f"{name} must be of a floating dtype, not {given.dtype}")
 
 
 class GaussNewton(Hessian):

@@ -163,6 +163,10 @@ def test_what_is_refused():
         Hessian(loss, [torch.ones(2)])
     with pytest.raises(ValueError, match=r"params\[1\] is the same tensor"):
         Hessian(loss, [case.linear, case.linear])
+    with pytest.raises(TypeError, match=r"vector must be of a floating dtype, not torch.int64"):
+        Hessian(loss, case.params).matvec(torch.ones(n, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"vectors\[0\] must be of a floating dtype, not torch.int64"):
+        Hessian(loss, case.params).matmat([torch.ones(2, *w.shape, dtype=torch.long) for w in case.params])
     with pytest.raises(ValueError, match="loss must not be FreshBatches"):
         Hessian(auxfast.FreshBatches(lambda rows: case.loss(rows)[0], [slice(0, 5)]), case.params)
     with pytest.raises(TypeError, match="loss must be a tensor, a function"):

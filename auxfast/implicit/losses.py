@@ -185,7 +185,7 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
 
     Raises:
         TypeError: `loss` is neither a function nor a sequence of functions or of such pairs.
-        ValueError: the sequence is empty.
+        ValueError: the sequence is empty, or holds `FreshBatches`.
     """
     given: Any = loss
     if callable(given):
@@ -197,6 +197,10 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
         )
     if not pairs:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
+    if any(isinstance(function, FreshBatches) for _, function in pairs):
+        raise ValueError(
+            f"{name} must not hold FreshBatches in a list, whose functions give the same loss in each call"
+        )
     return pairs
 
 

@@ -209,6 +209,8 @@ class _Minimum(ImplicitFunction):
         return solution
 
     def _loss_for_third_derivatives(self) -> LossGraph:
+        if self._has_hooks():
+            self._refuse("has second derivatives where no hook is registered on inner_params")
         if type(self.derivatives) is not Hessian:
             self._refuse("has second derivatives for curvature='hessian' alone, and an inner_loss that is no list")
         if not isinstance(self.solver, _INVERSES):

@@ -119,7 +119,9 @@ def outer_gradient_and_derivatives(
     """
 
     def derivatives() -> LossDerivatives | StepDifference:
-        return recorded() if isinstance(inner, LossGraph) or solver.mixed == "exact" else StepDifference(inner, params)
+        if isinstance(inner, LossGraph) or solver.mixed == "exact" or any(loss_fn.is_fresh for loss_fn in inner):
+            return recorded()  # a difference of the gradients of two batches tells nothing; fresh ones are then refused
+        return StepDifference(inner, params)
 
     if not solver.lookahead_lr:
         return outer_gradient(), _in_one_pass(derivatives(), outer_params)

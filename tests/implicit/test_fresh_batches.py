@@ -137,6 +137,8 @@ def test_parameters_that_only_some_batches_use_are_in_the_system():
         GradientFlow(10.0),
         Neumann(5, 0.1),
         OneStep(0.1),
+        OneStep(0.1, mixed="difference"),
+        OneStep(0.1, lookahead=True),
         SingleLoop(0.1),
     ],
     ids=lambda solver: type(solver).__name__,
@@ -145,6 +147,13 @@ def test_other_solvers_refuse_them_by_name(solver):
     rows = Rows()
     with pytest.raises(ValueError, match=rf"Neumann\(certify=False\) alone.*{type(solver).__name__}.*needs the same"):
         rows.hypergradient(FreshBatches(rows.inner, rows.loader()), solver)
+
+
+def test_a_list_of_micro_batches_holds_no_fresh_ones():
+    rows = Rows()
+    fresh = FreshBatches(rows.inner, rows.loader())
+    with pytest.raises(ValueError, match="inner_loss must not hold FreshBatches in a list"):
+        rows.hypergradient([fresh, (2.0, fresh)], solver=MINRES())
 
 
 def test_what_is_refused():

@@ -329,3 +329,14 @@ def test_arguments_are_checked_by_the_call(change, error, message):
         arguments[name] = make(problem)
     with pytest.raises(error, match=message):
         implicit_root(**arguments)
+
+
+def test_hooks_on_the_unknowns_act_on_the_outer_gradient_too():
+    case = Linear()
+    case.w.register_hook(lambda gradient: 3 * gradient)
+    for solver in (Dense(), SOLVER):
+        w = case.root(solver=solver)
+        (found,) = torch.autograd.grad(w.square().sum(), case.phi)
+        matrix = (case.matrix + torch.diag(case.phi)).detach()
+        x = torch.linalg.solve(matrix.T, 2 * case.w.detach())
+        torch.testing.assert_close(found, -x * (case.w.detach() - 2), rtol=1e-9, atol=1e-9)
