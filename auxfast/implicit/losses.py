@@ -213,7 +213,7 @@ def _what(given: Any) -> str:
         return "list of tensors: combine them into one"
     kind = type(given).__name__
     if isinstance(given, Sequence) and any(isinstance(item, tuple) for item in given):
-        return f"{kind} of other pairs than (weight, function)"
+        return f"{kind} of pairs that are not (weight, function), a number and a function"
     if isinstance(given, Iterable) and not isinstance(given, (Sequence, Mapping)):
         return (
             f"{kind}. For batches of data pass auxfast.MicroBatches(loss_of_batch, batches), their mean, or "

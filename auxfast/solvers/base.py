@@ -154,7 +154,8 @@ class SolveStats:
         residuals: the relative residual of each right-hand side.
         residual_from: what `residual` was computed from: `product`, one with the solution; or `recurrence`, that of the
             method, of products with other vectors. This is so only where a bound of their difference is at most 3% of
-            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported.
+            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported. `None` where
+            `residual` is NaN.
         symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
             largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
             where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
@@ -174,13 +175,15 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
-    residual_from: Literal["product", "recurrence"] = "product"
+    residual_from: Literal["product", "recurrence"] | None = "product"
     symmetry_error: float | None = None
     operator_error: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.stop_reason) is not StopReason:
             object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
+        if math.isnan(self.residual):
+            object.__setattr__(self, "residual_from", None)
 
 
 @dataclass

@@ -196,7 +196,7 @@ def test_bad_batches_are_refused():
 
 def test_pairs_in_another_order_are_told():
     case = Samples()
-    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of other pairs than \(weight, function\)"):
+    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of pairs that are not \(weight, func"):
         case.hypergradient(lambda: case.outer(case.data.tensors), [(lambda: case.inner(case.data.tensors), 0.5)])
 
 
