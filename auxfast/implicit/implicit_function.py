@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -115,7 +116,10 @@ class ImplicitFunction:
         """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        return adjoint.distance(derivatives.slope) > _FAR * norm_of(derivatives.params) > 0
+        length = norm_of(derivatives.params)
+        # Parameters that are all 0 have no scale: mostly nobody has trained them, and rounding is far below this.
+        limit = _FAR * length if length else math.sqrt(torch.finfo(adjoint.rhs[0].dtype).eps)
+        return adjoint.distance(derivatives.slope) > limit
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -613,6 +614,17 @@ def test_parameters_that_are_not_at_a_minimum():
         with torch.no_grad():
             problem.w.copy_(problem.solution() * 1.01)
         outer_of(problem, minimum_of(problem)).backward()
+
+
+def test_parameters_that_are_all_zero_are_told_where_that_is_no_minimum():
+    torch.manual_seed(0)
+    x, phi = torch.randn(40, 3), torch.zeros(40, requires_grad=True)
+    for y, is_minimum in ((x.sum(1), False), (torch.linalg.svd(x)[0][:, -1], True)):
+        w = torch.zeros(3, requires_grad=True)
+        loss = (phi.exp() * (x @ w - y).square()).mean()
+        (solved,) = implicit_minimum(loss, [w], [phi], solver=MINRES())
+        with nullcontext() if is_minimum else pytest.warns(RuntimeWarning, match="not at a minimum"):
+            solved.sum().backward()
 
 
 def test_what_is_far_from_a_minimum_is_told_by_the_whole_gradient():
