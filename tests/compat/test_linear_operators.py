@@ -209,6 +209,26 @@ def test_what_has_no_params_or_is_no_operator_is_refused():
         from_curvlinops(lambda v: v)
 
 
+def test_what_a_real_symmetric_operator_is_not_is_refused():
+    pytest.importorskip("scipy")
+    matrix = spread(10)
+    with pytest.raises(TypeError, match=r"the vector must be real, not torch.complex128"):
+        to_scipy(Known(matrix)) @ matrix[0].to(torch.complex128).numpy()
+    with pytest.raises(TypeError, match=r"operator must be real, not torch.complex128"):
+        MINRES().solve(from_scipy((1j * matrix).numpy()), right_hand_sides())
+    other = Known(matrix)
+    other.symmetric = False
+    with pytest.raises(TypeError, match="operator must be symmetric, for it stands for its transpose too"):
+        to_scipy(other)
+
+
+def test_no_columns_have_no_products():
+    pytest.importorskip("scipy")
+    w = torch.ones(3, requires_grad=True)
+    hessian = to_scipy(auxfast.curvature.Hessian(w.square().sum(), [w]))
+    assert (hessian @ torch.ones(3, 0).numpy()).shape == (3, 0)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     monkeypatch.setitem(sys.modules, "curvlinops._torch_base", None)
