@@ -35,13 +35,12 @@ def given_params(inner_params: Iterable[Tensor], outer_params: Iterable[Tensor],
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
     check_one_device("inner_params", inner)
-    masks = free_masks(free, inner)
     return GivenParams(
         inner,
         outer,
         [w for w in inner if w.requires_grad],
         [phi for phi in outer if phi.requires_grad],
-        None if free is None else masks,
+        None if free is None else free_masks(free, inner),
     )
 
 
