@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import keeps_graph
+from auxfast.autograd.engine import in_own_task, keeps_graph
 from auxfast.autograd.transforms import as_batch, in_transform_of_torch_func, outside_of_batch, rows_of_batch
 from auxfast.implicit.adjoint import Adjoint, Derivatives, length_of, solve_adjoint
 from auxfast.implicit.curvature import Hessian
@@ -59,16 +60,19 @@ class ImplicitFunction:
     def pull_back(self, cotangents: Sequence[Tensor | None], batched: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
         """`-(d F / d phi)^T x` for each of phi, zeros where it plays no part, and x with `(d F / d W)^T x =
         cotangents`. All tensors have one more axis in front where they are `batched`."""
-        adjoint = solve_adjoint(
-            self.derivatives,
-            self.inner,
-            cotangents,
-            self.params,
-            self.outer_params,
-            self.masks,
-            self.solver,
-            self.state,
-            batched,
+        adjoint = in_own_task(
+            partial(
+                solve_adjoint,
+                self.derivatives,
+                self.inner,
+                cotangents,
+                self.params,
+                self.outer_params,
+                self.masks,
+                self.solver,
+                self.state,
+                batched,
+            )
         )
         lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
         gradients = [
