@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import auxfast
+from auxfast.autograd.pullback import Pullback
 from auxfast.implicit import NotFiniteError, hypergradient, implicit_minimum
 from auxfast.solvers import (
     MINRES,
@@ -183,6 +184,23 @@ def test_rows_of_a_jacobian_share_one_solve(options, way):
     one_by_one = [torch.autograd.grad(loss, problem.phi, retain_graph=True) for loss in losses]
     expected = [torch.stack(column) for column in zip(*one_by_one, strict=True)]
     torch.testing.assert_close(list(rows), expected, rtol=rtol, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("solver", [MINRES(3, tol=None), Dense()], ids=["MINRES", "Dense"])
+def test_products_go_in_batches_within_a_backward_pass(solver, way, monkeypatch):
+    """Nodes called from Python compute what the pass under way wants of them, and it wants nothing of these."""
+    problem = Classifier()
+    w = implicit_minimum(problem.inner, problem.w, problem.phi, solver=solver, warn=False)
+    losses, units = losses_of(problem, w), torch.eye(9, dtype=D)
+    one_by_one = [torch.autograd.grad(loss, problem.phi, retain_graph=True) for loss in losses]
+    monkeypatch.setattr(Pullback, "_one_by_one", lambda self, vectors: pytest.fail(str(self.refusal)))
+    if way == "vmap":
+        rows = torch.func.vmap(lambda unit: torch.autograd.grad(losses, problem.phi, unit, retain_graph=True))(units)
+    else:
+        rows = torch.autograd.grad(losses, problem.phi, units, is_grads_batched=True, retain_graph=True)
+    expected = [torch.stack(column) for column in zip(*one_by_one, strict=True)]
+    torch.testing.assert_close(list(rows), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_jacobian_of_torch():
