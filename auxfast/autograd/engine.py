@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from auxfast.autograd.transforms import in_transform_of_torch_func
+
+Result = TypeVar("Result")
 Output = Tensor | GradientEdge
 """A result in a graph: the tensor, or the edge at which its gradients come together."""
 
 # torch.autograd.grad hands to this method after checks in Python that take an eighth of a small Hessian product. The
 # engine itself checks shapes and devices.
 _run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+_present_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 _keeps_graph: Callable[[], bool] | None = getattr(
     getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None
 )
@@ -57,10 +61,30 @@ def run_engine(
     return gradients
 
 
+def in_own_task(function: Callable[[], Result]) -> Result:
+    """`function()`. Where a backward pass is under way, another one is begun for it: nodes that are called from Python
+    compute only what the present pass wants of them, so that a `BatchedBackward` would find `None`."""
+    if _run_backward is None or _present_task is None or _present_task() == -1 or in_transform_of_torch_func():
+        return function()
+    results: list[Result] = []
+    with torch.enable_grad():
+        start = torch.ones((), requires_grad=True)
+        start.register_hook(lambda _: results.append(function()))
+        end = start.clone()
+    _run_backward((end,), (torch.ones_like(end),), False, False, (), True, accumulate_grad=True)
+    return results[0]
+
+
 def keeps_graph() -> bool:
     """Whether the backward pass that is under way was told to keep its graph (`retain_graph`); True where torch does
     not tell: what a node holds then goes with the node."""
     return _keeps_graph is None or _keeps_graph()
+
+
+def spread(tensors: Iterable[Tensor | None], places: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `itertools.compress`: the next of `tensors` at each place that is true, `None` at the others."""
+    rest = iter(tensors)
+    return [next(rest) if place else None for place in places]
 
 
 def zeros_for_none(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

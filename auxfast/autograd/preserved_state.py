@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +38,8 @@ class preserved_buffers:
         self._copies: dict[int, Tensor] = {}  # by the id of the buffer they stand in for
         self._originals: dict[int, tuple[Tensor, Tensor | None]] = {}  # by id: the copy (kept alive), and the buffer
         self._touched: dict[int, Module] = {}
-        self._parts: dict[int, Module] = {}  # of the modules that were called, by id
+        self._parts: dict[int, Module] = {}  # of the modules that were called, by id, which keeps the ids theirs
+        self._bare: set[int] = set()  # ids of those that were parts of a module without any buffer
         self._called: set[int] = set()  # ids of modules called in its thread, under it or a guard around it
         self._calls = _Outermost()
 
@@ -78,14 +78,21 @@ class preserved_buffers:
         if self._check is not None:
             self._check(module)
         call = self._calls.outermost
-        if call is None:
-            call = self._calls.outermost = _Call(module)
-        elif id(module) in call.modules:
+        if call is None and id(module) in self._bare and not len(module._buffers):  # the most frequent case
+            return
+        if call is not None and id(module) in call.modules:
             return
         parts = _parts_of(module)
         self._parts.update(parts)
-        call.modules.update(parts)
         self._called.update(parts)
+        if call is None:
+            if not any(len(part._buffers) for part in parts.values()):
+                self._bare.update(parts)
+                return
+            call = self._calls.outermost = _Call(module)
+            with _lock:
+                _register_hook_after()
+        call.modules.update(parts)
         for part in parts.values():
             if len(part._buffers):
                 self._touched[id(part)] = part
@@ -165,27 +172,21 @@ class preserved_state(preserved_buffers):
     def replay(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """`function`, such that every call starts from the buffers and the random states of the first call, and draws
         the same dropout masks. The first call starts from the present random states and moves them on. If it does not,
-        those that follow leave them to other threads; and if no module of it has a buffer either, they run without
-        hooks, which take longer than a small layer."""
+        those that follow leave them to other threads."""
         ends: list[RandomStates] = []  # of the first call: before it, and after it
         draws: bool | None = None  # known at the second call: many losses are called once, and that takes 10 us
-        parts: dict[int, Module] = {}
 
         @functools.wraps(function)
         def replayed() -> Result:
-            nonlocal draws, parts
-            if ends and draws is None:
-                draws = _differ(*ends)
-            if draws is False and not any(len(part._buffers) for part in parts.values()):
-                with self._without_hooks():
-                    return function()
-            with preserved_buffers(self._check) as guard:
+            nonlocal draws
+            with preserved_buffers(self._check):
                 if not ends:
                     start = _random_states()
                     result = function()
                     ends.extend([start, _random_states()])
-                    parts = guard._parts
                     return result
+                if draws is None:
+                    draws = _differ(*ends)
                 if not draws:
                     return function()
                 present = _random_states()
@@ -196,19 +197,6 @@ class preserved_state(preserved_buffers):
                     _restore(present)
 
         return replayed
-
-    @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        """Takes the hooks away, unless another guard needs them."""
-        with _lock:
-            if alone := _active == [self]:
-                _remove_hooks()
-        try:
-            yield
-        finally:
-            if alone:
-                with _lock:
-                    _register_hooks()
 
 
 _without_transforms: Any = getattr(torch._C, "_DisableFuncTorch", None)
@@ -261,13 +249,19 @@ class _OfThread(threading.local):
 
 _present = _OfThread()
 _active: list[preserved_buffers] = []  # those of all threads
-_hooks: list[Any] = []
+_hooks: list[Any] = []  # that before a module, and that after it
 _lock = threading.RLock()  # for these two, torch's own lists of hooks, and buffers while they are exchanged
 
 
 def _register_hooks() -> None:
     if not _hooks:
         _hooks.append(register_module_forward_pre_hook(_before))
+
+
+def _register_hook_after() -> None:
+    """Makes calls end with `_after`, those under way too. It takes a third of what the hooks take, so it is there only
+    once a module with buffers was called."""
+    if len(_hooks) == 1:
         _hooks.append(register_module_forward_hook(_after, always_call=True))
 
 

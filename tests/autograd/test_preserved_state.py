@@ -320,16 +320,35 @@ def test_a_function_that_failed_at_first_is_replayed_from_the_call_that_did_not(
 @pytest.mark.parametrize(
     "extra", [[], [torch.nn.BatchNorm1d(3)], [torch.nn.Dropout()]], ids=["plain", "buffers", "draws"]
 )
-def test_modules_are_seen_in_every_call_only_where_there_is_something_to_preserve(extra):
+def test_modules_are_checked_in_every_call(extra):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), *extra)
     calls = []
     with preserved_state(check=lambda module: calls.append(module)) as guard:
         replayed = guard.replay(lambda: net(torch.ones(2, 3)))
         results = [replayed() for _ in range(3)]
-        assert len(calls) == (3 if extra else 1) * (2 + len(extra))
-        net(torch.ones(2, 3))  # what is called elsewhere is seen in any case
-    assert len(calls) == (4 if extra else 2) * (2 + len(extra))
+    assert len(calls) == 3 * (2 + len(extra))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["another module", "a new part"])
+def test_a_module_that_is_called_in_a_later_call_alone_is_preserved(inside):
+    plain, norm = torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.BatchNorm1d(3)
+    nets = [plain, plain, norm, plain]
+    before = norm.running_mean.clone()
+
+    def call():
+        net = nets.pop(0)
+        if inside and net is norm:
+            plain.append(norm)
+            return plain(torch.ones(2, 3))
+        return net(torch.ones(2, 3))
+
+    with preserved_state() as guard:
+        replayed = guard.replay(call)
+        for _ in range(4):
+            replayed()
+    assert torch.equal(norm.running_mean, before)
+    assert norm.num_batches_tracked == 0
 
 
 def test_a_buffer_that_the_first_call_makes_is_preserved_in_the_next(net):

@@ -70,6 +70,9 @@ NAMES = {
     "_get_current_graph_task_keep_graph": Name(
         "the recorded inner gradient is freed as saved tensors are", "it goes with its node"
     ),
+    "_current_graph_task_id": Name(
+        "batched passes within a backward pass", "the engine goes through vectors one by one, from the same answers"
+    ),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
 }
 # Names without which nothing works, or that lead to those above.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import auxfast
-from auxfast.autograd.engine import vjp
+from auxfast.autograd.engine import in_own_task, vjp
 from auxfast.autograd.pullback import Pullback
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.losses import LossGraph
@@ -45,6 +45,38 @@ def check(pullback: Pullback, outputs: list[Tensor], inputs: list[Tensor], vecto
     vectors = vectors_like(outputs) if vectors is None else vectors
     expected = one_by_one(outputs, inputs, vectors)
     torch.testing.assert_close([*pullback.batched(vectors)], expected, equal_nan=True)
+
+
+def test_few_vectors_go_in_a_batch_once_a_batch_was_confirmed():
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs, symmetric=True)
+    for k, batched in ((3, 0), (8, 8), (3, 11), (2, 11)):
+        check(pullback, outputs, inputs, vectors_like(outputs, k))
+        assert pullback.num_batched == batched
+    alone = Pullback(outputs, inputs)  # where each batch costs a product of the engine
+    check(alone, outputs, inputs)
+    check(alone, outputs, inputs, vectors_like(outputs, 3))
+    assert alone.num_batched == 8
+
+
+def test_batches_within_a_backward_pass_have_a_pass_of_their_own():
+    outputs, inputs = Net().gradient()
+    pullback = Pullback(outputs, inputs)
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: in_own_task(lambda: check(pullback, outputs, inputs)))
+    y.sum().backward()
+    assert pullback.num_batched == K
+    assert x.grad.tolist() == [2.0, 2.0]
+
+    def fail() -> None:
+        raise KeyError("its own")
+
+    y = x * 2
+    y.register_hook(lambda grad: in_own_task(fail))
+    with pytest.raises(KeyError, match="its own"):
+        y.sum().backward()
+    assert in_own_task(lambda: 3) == 3
 
 
 class Net(nn.Module):
