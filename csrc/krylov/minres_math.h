@@ -11,8 +11,8 @@
 // u_old.u' would be 0 but for v_old . H v - v . H v_old: it says by how much products contradict symmetry.
 //
 // The Lanczos vectors are stored as T, but updated in float64: their orthogonality lasts longer. w and x are stored as
-// float64 too. Rounding in w grows with the square of the condition number (Sleijpen, van der Vorst & Modersitzki 2000):
-// in float32 the solution would be lost from a condition number of 1e4 on.
+// float64 too. Rounding in w grows with the square of the condition number (Sleijpen, van der Vorst and Modersitzki
+// 2000): in float32 the solution would be lost from a condition number of 1e4 on.
 //
 // r is b - H x whatever is left of orthogonality: of phibar, which claims to be its norm, that is not true.
 // clang-format on

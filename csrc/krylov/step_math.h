@@ -7,8 +7,8 @@
 //   at<V>(i, sums)               updates the elements from i on, one (V = T) or as many as a SIMD vector has (V =
 //                                Vec<T>), and adds their shares to two sums
 //   static finish(work, row, sums)   goes on with the row's numbers; it is called for rows that were left alone too
-// Vectors are updated in the arithmetic that they are stored in, unless a pass says otherwise, with coefficients rounded
-// to it: so x and r take the same step. Sums and scalars are float64.
+// Vectors are updated in the arithmetic that they are stored in, unless a pass says otherwise, with coefficients that
+// are rounded to it: so x and r take the same step. Sums and scalars are float64.
 #pragma once
 
 #include <cmath>
