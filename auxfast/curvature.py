@@ -10,10 +10,11 @@ from typing import ClassVar, overload
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.curvature import in_dtypes_of
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.losses import Loss, LossGraph, as_loss_fns, check_call
@@ -85,7 +86,10 @@ class Hessian:
         self.device = self.params[0].device
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """`H v` for one tensor like each of `params`. This is what makes it a solver's matvec; it checks nothing."""
+        """`H v` for one tensor like each of `params`. This is what makes it a solver's matvec; it checks their number
+        alone."""
+        if len(vectors) != len(self.params):
+            self._check_list("vectors", vectors, batched=False)
         return self._product(self._curvature, vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +110,7 @@ class Hessian:
             vector: a tensor like each of `params`, in a list; or all flat, (n,).
 
         Raises:
-            ValueError: it is of other shapes.
+            ValueError: it is of other shapes. TypeError: it is of no floating dtype.
         """
         if isinstance(vector, Tensor):
             self._check_flat("vector", vector, (self.shape[0],))
@@ -128,7 +132,7 @@ class Hessian:
                 `params` with one more axis of size k in front. All of H is `matmat(torch.eye(n))`.
 
         Raises:
-            ValueError: they are of other shapes.
+            ValueError: they are of other shapes. TypeError: they are of no floating dtype.
         """
         if isinstance(vectors, Tensor):
             self._check_flat("vectors", vectors, (self.shape[0], vectors.shape[-1] if vectors.dim() else 0))
@@ -146,9 +150,8 @@ class Hessian:
     def _product(self, product: Callable[[Sequence[Tensor]], list[Tensor]], vectors: Sequence[Tensor]) -> list[Tensor]:
         chosen = in_dtypes_of(self._curvature.params, list(compress(vectors, self._in_system)))
         with torch.no_grad():
-            terms = iter(product(chosen) if chosen else ())
-            pairs = zip(vectors, self._in_system, strict=True)
-            return [next(terms).to(v.dtype) if inside else torch.zeros_like(v) for v, inside in pairs]
+            terms = zeros_for_none(spread(product(chosen) if chosen else (), self._in_system), vectors)
+            return [term.to(v.dtype) for term, v in zip(terms, vectors, strict=True)]
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         """(..., n) -> tensors like `params`, with the axes in front"""
@@ -156,6 +159,7 @@ class Hessian:
         return [part.reshape(*flat.shape[:-1], *w.shape) for part, w in zip(parts, self.params, strict=True)]
 
     def _check_flat(self, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        self._check_dtype(name, given)
         if given.shape != shape:
             wanted = f"({shape[0]}, k)" if len(shape) > 1 else f"({shape[0]},)"
             raise ValueError(
@@ -163,13 +167,21 @@ class Hessian:
             )
 
     def _check_list(self, name: str, given: Sequence[Tensor], batched: bool) -> None:
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} must be a tensor, or a list of tensors like params, not a {type(given).__name__}")
         if len(given) != len(self.params):
             raise ValueError(f"{name} must be one tensor for each of the {len(self.params)} params, not {len(given)}")
         lead = given[0].shape[:1] if batched else torch.Size()
         for i, (tensor, w) in enumerate(zip(given, self.params, strict=True)):
+            self._check_dtype(f"{name}[{i}]", tensor)
             if tensor.shape != lead + w.shape or len(lead) != batched:
                 wanted = f"(k, {', '.join(map(str, w.shape))})" if batched else f"{tuple(w.shape)}"
                 raise ValueError(f"{name}[{i}] must be of shape {wanted}, as params[{i}], not {tuple(tensor.shape)}")
+
+    @staticmethod
+    def _check_dtype(name: str, given: Tensor) -> None:
+        if not given.is_floating_point():  # the product would be rounded to integers
+            raise TypeError(f"{name} must be of a floating dtype, not {given.dtype}")
 
 
 class GaussNewton(Hessian):

@@ -139,6 +139,14 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             matrix.matvec(vector)
+    with pytest.raises(TypeError, match="vector must be a tensor, or a list of tensors like params, not a ndarray"):
+        matrix.matvec(torch.ones(n).numpy())
+    for rhs, error, message in (
+        (torch.ones(n), TypeError, r"rhs must be a list of tensors, like parameters, and not a tensor: pass \[rhs\]"),
+        ([torch.ones(n)], ValueError, "vectors must be one tensor for each of the 6 params, not 1"),
+    ):
+        with pytest.raises(error, match=message):
+            auxfast.solvers.MINRES().solve(matrix, rhs)
     for vectors, message in (
         (torch.ones(n), rf"vectors must be of shape \({n}, k\)"),
         (torch.ones(()), rf"vectors must be of shape \({n}, k\)"),
@@ -155,6 +163,10 @@ def test_what_is_refused():
         Hessian(loss, [torch.ones(2)])
     with pytest.raises(ValueError, match=r"params\[1\] is the same tensor"):
         Hessian(loss, [case.linear, case.linear])
+    with pytest.raises(TypeError, match=r"vector must be of a floating dtype, not torch.int64"):
+        Hessian(loss, case.params).matvec(torch.ones(n, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"vectors\[0\] must be of a floating dtype, not torch.int64"):
+        Hessian(loss, case.params).matmat([torch.ones(2, *w.shape, dtype=torch.long) for w in case.params])
     with pytest.raises(ValueError, match="loss must not be FreshBatches"):
         Hessian(auxfast.FreshBatches(lambda rows: case.loss(rows)[0], [slice(0, 5)]), case.params)
     with pytest.raises(TypeError, match="loss must be a tensor, a function"):

@@ -287,11 +287,13 @@ def result_of(edge: Edge) -> tuple[torch.Size, torch.dtype] | None:
 
 def summands(edge: Edge) -> list[Edge]:
     """The edges of the terms, where the result at `edge` is a plain sum, or a sum of such; else this edge alone.
-    Constants are left out."""
-    terms, pending = [], [edge]
+    Constants are left out. A sum that occurs again is a term: sums of sums may have 2^depth of them."""
+    terms, pending, seen = [], [edge], set()
     while pending:
         edge = pending.pop()
-        if type(edge[0]).__name__ == "AddBackward0" and getattr(edge[0], "_saved_alpha", None) == 1:
+        is_sum = type(edge[0]).__name__ == "AddBackward0" and getattr(edge[0], "_saved_alpha", None) == 1
+        if is_sum and edge not in seen:
+            seen.add(edge)
             pending += [part for part in edge[0].next_functions if part[0] is not None]
         else:
             terms.append(edge)
@@ -521,9 +523,7 @@ def _log_softmax(node: Any, targets: Targets, source: Accumulator) -> Backward:
         return _one_by_one(node, targets, source)
     (axis,) = _from_the_end([node._saved_dim], y.shape)
     softmax = y.detach().exp()
-    return lambda grad: targets[0].add(
-        torch.addcmul(grad, softmax, grad.sum(axis, keepdim=True), value=-1), owned=True
-    )
+    return lambda grad: targets[0].add(torch.addcmul(grad, softmax, grad.sum(axis, keepdim=True), value=-1), owned=True)
 
 
 @_register("LogSoftmaxBackwardDataBackward0")

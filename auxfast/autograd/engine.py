@@ -81,6 +81,12 @@ def keeps_graph() -> bool:
     return _keeps_graph is None or _keeps_graph()
 
 
+def spread(tensors: Iterable[Tensor | None], places: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `itertools.compress`: the next of `tensors` at each place that is true, `None` at the others."""
+    rest = iter(tensors)
+    return [next(rest) if place else None for place in places]
+
+
 def zeros_for_none(gradients: Iterable[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     """`gradients`, with zeros of the shapes in `like` where there is `None`."""
     return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(gradients, like, strict=True)]

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from auxfast.autograd.engine import vjp
 from auxfast.autograd.graph import function_class, functions_of
 
 
@@ -19,6 +21,14 @@ def has_hook(tensor: Tensor) -> bool:
     engine runs the hooks of every tensor of a graph, and the graph leads to few of its tensors: `HookDetector` finds
     hooks on the others."""
     return bool(getattr(tensor, "_backward_hooks", True)) or tensor.retains_grad
+
+
+def through_hooks(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """What the hooks on the tensor, which requires gradients, make of a gradient in it."""
+    with torch.enable_grad():
+        alias = tensor.view_as(tensor)
+    (result,) = vjp([alias], [tensor], [gradient], retain_graph=False)
+    return gradient if result is None else result
 
 
 # Python that torch itself runs for a few operators, such as sums with tensors that it knows to be zero.

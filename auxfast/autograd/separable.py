@@ -4,7 +4,7 @@ a diagonal, and a product with it one operation, where autograd runs a handful o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge
 
 from auxfast.autograd.batched_backward import Edge, edge_to, result_of, summands
 from auxfast.autograd.engine import Output, run_engine
-from auxfast.autograd.graph import graph_from
 from auxfast.autograd.hooks import HookDetector, has_hook
 
 # Nodes whose results are made entry by entry. Where no others lie between a result and the parameter that it depends
@@ -89,44 +88,66 @@ def _diagonals(parts: Sequence[tuple[int, int, GradientEdge]], inputs: Sequence[
     return [Diagonal(i, place, entries) for (place, i), entries in pairs if entries is not None]
 
 
+_NOTHING, _MORE = -1, -2
+"""What is not one input: none of them, and several, or one in another way than entry by entry."""
+
+
 class _Inputs:
-    """The inputs, as nodes and edges of a graph."""
+    """The inputs, and which of them the nodes of a graph depend on. Terms share most of their graphs, so each node is
+    visited once for all of them."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = inputs
         self._leaves = {id(tensor): i for i, tensor in enumerate(inputs) if tensor.grad_fn is None}
         self._results = {edge_to(tensor): i for i, tensor in enumerate(inputs) if tensor.grad_fn is not None}
-        self._nodes = {node for node, _ in self._results}
+        self._known: dict[Any, int] = {}
 
     def only_input(self, edge: Edge, output: Tensor) -> int | None:
         """Index of the one input that the result at `edge`, a term of `output`, depends on, and that entry by entry;
         `None` where it is not so, or not seen to be."""
         if type(edge[0]).__name__ not in _ELEMENTWISE:
             return None
-        places: set[int] = set()
-        pending, others = [edge[0]], []
-        for node in pending:  # the list grows while the loop runs
-            if type(node).__name__ not in _ELEMENTWISE:
-                others.append(node)
-                continue
-            for following in node.next_functions:
-                place = self._place(following)
-                if place is not None:
-                    places.add(place)
-                elif following[0] is not None and following[0] not in pending:
-                    pending.append(following[0])
-        if len(places) != 1:
+        if edge[0] not in self._known:
+            self._visit(edge[0])
+        place = self._known[edge[0]]
+        if place in (_NOTHING, _MORE):
             return None
-        (place,) = places
         like = self._inputs[place]
         is_like = (output.shape, output.dtype) == (like.shape, like.dtype) == result_of(edge)
-        return place if is_like and not self._are_reached(others) else None
+        return place if is_like else None
+
+    def _visit(self, start: Any) -> None:
+        """Finds what `start` depends on, depth first, up to the first node that tells that it is `_MORE`."""
+        self._known[start] = _NOTHING
+        path = [(start, iter(start.next_functions))]  # from `start` on, each node depends on the next
+        while path:
+            node, edges = path[-1]
+            for edge in edges:
+                place = self._place(edge)
+                if place is None:
+                    if edge[0] not in self._known:
+                        self._known[edge[0]] = _NOTHING
+                        path.append((edge[0], iter(edge[0].next_functions)))
+                        break
+                    place = self._known[edge[0]]
+                self._note(node, place)
+            else:
+                path.pop()
+                if path:
+                    self._note(path[-1][0], self._known[node])
+            if self._known[node] == _MORE:
+                self._known.update((above, _MORE) for above, _ in path)
+                return
+
+    def _note(self, node: Any, place: int) -> None:
+        """Adds what an edge of `node` leads to."""
+        if place != _NOTHING and self._known[node] != place:
+            alone = type(node).__name__ in _ELEMENTWISE and self._known[node] == _NOTHING
+            self._known[node] = place if alone else _MORE
 
     def _place(self, edge: Edge) -> int | None:
+        """Index of the input at the edge; `_NOTHING` where the edge leads nowhere, `None` where a node is."""
+        if edge[0] is None:
+            return _NOTHING
         leaf = self._leaves.get(id(getattr(edge[0], "variable", None)))
         return self._results.get(edge) if leaf is None else leaf
-
-    def _are_reached(self, nodes: Sequence[object]) -> bool:
-        return any(
-            node in self._nodes or id(getattr(node, "variable", None)) in self._leaves for node in graph_from(nodes)
-        )

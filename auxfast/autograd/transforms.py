@@ -41,6 +41,11 @@ def in_transform_of_torch_func() -> bool:
     return _transforms_active is not None and _transforms_active()
 
 
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward-mode AD, outside of torch.func, follows one of the tensors."""
+    return in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 def in_batch(gradient: Tensor) -> bool:
     """Whether a backward pass runs for several gradients at once: in a transform of torch.func, or because
     `torch.autograd.grad` was called with `is_grads_batched=True`."""

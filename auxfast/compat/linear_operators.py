@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from auxfast.solvers.base import is_symmetric
+
 
 class ParameterOperator(Protocol):
     """A symmetric operator that knows its parameters, such as `auxfast.curvature.Hessian`; see also
@@ -29,7 +31,7 @@ class ParameterOperator(Protocol):
 
 @dataclass(frozen=True)
 class _FromCurvlinops:
-    """See `solvers.LinearOperator`. There a batch is the last axis, here it is the first one."""
+    """Products of an operator of curvlinops, for which the axis of a batch is the last one, not the first."""
 
     operator: Any
 
@@ -43,7 +45,7 @@ class _FromCurvlinops:
 
 @dataclass(frozen=True)
 class _FromScipy:
-    """See `solvers.LinearOperator`."""
+    """Products of an operator of SciPy."""
 
     operator: Any
 
@@ -54,8 +56,8 @@ class _FromScipy:
         columns = _rows(vectors).T.cpu()  # (n, k)
         if columns.dtype not in (torch.float32, torch.float64):
             columns = columns.float()  # NumPy has no bfloat16
-        rows = torch.as_tensor(self.operator.matmat(columns.numpy())).T.to(vectors[0])
-        parts = rows.split([v[0].numel() for v in vectors], dim=1)
+        rows = _real("operator", self.operator.matmat(columns.numpy())).T.to(vectors[0])
+        parts = rows.split([v.shape[1:].numel() for v in vectors], dim=1)
         return [part.reshape(v.shape) for part, v in zip(parts, vectors, strict=True)]
 
 
@@ -96,7 +98,7 @@ def to_curvlinops(operator: ParameterOperator) -> Any:
         operator: such as `auxfast.curvature.Hessian(loss, params)`.
 
     Raises:
-        TypeError: `operator` has no `params` or no `batched`.
+        TypeError: `operator` has no `params` or no `batched`, or says that it is not symmetric.
         ModuleNotFoundError: curvlinops is not installed.
     """
     params = _params_of(operator)
@@ -121,15 +123,15 @@ def to_scipy(operator: ParameterOperator) -> Any:
         operator: such as `auxfast.curvature.Hessian(loss, params)`.
 
     Raises:
-        TypeError: `operator` has no `params` or no `batched`.
+        TypeError: `operator` has no `params` or no `batched`, or says that it is not symmetric.
         ModuleNotFoundError: SciPy is not installed.
     """
     params = _params_of(operator)
     sizes = [w.numel() for w in params]
 
     def matmat(columns: Any) -> Any:
-        rows = torch.as_tensor(columns).T.to(params[0].device, dtype)  # (k, n)
-        parts = [part.reshape(-1, *w.shape) for part, w in zip(rows.split(sizes, dim=1), params, strict=True)]
+        rows = _real("the vector", columns).T.to(params[0].device, dtype)  # (k, n)
+        parts = [part.reshape(len(rows), *w.shape) for part, w in zip(rows.split(sizes, dim=1), params, strict=True)]
         return _rows(operator.batched(parts)).T.to("cpu", numpys.dtype).numpy()
 
     def matvec(vector: Any) -> Any:
@@ -154,7 +156,14 @@ def _widest_dtype(params: Sequence[Tensor]) -> torch.dtype:
 
 def _rows(vectors: Sequence[Tensor]) -> Tensor:
     """The k vectors of tensors (k, ...) as rows (k, n)."""
-    return torch.cat([v.detach().reshape(len(v), -1) for v in vectors], dim=1)
+    return torch.cat([v.detach().reshape(len(v), v.shape[1:].numel()) for v in vectors], dim=1)
+
+
+def _real(name: str, array: Any) -> Tensor:
+    tensor = torch.as_tensor(array)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, not {tensor.dtype}: take its real and imaginary parts one by one")
+    return tensor
 
 
 def _params_of(operator: Any) -> list[Tensor]:
@@ -163,6 +172,8 @@ def _params_of(operator: Any) -> list[Tensor]:
             "operator must have `params` and `batched`, as auxfast.curvature.Hessian has, and a "
             f"{type(operator).__name__} has not"
         )
+    if not is_symmetric(operator):
+        raise TypeError(f"operator must be symmetric, for it stands for its transpose too, not {operator!r:.60}")
     return list(operator.params)
 
 

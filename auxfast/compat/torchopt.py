@@ -56,7 +56,7 @@ class LinearSolve:
             return self(lambda v: (matvec(v[0]),), (b,))[0]
         if not isinstance(b, (tuple, list)) or not all(isinstance(part, Tensor) for part in b):
             raise TypeError(f"b must be a tensor, or a tuple or list of tensors, not {b!r:.60}")
-        kind = type(b)
+        kind: Any = getattr(type(b), "_make", type(b))  # a named tuple takes its entries one by one
 
         def listed(vectors: Sequence[Tensor]) -> list[Tensor]:
             return list(matvec(kind(vectors)))

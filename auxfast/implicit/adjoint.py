@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from auxfast.implicit.advice import found_nothing, no_more_than_identity, problem_of, warn_of
-from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
-from auxfast.implicit.central_difference import quotient
-from auxfast.implicit.curvature import (
-    Curvature,
-    GaussNewton,
-    Hessian,
-    in_widest_dtype,
-    on_one_dtype,
-)
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
+from auxfast.implicit.central_difference import norm_of, quotient
+from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
+from auxfast.implicit.derivatives import LossDerivatives
 from auxfast.implicit.finite import check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, Masks, project
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.kinks import is_at_kink
-from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.losses import CheckedLoss
 from auxfast.implicit.one_step import StepDerivatives
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 from auxfast.solvers.known_solution import KnownSolution
 
-CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
-Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
-Derivatives = Recorded | TransposedJacobian
-_RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
+Derivatives = LossDerivatives | StepDerivatives | TransposedJacobian
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Adjoint:
             slope: `v -> <v, g>`, where g is the gradient of the inner loss.
         """
         b, x = self.hardest()
-        return quotient(abs(float(slope(x))), length_of(b))
+        return quotient(abs(float(slope(x))), norm_of(b))
 
     def check_finite(self) -> None:
         """Raises NotFiniteError where something in here is not finite, and names it."""
@@ -85,8 +75,8 @@ class Adjoint:
 
 
 def solve_adjoint(
-    derivatives: Derivatives | StepDerivatives,
-    inner: LossGraph | list[LossFn] | None,
+    derivatives: Derivatives,
+    inner: CheckedLoss | None,
     outer_gradient: Sequence[Tensor | None],
     inner_params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
@@ -137,13 +127,6 @@ def solve_adjoint(
     return Adjoint(mixed, b, solution, stats, problem, direct_only, batched)
 
 
-@torch.no_grad()
-def length_of(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of all elements together, in fewer operations than `norm_of` and not beyond the range of their
-    dtype."""
-    return math.hypot(*map(float, torch._foreach_norm(list(tensors))))
-
-
 def operator_of(derivatives: Curvature, masks: Masks | None) -> Curvature:
     """H, for vectors of one dtype; of the free entries alone where there are masks."""
     product = on_one_dtype(derivatives)
@@ -160,7 +143,7 @@ def hardest(tensors: Sequence[Tensor], stats: SolveStats, batched: bool) -> Sequ
 
 
 def _mixed_of_rows(
-    derivatives: Derivatives | StepDerivatives,
+    derivatives: Derivatives,
     product: Curvature,
     solutions: Sequence[Tensor],
     outer_params: Sequence[Tensor],
@@ -192,37 +175,3 @@ def solve_system(
     except ValueError:
         check_finite("The gradients of outer_loss in inner_params", rhs)
         raise
-
-
-def check_curvature(curvature: str) -> None:
-    """Raises ValueError where `curvature` is none that there is."""
-    names = [*_RECORDED, "finite-difference"]
-    if curvature not in names:
-        raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
-
-
-def derivatives_of(
-    name: str,
-    inner: LossGraph | list[LossFn],
-    params: Sequence[Tensor],
-    outer_params: Sequence[Tensor],
-    retain_graph: bool,
-) -> Recorded:
-    if isinstance(inner, LossGraph):
-        return _RECORDED[name](inner, params, retain_graph)
-    if any(loss_fn.is_fresh for loss_fn in inner):
-        if name == "finite-difference":
-            raise ValueError(
-                "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
-            )
-        return FreshCurvature(_recorder(_RECORDED[name], inner[0]), params)
-    if name == "finite-difference":
-        return FiniteDifference(inner, params, outer_params)
-    if len(inner) == 1:
-        return _RECORDED[name](inner[0](), params, retain_graph)
-    records = [_recorder(_RECORDED[name], loss_fn) for loss_fn in inner]
-    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
-
-
-def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
-    return lambda params: kind(loss_fn(), params)

@@ -46,7 +46,7 @@ _TEXTS = {
     ),
     "no solution": (
         f"The solver has found nothing better than x = 0, whose residual is 1, {_DIRECT_ALONE}. See "
-        "result.stats.stop_reason; damping makes a system easier to solve."
+        "stats.stop_reason; damping makes a system easier to solve."
     ),
     **{reason.value: reason.advice for reason in StopReason},
     "disagreement": (
@@ -75,7 +75,12 @@ _TEXTS = {
     "no root": (
         "The parameters are not at a root: along the outer loss's gradient a Newton step would move them by more than "
         "a tenth of their length, and what is computed is the derivative of something else. Solve function() = 0 "
-        "further before implicit_root."
+        "further before implicit_root; of a fixed-point map f, function is f(W) - W."
+    ),
+    "not solved": (
+        "The linear system of implicit_root is not solved to the solver's tol; on_solve is told its residual. Is "
+        "function the F of F(W) = 0? Of a fixed-point map f pass f(W) - W. Else allow more steps, GMRES a larger "
+        "restart, or take Dense() for few parameters; tol=None says that the number of steps is meant."
     ),
     "singular": (
         "The Jacobian of function in params is singular, or nearly so: the root is not isolated, or the residual "
@@ -87,13 +92,13 @@ _TEXTS = {
     ),
     "identity": _IDENTITY,
     "flow": (
-        "GradientFlow's estimate of its own relative error, result.stats.residual, is above its tol. Allow more steps, "
-        "or set a larger tol; tol=None says that the number of steps is meant. Where result.stats.stop_reason is "
+        "GradientFlow's estimate of its own relative error, stats.residual, is above its tol. Allow more steps, "
+        "or set a larger tol; tol=None says that the number of steps is meant. Where stats.stop_reason is "
         "'stagnated', rounding is what limits it: take parameters of float64."
     ),
     "edge of stability": (
         "The inner training is at the edge of stability: its learning rate times the largest eigenvalue of the inner "
-        "Hessian (result.stats.largest_eigenvalue) is 2 or nearly so. Descent goes to and fro along that direction, "
+        "Hessian (stats.largest_eigenvalue) is 2 or nearly so. Descent goes to and fro along that direction, "
         "and no hypergradient says reliably where a change of the outer parameters would lead. Lower the inner "
         "learning rate, or the weights of the losses."
     ),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import zeros_for_none
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.losses import add, times
 from auxfast.solvers import Neumann
@@ -120,5 +120,5 @@ class FreshCurvature:
 
     def _of_next(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
         curvature = self._record(self.params)
-        terms = iter(product(curvature, list(compress(vectors, curvature.in_system))))
-        return zeros_for_none([next(terms) if is_in else None for is_in in curvature.in_system], vectors)
+        terms = product(curvature, list(compress(vectors, curvature.in_system)))
+        return zeros_for_none(spread(terms, curvature.in_system), vectors)

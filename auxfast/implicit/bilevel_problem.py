@@ -10,9 +10,9 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.implicit.curvature import Curvature, in_widest_dtype, on_one_dtype
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.free_entries import FreeCurvature, project
 from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.losses import Loss, LossFn, mean_gradient, mean_loss, mean_loss_and_gradient
@@ -49,6 +49,11 @@ class BilevelProblem:
     def eps(self) -> float:
         """The coarsest machine precision of the inner parameters."""
         return coarsest_eps(self.inner)
+
+    @property
+    def exact_curvature(self) -> CurvatureName:
+        """The curvature that stands for the Hessian, whichever is verified."""
+        return "finite-difference" if self.curvature == "finite-difference" else "hessian"
 
     def derivatives(self, directions: Tensor, solver: Solver) -> tuple[Tensor, SolveStats]:
         """Hypergradient along the directions: (m, n) -> (m,)."""
@@ -100,15 +105,12 @@ class BilevelProblem:
         return product
 
     def _operator(self) -> Curvature:
-        name: CurvatureName = "finite-difference" if self.curvature == "finite-difference" else "hessian"
-        derivatives = derivatives_of(name, self.inner_fns, self.inner, (), retain_graph=False)
+        derivatives = derivatives_of(self.exact_curvature, self.inner_fns, self.inner, (), retain_graph=False)
         return FreeCurvature(on_one_dtype(derivatives), self.masks)
 
     def _of_all(self, tensors: Sequence[Tensor], operator: Curvature) -> list[Tensor]:
         """One tensor for each of `inner`: those of parameters in the system, and zeros for the others."""
-        given = iter(tensors)
-        pairs = zip(self.inner, operator.in_system, strict=True)
-        return [next(given) if inside else torch.zeros_like(w) for w, inside in pairs]
+        return zeros_for_none(spread(tensors, operator.in_system), self.inner)
 
     def outer_solution(self) -> list[Tensor]:
         """`H^-1 d outer / d W`, by a solver that is not the one to verify."""

@@ -130,14 +130,18 @@ def norm_of(tensors: Sequence[Tensor | None]) -> float:
     return math.hypot(*norms_of([t for t in tensors if t is not None]))
 
 
+@torch.no_grad()
 def norms_of(tensors: Sequence[Tensor]) -> list[float]:
-    """Euclidean norms, brought to the first one's device to wait for all at once. Squares that may leave the range of
-    float32 are added in float64, which takes longer."""
+    """Euclidean norms, brought to one device to wait for all at once. Squares that may leave the range of their dtype
+    are added in float64, which takes longer."""
+    if not tensors:
+        return []
+    kinds = {(t.dtype, t.device) for t in tensors}
 
-    def norms(at_least: torch.dtype) -> list[float]:
-        dtypes = [torch.promote_types(t.dtype, at_least) for t in tensors]
-        found = [torch.linalg.vector_norm(t.detach(), dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-        return torch.stack([norm.to(found[0]) for norm in found]).tolist() if found else []
+    def norms(dtype: torch.dtype | None) -> list[float]:
+        found = torch._foreach_norm(list(tensors), 2, dtype)
+        return torch.stack(found if len(kinds) == 1 else [norm.to(found[0]) for norm in found]).tolist()
 
-    found = norms(torch.float32)
+    narrow = any(dtype.itemsize < 4 for dtype, _ in kinds)
+    found = norms(torch.float64 if narrow else None)
     return found if all(1e-15 < norm < 1e15 for norm in found) else norms(torch.float64)

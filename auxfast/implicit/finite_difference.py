@@ -10,6 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread
 from auxfast.implicit.central_difference import (
     Block,
     Difference,
@@ -340,9 +341,7 @@ class FiniteDifference:
             for loss_fn in self._loss_fns:
                 hessian = Hessian(loss_fn(), self.params)
                 chosen = list(compress(vectors, hessian.in_system))
-                terms = iter(hessian(chosen))
-                of_all = [next(terms) if is_in else None for is_in in hessian.in_system]
-                product = add(product, times(loss_fn.share, of_all))
+                product = add(product, times(loss_fn.share, spread(hessian(chosen), hessian.in_system)))
                 mixed = add(mixed, times(loss_fn.share, hessian.mixed(chosen, outer_params)))
                 del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter

@@ -10,14 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of, solve_adjoint
+from auxfast.implicit.adjoint import solve_adjoint
 from auxfast.implicit.advice import missing_dependence
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_call, check_connected, mean_gradient
+from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_call, check_connected, mean_gradient
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
@@ -161,17 +163,16 @@ def hypergradient(
         check_finite("The hypergradients", grads)
     if warn:
         adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
-    total = iter(grads)
     return HypergradientResult(
-        tuple(next(total) if phi.requires_grad else torch.zeros_like(phi) for phi in params.outer),
+        tuple(zeros_for_none(spread(grads, [phi.requires_grad for phi in params.outer]), params.outer)),
         adjoint.stats,
         adjoint.direct_only,
     )
 
 
 def _outer_gradient(
-    outer: LossGraph | list[LossFn],
-    inner: LossGraph | list[LossFn],
+    outer: CheckedLoss,
+    inner: CheckedLoss,
     params: Sequence[Tensor],
     retain_graph: bool,
 ) -> list[Tensor | None]:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.engine import in_own_task, keeps_graph
-from auxfast.autograd.transforms import as_batch, in_transform_of_torch_func, outside_of_batch, rows_of_batch
-from auxfast.implicit.adjoint import Adjoint, Derivatives, length_of, solve_adjoint
+from auxfast.autograd.hooks import has_hook, through_hooks
+from auxfast.autograd.transforms import (
+    as_batch,
+    has_tangent,
+    in_transform_of_torch_func,
+    outside_of_batch,
+    rows_of_batch,
+)
+from auxfast.implicit.adjoint import Adjoint, Derivatives, solve_adjoint
+from auxfast.implicit.central_difference import norm_of
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
 from auxfast.implicit.jacobian import TransposedJacobian
-from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.losses import CheckedLoss
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 OnSolve = Callable[[SolveStats], object]
@@ -43,7 +53,7 @@ class ImplicitFunction:
 
     name: str
     derivatives: Derivatives
-    inner: LossGraph | list[LossFn] | None
+    inner: CheckedLoss | None
     params: Sequence[Tensor]
     outer_params: Sequence[Tensor]
     masks: Masks | None
@@ -60,6 +70,8 @@ class ImplicitFunction:
     def pull_back(self, cotangents: Sequence[Tensor | None], batched: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
         """`-(d F / d phi)^T x` for each of phi, zeros where it plays no part, and x with `(d F / d W)^T x =
         cotangents`. All tensors have one more axis in front where they are `batched`."""
+        if self._has_hooks():  # F has gone through them, as an outer loss of W itself would
+            cotangents = [self._hooked(w, c, batched) for w, c in zip(self.params, cotangents, strict=True)]
         adjoint = in_own_task(
             partial(
                 solve_adjoint,
@@ -88,6 +100,18 @@ class ImplicitFunction:
             self.on_solve(adjoint.stats)
         return gradients, adjoint.solution
 
+    def _has_hooks(self) -> bool:
+        return any(map(has_hook, self.params))
+
+    @staticmethod
+    def _hooked(param: Tensor, cotangent: Tensor | None, batched: bool) -> Tensor | None:
+        """The cotangent of `param` as the hooks on that make it."""
+        if cotangent is None or not has_hook(param):
+            return cotangent
+        if batched:
+            return torch.stack([through_hooks(param, row) for row in cotangent]) if len(cotangent) else cotangent
+        return through_hooks(param, cotangent)
+
     def problem_of(self, adjoint: Adjoint) -> str | None:
         """What to warn of before all that a solve tells; a key of the texts in `advice`."""
         raise NotImplementedError
@@ -96,7 +120,10 @@ class ImplicitFunction:
         """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False
-        return adjoint.distance(derivatives.slope) > _FAR * length_of(derivatives.params) > 0
+        length = norm_of(derivatives.params)
+        # Parameters that are all 0 have no scale: mostly nobody has trained them, and rounding is far below this.
+        limit = _FAR * length if length else math.sqrt(torch.finfo(adjoint.rhs[0].dtype).eps)
+        return adjoint.distance(derivatives.slope) > limit
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -122,11 +149,27 @@ class ImplicitFunction:
                 "create_graph=True): take a backward pass for each row"
             )
 
+    def refuse_transform(self) -> NoReturn:
+        self._refuse(
+            "has backward passes in one torch.func.vmap of first derivatives, and in no other transform of torch.func: "
+            "put all cotangents on one axis, or take torch.autograd.grad(..., is_grads_batched=True)"
+        )
+
     def refuse_third(self) -> None:
         if torch.is_grad_enabled():
             self._refuse(
                 "has first and second derivatives, and no third: leave create_graph out of the last backward pass"
             )
+
+
+def refuse_transforms(name: str, outer_params: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where forward-mode AD or a transform of torch.func would get zeros of what `name` returns."""
+    if in_transform_of_torch_func() or has_tangent(outer_params):
+        raise RuntimeError(
+            f"{name} cannot be used within a transform of torch.func (grad, jvp, vmap, ...) or forward-mode AD: its "
+            "results have backward passes alone. For a Jacobian take torch.autograd.functional.jacobian with "
+            "strategy='reverse-mode'"
+        )
 
 
 def values_of(params: Any) -> Any:
@@ -157,18 +200,24 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         tensors = _saved_tensors(ctx)
-        function: ImplicitFunction = ctx.function
-        if not keeps_graph():  # the recorded gradient goes as saved tensors go
+        gradients = _Solved._gradients(ctx.function, cotangents, tensors)
+        if not keeps_graph():  # the recorded gradient goes as saved tensors go, which an error leaves
             ctx.function = None
+        return None, *gradients
+
+    @staticmethod
+    def _gradients(
+        function: ImplicitFunction, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         if (rows := rows_of_batch(cotangents)) is not None:
             function.refuse_graph_of_batch()
             with outside_of_batch():
                 gradients, _ = function.pull_back(rows, True)
-            return None, *as_batch(gradients)
+            return as_batch(gradients)
         if torch.is_grad_enabled() or in_transform_of_torch_func():
-            results = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
-            return None, *results[: len(function.outer_params)]
-        return None, *function.pull_back(cotangents, False)[0]
+            results: tuple[Tensor, ...] = _PullBack.apply(function, *cotangents, *tensors)  # type: ignore[no-untyped-call]
+            return results[: len(function.outer_params)]
+        return function.pull_back(cotangents, False)[0]
 
 
 class _PullBack(torch.autograd.Function):
@@ -193,19 +242,35 @@ class _PullBack(torch.autograd.Function):
         function.refuse_third()
         num_outer = len(function.outer_params)
         solution = _saved_tensors(ctx)[2 * len(function.params) + num_outer :]
-        in_cotangents, in_params, in_outer = function.pull_back_twice(solution, cotangents[:num_outer])
-        return None, *in_cotangents, *in_params, *in_outer
+        if (rows := rows_of_batch(cotangents[:num_outer])) is not None:
+            with outside_of_batch():
+                return None, *_one_by_one(function, solution, rows)
+        if in_transform_of_torch_func():
+            function.refuse_transform()
+        return None, *chain(*function.pull_back_twice(solution, cotangents[:num_outer]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], function: ImplicitFunction, *tensors: Tensor | None) -> Any:
         """`torch.func.vmap` over cotangents: one batched solve."""
         function.refuse_graph_of_batch()
+        if in_transform_of_torch_func():  # around this one
+            function.refuse_transform()
         rows = [
             tensor if tensor is None or axis is None else tensor.movedim(axis, 0)
             for tensor, axis in zip(tensors[: len(function.params)], in_dims[1:], strict=False)
         ]
         gradients, solution = function.pull_back(rows, True)
         return (*gradients, *solution), (0,) * (len(gradients) + len(solution))
+
+
+def _one_by_one(
+    function: ImplicitFunction, solution: Sequence[Tensor], rows: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The results of `pull_back_twice` for each row of the batch `rows`, as batches."""
+    count = next(len(row) for row in rows if row is not None)
+    cotangents = ([None if row is None else row[i] for row in rows] for i in range(count))
+    found = [list(chain(*function.pull_back_twice(solution, each))) for each in cotangents]
+    return [None if column[0] is None else as_batch([torch.stack(column)])[0] for column in zip(*found, strict=True)]
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:

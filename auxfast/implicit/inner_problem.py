@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import check_curvature
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.derivatives import check_curvature
 from auxfast.implicit.free_entries import Free, Masks, free_masks
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns
+from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, as_loss_fns
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,12 @@ def given_params(inner_params: Iterable[Tensor], outer_params: Iterable[Tensor],
     inner, outer = as_tuple("inner_params", inner_params), as_tuple("outer_params", outer_params)
     check_independent(inner_params=inner, outer_params=outer)
     check_one_device("inner_params", inner)
-    masks = free_masks(free, inner)
     return GivenParams(
         inner,
         outer,
         [w for w in inner if w.requires_grad],
         [phi for phi in outer if phi.requires_grad],
-        None if free is None else masks,
+        None if free is None else free_masks(free, inner),
     )
 
 
@@ -62,7 +61,7 @@ def given_loss(
     guard: preserved_state | None,
     outputs: Tensor | Sequence[Tensor] | None = None,
     with_outputs: bool = False,
-) -> LossGraph | list[LossFn]:
+) -> CheckedLoss:
     """A loss with its graph, or functions that compute it anew and leave no trace.
 
     Args:

@@ -157,6 +157,10 @@ class LossFn:
         return self.compute()
 
 
+CheckedLoss = LossGraph | list[LossFn]
+"""A loss with its graph, or the functions that compute it anew."""
+
+
 def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
     """Functions that compute the loss of each micro-batch anew, without those of weight 0. `loss` is not a tensor;
     `replay` wraps each function of the user, but for fresh batches, which draw fresh random numbers too.
@@ -181,7 +185,7 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
 
     Raises:
         TypeError: `loss` is neither a function nor a sequence of functions or of such pairs.
-        ValueError: the sequence is empty.
+        ValueError: the sequence is empty, or holds `FreshBatches`.
     """
     given: Any = loss
     if callable(given):
@@ -193,6 +197,10 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
         )
     if not pairs:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
+    if any(isinstance(function, FreshBatches) for _, function in pairs):
+        raise ValueError(
+            f"{name} must not hold FreshBatches in a list, whose functions give the same loss in each call"
+        )
     return pairs
 
 
@@ -205,7 +213,7 @@ def _what(given: Any) -> str:
         return "list of tensors: combine them into one"
     kind = type(given).__name__
     if isinstance(given, Sequence) and any(isinstance(item, tuple) for item in given):
-        return f"{kind} of other pairs than (weight, function)"
+        return f"{kind} of pairs that are not (weight, function), a number and a function"
     if isinstance(given, Iterable) and not isinstance(given, (Sequence, Mapping)):
         return (
             f"{kind}. For batches of data pass auxfast.MicroBatches(loss_of_batch, batches), their mean, or "

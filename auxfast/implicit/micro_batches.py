@@ -52,7 +52,10 @@ class MicroBatches(Sequence[Weighted]):
             raise ValueError("batches is empty (an iterator that was used up before also is): pass the loader itself")
         if weights is None:
             weights = [_samples(kept[i], i) for i in range(len(kept))]
-        self._weights = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+        numbers: Any = weights.tolist() if isinstance(weights, Tensor) else weights
+        if not isinstance(numbers, Iterable):
+            raise TypeError(f"weights must be a list of one number for each batch, not {weights!r:.60}")
+        self._weights = list(numbers)
         if len(self._weights) != len(kept):
             raise ValueError(f"weights must be one for each of the {len(kept)} batches, not {len(self._weights)}")
         shares_of("weights", self._weights)

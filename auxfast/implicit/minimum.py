@@ -11,20 +11,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import in_own_task, vjp, zeros_for_none
+from auxfast.autograd.engine import in_own_task, spread, vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import (
-    Adjoint,
-    CurvatureName,
-    derivatives_of,
-    operator_of,
-    solve_system,
-)
+from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
 from auxfast.implicit.advice import found_nothing, problem_of, warn_of
 from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
-from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
+from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossGraph, check_call
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
@@ -127,8 +122,7 @@ def implicit_minimum(
             the graph.
         NotImplementedError: by the backward pass, where there is no second derivative, or a third is asked for.
     """
-    values = list(values_of(inner_params)) if isinstance(inner_params, Mapping) else inner_params
-    params = given_params(values, outer_params, free)
+    params = given_params(values_of(inner_params), outer_params, free)
     check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
     if isinstance(solver, KnownSolution) and solver.lookahead_lr:
@@ -139,6 +133,7 @@ def implicit_minimum(
         raise ValueError("inner_params have requires_grad=False, all of them: nothing would move with outer_params")
     if isinstance(inner_loss, Tensor):
         refuse_params("inner_params", params.active_inner)
+    refuse_transforms("implicit_minimum", params.outer)
     if not (torch.is_grad_enabled() and params.active_outer):
         solved: Sequence[Tensor] = [w.detach() for w in params.active_inner]
         return like_given(inner_params, params.inner, params.active_inner, solved)
@@ -171,7 +166,7 @@ class _Minimum(ImplicitFunction):
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """With `x = H^-1 b` and cotangents u, `<u, -M^T x>` for `M = d g / d phi` changes by
+        """See `ImplicitFunction`. With `x = H^-1 b`, cotangents u and `M = d g / d phi`, the change of `<u, -M^T x>` is
 
             -<db, s> + <x, dH s> - <x, dM u>,    s = H^-1 M u
 
@@ -185,9 +180,8 @@ class _Minimum(ImplicitFunction):
             mixed = vjp(g, self.outer_params, x, create_graph=True)  # type: ignore[arg-type]
             images = vjp(g, product.params, x, create_graph=True)  # type: ignore[arg-type]
             mixed_with_u = _dot(mixed, cotangents)
-        none = [None] * len(self.params), [None] * len(self.params), [None] * len(self.outer_params)
         if mixed_with_u is None:
-            return none
+            return [None] * len(self.params), [None] * len(self.params), [None] * len(self.outer_params)
         along = zeros_for_none(vjp([mixed_with_u], x, [torch.ones_like(mixed_with_u)]), x)
         s = self._solve(in_widest_dtype(along))
         with torch.enable_grad():
@@ -195,9 +189,8 @@ class _Minimum(ImplicitFunction):
             total = -mixed_with_u if images_with_s is None else images_with_s - mixed_with_u
         ends = [*self.params, *self.outer_params]
         grads = vjp([total], ends, [torch.ones_like(total)])
-        negative = iter(s)
         return (
-            [-next(negative) if inside else None for inside in product.in_system],
+            spread([-each for each in s], product.in_system),
             grads[: len(self.params)],
             grads[len(self.params) :],
         )
@@ -217,6 +210,8 @@ class _Minimum(ImplicitFunction):
         return solution
 
     def _loss_for_third_derivatives(self) -> LossGraph:
+        if self._has_hooks():
+            self._refuse("has second derivatives where no hook is registered on inner_params")
         if type(self.derivatives) is not Hessian:
             self._refuse("has second derivatives for curvature='hessian' alone, and an inner_loss that is no list")
         if not isinstance(self.solver, _INVERSES):

@@ -13,16 +13,15 @@ from auxfast.autograd.engine import zeros_for_none
 from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
 from auxfast.implicit.central_difference import Grads, minus, moved_by, norm_of
 from auxfast.implicit.curvature import Hessian, one_by_one
+from auxfast.implicit.derivatives import LossDerivatives
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Masks, project
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, check_connected, mean_gradient, times
+from auxfast.implicit.losses import CheckedLoss, Loss, LossFn, LossGraph, check_connected, mean_gradient, times
 from auxfast.solvers.known_solution import KnownSolution
 
 _RADIUS = 0.01
 """How far a central difference moves the parameters to each side, in norm: DARTS's choice, and betty's."""
-
-Recorded = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
 
 
 class StepDifference:
@@ -52,10 +51,9 @@ class StepDifference:
         return mixed
 
     def _along(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> Grads:
-        norm = math.hypot(*torch.stack(torch._foreach_norm(list(vectors))).tolist())
-        if not 1e-15 < norm < 1e15:  # the squares may have left the range of float32
+        norm = norm_of(vectors)
+        if not math.isfinite(norm):
             check_finite("The solver's solutions", vectors)
-            norm = norm_of(vectors)
         step = _RADIUS / (norm or _RADIUS)  # along a vector of zeros nothing moves
         with moved_by(self.params, vectors, step):
             ahead = mean_gradient(self._loss_fns, wanted)
@@ -107,8 +105,8 @@ def check_losses(solver: KnownSolution, outer_loss: Loss, inner_loss: Loss) -> N
 def outer_gradient_and_derivatives(
     solver: KnownSolution,
     outer_gradient: Callable[[], Grads],
-    recorded: Callable[[], Recorded],
-    inner: LossGraph | list[LossFn],
+    recorded: Callable[[], LossDerivatives],
+    inner: CheckedLoss,
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     masks: Masks | None,
@@ -120,8 +118,10 @@ def outer_gradient_and_derivatives(
         recorded: makes the derivatives that `curvature` names.
     """
 
-    def derivatives() -> Recorded | StepDifference:
-        return recorded() if isinstance(inner, LossGraph) or solver.mixed == "exact" else StepDifference(inner, params)
+    def derivatives() -> LossDerivatives | StepDifference:
+        if isinstance(inner, LossGraph) or solver.mixed == "exact" or any(loss_fn.is_fresh for loss_fn in inner):
+            return recorded()  # a difference of the gradients of two batches tells nothing; fresh ones are then refused
+        return StepDifference(inner, params)
 
     if not solver.lookahead_lr:
         return outer_gradient(), _in_one_pass(derivatives(), outer_params)
@@ -142,7 +142,7 @@ def outer_gradient_and_derivatives(
     return grads, _in_one_pass(found, outer_params)
 
 
-def _in_one_pass(derivatives: Recorded | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
+def _in_one_pass(derivatives: LossDerivatives | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
     if isinstance(derivatives, (Hessian, MeanCurvature)):
         return OnePass(derivatives, outer_params)
     return derivatives

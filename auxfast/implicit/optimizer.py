@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.advice import warn_once
+from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
@@ -317,6 +317,11 @@ class HyperOptimizer:
 
     def _update(self, grads: Sequence[Tensor], outer_loss: float | None) -> None:
         params = self._params()
+        if len(params) != len(grads):
+            raise RuntimeError(
+                f"optimizer holds {len(params)} parameters at the step, and held {len(grads)} when gradients were "
+                "accumulated: add parameter groups after step()"
+            )
         for param, grad in zip(params, self._clipped(grads), strict=True):
             param.grad = grad if param.requires_grad else None
         watched = next(filter(sees, combiners_of(params)), None)

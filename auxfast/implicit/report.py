@@ -191,7 +191,8 @@ class HypergradientReport:
         else:
             unsolved = not self.solver.relative_error <= RIGHT
             error = f", {_percent(self.solver.relative_error)} off the dense solve"
-        return f"the linear system is not solved: residual {self.stats.residual:.2g}{error}" if unsolved else None
+        residual = "not known" if math.isnan(self.stats.residual) else f"{self.stats.residual:.2g}"
+        return f"the linear system is not solved: residual {residual}{error}" if unsolved else None
 
     def _why_not_trusted(self) -> str:
         start = "finite differences cannot be trusted"

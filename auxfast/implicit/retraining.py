@@ -12,9 +12,9 @@ from torch import Tensor
 
 from auxfast.autograd.engine import zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName, check_curvature
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import assign, flat, restored
+from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, mean_gradient, mean_loss

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from auxfast.autograd.graph import reaches
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.adjoint import Adjoint
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
 from auxfast.implicit.finite import NotFiniteError
-from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, values_of
+from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.losses import check_call
 from auxfast.solvers import GMRES
@@ -84,7 +83,9 @@ def implicit_root(
             from names to tensors. They need not be leaves.
         outer_params: `phi`, any iterable of tensors, none of them computed from `params`.
         solver: how to apply `J^-T`. J is not symmetric in general: `GMRES`, `NormalEquations` and `Dense` are for
-            such, and solvers for symmetric matrices are refused by the backward pass.
+            such, and solvers for symmetric matrices are refused by the backward pass. `OneStep` and `Identity` take F
+            for what a step subtracts from W: of a fixed-point map f that is `W - f(W)`, and `f(W) - W` has their sign
+            wrong.
         state: what the solver keeps from one call for the next of a slowly changing problem, and which warnings were
             given.
         on_solve: called with the `SolveStats` of every solve, within the backward pass.
@@ -120,11 +121,10 @@ def implicit_root(
             raise ValueError(f"params must be of one dtype, not {values[0].dtype} and {w.dtype}")
     if not callable(function):
         raise TypeError(f"function must be a function of no arguments that computes F, not a {type(function).__name__}")
+    refuse_transforms("implicit_root", outer)
     active_outer = [phi for phi in outer if phi.requires_grad]
     if not (torch.is_grad_enabled() and active_outer):
         return like_given(params, values, values, [w.detach() for w in values])
-    if in_transform_of_torch_func():
-        raise RuntimeError("implicit_root cannot be used within a transform of torch.func (grad, jvp, ...)")
     with preserved_state(warn=warn, check=check_call):
         equations = _like_params(function(), params, values)
     root = _Root(
@@ -159,6 +159,8 @@ class _Root(ImplicitFunction):
             return "no part in the function"
         if adjoint.problem in ("no curvature", "stagnated"):
             return "singular"
+        if adjoint.problem in ("steps", "no solution"):
+            return "not solved"
         return "no root" if self.is_far(adjoint, self.derivatives) else None
 
 

@@ -12,7 +12,7 @@ from auxfast.implicit.batch_curvature import MeanCurvature
 from auxfast.implicit.curvature import Hessian, in_dtypes_of
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
-from auxfast.implicit.losses import LossFn, LossGraph
+from auxfast.implicit.losses import CheckedLoss, LossGraph
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
 
 
@@ -20,7 +20,7 @@ def check_symmetry(
     stats: SolveStats,
     problem: str | None,
     state: SolverState | None,
-    inner: LossGraph | list[LossFn],
+    inner: CheckedLoss,
     curvature: Hessian | MeanCurvature,
     params: Sequence[Tensor],
     solution: Sequence[Tensor],

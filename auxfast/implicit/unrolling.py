@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import zeros_for_none
-from auxfast.implicit.adjoint import CurvatureName, derivatives_of
+from auxfast.autograd.engine import spread, zeros_for_none
+from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.losses import LossFn, add, mean_gradient
 
 State = dict[str, Tensor]
@@ -59,8 +59,7 @@ def unrolled_gradient(
                 w.copy_(value)
             derivatives = derivatives_of(curvature, inner_fns, inner, outer, retain_graph=False)
             chosen = list(compress([of_gradient for _, of_gradient, _ in pulled], derivatives.in_system))
-            products = iter(derivatives(chosen) if chosen else ())
-            terms = [next(products) if inside else None for inside in derivatives.in_system]
+            terms = spread(derivatives(chosen) if chosen else (), derivatives.in_system)
             adjoint = zeros_for_none(add([of_value for of_value, _, _ in pulled], terms), inner)
             total = add(total, derivatives.mixed(chosen, outer))
     return zeros_for_none(total, outer)
@@ -123,7 +122,7 @@ def _update_of(optimizer: torch.optim.Optimizer) -> Callable[..., tuple[Tensor, 
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return _adam
     raise TypeError(
-        f"optimizer must be one of torch's SGD, Adam or AdamW, whose steps can be unrolled, not "
+        "optimizer must be a torch.optim.SGD, Adam or AdamW, whose steps can be unrolled, not a "
         f"{type(optimizer).__name__}"
     )
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from auxfast.autograd.engine import spread
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.adjoint import CurvatureName
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.bilevel_problem import BilevelProblem, assign, coarsest_eps, cut, flat, restored
+from auxfast.implicit.derivatives import CurvatureName
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
 from auxfast.implicit.fresh_batches import FreshBatches
@@ -141,14 +142,14 @@ def verify_hypergradient(
         if unrolled is not None and optimizer is not None:
             assign(problem.inner, values[0])
             assign(problem.outer, values[1])
-            kind: CurvatureName = "finite-difference" if curvature == "finite-difference" else "hessian"
-            gradient = unrolled_gradient(outer_fns, inner_fns, problem.inner, problem.outer, optimizer, unrolled, kind)
+            exact = problem.exact_curvature
+            gradient = unrolled_gradient(outer_fns, inner_fns, problem.inner, problem.outer, optimizer, unrolled, exact)
             along = report.directions @ flat(gradient)
             report = replace(report, unrolled=Unrolled(along, unrolled, type(optimizer).__name__))
     if report.suggested_free is None:
         return report
-    suggested = iter(report.suggested_free)
-    return replace(report, suggested_free=tuple(next(suggested) if param.requires_grad else None for param in inner))
+    suggested = spread(report.suggested_free, [param.requires_grad for param in inner])
+    return replace(report, suggested_free=tuple(suggested))
 
 
 def _pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:

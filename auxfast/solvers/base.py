@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Matvec = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -39,6 +42,16 @@ class LinearOperator(Protocol):
         ...
 
 
+def batched_matvec(matvec: Matvec) -> Matvec:
+    """Products with k vectors, see `LinearOperator.batched`, one after the other where `matvec` has no others."""
+    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+
+
+def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
+    products = [[t.detach() for t in matvec(list(vector))] for vector in zip(*vectors, strict=True)]
+    return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
+
+
 class StopReason(str, Enum):
     """Why a solve stopped. Each member equals its text, and `advice` says what to do about it."""
 
@@ -48,7 +61,7 @@ class StopReason(str, Enum):
     """The residual is within the tolerance."""
     STEPS = (
         "steps",
-        "The hypergradient's linear system is not solved to the solver's tol: see result.stats.residual. Allow more "
+        "The hypergradient's linear system is not solved to the solver's tol: see stats.residual. Allow more "
         "steps (MINRES() takes up to 100), add damping or a preconditioner, or set a larger tol; tol=None says that "
         "the number of steps is meant.",
     )
@@ -64,7 +77,7 @@ class StopReason(str, Enum):
         "diverged",
         "The solve of the hypergradient's linear system diverged, and the best solution on the way was taken (with "
         "certify=False: the whole sum). A fixed step_size must be below 2 / (largest eigenvalue of the inner Hessian): "
-        "take a smaller one, step_size='auto', or MINRES(). See result.stats.",
+        "take a smaller one, step_size='auto', or MINRES(). See stats.",
     )
     """The residual grew, and the best solution that was seen is returned."""
     STAGNATED = (
@@ -83,13 +96,13 @@ class StopReason(str, Enum):
         "not symmetric",
         "The second derivatives are not those of a loss: some backward pass is not the derivative of its forward pass "
         "(gradient reversal, a straight-through estimator, a detach() within the loss, a hook that changes a "
-        "gradient), and the hypergradient is not to be trusted. See result.stats.symmetry_error.",
+        "gradient), and the hypergradient is not to be trusted. See stats.symmetry_error.",
     )
     """Products contradict each other, or the gradient, by more than rounding."""
     INEXACT = (
         "inexact",
         "The products by finite differences have a larger error than the solver's tol: see "
-        "result.stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
+        "stats.operator_error. Take parameters of float64, give those of very different sizes similar ones, "
         "replace what has kinks (ReLU by GELU or softplus), or take curvature='hessian' where there are second "
         "derivatives.",
     )
@@ -141,7 +154,8 @@ class SolveStats:
         residuals: the relative residual of each right-hand side.
         residual_from: what `residual` was computed from: `product`, one with the solution; or `recurrence`, that of the
             method, of products with other vectors. This is so only where a bound of their difference is at most 3% of
-            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported.
+            the residual or of the tolerance, and the bound is added (in quadrature) to what is reported. `None` where
+            `residual` is NaN.
         symmetry_error: `|<v, H w> - <w, H v>|` for unit vectors v and w whose products the solver has, relative to the
             largest product that it has seen (`Dense`, `Nystrom`: by Frobenius norms, of all their products); `None`
             where it has no two products that tell. Rounding alone makes it some machine epsilons, more where the
@@ -161,13 +175,15 @@ class SolveStats:
     largest_eigenvalue: float | None = None
     negative_curvature: bool = False
     residuals: tuple[float, ...] = ()
-    residual_from: Literal["product", "recurrence"] = "product"
+    residual_from: Literal["product", "recurrence"] | None = "product"
     symmetry_error: float | None = None
     operator_error: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.stop_reason) is not StopReason:
             object.__setattr__(self, "stop_reason", StopReason(self.stop_reason))
+        if math.isnan(self.residual):
+            object.__setattr__(self, "residual_from", None)
 
 
 @dataclass
@@ -221,9 +237,15 @@ class Solver(Protocol):
 def check_solver(solver: object, name: str = "solver") -> None:
     """Raises TypeError where `solver` is none, and says what would be."""
     if isinstance(solver, type) and hasattr(solver, "solve"):
-        raise TypeError(f"{name} must be a solver and not its class: write {solver.__name__}()")
+        raise TypeError(f"{name} must be a solver and not its class: write {as_written(solver)}")
     if not callable(getattr(solver, "solve", None)):
         raise TypeError(f"{name} must be a solver, such as auxfast.solvers.MINRES(), not {solver!r}")
+
+
+def as_written(setting: type) -> str:
+    """How an instance of the class is written: `MINRES()`; `OneStep(...)`, which has an argument without a default."""
+    needed = any(p.default is p.empty for p in inspect.signature(setting).parameters.values())
+    return f"{setting.__name__}({'...' if needed else ''})"
 
 
 def is_symmetric(matvec: Matvec) -> bool:
@@ -235,8 +257,9 @@ def refuse_not_symmetric(solver: Solver, matvec: Matvec) -> None:
     """Raises ValueError where the operator says that it is not symmetric, for a `solver` that is right for no other."""
     if not is_symmetric(matvec):
         raise ValueError(
-            f"matvec is not symmetric, as it says, and {type(solver).__name__} solves symmetric systems alone: take "
-            "GMRES(), NormalEquations() or, for few parameters, Dense()"
+            f"the matrix is not symmetric (a Jacobian of implicit_root, or an operator with symmetric = False), and "
+            f"{type(solver).__name__} solves symmetric systems alone: take GMRES(), NormalEquations() or, for few "
+            "parameters, Dense()"
         )
 
 
@@ -271,6 +294,13 @@ def _wrong_result(solver: Solver, given: str) -> TypeError:
     return TypeError(f"{name}.solve must return (solution, SolveStats), the solution a list like rhs; it gave {given}")
 
 
+def are_alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they agree in shapes, dtypes and devices, one by one."""
+    kinds, wanted = ([(t.shape, t.dtype, t.device) for t in each] for each in (tensors, others))
+    return kinds == wanted
+
+
+RHS_NOT_FINITE = "rhs is not finite: the gradient of the outer loss holds an inf or NaN"
 TRIVIAL = SolveStats(iterations=0, matvecs=0, residual=0.0, converged=True, stop_reason=StopReason.TRIVIAL)
 NOT_FINITE = SolveStats(iterations=0, matvecs=0, residual=math.inf, converged=False, stop_reason=StopReason.NOT_FINITE)
 

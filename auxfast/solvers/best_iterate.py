@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import SolverState, SolveStats, StopReason
+from auxfast.solvers.base import SolverState, SolveStats, StopReason, are_alike
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.symmetry import check_pair
 
@@ -114,7 +114,7 @@ class BestIterate:
         and is better than 0."""
         if state is None or state.solution is None:
             return
-        if [_kind(t) for t in state.solution] == [_kind(t) for t in self.system.unflatten(self.solution)]:
+        if are_alike(state.solution, self.system.unflatten(self.solution)):
             rows = self.unsolved()
             self.update(rows, self.system.flatten(state.solution)[torch.from_numpy(rows).to(self.solution.device)])
 
@@ -154,7 +154,3 @@ class BestIterate:
             **more,
         )
         return self.system.unflatten(self.solution), stats
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device

@@ -35,8 +35,8 @@ class BlockDiagonal:
     as on T systems: each has its own Krylov space, stops on its own, and has its own entry in `stats.residuals`. One
     system of all, as any solver takes it by itself, needs as many steps as all the spectra together ask for.
 
-    **Whether the problems are independent** is checked by two products, once for a `state`, or in every call without
-    one: scaling the vector of one problem must not change the products of the others.
+    **Whether the problems are independent** is checked by two products, or three for more than 32 problems, once for a
+    `state`, or in every call without one: scaling the vector of one problem must not change the products of the others.
 
     Args:
         solver: one that treats right-hand sides one by one, without a preconditioner: MINRES, ConjugateGradient,
@@ -112,13 +112,16 @@ def _refuse_dependent(operator: BlockOperator, vectors: Sequence[Tensor], blocks
     largest = max((float(v.abs().max()) for v in vectors if v.numel()), default=0.0)
     if not 0 < largest < math.inf:
         return
-    scales = 2.0 ** (torch.arange(blocks, dtype=vectors[0].dtype, device=vectors[0].device) % _SCALES)
-    columns = [scales.reshape(-1, *[1] * (v.dim() - 1)) for v in vectors]
     vectors = [v / largest for v in vectors]
     products = operator.batched([v.clone() for v in vectors])
-    scaled = operator.batched([v * column for v, column in zip(vectors, columns, strict=True)])
-    pairs = zip(products, scaled, columns, strict=True)
-    changes = max((float((s.detach() / c - p.detach()).abs().max()) for p, s, c in pairs if p.numel()), default=0.0)
+    changes, stride = 0.0, 1
+    while stride == 1 or stride < blocks:  # any two problems differ in a digit of their numbers
+        digits = torch.arange(blocks, device=vectors[0].device) // stride % _SCALES
+        columns = [(2.0**digits).to(v.dtype).reshape(-1, *[1] * (v.dim() - 1)) for v in vectors]
+        scaled = operator.batched([v * column for v, column in zip(vectors, columns, strict=True)])
+        pairs = zip(products, scaled, columns, strict=True)
+        found = max((float((s.detach() / c - p.detach()).abs().max()) for p, s, c in pairs if p.numel()), default=0.0)
+        changes, stride = max(changes, found), stride * _SCALES
     size = max((float(p.detach().abs().max()) for p in products if p.numel()), default=0.0)
     if math.isfinite(changes) and changes > math.sqrt(torch.finfo(vectors[0].dtype).eps) * size:
         raise ValueError(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from auxfast.solvers.base import LinearOperator, Matvec, is_symmetric
+from auxfast.solvers.base import Matvec, batched_matvec, is_symmetric
 
 
 class BlockOperator:
@@ -46,12 +45,7 @@ class BlockOperator:
         if count == 1:
             return [*self._matvec(vectors)]
         cut = [v.reshape(count, self._blocks, *v.shape[1:]) for v in vectors]
-        if isinstance(self._matvec, LinearOperator):
-            products = self._matvec.batched(cut)
-        else:
-            each = [self._matvec(vector) for vector in zip(*cut, strict=True)]
-            products = [torch.stack([*tensors]) for tensors in zip(*each, strict=True)]
-        return [p.reshape(v.shape) for p, v in zip(products, vectors, strict=True)]
+        return [p.reshape(v.shape) for p, v in zip(batched_matvec(self._matvec)(cut), vectors, strict=True)]
 
     @cached_property
     def transposed(self) -> BlockOperator | None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason
+from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, SolverState, SolveStats, StopReason
 from auxfast.solvers.linear_system import check_rhs
 
 MixedProduct = Literal["exact", "difference"]
@@ -61,7 +61,7 @@ def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float |
     check_rhs(rhs, batched)
     sizes = _norms_of_rows(rhs) if batched else [_norm([b.detach() for b in rhs])]
     if not all(map(math.isfinite, sizes)):
-        raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+        raise ValueError(RHS_NOT_FINITE)
     residuals = tuple(math.nan if size else 0.0 for size in sizes)
     trivial = not any(sizes)
     return SolveStats(

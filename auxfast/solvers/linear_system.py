@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import LinearOperator, Matvec, is_symmetric
+from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, batched_matvec, is_symmetric
 from auxfast.solvers.block_operator import BlockOperator
 
 MAX_BATCH = 32
@@ -71,7 +71,7 @@ class LinearSystem:
         if not ((self.rhs_norms > 1 / limit) & (self.rhs_norms < limit)).all() and self.rhs.numel():
             largest = self.rhs.abs().amax(dim=1, keepdim=True)
             if not bool(largest.isfinite().all()):
-                raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+                raise ValueError(RHS_NOT_FINITE)
             power = largest / (2 * torch.frexp(largest).mantissa)  # exact
             self._scale = torch.where(largest > 0, power, 1)
             self.rhs /= self._scale
@@ -167,29 +167,25 @@ class LinearSystem:
         return batched_matvec(self._matvec)
 
     def _join(self, products: Sequence[Tensor], operand: Sequence[Tensor], count: int) -> Tensor:
-        if len(products) != len(operand):
-            raise RuntimeError(f"{self._name} returned {len(products)} tensors for {len(operand)} parameters")
-        for i, (product, like) in enumerate(zip(products, operand, strict=True)):
-            if product.shape != like.shape or product.dtype != like.dtype:
-                given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (product, like))
-                raise RuntimeError(f"{self._name} returned {given} for tensor {i}, not {wanted}")
+        check_product(products, operand, self._name)
         joined = torch.cat([product.reshape(count, -1) for product in products], dim=1)  # a copy, even of one tensor
         joined = joined.detach() if joined.requires_grad else joined
         return joined if joined.dtype == self.rhs.dtype else joined.to(self.rhs.dtype)
 
 
-def batched_matvec(matvec: Matvec) -> Matvec:
-    """Products with k vectors, see `LinearOperator.batched`."""
-    return matvec.batched if isinstance(matvec, LinearOperator) else partial(_one_after_the_other, matvec)
+def check_product(product: Sequence[Tensor], operand: Sequence[Tensor], name: str = "matvec") -> None:
+    """Raises RuntimeError where a product has other shapes or dtypes than its operand."""
+    if len(product) != len(operand):
+        raise RuntimeError(f"{name} returned {len(product)} tensors for {len(operand)} parameters")
+    for i, (returned, like) in enumerate(zip(product, operand, strict=True)):
+        if returned.shape != like.shape or returned.dtype != like.dtype:
+            given, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (returned, like))
+            raise RuntimeError(f"{name} returned {given} for tensor {i}, not {wanted}")
 
 
-def _one_after_the_other(matvec: Matvec, vectors: Sequence[Tensor]) -> list[Tensor]:
-    """The products with k vectors, see `LinearOperator.batched`, of a matvec that takes one."""
-    products = [[t.detach() for t in matvec(list(vector))] for vector in zip(*vectors, strict=True)]
-    return [torch.stack(tensors) for tensors in zip(*products, strict=True)]
-
-
-def check_rhs(rhs: Sequence[Tensor], batched: bool = False) -> None:
+def check_rhs(rhs: Tensor | Sequence[Tensor], batched: bool = False) -> None:
+    if isinstance(rhs, Tensor):
+        raise TypeError("rhs must be a list of tensors, like parameters, and not a tensor: pass [rhs]")
     if not rhs:
         raise ValueError("rhs is empty: a solver needs at least one tensor")
     dtype, device = rhs[0].dtype, rhs[0].device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,11 +56,7 @@ class OneStep(KnownSolution):
         return self.lr if self.lookahead else 0.0
 
     def without_lookahead(self) -> OneStep:
-        return self._without_lookahead if self.lookahead else self
-
-    @cached_property
-    def _without_lookahead(self) -> OneStep:
-        return replace(self, lookahead=False)
+        return replace(self, lookahead=False) if self.lookahead else self
 
     def solve(
         self, matvec: Matvec, rhs: Sequence[Tensor], *, batched: bool = False, state: SolverState | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
 from auxfast.solvers.linear_system import LinearSystem
+from auxfast.solvers.param_groups import groups_of
 from auxfast.solvers.preconditioners import Apply, Diagonal, private_generator
 
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
@@ -58,7 +59,7 @@ class FromOptimizer:
             )
 
     def __repr__(self) -> str:
-        return f"FromOptimizer({type(self.optimizer).__name__})"  # theirs has many lines
+        return f"FromOptimizer({type(self.optimizer).__name__})"  # that of an optimizer has many lines
 
     def build(self, system: LinearSystem) -> Apply | None:
         """See `Preconditioner.build`; one product, none for LBFGS."""
@@ -67,16 +68,11 @@ class FromOptimizer:
                 "FromOptimizer must know whose state to read: matvec must have `params`, the list of parameters, as "
                 "the curvature has that hypergradient solves with"
             )
-        groups = {id(w): group for group in self.optimizer.param_groups for w in group["params"]}
-        for i, w in enumerate(system.params):
-            if id(w) not in groups:
-                raise ValueError(
-                    f"FromOptimizer: the {type(self.optimizer).__name__} does not hold inner parameter {i} of the "
-                    f"system, of shape {tuple(w.shape)}: give the optimizer that trains the inner parameters"
-                )
+        groups = groups_of(self.optimizer, system.params)
         if isinstance(self.optimizer, torch.optim.LBFGS):
             return self._pairs(system, system.params)
-        moments = torch.cat([self._second_moment(w, groups[id(w)]).reshape(-1) for w in system.params])
+        pairs = zip(system.params, groups, strict=True)
+        moments = torch.cat([self._second_moment(w, group).reshape(-1) for w, group in pairs])
         if moments.numel() != system.rhs.shape[1]:
             raise ValueError(
                 f"FromOptimizer: the state of the {type(self.optimizer).__name__} has {moments.numel()} entries for "
@@ -166,11 +162,11 @@ class LimitedMemory:
     def __call__(self, rows: Tensor) -> Tensor:
         """(k, n) -> (k, n)"""
         x = rows.new_zeros(len(rows), self.steps.shape[1]).index_copy_(1, self.columns, rows)
-        shares = []
+        parts = []
         for step, change, rho in zip(self.steps.flip(0), self.changes.flip(0), self.rho.flip(0), strict=True):
-            shares.append(rho * (x @ step))  # (k,)
-            x.addr_(shares[-1], change, alpha=-1)
+            parts.append(rho * (x @ step))  # (k,)
+            x.addr_(parts[-1], change, alpha=-1)
         x *= self.scale
         for step, change, rho in zip(self.steps, self.changes, self.rho, strict=True):
-            x.addr_(shares.pop() - rho * (x @ change), step)
+            x.addr_(parts.pop() - rho * (x @ change), step)
         return x.index_select(1, self.columns)

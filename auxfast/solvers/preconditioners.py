@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from auxfast.solvers.base import SolverState, check_seed, check_steps
+from auxfast.solvers.base import SolverState, as_written, check_seed, check_steps
 from auxfast.solvers.linear_system import LinearSystem
 
 Apply = Callable[[Tensor], Tensor]
@@ -46,9 +46,14 @@ class Preconditioner(Protocol):
 def check_preconditioner(given: object) -> None:
     """Raises TypeError where this is neither None nor a preconditioner, and says what would be."""
     if isinstance(given, type) and hasattr(given, "build"):
-        raise TypeError(f"preconditioner must be a preconditioner and not its class: write {given.__name__}()")
+        raise TypeError(f"preconditioner must be a preconditioner and not its class: write {as_written(given)}")
     if given is not None and not (callable(getattr(given, "build", None)) and hasattr(given, "refresh")):
-        raise TypeError(f"preconditioner must be None or a preconditioner, such as Jacobi(), not {given!r}")
+        what = repr(given)
+        if isinstance(given, torch.optim.Optimizer):
+            what = "the optimizer itself: take FromOptimizer(optimizer)"
+        elif callable(given):
+            what = f"{given!r}: take InverseOperator(function)"
+        raise TypeError(f"preconditioner must be None or a preconditioner, such as Jacobi(), not {what}")
 
 
 def prepare(preconditioner: Preconditioner | None, system: LinearSystem, state: SolverState | None) -> Apply | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxfast.solvers.base import Matvec, SolverState, SolveStats
 from auxfast.solvers.known_solution import KnownSolution, MixedProduct, check_mixed, without_certificate
+from auxfast.solvers.param_groups import groups_of
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,17 @@ class SAMA(KnownSolution):
                 Adam that has made no step; or see `LinearSystem`.
         """
         stats = without_certificate(rhs, batched)
-        groups = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
         params = getattr(matvec, "params", None)
         if params is None:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
         shapes = [tuple(b.shape[1:] if batched else b.shape) for b in rhs]
         if shapes != (wanted := [tuple(param.shape) for param in params]):
             raise ValueError(f"rhs must have the shapes of the optimizer's parameters, {wanted}, not {shapes}")
-        for i, param in enumerate(params):
-            if id(param) not in groups:
-                raise ValueError(
-                    f"optimizer does not have the inner parameter number {i}, of shape {tuple(param.shape)}: pass the "
-                    "one that trains inner_params"
-                )
+        groups = groups_of(self.optimizer, params)
         if not isinstance(self.optimizer, torch.optim.SGD) and not any(map(self.optimizer.state.get, params)):
             raise ValueError("optimizer must have made a step of inner_params: its state is empty")
-        x = [(b * self._derivative(param, groups[id(param)])).to(b.dtype) for b, param in zip(rhs, params, strict=True)]
-        return x, stats
+        triples = zip(rhs, params, groups, strict=True)
+        return [(b * self._derivative(param, group)).to(b.dtype) for b, param, group in triples], stats
 
     def _derivative(self, param: Tensor, group: dict[str, Any]) -> Tensor | float:
         """The derivative of `param`'s update in its gradient, elementwise."""
@@ -95,13 +90,10 @@ class SAMA(KnownSolution):
             of_buffer = 1 - float(group["dampening"]) if momentum else 1.0
             return float(group["lr"]) * (1 + momentum * of_buffer if group["nesterov"] else of_buffer)
         state = self.optimizer.state.get(param)
-        return _derivative_of_adam(param, group, state, self._is_decoupled(group)) if state else 0.0
-
-    def _is_decoupled(self, group: dict[str, Any]) -> bool:
-        return isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+        return _derivative_of_adam(param, group, state) if state else 0.0
 
 
-def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, Any], is_decoupled: bool) -> Tensor:
+def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     beta1, beta2 = map(float, group["betas"])
     lr, decay, step = float(group["lr"]), float(group["weight_decay"]), float(state["step"])
     rate1, rate2 = (1 - beta1) / (1 - beta1**step), (1 - beta2) / (1 - beta2**step)
@@ -111,7 +103,9 @@ def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, A
     if param.grad is None:
         return denominator.reciprocal().mul_(lr * rate1)
     gradient = param.grad
-    if decay and not is_decoupled:  # which was added to the gradient, at the parameter as it was before the update
+    if decay and not group.get(
+        "decoupled_weight_decay"
+    ):  # which was added to the gradient, at the parameter as it was before the update
         update = mean / denominator * (lr / (1 - beta1**step))
         gradient = gradient + decay * (param + update)
     # Where v is 0, so are m and g.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.neumann import neumann_step_, squared_norm
-from auxfast.solvers.base import Matvec, StopReason
+from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
 
@@ -181,7 +181,7 @@ class Series:
         self._read_pending()
         if not 0 < self.squares[0] < math.inf:
             if not all(bool(tensor.isfinite().all()) for tensor in self.start):
-                raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+                raise ValueError(RHS_NOT_FINITE)
             if not any(bool(tensor.any()) for tensor in self.start):
                 self._reset()
                 return StopReason.TRIVIAL

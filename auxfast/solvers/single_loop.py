@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
-from auxfast.solvers.base import Matvec, SolverState, SolveStats, StopReason, check_positive
+from auxfast.solvers.base import (
+    RHS_NOT_FINITE,
+    Matvec,
+    SolverState,
+    SolveStats,
+    StopReason,
+    are_alike,
+    batched_matvec,
+    check_positive,
+)
 from auxfast.solvers.known_solution import KnownSolution, without_certificate
-from auxfast.solvers.linear_system import batched_matvec, check_rhs
+from auxfast.solvers.linear_system import check_product, check_rhs
+
+_USELESS = (StopReason.NOT_FINITE, StopReason.DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,13 @@ class SingleLoop(KnownSolution):
         check_rhs(rhs, batched)
         norms = _norms(rhs, batched)
         if not all(map(math.isfinite, norms)):
-            raise ValueError("rhs is not finite: the gradient of the outer loss holds an inf or NaN")
+            raise ValueError(RHS_NOT_FINITE)
         if not any(norms):
             return [torch.zeros_like(t) for t in rhs], without_certificate(rhs, batched, self.step_size)
-        carried = None if state is None else _like(rhs, state.solution)
+        carried = None if state is None or not are_alike(state.solution or (), rhs) else state.solution
         x = torch._foreach_mul(list(rhs), self.step_size) if carried is None else carried
         product = (batched_matvec(matvec) if batched else matvec)(x)
-        if (given := [t.shape for t in product]) != (wanted := [t.shape for t in rhs]):
-            raise RuntimeError(f"matvec returned tensors of shapes {given} for parameters of shapes {wanted}")
+        check_product(product, rhs)
         left = torch._foreach_sub(list(rhs), list(product))
         lengths = _norms(left, batched)
         residuals = [length / norm if norm else 0.0 for length, norm in zip(lengths, norms, strict=True)]
@@ -101,15 +111,6 @@ class SingleLoop(KnownSolution):
         if residual >= 1 and self.step_size * curvature > 2:
             return StopReason.DIVERGED
         return StopReason.STEPS if residual else StopReason.CONVERGED
-
-
-_USELESS = (StopReason.NOT_FINITE, StopReason.DIVERGED)
-
-
-def _like(rhs: Sequence[Tensor], solution: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
-    """The solution of an earlier call, where it has the shapes, dtypes and device of the right-hand side."""
-    kinds = [[(t.shape, t.dtype, t.device) for t in tensors] for tensors in (rhs, solution or ())]
-    return solution if kinds[0] == kinds[1] else None
 
 
 def _norms(tensors: Sequence[Tensor], batched: bool) -> list[float]:

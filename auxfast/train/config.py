@@ -13,6 +13,7 @@ import torch
 from auxfast.nn.combiner_base import Positive
 from auxfast.solvers import Identity, Solver
 from auxfast.solvers.base import check_solver
+from auxfast.solvers.known_solution import KnownSolution
 from auxfast.train.methods import WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
@@ -95,6 +96,11 @@ class TrainConfig:
             check_solver(self.solver, "train.solver")
         except TypeError as error:
             raise ValueError(str(error)) from error
+        if isinstance(self.solver, KnownSolution) and (self.solver.lookahead_lr or self.solver.mixed != "exact"):
+            raise ValueError(
+                f"train.solver: got {self.solver!r}, must have lookahead=False and mixed='exact': the trainer "
+                "evaluates its losses once, at the parameters as they are"
+            )
         check_optimizer("train.inner_optimizer", self.inner_optimizer)
         check_optimizer("train.outer_optimizer", self.outer_optimizer)
         if self.inner_scheduler is not None:

@@ -25,6 +25,8 @@ SOLVERS: dict[str, type] = {
         solvers.Dense,
         solvers.GradientFlow,
         solvers.Identity,
+        solvers.OneStep,
+        solvers.SingleLoop,
     )
 }
 PRECONDITIONERS: dict[str, type] = {kind.__name__: kind for kind in (solvers.Jacobi, solvers.Nystrom)}

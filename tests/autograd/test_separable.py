@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
 from torch import Tensor
 
 from auxfast.autograd.pullback import Pullback
+from auxfast.autograd.separable import split
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.losses import LossGraph
 
@@ -217,3 +219,27 @@ def test_gauss_newton_with_a_weight_decay(linear):
     batch = [torch.stack([v] * 9) for v in vectors]
     torch.testing.assert_close(curvature.batched(batch), [torch.stack([grad.detach()] * 9) for grad in expected])
     torch.testing.assert_close(curvature.mixed(vectors, [phi])[0], (2 * vectors[1] * v * phi.exp()).detach())
+
+
+def test_a_split_visits_each_node_of_the_gradient_once() -> None:
+    """A gradient through a recurrence has a term a step, each of which leads through all steps before it."""
+    w, phi = (torch.full((2,), 0.5, dtype=D, requires_grad=True) for _ in range(2))
+    state, loss = torch.zeros(2, dtype=D), torch.zeros((), dtype=D)
+    for _ in range(200):
+        state = state * w + 1
+        loss = loss + (phi * state).sum()
+    start = time.thread_time()
+    curvature = check(loss, [w], [phi])
+    plain = time.thread_time() - start
+    start = time.thread_time()
+    assert len(split(curvature._grads, [w]).diagonals) == 1
+    assert time.thread_time() - start < plain
+
+
+def test_a_sum_of_sums_is_not_written_out() -> None:
+    """Doubled forty times it has 2^40 terms."""
+    w, phi = (torch.rand(2, dtype=D, requires_grad=True) for _ in range(2))
+    doubled = w
+    for _ in range(40):
+        doubled = doubled + doubled
+    check((2.0**-40 * doubled).square().sum() + (phi * w.exp()).sum(), [w], [phi])

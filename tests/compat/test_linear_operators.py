@@ -10,6 +10,7 @@ from torch import Tensor
 
 import auxfast
 from auxfast.compat.linear_operators import from_curvlinops, from_scipy, to_curvlinops, to_scipy
+from auxfast.curvature import Hessian
 from auxfast.solvers import MINRES, ConjugateGradient, FromOptimizer, InverseOperator
 
 SHAPES = [(2, 3), (4,), ()]
@@ -100,7 +101,6 @@ def test_a_solver_takes_scipys_matrices_and_its_factorisations_as_preconditioner
 
 
 def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():
-    curvature = pytest.importorskip("auxfast.curvature")
     linalg = pytest.importorskip("scipy.sparse.linalg")
     net, x, y = curved_network()
     params = list(net.parameters())
@@ -109,7 +109,7 @@ def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
-    hessian = curvature.Hessian(torch.nn.functional.cross_entropy(net(x), y), params)
+    hessian = Hessian(torch.nn.functional.cross_entropy(net(x), y), params)
     dense = hessian.matmat(torch.eye(hessian.shape[0], dtype=torch.float64))
     largest = linalg.eigsh(to_scipy(hessian), k=1, which="LA", return_eigenvectors=False)
     assert largest[0] == pytest.approx(torch.linalg.eigvalsh(dense)[-1].item())
@@ -207,6 +207,26 @@ def test_what_has_no_params_or_is_no_operator_is_refused():
         to_curvlinops(lambda v: v)
     with pytest.raises(TypeError, match="must be a PyTorchLinearOperator of curvlinops, not a function"):
         from_curvlinops(lambda v: v)
+
+
+def test_what_a_real_symmetric_operator_is_not_is_refused():
+    pytest.importorskip("scipy")
+    matrix = spread(10)
+    with pytest.raises(TypeError, match=r"the vector must be real, not torch.complex128"):
+        to_scipy(Known(matrix)) @ matrix[0].to(torch.complex128).numpy()
+    with pytest.raises(TypeError, match=r"operator must be real, not torch.complex128"):
+        MINRES().solve(from_scipy((1j * matrix).numpy()), right_hand_sides())
+    other = Known(matrix)
+    other.symmetric = False
+    with pytest.raises(TypeError, match="operator must be symmetric, for it stands for its transpose too"):
+        to_scipy(other)
+
+
+def test_no_columns_have_no_products():
+    pytest.importorskip("scipy")
+    w = torch.ones(3, requires_grad=True)
+    hessian = to_scipy(auxfast.curvature.Hessian(w.square().sum(), [w]))
+    assert (hessian @ torch.ones(3, 0).numpy()).shape == (3, 0)
 
 
 def test_a_missing_package_is_named(monkeypatch):

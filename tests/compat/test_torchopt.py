@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
 
 from auxfast.compat.torchopt import LinearSolve
 from auxfast.solvers import MINRES, ConjugateGradient
@@ -45,12 +48,17 @@ def test_torchopts_roots_are_differentiated_by_a_solver_of_auxfast():
         assert solve.stats.matvecs <= 8
 
 
-@pytest.mark.parametrize("kind", [tuple, list])
+class Pair(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Pair._make])
 def test_the_solution_is_like_the_right_hand_side(kind):
     b = kind([torch.ones(2, 2), torch.ones(3)])
     solve = LinearSolve()
     x = solve(lambda v: kind([2 * v[0], 4 * v[1]]), b)
-    assert type(x) is kind
+    assert type(x) is type(b)
     assert [t.mean().item() for t in x] == pytest.approx([0.5, 0.25])
     assert solve.stats.residual < 1e-3
     assert solve(lambda v: 2 * v, torch.ones(3)).tolist() == pytest.approx([0.5] * 3)

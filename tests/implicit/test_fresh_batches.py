@@ -54,7 +54,7 @@ def test_the_mean_of_many_calls_is_the_series_of_all_batches():
     rows = Rows()
     sampler = RandomSampler(rows.data, replacement=True)  # independent batches: those of one epoch are not
     inner = FreshBatches(rows.inner, DataLoader(rows.data, batch_size=6, sampler=sampler))
-    found = torch.stack([rows.hypergradient(inner).grads[0] for _ in range(150)])
+    found = torch.stack([rows.hypergradient(inner).grads[0] for _ in range(60)])
     whole = rows.hypergradient(MicroBatches(rows.inner, rows.loader())).grads[0]
     error = found.std(0) / math.sqrt(len(found))
     assert (error > 0).all()
@@ -137,6 +137,8 @@ def test_parameters_that_only_some_batches_use_are_in_the_system():
         GradientFlow(10.0),
         Neumann(5, 0.1),
         OneStep(0.1),
+        OneStep(0.1, mixed="difference"),
+        OneStep(0.1, lookahead=True),
         SingleLoop(0.1),
     ],
     ids=lambda solver: type(solver).__name__,
@@ -145,6 +147,13 @@ def test_other_solvers_refuse_them_by_name(solver):
     rows = Rows()
     with pytest.raises(ValueError, match=rf"Neumann\(certify=False\) alone.*{type(solver).__name__}.*needs the same"):
         rows.hypergradient(FreshBatches(rows.inner, rows.loader()), solver)
+
+
+def test_a_list_of_micro_batches_holds_no_fresh_ones():
+    rows = Rows()
+    fresh = FreshBatches(rows.inner, rows.loader())
+    with pytest.raises(ValueError, match="inner_loss must not hold FreshBatches in a list"):
+        rows.hypergradient([fresh, (2.0, fresh)], solver=MINRES())
 
 
 def test_what_is_refused():

@@ -172,6 +172,14 @@ def test_bad_weights_are_refused(weights, error, message):
             case.hypergradient(lambda: case.outer(case.data.tensors), pairs)
 
 
+def test_weights_that_are_no_list_are_refused():
+    for weights in (2, torch.tensor(2.0)):
+        with pytest.raises(
+            TypeError, match=r"weights must be a list of one number for each batch, not (2|tensor\(2.\))"
+        ):
+            MicroBatches(lambda batch: batch.sum(), torch.ones(6).split(2), weights=weights)
+
+
 def test_bad_batches_are_refused():
     used = iter(torch.ones(6).split(2))
     list(used)
@@ -188,7 +196,7 @@ def test_bad_batches_are_refused():
 
 def test_pairs_in_another_order_are_told():
     case = Samples()
-    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of other pairs than \(weight, function\)"):
+    with pytest.raises(TypeError, match=r"inner_loss must be .*, not a list of pairs that are not \(weight, func"):
         case.hypergradient(lambda: case.outer(case.data.tensors), [(lambda: case.inner(case.data.tensors), 0.5)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -188,7 +189,7 @@ def test_rows_of_a_jacobian_share_one_solve(options, way):
 @pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("solver", [MINRES(3, tol=None), Dense()], ids=["MINRES", "Dense"])
 def test_products_go_in_batches_within_a_backward_pass(solver, way, monkeypatch):
-    """Nodes that are called from Python compute what the pass under way wants of them, and it wants nothing of these."""
+    """Nodes called from Python compute what the pass under way wants of them, and it wants nothing of these."""
     problem = Classifier()
     w = implicit_minimum(problem.inner, problem.w, problem.phi, solver=solver, warn=False)
     losses, units = losses_of(problem, w), torch.eye(9, dtype=D)
@@ -410,6 +411,62 @@ def test_second_derivatives_of_batches_are_refused(way):
         rows()
 
 
+def test_rows_of_second_derivatives_are_those_of_a_pass_each():
+    problem = Ridge()
+    units = torch.eye(5, dtype=D)
+    (first,) = torch.autograd.grad(minimum_of(problem).pow(3).sum(), problem.decay, create_graph=True)
+    each = [torch.autograd.grad(first, problem.decay, unit, retain_graph=True)[0] for unit in units]
+    (rows,) = torch.autograd.grad(first, problem.decay, units, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(rows, torch.stack(each))
+    with pytest.raises(NotImplementedError, match=r"no other transform of torch.func.*is_grads_batched=True"):
+        torch.func.vmap(lambda unit: torch.autograd.grad(first, problem.decay, unit))(units)
+
+
+def test_vmap_within_vmap_is_refused():
+    problem = Ridge()
+    w, units = minimum_of(problem), torch.eye(5, dtype=D)[None]
+    with pytest.raises(NotImplementedError, match=r"one torch.func.vmap.*: put all cotangents on one axis"):
+        torch.func.vmap(torch.func.vmap(lambda unit: torch.autograd.grad(w, problem.decay, unit)))(units)
+
+
+def test_hooks_on_inner_parameters_act_as_in_a_hypergradient():
+    """They change the gradients of both losses: here a hook holds an entry fixed, and another scales."""
+    problem = Ridge()
+    mask = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0], dtype=D)
+    problem.w.register_hook(lambda gradient: mask * gradient)
+    phi = [problem.decay, problem.weights]
+    expected = hypergradient(problem.outer_loss, problem.inner_loss, [problem.w], phi, solver=EXACT).grads
+    w = minimum_of(problem)
+    found = torch.autograd.grad(outer_of(problem, w), phi, retain_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    (rows,) = torch.autograd.grad(w, problem.decay, torch.eye(5, dtype=D), is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(w[i], problem.decay, retain_graph=True)[0] for i in range(5)]
+    torch.testing.assert_close(rows, torch.stack(each), rtol=1e-9, atol=1e-9)
+    assert not rows[2].any()
+    (first,) = torch.autograd.grad(w.sum(), problem.decay, create_graph=True)
+    with pytest.raises(NotImplementedError, match="where no hook is registered on inner_params"):
+        first.sum().backward()
+
+
+def test_an_error_in_the_backward_pass_leaves_the_graph():
+    problem = Ridge()
+    seen: list[SolveStats] = []
+
+    def once(stats: SolveStats) -> None:
+        seen.append(stats)
+        if len(seen) == 1:
+            raise KeyError("not yet")
+
+    w, ones = minimum_of(problem, on_solve=once), torch.ones(5, dtype=D)
+    with pytest.raises(KeyError):
+        w.backward(ones)
+    w.backward(ones)
+    x = torch.linalg.solve(problem.hessian(), ones)
+    torch.testing.assert_close(problem.decay.grad, -(problem.decay.exp() * problem.w * x).detach())
+    with pytest.raises(RuntimeError, match="a second time"):
+        w.backward(ones)
+
+
 def test_a_combiner_has_no_third_derivative_and_says_so():
     torch.manual_seed(0)
     combiner = auxfast.nn.NonlinearCombiner(3).double()
@@ -575,6 +632,17 @@ def test_parameters_that_are_not_at_a_minimum():
         with torch.no_grad():
             problem.w.copy_(problem.solution() * 1.01)
         outer_of(problem, minimum_of(problem)).backward()
+
+
+def test_parameters_that_are_all_zero_are_told_where_that_is_no_minimum():
+    torch.manual_seed(0)
+    x, phi = torch.randn(40, 3), torch.zeros(40, requires_grad=True)
+    for y, is_minimum in ((x.sum(1), False), (torch.linalg.svd(x)[0][:, -1], True)):
+        w = torch.zeros(3, requires_grad=True)
+        loss = (phi.exp() * (x @ w - y).square()).mean()
+        (solved,) = implicit_minimum(loss, [w], [phi], solver=MINRES())
+        with nullcontext() if is_minimum else pytest.warns(RuntimeWarning, match="not at a minimum"):
+            solved.sum().backward()
 
 
 def test_what_is_far_from_a_minimum_is_told_by_the_whole_gradient():

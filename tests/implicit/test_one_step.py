@@ -404,7 +404,7 @@ def test_sama_finds_its_parameters_in_any_order_and_under_masks():
 def test_sama_refuses_parameters_of_others():
     problem = Network()
     solver = SAMA(torch.optim.SGD([torch.ones_like(t) for t in problem.w], lr=LR))
-    with pytest.raises(ValueError, match="optimizer does not have the inner parameter number 0"):
+    with pytest.raises(ValueError, match="does not hold inner parameter 0 of the system"):
         problem.gradients(solver)
 
 

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from auxfast.implicit import NotFiniteError, implicit_minimum, implicit_root
 from auxfast.solvers import GMRES, MINRES, Dense, NormalEquations, SolverState
@@ -201,6 +202,32 @@ def test_without_gradients_the_results_are_plain_tensors():
 # What is wrong, or may be.
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward-mode AD loads what needs it
+@pytest.mark.parametrize("call", [implicit_minimum, implicit_root])
+def test_forward_mode_and_transforms_of_torch_func_are_refused_and_do_not_get_zeros(call):
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    def solved(phi):
+        function = (lambda: w - phi) if call is implicit_root else (lambda: (w - phi).square().sum())
+        return call(function, [w], [phi])[0]
+
+    def tangent():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(solved(forward_ad.make_dual(phi, torch.ones(3)))).tangent
+
+    jacobian = torch.autograd.functional.jacobian
+    for derivative in (
+        tangent,
+        lambda: torch.func.jvp(solved, (phi,), (phi,)),
+        lambda: torch.func.jacfwd(solved)(phi),
+        lambda: torch.func.jacrev(solved)(phi),
+        lambda: jacobian(solved, phi, vectorize=True, strategy="forward-mode"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{call.__name__} cannot be used within a transform of torch.func"):
+            derivative()
+    torch.testing.assert_close(jacobian(solved, phi, vectorize=True), torch.eye(3))
+
+
 def test_parameters_that_are_not_at_a_root():
     problem = Linear()
     with torch.no_grad():
@@ -210,6 +237,19 @@ def test_parameters_that_are_not_at_a_root():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         problem.root(warn=False).sum().backward()
+
+
+def test_a_fixed_point_map_in_the_place_of_its_equations():
+    torch.manual_seed(0)
+    matrix, w = torch.randn(40, 40, dtype=D) / 8, torch.zeros(40, dtype=D)
+    phi = torch.ones(40, dtype=D, requires_grad=True)
+    for _ in range(200):
+        w = torch.tanh(matrix @ w + phi.detach())
+    w.requires_grad_()
+    for solver in (GMRES(5), Dense()):
+        (solved,) = implicit_root(lambda: torch.tanh(matrix @ w + phi), [w], [phi], solver=solver)
+        with pytest.warns(RuntimeWarning, match=r"f\(W\) - W"):
+            solved.sum().backward()
 
 
 def test_a_singular_jacobian():
@@ -224,7 +264,7 @@ def test_a_singular_jacobian():
 
 
 def test_solvers_for_symmetric_matrices_are_refused():
-    with pytest.raises(ValueError, match="MINRES"):
+    with pytest.raises(ValueError, match=r"the matrix is not symmetric \(a Jacobian of implicit_root"):
         Linear().root(solver=MINRES()).sum().backward()
 
 
@@ -289,3 +329,14 @@ def test_arguments_are_checked_by_the_call(change, error, message):
         arguments[name] = make(problem)
     with pytest.raises(error, match=message):
         implicit_root(**arguments)
+
+
+def test_hooks_on_the_unknowns_act_on_the_outer_gradient_too():
+    case = Linear()
+    case.w.register_hook(lambda gradient: 3 * gradient)
+    for solver in (Dense(), SOLVER):
+        w = case.root(solver=solver)
+        (found,) = torch.autograd.grad(w.square().sum(), case.phi)
+        matrix = (case.matrix + torch.diag(case.phi)).detach()
+        x = torch.linalg.solve(matrix.T, 2 * case.w.detach())
+        torch.testing.assert_close(found, -x * (case.w.detach() - 2), rtol=1e-9, atol=1e-9)

@@ -208,3 +208,14 @@ def test_what_is_refused():
     outer.accumulate(*tasks[0].losses())
     with pytest.raises(RuntimeError, match=r"state_dict\(\) between accumulate\(\) and step\(\) would lose"):
         outer.state_dict()
+
+
+def test_parameters_that_came_between_the_tasks_and_the_step_are_told():
+    phi, late = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outer = HyperOptimizer(torch.optim.SGD([phi], lr=0.1), solver=MINRES())
+    outer.accumulate(*Task(phi, 2.0, 1.0).losses())
+    outer.optimizer.add_param_group({"params": [late]})
+    with pytest.raises(
+        RuntimeError, match=r"holds 2 parameters at the step, and held 1 .*: add parameter groups after"
+    ):
+        outer.step()

@@ -264,8 +264,8 @@ def test_what_is_refused():
         ({"unrolled": 3}, ValueError, "unrolled, the number of steps, and optimizer, .* give both or none"),
         ({"optimizer": torch.optim.SGD([problem.w])}, ValueError, "give both or none"),
         ({"unrolled": 0, "optimizer": torch.optim.SGD([problem.w])}, ValueError, "unrolled must be an integer of at"),
-        ({"unrolled": 1, "optimizer": torch.optim.SGD}, TypeError, "optimizer must be one of torch's SGD, Adam or"),
-        ({"unrolled": 1, "optimizer": torch.optim.LBFGS([problem.w])}, TypeError, "AdamW, whose .*, not LBFGS"),
+        ({"unrolled": 1, "optimizer": torch.optim.SGD}, TypeError, "optimizer must be a torch.optim.SGD, Adam or"),
+        ({"unrolled": 1, "optimizer": torch.optim.LBFGS([problem.w])}, TypeError, "AdamW, whose .*, not a LBFGS"),
         ({"unrolled": 1, "optimizer": Signed([problem.w])}, RuntimeError, "optimizer moves .* in another way than"),
         ({"unrolled": 1, "optimizer": torch.optim.SGD([other])}, ValueError, "it lacks 1 of them, and holds 1 others"),
     ):

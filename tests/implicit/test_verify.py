@@ -10,7 +10,7 @@ from torch import nn
 
 import auxfast
 from auxfast.implicit import Agreement, verify_hypergradient
-from auxfast.solvers import MINRES, Dense, Identity
+from auxfast.solvers import MINRES, Dense, Identity, OneStep
 
 from .problems import Reverse, Ridge
 
@@ -196,6 +196,8 @@ def test_verdict_not_at_a_minimum():
 def test_verdict_linear_system_not_solved():
     report = verify_ridge(Ridge(), solver=Identity(1e-4), max_directions=3)
     assert "the linear system is not solved: residual 1, " in report.verdict
+    report = verify_ridge(Ridge(), solver=OneStep(1e-4), max_directions=3)
+    assert "the linear system is not solved: residual not known, " in report.verdict
     report = verify_ridge(Ridge(), solver=MINRES(steps=1), max_dense=4, max_directions=3)
     assert "the linear system is not solved: residual 0." in report.verdict
 

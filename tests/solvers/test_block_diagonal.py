@@ -231,6 +231,20 @@ def test_a_dependence_of_two_problems_alone_is_seen(pair):
         BlockDiagonal().solve(matvec, cut(right_hand_sides()))
 
 
+@pytest.mark.parametrize("distance", [31, 32, 33])
+def test_a_dependence_is_seen_among_many_problems(distance):
+    """Powers of two are fewer than 70."""
+
+    def matvec(vectors: Sequence[Tensor]) -> list[Tensor]:
+        product = 2 * vectors[0]
+        product[0] += 0.1 * vectors[0][distance]
+        product[distance] += 0.1 * vectors[0][0]
+        return [product]
+
+    with pytest.raises(ValueError, match="the 70 problems of BlockDiagonal depend on each other"):
+        BlockDiagonal().solve(matvec, [gaussian(70, 3)])
+
+
 def test_dependence_is_looked_for_once_for_a_state():
     blocks, b, state = Blocks(matrices()), right_hand_sides(), SolverState()
     first, second, stateless = (BlockDiagonal().solve(blocks, cut(b), state=given)[1] for given in (state, state, None))

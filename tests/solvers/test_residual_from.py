@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import auxfast
-from auxfast.solvers import MINRES, ConjugateGradient, Jacobi, SolverState
+from auxfast.solvers import MINRES, ConjugateGradient, Jacobi, Neumann, OneStep, SolverState
 
 from .systems import Operator, gaussian, with_eigenvalues
 
@@ -62,6 +62,14 @@ def test_an_exact_operator_saves_the_closing_product(solver):
     assert stats.matvecs == operator.products == stats.iterations
     assert stats.residual == pytest.approx(true_residual(operator.matrix, x[0], gaussian(30)), rel=1e-6)
     assert (stats.converged, stats.stop_reason) == (True, "converged")
+
+
+def test_a_residual_that_is_not_known_comes_from_nothing():
+    operator = Exact(with_eigenvalues(torch.logspace(-2, 0, 30).double()))
+    for solver in (OneStep(0.1), Neumann(3, 0.1, certify=False)):
+        _, stats = solver.solve(operator, [gaussian(30)])
+        assert stats.residual_from is None
+        assert solver.solve(operator, [0 * gaussian(30)])[1].residual_from == "product"
 
 
 @both

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 import auxfast
-from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Jacobi, Nystrom, SolveStats
+from auxfast.solvers import (
+    MINRES,
+    Chebyshev,
+    ConjugateGradient,
+    FromOptimizer,
+    Jacobi,
+    Nystrom,
+    OneStep,
+    SolveStats,
+)
 from auxfast.train import Component, TrainConfig
 
 SGD = Component("SGD", {"lr": 0.1})
@@ -52,12 +61,20 @@ def test_what_is_no_solver_is_refused_by_name(door, solver):
         DOORS[door](solver)
 
 
+def test_a_class_in_the_place_of_a_solver_is_told_with_its_arguments():
+    with pytest.raises(TypeError, match=r"solver must be a solver and not its class: write OneStep\(\.\.\.\)"):
+        auxfast.HyperOptimizer(torch.optim.SGD([torch.zeros(1)]), solver=OneStep)
+
+
 @pytest.mark.parametrize("kind", [MINRES, ConjugateGradient, Chebyshev])
 def test_what_is_no_preconditioner_is_refused(kind):
     for given, text in (
         ("jacobi", "such as Jacobi"),
         (Jacobi, "write Jacobi"),
         (Nystrom, "write Nystrom"),
+        (FromOptimizer, r"write FromOptimizer\(\.\.\.\)"),
+        (torch.optim.Adam([torch.zeros(1)]), r"not the optimizer itself: take FromOptimizer\(optimizer\)"),
+        (lambda vectors: vectors, r"not <function.*: take InverseOperator\(function\)"),
         (1, "not 1"),
     ):
         with pytest.raises(TypeError, match=rf"^preconditioner must be .*{text}"):

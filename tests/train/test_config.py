@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 
-from auxfast.solvers import ConjugateGradient, Dense, Jacobi, Neumann, Nystrom
+from auxfast.solvers import ConjugateGradient, Dense, Jacobi, Neumann, Nystrom, OneStep
 from auxfast.train import CombinerConfig, Component, RunConfig
 from auxfast.train.optimizers import OPTIMIZERS, SCHEDULERS
 from auxfast.train.serialization import SOLVERS, flattened, override, to_table
@@ -160,6 +160,12 @@ def test_only_classes_that_can_be_made_are_offered():
     assert not {"LRScheduler", "ReduceLROnPlateau"} & SCHEDULERS.keys()
 
 
+@pytest.mark.parametrize("options", [{"lookahead": True}, {"mixed": "difference"}])
+def test_one_step_at_other_parameters_is_refused(options):
+    with pytest.raises(ValueError, match=r"train\.solver: got OneStep.*must have lookahead=False and mixed='exact'"):
+        train_config(solver=OneStep(0.1, **options))
+
+
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(ValueError, match=r"weighting\.same: no such weighting, must be one of stl, equal"):
         RunConfig(train_config(), weighting={"same": {}})
@@ -168,8 +174,11 @@ def test_an_unknown_weighting_is_refused():
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
+NEEDED = {"Neumann": {"step_size": 0.1}, "OneStep": {"lr": 0.1}, "SingleLoop": {"step_size": 0.1}}
+
+
 def _solver(name):
-    return SOLVERS[name](**{"Neumann": {"step_size": 0.1}}.get(name, {}))
+    return SOLVERS[name](**NEEDED.get(name, {}))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

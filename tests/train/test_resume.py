@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from auxfast.experiments.report.notes import notes
-from auxfast.solvers import MINRES, Chebyshev, ConjugateGradient, Dense, Identity, Jacobi, Neumann, Nystrom
+from auxfast.solvers import (
+    MINRES,
+    Chebyshev,
+    ConjugateGradient,
+    Dense,
+    Identity,
+    Jacobi,
+    Neumann,
+    Nystrom,
+    OneStep,
+    SingleLoop,
+)
 from auxfast.train import Component, Run, RunError, read_run
 from auxfast.train.files import load_checkpoint
 from train.problems import noisy_plan, without_seconds
@@ -43,6 +54,8 @@ SOLVERS = {
     "minres": MINRES(steps=3, damping=0.1, warm_start=True),
     "chebyshev": Chebyshev(steps=4, preconditioner=Nystrom(rank=3, refresh=3)),
     "nystrom": Nystrom(rank=4, refresh=5),
+    "one step": OneStep(0.1),
+    "single loop": SingleLoop(0.1),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import vjp, zeros_for_none
+from auxfast.autograd.engine import spread, vjp, zeros_for_none
 from auxfast.implicit import hypergradient
 from auxfast.implicit.arguments import as_tuple
 from auxfast.implicit.curvature import Hessian
@@ -74,8 +74,8 @@ class Hypergrad:
             losses = loss_val, loss_train
             return list(hypergradient(*losses, inner, outer, solver=solver, state=self._state, retain_graph=True).grads)
         active = [phi for phi in outer if phi.requires_grad]
-        grads = iter(self._sum_of_terms(loss_val, loss_train, active, [w for w in inner if w.requires_grad]))
-        return zeros_for_none([next(grads) if phi.requires_grad else None for phi in outer], outer)
+        grads = self._sum_of_terms(loss_val, loss_train, active, [w for w in inner if w.requires_grad])
+        return zeros_for_none(spread(grads, [phi.requires_grad for phi in outer]), outer)
 
     def _sum_of_terms(
         self, loss_val: Tensor, loss_train: Tensor, outer: Sequence[Tensor], inner: Sequence[Tensor]

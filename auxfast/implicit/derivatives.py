@@ -1,0 +1,59 @@
+"""The second derivatives of the inner loss, by the name of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
+from auxfast.implicit.curvature import GaussNewton, Hessian
+from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
+
+CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
+LossDerivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
+_RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
+
+
+def check_curvature(curvature: str) -> None:
+    """Raises ValueError where `curvature` is none that there is."""
+    names = [*_RECORDED, "finite-difference"]
+    if curvature not in names:
+        raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
+
+
+def derivatives_of(
+    curvature: str,
+    inner: CheckedLoss,
+    params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
+    retain_graph: bool,
+) -> LossDerivatives:
+    """The second derivatives of the inner loss that `curvature` names.
+
+    Args:
+        retain_graph: whether to keep the graph of a loss that is a tensor.
+
+    Raises:
+        ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
+    """
+    if isinstance(inner, LossGraph):
+        return _RECORDED[curvature](inner, params, retain_graph)
+    if any(loss_fn.is_fresh for loss_fn in inner):
+        if curvature == "finite-difference":
+            raise ValueError(
+                "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
+            )
+        return FreshCurvature(_recorder(_RECORDED[curvature], inner[0]), params)
+    if curvature == "finite-difference":
+        return FiniteDifference(inner, params, outer_params)
+    if len(inner) == 1:
+        return _RECORDED[curvature](inner[0](), params, retain_graph)
+    records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
+    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
+
+
+def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
+    return lambda params: kind(loss_fn(), params)
