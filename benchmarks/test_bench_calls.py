@@ -2,6 +2,14 @@
 
 Every row has its floor, the part of the by-hand time that the call may take at most. The two sides run interleaved in
 one process and are checked to be equal first.
+
+What 8 outer losses through `implicit_minimum` cannot go below: a batched product of 8 vectors takes 1.9 ms, where 8 one
+by one take 3.7. It has 126 million multiplications and additions, 1.4 ms at the 90 GFLOP/s that large products reach
+here, and its matrix products alone, as short as they are, take 1.65. With 11 of them 0.26 to 0.29 of 8 hypergradients
+are gone; MINRES's vectors take the same time for 8 rows as 8 times for one (0.08), and checks of the batches, with the
+product that they compare with, 0.04. Recording, the mixed products (one by one: a batch of 8, with its plan and its
+check, took longer), joins and the rest take 0.07: 0.5 in all, without other programs beside it. Below a floor of 0.45
+would be fewer products.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ pytestmark = [
 ]
 
 LR, DECAY, DAMPING = 0.1, 1e-3, 0.5
+SMALL_DAMPING = 0.02  # with which no row reaches float32's precision before its tenth step
 Tensors = Sequence[Tensor]
 
 
@@ -288,7 +297,7 @@ def test_the_minimum_as_a_function_costs_what_a_hypergradient_costs(benchmark: A
 
 def test_eight_outer_losses_share_one_batched_solve(benchmark: Any) -> None:
     net, x_outer, y_outer, problem = _with_functional_outer()
-    solver = MINRES(10, tol=None, damping=DAMPING)
+    solver = MINRES(10, tol=None, damping=SMALL_DAMPING)
 
     def losses(w: Tensors) -> Tensor:
         """(8,)"""

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
-from auxfast.autograd.engine import run_engine, vjp, zeros_for_none
+from auxfast.autograd.engine import in_own_task, run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
 from auxfast.autograd.separable import split, whole
 from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs
@@ -187,7 +188,7 @@ class Pullback:
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
         try:
-            gradients = _in_parts(planned, vectors, at_once)
+            gradients = in_own_task(partial(_in_parts, planned, vectors, at_once))
             agrees = self._is_confirmed(vectors, gradients) or self._agrees_with_engine(vectors, gradients)
         except BatchingUnsupported:
             raise

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import in_own_task, keeps_graph
+from auxfast.autograd.engine import keeps_graph
 from auxfast.autograd.hooks import has_hook, through_hooks
 from auxfast.autograd.transforms import (
     as_batch,
@@ -72,19 +71,16 @@ class ImplicitFunction:
         cotangents`. All tensors have one more axis in front where they are `batched`."""
         if self._has_hooks():  # F has gone through them, as an outer loss of W itself would
             cotangents = [self._hooked(w, c, batched) for w, c in zip(self.params, cotangents, strict=True)]
-        adjoint = in_own_task(
-            partial(
-                solve_adjoint,
-                self.derivatives,
-                self.inner,
-                cotangents,
-                self.params,
-                self.outer_params,
-                self.masks,
-                self.solver,
-                self.state,
-                batched,
-            )
+        adjoint = solve_adjoint(
+            self.derivatives,
+            self.inner,
+            cotangents,
+            self.params,
+            self.outer_params,
+            self.masks,
+            self.solver,
+            self.state,
+            batched,
         )
         lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
         gradients = [

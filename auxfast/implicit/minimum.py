@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import compress
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import in_own_task, spread, vjp, zeros_for_none
+from auxfast.autograd.engine import spread, vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
 from auxfast.implicit.advice import found_nothing, problem_of, warn_of
@@ -201,7 +200,7 @@ class _Minimum(ImplicitFunction):
         if self.masks is not None:
             rhs = project(rhs, list(compress(self.masks, product.in_system)))
         with torch.no_grad():
-            solution, stats = in_own_task(partial(solve_system, self.solver, product, rhs, None))
+            solution, stats = solve_system(self.solver, product, rhs, None)
             problem = problem_of(self.solver, stats, product, rhs, found_nothing(stats, solution))
         if self.warn:
             warn_of(problem, self.solver, self.state)
