@@ -48,6 +48,11 @@ class _FromScipy:
     """Products of an operator of SciPy."""
 
     operator: Any
+    symmetric: bool
+
+    @property
+    def transposed(self) -> _FromScipy:
+        return self if self.symmetric else _FromScipy(self.operator.T, False)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return [product[0] for product in self.batched([v[None] for v in vectors])]
@@ -76,19 +81,21 @@ def from_curvlinops(operator: Any) -> _FromCurvlinops:
     return _FromCurvlinops(operator)
 
 
-def from_scipy(operator: Any) -> _FromScipy:
+def from_scipy(operator: Any, *, symmetric: bool = True) -> _FromScipy:
     """A SciPy operator as a solver's `matvec`, or for `solvers.InverseOperator`: it multiplies the entries of all
     tensors one after another, on the CPU.
 
     Args:
         operator: a square `scipy.sparse.linalg.LinearOperator`, or what `aslinearoperator` makes one of: a matrix,
             dense or sparse.
+        symmetric: whether it is, which most solvers need; otherwise `GMRES`, or `NormalEquations`, which multiplies
+            with its transpose (`rmatvec`), too.
 
     Raises:
         TypeError: `operator` is none of these.
         ModuleNotFoundError: SciPy is not installed.
     """
-    return _FromScipy(_optional("scipy.sparse.linalg", "scipy").aslinearoperator(operator))
+    return _FromScipy(_optional("scipy.sparse.linalg", "scipy").aslinearoperator(operator), symmetric)
 
 
 def to_curvlinops(operator: ParameterOperator) -> Any:

@@ -448,8 +448,11 @@ def _check_float64(op: str, name: str, rows: Tensor, shape: Sequence[int], like:
 
 
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"{op} is not differentiable: detach its arguments, or call it in torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:  # `any` would make a generator, which takes longer
+        if tensor.requires_grad:
+            raise RuntimeError(f"{op} is not differentiable: detach its arguments, or call it in torch.no_grad()")
 
 
 def _check_combination(out: Tensor, terms: Sequence[Tensor], coefficients: Tensor) -> None:

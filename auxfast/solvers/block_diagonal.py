@@ -21,7 +21,7 @@ from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.normal_equations import NormalEquations
 
 _BY_ROWS = (MINRES, ConjugateGradient, GMRES, NormalEquations, Neumann, Chebyshev, Identity)
-_SCALES = 32  # powers of two that tell problems apart: more of them would leave the range of float32
+_SCALES, _SCALES_OF_HALF = 32, 8  # powers of two that tell problems apart: more would leave the range of the dtype
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class BlockDiagonal:
     as on T systems: each has its own Krylov space, stops on its own, and has its own entry in `stats.residuals`. One
     system of all, as any solver takes it by itself, needs as many steps as all the spectra together ask for.
 
-    **Whether the problems are independent** is checked by two products, or three for more than 32 problems, once for a
-    `state`, or in every call without one: scaling the vector of one problem must not change the products of the others.
+    **Whether the problems are independent** is checked by two products (another one for more than 32 problems, or 8 in
+    float16), once for a `state`, or in every call without one: scaling the vector of one problem must not change the
+    products of the others.
 
     Args:
         solver: one that treats right-hand sides one by one, without a preconditioner: MINRES, ConjugateGradient,
@@ -114,14 +115,15 @@ def _refuse_dependent(operator: BlockOperator, vectors: Sequence[Tensor], blocks
         return
     vectors = [v / largest for v in vectors]
     products = operator.batched([v.clone() for v in vectors])
+    num_scales = _SCALES_OF_HALF if vectors[0].dtype == torch.float16 else _SCALES
     changes, stride = 0.0, 1
     while stride == 1 or stride < blocks:  # any two problems differ in a digit of their numbers
-        digits = torch.arange(blocks, device=vectors[0].device) // stride % _SCALES
+        digits = torch.arange(blocks, device=vectors[0].device) // stride % num_scales
         columns = [(2.0**digits).to(v.dtype).reshape(-1, *[1] * (v.dim() - 1)) for v in vectors]
         scaled = operator.batched([v * column for v, column in zip(vectors, columns, strict=True)])
         pairs = zip(products, scaled, columns, strict=True)
         found = max((float((s.detach() / c - p.detach()).abs().max()) for p, s, c in pairs if p.numel()), default=0.0)
-        changes, stride = max(changes, found), stride * _SCALES
+        changes, stride = max(changes, found), stride * num_scales
     size = max((float(p.detach().abs().max()) for p in products if p.numel()), default=0.0)
     if math.isfinite(changes) and changes > math.sqrt(torch.finfo(vectors[0].dtype).eps) * size:
         raise ValueError(

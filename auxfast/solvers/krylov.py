@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import BROKEN, LANCZOS, LANCZOS_STEPS, NUMBERS, REACHED, RUNNING
+from auxfast.ops.krylov import BROKEN, LANCZOS, LANCZOS_STEPS, NUMBERS, REACHED, RUNNING, row_dots
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
@@ -142,7 +142,7 @@ class _Outcome:
         system = best.system
         steps = self.number("steps")
         shown = np.sqrt(self.x.shape[1] * self.number("noise") / np.maximum(steps - 1, 1))
-        lengths = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float64).cpu().numpy()
+        lengths = np.sqrt(row_dots(self.x, self.x).cpu().numpy())
         error = np.maximum(torch.finfo(system.dtype).eps, 2 * shown)
         drift = error * self.number("largest") * np.sqrt(steps) * lengths
         norms = np.hypot(self.norms, drift)

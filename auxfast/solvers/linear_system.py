@@ -68,7 +68,7 @@ class LinearSystem:
         self.rhs = self.flatten(rhs)
         self.rhs_norms = self._norms()
         limit = torch.finfo(self.dtype).max ** 0.25
-        if not ((self.rhs_norms > 1 / limit) & (self.rhs_norms < limit)).all() and self.rhs.numel():
+        if not all(1 / limit < norm < limit for norm in self.rhs_norms.tolist()) and self.rhs.numel():
             largest = self.rhs.abs().amax(dim=1, keepdim=True)
             if not bool(largest.isfinite().all()):
                 raise ValueError(RHS_NOT_FINITE)
@@ -78,7 +78,7 @@ class LinearSystem:
             self.rhs_norms = self._norms()
 
     def _norms(self) -> npt.NDArray[np.float64]:
-        norms: npt.NDArray[np.float64] = row_dots(self.rhs, self.rhs).sqrt().cpu().numpy()
+        norms: npt.NDArray[np.float64] = np.sqrt(row_dots(self.rhs, self.rhs).cpu().numpy())
         return norms
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -124,8 +124,12 @@ class LinearSystem:
             every = torch.zeros_like(self.rhs).index_copy_(0, index, rows)
             return self.product(every).index_select(0, index)
         self.matvecs += rows.shape[0]
-        results = [self._join(matvec(operand), operand, count) for matvec, operand, count in self._calls(rows)]
-        result = results[0] if len(results) == 1 else torch.cat([*results, rows[:0]])
+        calls = self._calls(rows)
+        if len(calls) == 1:
+            ((matvec, operand, count),) = calls
+            result = self._join(matvec(operand), operand, count)
+        else:
+            result = torch.cat([*(self._join(call(part), part, count) for call, part, count in calls), rows[:0]])
         return result.add_(rows, alpha=self.damping) if self.damping else result
 
     def _calls(self, rows: Tensor) -> list[_Call]:

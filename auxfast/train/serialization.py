@@ -203,7 +203,8 @@ def _named(value: Any, hint: Any) -> Any:
         raise _Refused(f'got {value!r}, must be a table {{name = "...", ...}}')
     name, options = table.get("name"), {key: entry for key, entry in table.items() if key != "name"}
     if not isinstance(name, str):
-        raise _Refused('got no name, must be a table {name = "...", ...}')
+        names = f", of {', '.join(known)}" if known else ""
+        raise _Refused(f'got no name, must be a table {{name = "...", ...}}{names}')
     if not known:
         return Component(name, _with_tuples(options))
     if name not in known:

@@ -28,9 +28,11 @@ class Curvature {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V q = Memory<V>::load(q_ + i);
-    return {Memory<V>::load(p_ + i) * q, Memory<V>::load(z_ + i) * q};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const auto q = E::widened(E::load(q_ + i));
+    sums.a = sums.a + E::widened(E::load(p_ + i)) * q;
+    sums.b = sums.b + E::widened(E::load(z_ + i)) * q;
   }
 
   static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
@@ -81,16 +83,19 @@ class Residual {
   AUXFAST_HD Residual(const ConjugateGradientStep<T>& work, int64_t row)
       : r_(work.r + row * work.n), q_(work.product + row * work.n) {
     const Numbers numbers = numbers_of(work, row);
-    alpha_ = numbers[kAlpha];
+    alpha_ = T(numbers[kAlpha]);
     skips_ = numbers[kMoves] == 0;
   }
 
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V r = Memory<V>::store(r_ + i, Memory<V>::load(r_ + i) - alpha_ * Memory<V>::load(q_ + i));
-    return {r * r, V{}};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const V next = E::load(r_ + i) - alpha_ * E::load(q_ + i);
+    E::store(r_ + i, next);
+    const auto r = E::widened(next);
+    sums.a = sums.a + r * r;
   }
 
   // The iterate is kept where it is the best so far and the next one is worse.
@@ -109,7 +114,7 @@ class Residual {
  private:
   T* r_;
   const T* q_;
-  double alpha_;
+  T alpha_;
   bool skips_;
 };
 
@@ -122,8 +127,9 @@ class PreconditionedResidual {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    return {Memory<V>::load(r_ + i) * Memory<V>::load(z_ + i), V{}};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    sums.a = sums.a + E::widened(E::load(r_ + i)) * E::widened(E::load(z_ + i));
   }
 
   static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
@@ -145,8 +151,8 @@ class Direction {
         p_(work.p + row * work.n),
         z_(work.z + row * work.n) {
     const Numbers numbers = numbers_of(work, row);
-    alpha_ = numbers[kAlpha];
-    beta_ = numbers[kCgBeta];
+    alpha_ = T(numbers[kAlpha]);
+    beta_ = T(numbers[kCgBeta]);
     leaves_ = numbers[kLeaves] != 0;
     skips_ = numbers[kMoves] == 0;
   }
@@ -154,12 +160,15 @@ class Direction {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V x = Memory<V>::load(x_ + i), p = Memory<V>::load(p_ + i);
-    if (leaves_) Memory<V>::store(best_ + i, x);
-    Memory<V>::store(x_ + i, x + alpha_ * p);
-    const V next = Memory<V>::store(p_ + i, beta_ * p + Memory<V>::load(z_ + i));
-    return {next * next, V{}};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const V x = E::load(x_ + i), p = E::load(p_ + i);
+    if (leaves_) E::store(best_ + i, x);
+    E::store(x_ + i, x + alpha_ * p);
+    const V next = beta_ * p + E::load(z_ + i);
+    E::store(p_ + i, next);
+    const auto wide = E::widened(next);
+    sums.a = sums.a + wide * wide;
   }
 
   static AUXFAST_HD void finish(const ConjugateGradientStep<T>& work, int64_t row, Sums sums) {
@@ -172,7 +181,7 @@ class Direction {
  private:
   T *x_, *best_, *p_;
   const T* z_;
-  double alpha_, beta_;
+  T alpha_, beta_;
   bool leaves_, skips_;
 };
 

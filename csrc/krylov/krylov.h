@@ -72,6 +72,7 @@ enum Part { kWhole, kBeforePreconditioner, kAfterPreconditioner };
 
 template <class T>
 struct ConjugateGradientStep {
+  using Type = T;
   T *x, *best, *r, *p;  // in and out: (rows, n)
   const T* z;           // in: (rows, n), the preconditioned r of the step before, or the new one; r itself without
   const T* product;     // in: (rows, n)
@@ -83,6 +84,7 @@ struct ConjugateGradientStep {
 
 template <class T>
 struct MinresStep {
+  using Type = T;
   double *x, *w_old;   // in and out: (rows, n); w_old becomes the next w
   const double* w;     // in: (rows, n)
   T *v, *r, *product;  // in and out: (rows, n); product becomes the next u

@@ -19,34 +19,46 @@ struct Doubles {
 };
 
 template <>
-struct Memory<Doubles> {
-  static AUXFAST_HD Doubles load(const float* from) { return widened(load_as<Vec<float>>(from)); }
-  static AUXFAST_HD Doubles load(const double* from) {
+struct Element<Vec<float>> {
+  using Wide = Doubles;
+  static AUXFAST_HD Vec<float> load(const float* from) { return load_as<Vec<float>>(from); }
+  static AUXFAST_HD void store(float* to, Vec<float> value) { store_as(to, value); }
+  static AUXFAST_HD Doubles load_wide(const double* from) {
     return {load_as<Vec<double>>(from), load_as<Vec<double>>(from + kLanes<double>)};
   }
-  static AUXFAST_HD Doubles store(float* to, Doubles value) {
-    Whole whole;
-    __builtin_memcpy(&whole, &value, sizeof value);
-    const Vec<float> stored = __builtin_convertvector(whole, Vec<float>);
-    store_as(to, stored);
-    return widened(stored);
-  }
-  static AUXFAST_HD Doubles store(double* to, Doubles value) {
+  static AUXFAST_HD void store_wide(double* to, Doubles value) {
     store_as(to, value.low);
     store_as(to + kLanes<double>, value.high);
-    return value;
   }
-
- private:
-  typedef double Whole __attribute__((vector_size(2 * kVectorBytes)));
-
   static AUXFAST_HD Doubles widened(Vec<float> value) {
     const Whole whole = __builtin_convertvector(value, Whole);
     Doubles halves;
     __builtin_memcpy(&halves, &whole, sizeof whole);
     return halves;
   }
+  static AUXFAST_HD Vec<float> narrowed(Doubles value) {
+    Whole whole;
+    __builtin_memcpy(&whole, &value, sizeof value);
+    return __builtin_convertvector(whole, Vec<float>);
+  }
+
+ private:
+  typedef double Whole __attribute__((vector_size(2 * kVectorBytes)));
 };
+
+template <>
+struct Element<Vec<double>> {
+  using Wide = Vec<double>;
+  static AUXFAST_HD Vec<double> load(const double* from) { return load_as<Vec<double>>(from); }
+  static AUXFAST_HD void store(double* to, Vec<double> value) { store_as(to, value); }
+  static AUXFAST_HD Vec<double> load_wide(const double* from) { return load(from); }
+  static AUXFAST_HD void store_wide(double* to, Vec<double> value) { store(to, value); }
+  static AUXFAST_HD Vec<double> widened(Vec<double> value) { return value; }
+  static AUXFAST_HD Vec<double> narrowed(Vec<double> value) { return value; }
+};
+
+AUXFAST_HD double sum_elements(Doubles value) { return sum_lanes<double>(value.low + value.high); }
+AUXFAST_HD double sum_elements(Vec<double> value) { return sum_lanes<double>(value); }
 
 namespace {
 
@@ -148,28 +160,20 @@ void row_dots(const RowDots<T>& work, const Executor& executor) {
 
 // The sums of a pass over elements from .. end of a row, in an order that depends on their number only. The pass comes
 // by value, so that the compiler knows that what is stored into the row changes nothing of it.
-template <class Pass>
+template <class T, class Pass>
 Sums pass_over(const Pass pass, int64_t from, int64_t end) {
-  constexpr int kUnroll = 2;  // pairs of vectors: as many independent additions as the unit has latency
-  constexpr int kLength = 2 * kLanes<double>;
-  Doubles a[kUnroll] = {}, b[kUnroll] = {};
+  using V = Vec<T>;
+  // As many independent additions as the unit has latency.
+  constexpr int kUnroll = int(4 * sizeof(Vec<double>) / sizeof(typename Element<V>::Wide));
+  Shares<V> sums[kUnroll] = {};
   int64_t at = from;
-  const auto add_vectors = [&](int sum) AUXFAST_INLINE {
-    const Pair<Doubles> shares = pass.template at<Doubles>(at);
-    a[sum] = a[sum] + shares.a;
-    b[sum] = b[sum] + shares.b;
-    at += kLength;
-  };
-  while (at + kUnroll * kLength <= end)
-    for (int i = 0; i < kUnroll; ++i) add_vectors(i);
-  while (at + kLength <= end) add_vectors(0);
-  const Doubles sum_a = a[0] + a[1], sum_b = b[0] + b[1];
-  Sums sums{sum_lanes<double>(sum_a.low + sum_a.high), sum_lanes<double>(sum_b.low + sum_b.high)};
-  for (; at < end; ++at) {
-    const Sums shares = pass.template at<double>(at);
-    sums = {sums.a + shares.a, sums.b + shares.b};
-  }
-  return sums;
+  while (at + kUnroll * kLanes<T> <= end)
+    for (int i = 0; i < kUnroll; ++i, at += kLanes<T>) pass.template at<V>(at, sums[i]);
+  for (; at + kLanes<T> <= end; at += kLanes<T>) pass.template at<V>(at, sums[0]);
+  for (int i = 1; i < kUnroll; ++i) sums[0] = {sums[0].a + sums[i].a, sums[0].b + sums[i].b};
+  Sums total{sum_elements(sums[0].a), sum_elements(sums[0].b)};
+  for (; at < end; ++at) pass.template at<T>(at, total);
+  return total;
 }
 
 // A pass over a row: tile by tile, which several threads take if `executor` is not null. The tiles' sums are added in
@@ -182,7 +186,7 @@ void run_pass(const Work& work, int64_t row, const Executor* executor) {
     const int64_t tiles = (work.n + kTileElements - 1) / kTileElements;
     const auto tile = [&](int64_t i) {
       const int64_t from = i * kTileElements, end = from + kTileElements;
-      return pass_over(pass, from, end < work.n ? end : work.n);
+      return pass_over<typename Work::Type>(pass, from, end < work.n ? end : work.n);
     };
     if (executor == nullptr || tiles < 2) {
       for (int64_t i = 0; i < tiles; ++i) {

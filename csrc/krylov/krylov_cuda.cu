@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kSumThreads) pass_kernel(const Work work, unsi
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t at = begin + i * kSumThreads;
       if (at >= work.n) break;
-      const Sums shares = pass.template at<double>(at);
-      sums = {sums.a + shares.a, sums.b + shares.b};
+      pass.template at<typename Work::Type>(at, sums);
     }
   sums.a = block_sum(sums.a);
   __syncthreads();

@@ -10,8 +10,9 @@
 //   Solution         x <- x + phi w'
 // u_old.u' would be 0 but for v_old . H v - v . H v_old: it says by how much products contradict symmetry.
 //
-// w and x are float64. Rounding in w grows with the square of the condition number (Sleijpen, van der Vorst &
-// Modersitzki 2000): in float32 the solution would be lost from a condition number of 1e4 on.
+// The Lanczos vectors are stored as T, but updated in float64: their orthogonality lasts longer. w and x are stored as
+// float64 too. Rounding in w grows with the square of the condition number (Sleijpen, van der Vorst and Modersitzki
+// 2000): in float32 the solution would be lost from a condition number of 1e4 on.
 //
 // r is b - H x whatever is left of orthogonality: of phibar, which claims to be its norm, that is not true.
 // clang-format on
@@ -35,8 +36,9 @@ class LanczosDiagonal {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    return {Memory<V>::load(v_ + i) * Memory<V>::load(q_ + i), V{}};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    sums.a = sums.a + E::widened(E::load(v_ + i)) * E::widened(E::load(q_ + i));
   }
 
   static AUXFAST_HD void finish(const MinresStep<T>& work, int64_t row, Sums sums) {
@@ -99,11 +101,14 @@ class LanczosVector {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V old = Memory<V>::load(u_old_ + i);
-    const V next =
-        Memory<V>::store(q_ + i, Memory<V>::load(q_ + i) - of_u_ * Memory<V>::load(u_ + i) - of_u_old_ * old);
-    return {next * next, old * next};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const auto old = E::widened(E::load(u_old_ + i));
+    const V next = E::narrowed(E::widened(E::load(q_ + i)) - of_u_ * E::widened(E::load(u_ + i)) - of_u_old_ * old);
+    E::store(q_ + i, next);
+    const auto u = E::widened(next);
+    sums.a = sums.a + u * u;
+    sums.b = sums.b + old * u;
   }
 
   static AUXFAST_HD void finish(const MinresStep<T>& work, int64_t row, Sums sums) {
@@ -130,9 +135,11 @@ class PreconditionedVector {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V z = Memory<V>::load(z_ + i);
-    return {Memory<V>::load(u_ + i) * z, Memory<V>::load(u_old_ + i) * z};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const auto z = E::widened(E::load(z_ + i));
+    sums.a = sums.a + E::widened(E::load(u_ + i)) * z;
+    sums.b = sums.b + E::widened(E::load(u_old_ + i)) * z;
   }
 
   static AUXFAST_HD void finish(const MinresStep<T>& work, int64_t row, Sums sums) {
@@ -161,21 +168,25 @@ class Directions {
     of_w_ = -numbers[kDelta] / gamma;
     of_w_old_ = -numbers[kEpsilonBefore] / gamma;
     of_z_ = beta > 0 ? 1 / beta : 0;  // an invariant subspace: the row is about to stop
-    of_r_ = numbers[kS] * numbers[kS];
-    of_u_ = -numbers[kC] * numbers[kPhibarBefore] / gamma;  // phibar' / beta', which may be 0 / 0 as it stands
+    of_r_ = T(numbers[kS] * numbers[kS]);
+    of_u_ = T(-numbers[kC] * numbers[kPhibarBefore] / gamma);  // phibar' / beta', which may be 0 / 0 as it stands
     skips_ = numbers[kMoves] == 0;
   }
 
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    const V w =
-        of_v_ * Memory<V>::load(v_ + i) + of_w_ * Memory<V>::load(w_ + i) + of_w_old_ * Memory<V>::load(w_old_ + i);
-    Memory<V>::store(w_old_ + i, w);
-    Memory<V>::store(v_ + i, of_z_ * Memory<V>::load(z_ + i));
-    const V r = Memory<V>::store(r_ + i, of_r_ * Memory<V>::load(r_ + i) + of_u_ * Memory<V>::load(u_ + i));
-    return {w * w, r * r};
+  AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
+    using E = Element<V>;
+    const auto w = of_v_ * E::widened(E::load(v_ + i)) + of_w_ * E::load_wide(w_ + i) +
+                   of_w_old_ * E::load_wide(w_old_ + i);
+    E::store_wide(w_old_ + i, w);
+    E::store(v_ + i, E::narrowed(of_z_ * E::widened(E::load(z_ + i))));
+    const V next = of_r_ * E::load(r_ + i) + of_u_ * E::load(u_ + i);
+    E::store(r_ + i, next);
+    const auto r = E::widened(next);
+    sums.a = sums.a + w * w;
+    sums.b = sums.b + r * r;
   }
 
   // Stops before a step if its rounding, in a product with H, is more than it takes from the residual: it would go
@@ -199,7 +210,8 @@ class Directions {
   double* w_old_;
   T *v_, *r_;
   const T *u_, *z_;
-  double of_v_, of_w_, of_w_old_, of_z_, of_r_, of_u_;
+  double of_v_, of_w_, of_w_old_, of_z_;
+  T of_r_, of_u_;
   bool skips_;
 };
 
@@ -216,9 +228,9 @@ class Solution {
   AUXFAST_HD bool skips() const { return skips_; }
 
   template <class V>
-  AUXFAST_HD Pair<V> at(int64_t i) const {
-    Memory<V>::store(x_ + i, Memory<V>::load(x_ + i) + phi_ * Memory<V>::load(w_ + i));
-    return {V{}, V{}};
+  AUXFAST_HD void at(int64_t i, Shares<V>&) const {
+    using E = Element<V>;
+    E::store_wide(x_ + i, E::load_wide(x_ + i) + phi_ * E::load_wide(w_ + i));
   }
 
   static AUXFAST_HD void finish(const MinresStep<T>&, int64_t, Sums) {}

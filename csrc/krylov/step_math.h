@@ -4,10 +4,11 @@
 // A pass is a class:
 //   Pass(work, row)              reads the numbers of a row
 //   skips()                      whether it leaves the row alone, because that has stopped
-//   at<V>(i)                     updates the elements from i on, one (V = double) or as many as a SIMD vector has, and
-//                                returns their shares in two sums
+//   at<V>(i, sums)               updates the elements from i on, one (V = T) or as many as a SIMD vector has (V =
+//                                Vec<T>), and adds their shares to two sums
 //   static finish(work, row, sums)   goes on with the row's numbers; it is called for rows that were left alone too
-// All arithmetic is in float64, whatever the vectors are stored in.
+// Vectors are updated in the arithmetic that they are stored in, unless a pass says otherwise, with coefficients that
+// are rounded to it: so x and r take the same step. Sums and scalars are float64.
 #pragma once
 
 #include <cmath>
@@ -17,29 +18,32 @@
 
 namespace auxfast::AUXFAST_ISA {
 
-// How a V is read and written; store() returns the value as it is stored. The CPU adds its vectors.
+// One element, or a SIMD vector of them, and its counterpart in float64. The CPU adds its vectors.
 template <class V>
-struct Memory;
+struct Element;
 
-template <>
-struct Memory<double> {
-  template <class T>
-  static AUXFAST_HD double load(const T* from) {
-    return double(*from);
-  }
-  template <class T>
-  static AUXFAST_HD double store(T* to, double value) {
-    const T stored = T(value);
-    *to = stored;
-    return double(stored);
-  }
+template <class T>
+struct ScalarElement {
+  using Wide = double;
+  static AUXFAST_HD T load(const T* from) { return *from; }
+  static AUXFAST_HD void store(T* to, T value) { *to = value; }
+  static AUXFAST_HD double load_wide(const double* from) { return *from; }
+  static AUXFAST_HD void store_wide(double* to, double value) { *to = value; }
+  static AUXFAST_HD double widened(T value) { return double(value); }
+  static AUXFAST_HD T narrowed(double value) { return T(value); }
 };
+template <>
+struct Element<float> : ScalarElement<float> {};
+template <>
+struct Element<double> : ScalarElement<double> {};
 
 template <class V>
 struct Pair {
   V a, b;
 };
 using Sums = Pair<double>;
+template <class V>
+using Shares = Pair<typename Element<V>::Wide>;
 
 // The numbers of one row.
 struct Numbers {

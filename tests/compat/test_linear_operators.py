@@ -11,7 +11,7 @@ from torch import Tensor
 import auxfast
 from auxfast.compat.linear_operators import from_curvlinops, from_scipy, to_curvlinops, to_scipy
 from auxfast.curvature import Hessian
-from auxfast.solvers import MINRES, ConjugateGradient, FromOptimizer, InverseOperator
+from auxfast.solvers import GMRES, MINRES, ConjugateGradient, FromOptimizer, InverseOperator, NormalEquations
 
 SHAPES = [(2, 3), (4,), ()]
 SIZE = 11
@@ -98,6 +98,18 @@ def test_a_solver_takes_scipys_matrices_and_its_factorisations_as_preconditioner
     torch.testing.assert_close(rows(helped[0]), solved(matrix, rhs), rtol=1e-6, atol=1e-9)
     assert helped[1].converged
     assert helped[1].iterations <= 2 < plain[1].iterations
+
+
+@pytest.mark.parametrize("solver", [GMRES(tol=1e-10), NormalEquations(tol=1e-10)], ids=["GMRES", "NormalEquations"])
+def test_scipys_matrices_need_not_be_symmetric(solver):
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    matrix = spread(5.0) + torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 5
+    b = torch.ones(SIZE, dtype=torch.float64)
+    (x,), stats = solver.solve(from_scipy(linalg.aslinearoperator(matrix.numpy()), symmetric=False), [b])
+    assert stats.converged
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match="symmetric"):
+        MINRES().solve(from_scipy(matrix.numpy(), symmetric=False), [b])
 
 
 def test_the_public_hessian_goes_to_scipy_and_knows_its_optimizer():

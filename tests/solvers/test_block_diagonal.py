@@ -231,18 +231,19 @@ def test_a_dependence_of_two_problems_alone_is_seen(pair):
         BlockDiagonal().solve(matvec, cut(right_hand_sides()))
 
 
-@pytest.mark.parametrize("distance", [31, 32, 33])
-def test_a_dependence_is_seen_among_many_problems(distance):
-    """Powers of two are fewer than 70."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [1, 8, 31, 32, 33, 64])
+def test_a_dependence_is_seen_among_many_problems(distance, dtype):
+    """Powers of two are fewer than 70, most of all in float16."""
 
     def matvec(vectors: Sequence[Tensor]) -> list[Tensor]:
         product = 2 * vectors[0]
-        product[0] += 0.1 * vectors[0][distance]
-        product[distance] += 0.1 * vectors[0][0]
+        product[0] += vectors[0][distance]
+        product[distance] += vectors[0][0]
         return [product]
 
     with pytest.raises(ValueError, match="the 70 problems of BlockDiagonal depend on each other"):
-        BlockDiagonal().solve(matvec, [gaussian(70, 3)])
+        BlockDiagonal().solve(matvec, [gaussian(70, 3, dtype=dtype)])
 
 
 def test_dependence_is_looked_for_once_for_a_state():

@@ -101,7 +101,7 @@ def test_float32_survives_a_few_large_eigenvalues_over_many_small_ones():
 
 def test_not_behind_conjugate_gradients():
     operator, b = system(torch.logspace(-4, 0, 40))
-    for steps in (5, 20, 60):
+    for steps in (5, 20, 40):  # more than there are eigenvalues would compare rounding
         minres, cg = (s(steps=steps, tol=None).solve(operator, [b])[1] for s in (MINRES, ConjugateGradient))
         assert minres.residual <= cg.residual * (1 + 1e-6)
 

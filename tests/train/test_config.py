@@ -3,7 +3,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 
-from auxfast.solvers import ConjugateGradient, Dense, Jacobi, Neumann, Nystrom, OneStep
+from auxfast.solvers import BlockDiagonal, ConjugateGradient, Dense, Jacobi, Neumann, Nystrom, OneStep
 from auxfast.train import CombinerConfig, Component, RunConfig
 from auxfast.train.optimizers import OPTIMIZERS, SCHEDULERS
 from auxfast.train.serialization import SOLVERS, flattened, override, to_table
@@ -198,6 +198,12 @@ def test_a_table_holds_everything(name):
     assert override(config, table) == config
     other = RunConfig(train_config(), task=Options())
     assert override(other, table) == config
+
+
+def test_a_solver_that_a_table_cannot_hold_is_refused_with_the_names_of_those_that_it_can():
+    config = RunConfig(replace(train_config(), solver=BlockDiagonal()))
+    with pytest.raises(ValueError, match=r"train.solver: got no name, must be a table .*, of Neumann, Chebyshev, "):
+        override(config, {})
 
 
 def test_the_solver_s_table_of_an_older_version_has_no_certify():
