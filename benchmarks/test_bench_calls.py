@@ -3,7 +3,7 @@
 Every row has its floor, the part of the by-hand time that the call may take at most. The two sides run interleaved in
 one process and are checked to be equal first.
 
-8 outer losses through `implicit_minimum` take 0.60 to 0.64 of 8 hypergradients, above their floor of 0.45. Of that 0.32
+8 outer losses through `implicit_minimum` take 0.60 to 0.65 of 8 hypergradients, above their floor of 0.45. Of that 0.32
 are the 11 batched products, 2.2 ms each, where 8 vectors one by one take 3.7 to 4: their matrix products alone take
 1.65, at 80 of the 90 GFLOP/s that large ones reach here. Then 0.09 are MINRES's vectors, the same for 8 rows as for 8
 times one; 0.08 the checks of the batches with the product that they compare with; 0.03 the mixed products, one by one
