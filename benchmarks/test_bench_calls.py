@@ -3,13 +3,12 @@
 Every row has its floor, the part of the by-hand time that the call may take at most. The two sides run interleaved in
 one process and are checked to be equal first.
 
-What 8 outer losses through `implicit_minimum` cannot go below: a batched product of 8 vectors takes 1.9 ms, where 8 one
-by one take 3.7. It has 126 million multiplications and additions, 1.4 ms at the 90 GFLOP/s that large products reach
-here, and its matrix products alone, as short as they are, take 1.65. With 11 of them 0.26 to 0.29 of 8 hypergradients
-are gone; MINRES's vectors take the same time for 8 rows as 8 times for one (0.08), and checks of the batches, with the
-product that they compare with, 0.04. Recording, the mixed products (one by one: a batch of 8, with its plan and its
-check, took longer), joins and the rest take 0.07: 0.5 in all, without other programs beside it. Below a floor of 0.45
-would be fewer products.
+8 outer losses through `implicit_minimum` take 0.60 to 0.65 of 8 hypergradients, above their floor of 0.45. Of that 0.32
+are the 11 batched products, 2.2 ms each, where 8 vectors one by one take 3.7 to 4: their matrix products alone take
+1.65, at 80 of the 90 GFLOP/s that large ones reach here. Then 0.09 are MINRES's vectors, the same for 8 rows as for 8
+times one; 0.08 the checks of the batches with the product that they compare with; 0.03 the mixed products, one by one
+(a batch of 8, with its plan and check, took longer); the rest recording, planning and copies. Products by hand (0.25),
+vectors and mixed products come to 0.37, without outer losses, recording, checks and a certificate.
 """
 
 from __future__ import annotations

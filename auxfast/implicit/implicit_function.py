@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.engine import keeps_graph
+from auxfast.autograd.engine import in_own_task, keeps_graph
 from auxfast.autograd.hooks import has_hook, through_hooks
 from auxfast.autograd.transforms import (
     as_batch,
@@ -71,7 +72,8 @@ class ImplicitFunction:
         cotangents`. All tensors have one more axis in front where they are `batched`."""
         if self._has_hooks():  # F has gone through them, as an outer loss of W itself would
             cotangents = [self._hooked(w, c, batched) for w, c in zip(self.params, cotangents, strict=True)]
-        adjoint = solve_adjoint(
+        solve = partial(
+            solve_adjoint,
             self.derivatives,
             self.inner,
             cotangents,
@@ -82,6 +84,7 @@ class ImplicitFunction:
             self.state,
             batched,
         )
+        adjoint = in_own_task(solve) if batched else solve()  # once, and not for each product
         lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
         gradients = [
             phi.new_zeros(*lead, *phi.shape) if term is None else -term
