@@ -11,14 +11,6 @@ import torch
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _memory_is_kept() -> None:
-    """Frees a large tensor once, as most programs have that loaded data. From then on glibc keeps what is freed, up to
-    64 MB. Before, it gives back to the kernel whatever goes beyond twice the largest tensor that was freed so far, and
-    page faults dominate calls that allocate several such tensors."""
-    torch.empty(32_000_000, dtype=torch.uint8)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
