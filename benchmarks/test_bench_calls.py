@@ -34,8 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-LR, DECAY, DAMPING = 0.1, 1e-3, 0.5
-SMALL_DAMPING = 0.02  # with which no row reaches float32's precision before its tenth step
+LR, DECAY = 0.1, 1e-3
+DAMPING = 0.003  # makes H positive definite, and leaves ten steps a residual of 0.02 to 0.2, as networks do
 Tensors = Sequence[Tensor]
 
 
@@ -255,7 +255,7 @@ def test_sama_takes_at_most_a_quarter_more_than_by_hand(benchmark: Any) -> None:
 
 SOLVERS = {
     "CG(10)": (ConjugateGradient(10, tol=None, damping=DAMPING), 0.95, 1e-3),
-    "MINRES(10)": (MINRES(10, tol=None, damping=DAMPING), 1.05, 0.2),  # another iterate of the same Krylov space
+    "MINRES(10)": (MINRES(10, tol=None, damping=DAMPING), 1.05, 0.5),  # another iterate of the same Krylov space
 }
 
 
@@ -296,7 +296,7 @@ def test_the_minimum_as_a_function_costs_what_a_hypergradient_costs(benchmark: A
 
 def test_eight_outer_losses_share_one_batched_solve(benchmark: Any) -> None:
     net, x_outer, y_outer, problem = _with_functional_outer()
-    solver = MINRES(10, tol=None, damping=SMALL_DAMPING)
+    solver = MINRES(10, tol=None, damping=DAMPING)
 
     def losses(w: Tensors) -> Tensor:
         """(8,)"""
@@ -314,7 +314,7 @@ def test_eight_outer_losses_share_one_batched_solve(benchmark: Any) -> None:
         ]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
-    compare(benchmark, ours, by_hypergradients, floor=0.45, rounds=15)
+    compare(benchmark, ours, by_hypergradients, floor=0.45, rtol=1e-2, rounds=15)  # float32, and an ill-conditioned H
 
 
 def _with_functional_outer() -> tuple[nn.Module, Tensor, Tensor, Problem]:
