@@ -178,8 +178,8 @@ class Directions {
   template <class V>
   AUXFAST_HD void at(int64_t i, Shares<V>& sums) const {
     using E = Element<V>;
-    const auto w = of_v_ * E::widened(E::load(v_ + i)) + of_w_ * E::load_wide(w_ + i) +
-                   of_w_old_ * E::load_wide(w_old_ + i);
+    const auto w =
+        of_v_ * E::widened(E::load(v_ + i)) + of_w_ * E::load_wide(w_ + i) + of_w_old_ * E::load_wide(w_old_ + i);
     E::store_wide(w_old_ + i, w);
     E::store(v_ + i, E::narrowed(of_z_ * E::widened(E::load(z_ + i))));
     const V next = of_r_ * E::load(r_ + i) + of_u_ * E::load(u_ + i);
