@@ -94,7 +94,7 @@ class ImplicitFunction:
             adjoint.check_finite()
             check_finite("The hypergradients", gradients)
         if self.warn:
-            adjoint.warn(self.solver, self.state, self.problem_of(adjoint))
+            adjoint.warn(self.solver, self.state, self.own_problem(adjoint))
         if self.on_solve is not None:
             self.on_solve(adjoint.stats)
         return gradients, adjoint.solution
@@ -111,7 +111,7 @@ class ImplicitFunction:
             return torch.stack([through_hooks(param, row) for row in cotangent]) if len(cotangent) else cotangent
         return through_hooks(param, cotangent)
 
-    def problem_of(self, adjoint: Adjoint) -> str | None:
+    def own_problem(self, adjoint: Adjoint) -> str | None:
         """What to warn of before all that a solve tells; a key of the texts in `advice`."""
         raise NotImplementedError
 
@@ -198,7 +198,7 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        tensors = _saved_tensors(ctx)
+        tensors = _tensors_of(ctx)
         gradients = _Solved._gradients(ctx.function, cotangents, tensors)
         if not keeps_graph():  # the recorded gradient goes as saved tensors go, which an error leaves
             ctx.function = None
@@ -240,7 +240,7 @@ class _PullBack(torch.autograd.Function):
         function: ImplicitFunction = ctx.function
         function.refuse_third()
         num_outer = len(function.outer_params)
-        solution = _saved_tensors(ctx)[2 * len(function.params) + num_outer :]
+        solution = _tensors_of(ctx)[2 * len(function.params) + num_outer :]
         if (rows := rows_of_batch(cotangents[:num_outer])) is not None:
             with outside_of_batch():
                 return None, *_one_by_one(function, solution, rows)
@@ -272,7 +272,7 @@ def _one_by_one(
     return [None if column[0] is None else as_batch([torch.stack(column)])[0] for column in zip(*found, strict=True)]
 
 
-def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+def _tensors_of(ctx: Any) -> tuple[Tensor, ...]:
     """The saved tensors.
 
     Raises:

@@ -155,7 +155,7 @@ def implicit_minimum(
 
 
 class _Minimum(ImplicitFunction):
-    def problem_of(self, adjoint: Adjoint) -> str | None:
+    def own_problem(self, adjoint: Adjoint) -> str | None:
         if all(term is None for term in adjoint.mixed):
             return "no part in the inner loss"
         if not isinstance(self.derivatives, Hessian):  # no gradient was recorded

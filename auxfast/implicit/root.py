@@ -154,7 +154,7 @@ class _Root(ImplicitFunction):
                 "outer loss, and in the derivatives of function (the norm of a zero vector, sqrt(0), log(0))"
             ) from error
 
-    def problem_of(self, adjoint: Adjoint) -> str | None:
+    def own_problem(self, adjoint: Adjoint) -> str | None:
         if all(term is None for term in adjoint.mixed):
             return "no part in the function"
         if adjoint.problem in ("no curvature", "stagnated"):

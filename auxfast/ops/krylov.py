@@ -210,7 +210,7 @@ def conjugate_gradient_step_reference_(
         curvature = pq / of["pp"]
         of.stop(~curvature.isfinite(), BROKEN)
         of.set(largest=torch.maximum(of["largest"], curvature.abs()))
-        flat = of.tiny * of["largest"]
+        flat = of.eps * of["largest"]
         of.set(negative=torch.where(curvature < -flat, 1.0, of["negative"]))
         of.stop(curvature < -flat, CURVED)
         of.stop(curvature <= flat, SINGULAR)
@@ -320,8 +320,8 @@ def minres_step_reference_(
         of.set(steps=of["steps"] + 1)
         before = of["phibar_before"]
         if part == WHOLE:
-            rounding = of.tiny * of["largest"] * of["phi"].abs() * torch.linalg.vector_norm(w_old, dim=1)
-            of.stop(~(rounding < torch.maximum(of.tiny**0.5 * before, before - of["phibar"])), SINGULAR)
+            rounding = of.eps * of["largest"] * of["phi"].abs() * torch.linalg.vector_norm(w_old, dim=1)
+            of.stop(~(rounding < torch.maximum(of.eps**0.5 * before, before - of["phibar"])), SINGULAR)
         square = row_dots_reference(r, r)
         of.set(square=square)
         of.stop(square.sqrt() <= of["tolerance"], REACHED, moves=1)
@@ -338,7 +338,7 @@ def _rotate(of: _Numbers, beta: Tensor, overlap: Tensor, part: int) -> None:
     delta, gbar, dbar = c * of["dbar"] + s * alfa, s * of["dbar"] - c * alfa, -c * beta
     curvature, slope = -c * gbar, torch.hypot(gbar, dbar)
     of.stop(~slope.isfinite(), BROKEN)  # a preconditioner that is not positive definite ends here too
-    flat = of.tiny * largest
+    flat = of.eps * largest
     of.set(largest=largest, negative=torch.where(curvature < -flat, 1.0, of["negative"]))
     of.stop((curvature.abs() <= _NULL * flat) & (slope.square() <= _NULL * flat * largest), SINGULAR)
     gamma, phibar = torch.hypot(gbar, beta), of["phibar"].clone()
@@ -351,13 +351,13 @@ class _Numbers:
     """The numbers of k rows by name, for the references. Only rows that move are written.
 
     Attributes:
-        tiny: the machine epsilon, of rounding relative to the largest curvature.
+        eps: the machine epsilon, of rounding relative to the largest curvature.
     """
 
-    def __init__(self, numbers: Tensor, names: Sequence[str], tiny: float) -> None:
+    def __init__(self, numbers: Tensor, names: Sequence[str], eps: float) -> None:
         self._rows = dict(zip(names, numbers, strict=False))
         self._lanczos = numbers[LANCZOS:]
-        self.tiny = tiny
+        self.eps = eps
 
     def __getitem__(self, name: str) -> Tensor:
         return self._rows[name]

@@ -45,7 +45,7 @@ class MINRES(KrylovSolver):
 DEFAULT_SOLVER = MINRES(steps=10, warm_start=True)
 """The solver of calls that name none: at most ten products and that of the certificate, from where the last call with
 the same `state` has ended. It solves well-conditioned systems to `tol`. A network's it leaves at a residual of 0.3 to
-0.7; a hundred products leave it at 0.2 to 0.4, and cost ten times as much (docs/choosing.md)."""
+0.7; a hundred products leave it at 0.1 to 0.4, and cost nearly ten times as much (docs/solvers.md)."""
 
 
 class _MINRES(Recurrence):

@@ -2,7 +2,7 @@
 // 9.1, in as few passes as its sums allow.
 //
 // clang-format off
-// With q = H p, and z = M r or r itself:
+// The step takes q = H p, and z = M r or r itself:
 //   Curvature    p.q, z.q                                      alpha = r.z / p.q
 //   Residual     r <- r - alpha q,   r.r                       beta = r'.z' / r.z
 //   Direction    x <- x + alpha p,   p <- beta p + z',   p.p
@@ -42,7 +42,7 @@ class Curvature {
     const double curvature = sums.a / numbers[kPp];
     if (!is_finite(curvature)) return numbers.stop(kBroken);
     const double largest = numbers[kLargest] = larger(numbers[kLargest], fabs(curvature));
-    const double flat = kTiny<T> * largest;
+    const double flat = kMachineEpsilon<T> * largest;
     if (curvature < -flat) {
       numbers[kNegative] = 1;
       return numbers.stop(kCurved);

@@ -163,7 +163,7 @@ void row_dots(const RowDots<T>& work, const Executor& executor) {
 template <class T, class Pass>
 Sums pass_over(const Pass pass, int64_t from, int64_t end) {
   using V = Vec<T>;
-  // As many independent additions as the unit has latency.
+  // This is the number of independent additions that hides their latency.
   constexpr int kUnroll = int(4 * sizeof(Vec<double>) / sizeof(typename Element<V>::Wide));
   Shares<V> sums[kUnroll] = {};
   int64_t at = from;

@@ -69,7 +69,7 @@ AUXFAST_HD void rotate(const MinresStep<T>& work, const Numbers& numbers, double
   const double curvature = -numbers[kC] * gbar, dbar = -numbers[kC] * beta, slope = hypot(gbar, dbar);
   if (!is_finite(slope)) return numbers.stop(kBroken);  // a preconditioner that is not positive definite ends here too
   numbers[kLargest] = column;                           // the longest column of the tridiagonal matrix, at most |H|
-  const double flat = kTiny<T> * column;
+  const double flat = kMachineEpsilon<T> * column;
   if (curvature < -flat) numbers[kNegative] = 1;
   if (fabs(curvature) <= kNull * flat && slope * slope <= kNull * flat * column) return numbers.stop(kSingular);
 
@@ -197,9 +197,10 @@ class Directions {
     if (numbers[kMoves] == 0) return;
     numbers[kSteps] += 1;
     if (work.part == kWhole) {
-      const double rounding = kTiny<T> * numbers[kLargest] * fabs(numbers[kPhi]) * sqrt(sums.a);
+      const double rounding = kMachineEpsilon<T> * numbers[kLargest] * fabs(numbers[kPhi]) * sqrt(sums.a);
       const double before = numbers[kPhibarBefore];
-      if (!(rounding < larger(sqrt(kTiny<T>) * before, before - numbers[kPhibar]))) return numbers.stop(kSingular);
+      if (!(rounding < larger(sqrt(kMachineEpsilon<T>) * before, before - numbers[kPhibar])))
+        return numbers.stop(kSingular);
     }
     numbers[kSquare] = sums.b;
     if (sqrt(sums.b) <= numbers[kTolerance]) numbers[kStatus] = kReached;

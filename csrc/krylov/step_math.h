@@ -83,6 +83,6 @@ AUXFAST_HD double larger(double a, double b) { return a < b ? b : a; }
 
 // The machine epsilon: of rounding, relative to the largest curvature.
 template <class T>
-constexpr double kTiny = sizeof(T) == 4 ? 0x1p-23 : 0x1p-52;
+constexpr double kMachineEpsilon = sizeof(T) == 4 ? 0x1p-23 : 0x1p-52;
 
 }  // namespace auxfast::AUXFAST_ISA

@@ -95,7 +95,7 @@ def test_one_step_is_the_closed_form_of_ridge(mixed):
 
 @mixed_products
 def test_look_ahead_is_the_derivative_of_an_unrolled_step(mixed):
-    """By autograd through the step; and by differences of the whole step, so that nothing depends on autograd."""
+    """The truth is that of autograd through the step, and of differences of the whole step, which need no autograd."""
     problem = Network()
     phi = [t.detach().clone().requires_grad_() for t in problem.phi]
     expected = torch.autograd.grad(problem.after_a_step(phi), phi)
@@ -206,7 +206,7 @@ def test_micro_batches_are_their_mean(mixed, lookahead):
 @mixed_products
 @lookaheads
 def test_held_entries_neither_step_nor_carry_anything(mixed, lookahead):
-    """As if the parameters that are held were constants."""
+    """The parameters that are held count as constants."""
     problem, solver = Network(), OneStep(LR, lookahead, mixed)
     free = [None, None, *(torch.zeros_like(t, dtype=torch.bool) for t in problem.w[2:])]
     found = problem.gradients(solver, free=free)

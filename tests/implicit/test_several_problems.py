@@ -136,7 +136,7 @@ def test_damping_is_added_to_the_hessian_of_each_task():
 
 
 def test_an_outer_loss_may_mix_the_tasks():
-    """As a worst case over tasks does: each still has its own right-hand side."""
+    """A worst case over tasks mixes them, and each still has its own right-hand side."""
     problem = Sinusoids()
     outer = problem.outer_losses().logsumexp(dim=0) + problem.w.var(dim=0).sum()
     args = ([problem.w], [problem.phi, problem.strength])

@@ -195,7 +195,7 @@ def test_gmres_says_where_a_restart_comes_too_early():
 
 @solvers
 def test_a_singular_system_has_the_solution_of_the_smallest_residual(solver):
-    """In the range of the matrix it is a solution; outside it is no longer one than the smallest residual asks for."""
+    """It is a solution in the range of the matrix; outside it is no longer than the smallest residual asks for."""
     matrix = gaussian(SIZE, 30, seed=7) @ gaussian(30, SIZE, seed=8)
     inverse = torch.linalg.pinv(matrix, rtol=1e-10)
     _, stats = solver.solve(General(matrix), [matrix @ gaussian(SIZE)])
