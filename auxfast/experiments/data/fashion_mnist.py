@@ -1,0 +1,94 @@
+"""Fashion-MNIST: 70,000 grey pictures of clothes, 28 x 28 pixels, of ten classes.
+
+By Xiao, Rasul and Vollgraf (2017), https://github.com/zalandoresearch/fashion-mnist: four files in the IDX format of MNIST, with or
+without gzip. Debian has them as the package `dataset-fashion-mnist`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from auxfast.experiments.data.files import DatasetError
+from auxfast.experiments.data.image_data import ImageData
+
+DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
+CLASS_NAMES = (
+    "T-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+# What somebody who knows no names of clothes can see in a picture, as far as the class decides it.
+FASHION_ATTRIBUTES: dict[str, frozenset[int]] = {
+    "has sleeves": frozenset({0, 2, 4, 6}),
+    "has long sleeves": frozenset({2, 4, 6}),
+    "opens at the front": frozenset({4, 6}),
+    "covers the legs": frozenset({1, 3}),
+    "has two legs": frozenset({1}),
+    "goes on a foot": frozenset({5, 7, 9}),
+    "covers the ankle": frozenset({9}),
+    "shows the toes": frozenset({5}),
+    "has a handle": frozenset({8}),
+    "worn on top of other clothes": frozenset({2, 4}),
+    "taller than wide": frozenset({1, 3}),
+    "made of knitted cloth": frozenset({0, 2}),
+}
+_PARTS = (("train", 60_000), ("t10k", 10_000))
+_SIDE = 28
+_UNSIGNED_BYTES = 8  # the IDX format's code of the only type that these files have
+
+
+def load_fashion_mnist(folder: str | Path = DEBIAN_FOLDER) -> ImageData:
+    """Reads the four files in `folder`. images: (70000, 1, 28, 28) uint8, those of the official test part last.
+
+    Raises:
+        DatasetError: a file is missing, or is not what this reader knows (magic number, sizes, labels from 0 to 9).
+    """
+    folder = Path(folder)
+    images, labels, is_test = [], [], []
+    for part, count in _PARTS:
+        images.append(_read_idx(folder, f"{part}-images-idx3-ubyte", (count, _SIDE, _SIDE)))
+        labels.append(_read_idx(folder, f"{part}-labels-idx1-ubyte", (count,), largest=len(CLASS_NAMES) - 1))
+        is_test.append(torch.full((count,), part == "t10k"))
+    return ImageData(torch.cat(images)[:, None], torch.cat(labels).long(), torch.cat(is_test), CLASS_NAMES)
+
+
+def fashion_attributes(labels: Tensor) -> Tensor:
+    """(n, 12) float32: 1 for each of `FASHION_ATTRIBUTES` that the class has, else 0. labels: (n,) int64."""
+    columns = [torch.isin(labels, torch.tensor(sorted(classes))) for classes in FASHION_ATTRIBUTES.values()]
+    return torch.stack(columns, dim=1).float()
+
+
+def _read_idx(folder: Path, name: str, shape: tuple[int, ...], largest: int = 255) -> Tensor:
+    """The uint8 array in an IDX file of this name, plain or with gzip."""
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        raise DatasetError(
+            f"{folder / name}: no such file, nor {name}.gz; expected the four files of Fashion-MNIST, which Debian's "
+            f"package dataset-fashion-mnist puts into {DEBIAN_FOLDER}"
+        )
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DatasetError(f"{path}: {error}, expected a whole gzip file") from error
+    header = np.array([_UNSIGNED_BYTES << 8 | len(shape), *shape], dtype=">u4").tobytes()
+    if content[: len(header)] != header:
+        raise DatasetError(f"{path}: header {content[: len(header)].hex()}, expected {header.hex()} (shape {shape})")
+    values = np.frombuffer(content, dtype=np.uint8, offset=len(header))
+    if values.size != np.prod(shape):
+        raise DatasetError(f"{path}: {values.size} bytes after the header, expected {np.prod(shape)}")
+    if values.max() > largest:
+        raise DatasetError(f"{path}: {values.max()} at {int(values.argmax())}, expected labels from 0 to {largest}")
+    return torch.from_numpy(values.copy()).view(shape)
