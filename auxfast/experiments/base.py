@@ -108,7 +108,7 @@ def _task_maker(experiment: Experiment, method: Method, seed: int, config: RunCo
     taken = inspect.signature(experiment.make_task).parameters
     if config.task is not None and "options" not in taken:
         raise ValueError(f"config.task: got {config.task!r}, and make_task takes no `options`")
-    given = {"options": config.task, "hold_out": method.is_combiner}
+    given = {"options": config.task, "hold_out": method.holds_out}
     return partial(experiment.make_task, seed, **{name: value for name, value in given.items() if name in taken})
 
 

@@ -122,10 +122,14 @@ def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
         ValueError: the task, or a method with it, cannot be trained.
     """
     methods = {plan.method: plan for plan in plans}
-    of_task = next((plan for method, plan in methods.items() if method.is_combiner), plans[0])
+    of_task = next((plan for method, plan in methods.items() if method.holds_out), plans[0])
     try:
         task = draw_task(of_task)
-        check_task(task, own=any(method.family == OWN for method in methods))
+        check_task(
+            task,
+            own=any(method.family == OWN for method in methods),
+            labels=any(method.labels for method in methods),
+        )
         for method, plan in methods.items():
             check_method(method, plan.config, len(task.loss_names))
     except TypeError as error:

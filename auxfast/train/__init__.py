@@ -1,13 +1,13 @@
 """A reference trainer for Algorithm 1 of the paper: inner steps on a combined loss, outer ones on its weights."""
 
-from auxfast.train.config import CombinerConfig, RunConfig, TrainConfig
+from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig, TrainConfig
 from auxfast.train.files import RunError
 from auxfast.train.methods import Method, parse_method
 from auxfast.train.optimizers import Component
 from auxfast.train.recording import RunPlan, record_run
 from auxfast.train.run import Run, RunResult, find_runs, read_config, read_run
 from auxfast.train.serialization import override
-from auxfast.train.task import Batch, Task
+from auxfast.train.task import Batch, LabelBatch, Task
 from auxfast.train.task_check import check_task
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import make_training_loss
@@ -16,6 +16,8 @@ __all__ = [
     "Batch",
     "CombinerConfig",
     "Component",
+    "LabelBatch",
+    "LabelsConfig",
     "Method",
     "OuterRecord",
     "Run",

@@ -14,7 +14,7 @@ from auxfast.nn.combiner_base import Positive
 from auxfast.solvers import Identity, Solver
 from auxfast.solvers.base import check_solver
 from auxfast.solvers.known_solution import KnownSolution
-from auxfast.train.methods import WEIGHTING_LABELS
+from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
 from auxfast.train.optimizers import check_optimizer, check_scheduler
 
@@ -153,6 +153,35 @@ class CombinerConfig:
 
 
 @dataclass(frozen=True)
+class LabelsConfig:
+    """How the methods with generated labels train the generator, and use its labels.
+
+    Args:
+        loss: the student's loss against the labels: "cross-entropy", or "focal", as MAXL's own code has it.
+        weight: weight of that loss beside the main loss, where no combiner is learned.
+        combiner: a combiner of main and generated loss that `auxilearn-labels` learns with the labels, under one
+            hypergradient: "linear", "nonlinear" (as the paper has it for fine-grained classes), ...; None: their sum.
+        lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own.
+        entropy_weight: weight of MAXL's entropy term.
+    """
+
+    loss: Literal["cross-entropy", "focal"] = "cross-entropy"
+    weight: float = 1.0
+    combiner: str | None = None
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    entropy_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("cross-entropy", "focal"):
+            raise ValueError(f"labels.loss: got {self.loss!r}, must be 'cross-entropy' or 'focal'")
+        if self.combiner is not None and self.combiner not in COMBINER_LABELS:
+            raise ValueError(f"labels.combiner: got {self.combiner!r}, must be one of {', '.join(COMBINER_LABELS)}")
+        for name in ("weight", "lr", "weight_decay", "entropy_weight"):
+            _check_number(f"labels.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that a run depends on, but for experiment, method and seed.
 
@@ -165,6 +194,7 @@ class RunConfig:
     combiner: CombinerConfig = field(default_factory=CombinerConfig)
     weighting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     task: Any = None
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
 
     def __post_init__(self) -> None:
         for name, options in self.weighting.items():

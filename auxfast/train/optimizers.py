@@ -45,7 +45,9 @@ class Component:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_optimizer(component: Component, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    component: Component, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
     """The optimizer, without any weight decay of its own (AdamW has one by default)."""
     kind = OPTIMIZERS[component.name]
     decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(kind).parameters else {}

@@ -51,7 +51,7 @@ from auxfast.train.task import Task
 from auxfast.train.task_check import as_number, check_members
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
-from auxfast.train.training_loss import CombinedLoss, TrainingLoss, make_training_loss
+from auxfast.train.training_loss import TrainingLoss, combiner_of, make_training_loss
 
 OnOuterStep = Callable[[OuterRecord], None]
 
@@ -209,7 +209,7 @@ def restore_run(run: Run, config: RunConfig, make_task: Callable[[], Task]) -> t
     with fitting(checkpoint):
         task.model.load_state_dict(state["trainer"]["model"])
         loss.load_state_dict(state["trainer"]["training_loss"])
-    combiner = loss.combiner if isinstance(loss, CombinedLoss) else None
+    combiner = combiner_of(loss)
     return task, combiner if isinstance(combiner, Combiner) else None
 
 

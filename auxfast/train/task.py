@@ -19,6 +19,25 @@ class Batch(NamedTuple):
     mask: Tensor | None
 
 
+class LabelBatch(NamedTuple):
+    """Losses of a batch, and what a label generator needs to add one more.
+
+    losses: as in `Batch`. The last column is that of the generated labels, and is 0.
+    mask: as in `Batch`, and 0 in the last column: without a generator, no sample has such labels. With one, the samples
+        (points) that have the main loss have them.
+    auxiliary_logits: the student's logits of the auxiliary classes, (batch, num_auxiliary) or (batch, num_auxiliary,
+        points).
+    inputs: what the generator sees, such as the images.
+    labels: main classes, int64, as `LabelGenerator` takes them. Where the main loss is masked, any class will do.
+    """
+
+    losses: Tensor
+    mask: Tensor
+    auxiliary_logits: Tensor
+    inputs: Tensor
+    labels: Tensor
+
+
 class Task(Protocol):
     """A problem with its four parts: training, auxiliary, validation and test samples, as one seed has drawn them.
 
@@ -31,6 +50,10 @@ class Task(Protocol):
     It may have `release_auxiliary()`: from now on `training_batch` draws from the samples of the auxiliary set too. The
     trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
     that the labels which told the weights apart are trained on in the end.
+
+    It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels.
+    Then `training_batch` returns a `LabelBatch`, the last of `loss_names` is that of the generated labels, and the
+    methods `auxilearn-labels`, `maxl` and `maxl-f` can train it.
 
     And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
     a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from auxfast.train.files import described
-from auxfast.train.task import Batch, Task
+from auxfast.train.task import Batch, LabelBatch, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
 _OPTIONAL = ("release_auxiliary", "shared_parameters")
@@ -55,15 +55,35 @@ def own_training_loss(task: Task) -> nn.Module:
             "task.training_loss: there is none, and the method own needs it: a torch.nn.Module that returns the "
             "training loss, and whose parameters are the outer ones"
         )
-    _check_module("training_loss", loss)
+    return _outer_module("training_loss", loss, task)
+
+
+def label_generator(task: Task) -> nn.Module:
+    """The task's label generator.
+
+    Raises:
+        TypeError, ValueError: there is none; or it is no module, has no parameters to learn, or the model's.
+    """
+    generator = getattr(task, "label_generator", None)
+    if generator is None:
+        raise TypeError(
+            "task.label_generator: there is none, and methods that train on generated labels need it: a "
+            "torch.nn.Module such as auxfast.nn.LabelGenerator"
+        )
+    return _outer_module("label_generator", generator, task)
+
+
+def _outer_module(name: str, module: Any, task: Task) -> nn.Module:
+    """The module, after the check that it has parameters, and none of the model's."""
+    _check_module(name, module)
     inner = {id(parameter) for parameter in task.model.parameters()}
-    shared = [name for name, parameter in loss.named_parameters() if id(parameter) in inner]
+    shared = [own for own, parameter in module.named_parameters() if id(parameter) in inner]
     if shared:
         raise ValueError(
-            f"task.training_loss: its parameter {shared[0]} is one of task.model too, must be an outer parameter only"
+            f"task.{name}: its parameter {shared[0]} is one of task.model too, must be an outer parameter only"
         )
-    module: nn.Module = loss
-    return module
+    outer: nn.Module = module
+    return outer
 
 
 def _check_module(name: str, module: Any) -> None:
@@ -103,11 +123,12 @@ def check_scalar(name: str, loss: Any) -> None:
     raise TypeError(f"task.{name}: got {given}, must return a scalar tensor with a graph to the model")
 
 
-def check_task(task: Task, *, own: bool = False) -> None:
+def check_task(task: Task, *, own: bool = False, labels: bool = False) -> None:
     """Checks a task by calling each of its methods once: it draws, and should be thrown away.
 
     Args:
         own: whether its own training loss is needed.
+        labels: whether its label generator is needed.
 
     Raises:
         TypeError, ValueError: a member is missing, raises, or returns what it must not.
@@ -123,6 +144,8 @@ def check_task(task: Task, *, own: bool = False) -> None:
         _check_graph("training_loss", "a loss", loss, parameters)
         outer = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
         _check_graph("training_loss", "a loss", loss, outer, "its own parameters")
+    if labels:
+        _check_label_batch(task, batch)
     outer_loss = _called("outer_loss", task.outer_loss)
     check_scalar("outer_loss", outer_loss)
     _check_graph("outer_loss", "a loss", outer_loss, parameters)
@@ -145,6 +168,23 @@ def _check_training_batch(task: Task) -> Any:
     check_batch(batch, len(task.loss_names))
     _check_losses(batch)
     return batch
+
+
+def _check_label_batch(task: Task, batch: Any) -> None:
+    """Checks that a batch can be labelled, and the labels be predicted."""
+    generator = label_generator(task)
+    if not isinstance(batch, LabelBatch):
+        raise TypeError(f"task.training_batch: got {type(batch).__name__}, must return a LabelBatch to be labelled")
+    if not isinstance(batch.mask, Tensor) or bool(batch.mask[:, -1].any()):
+        raise ValueError(
+            "task.training_batch: got a mask that is not 0 in the column of the generated labels, the last"
+        )
+    soft_labels = _called("label_generator", lambda: generator(batch.inputs, batch.labels))
+    given, expected = tuple(soft_labels.shape), tuple(batch.auxiliary_logits.shape)
+    if given != expected:
+        raise ValueError(
+            f"task.label_generator: got labels of shape {given}, must be {expected}, as the batch's auxiliary_logits"
+        )
 
 
 def as_number(score: Any) -> float:

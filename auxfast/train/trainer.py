@@ -18,10 +18,11 @@ from auxfast.implicit import HyperOptimizer
 from auxfast.implicit.optimizer import Projectable
 from auxfast.solvers import GradientFlow, Solver, SolveStats
 from auxfast.train.config import TrainConfig
+from auxfast.train.maxl import maxl_step
 from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
 from auxfast.train.task_check import as_number, check_batch, check_members, check_scalar
-from auxfast.train.training_loss import CombinedLoss, TrainingLoss, main_loss
+from auxfast.train.training_loss import GeneratedLabelsLoss, TrainingLoss, combiner_of, main_loss
 
 _MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
 
@@ -68,7 +69,10 @@ class Trainer:
         check_members(task)
         self.task, self.training_loss, self.config = task, training_loss, config
         self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-        self.combiner = training_loss.combiner if isinstance(training_loss, CombinedLoss) else None
+        self.combiner = combiner_of(training_loss)
+        self.maxl: GeneratedLabelsLoss | None = None
+        if isinstance(training_loss, GeneratedLabelsLoss) and training_loss.with_lookahead:
+            self.maxl = training_loss
         self.outer_parameters = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
         self.outer = self._hyper_optimizer() if training_loss.learned else None
         self.inner = make_optimizer(config.inner_optimizer, self.parameters)
@@ -83,7 +87,7 @@ class Trainer:
 
     def _hyper_optimizer(self) -> HyperOptimizer:
         return HyperOptimizer(
-            make_optimizer(self.config.outer_optimizer, self.outer_parameters),
+            make_optimizer(self.config.outer_optimizer, self.training_loss.parameter_groups()),
             solver=self.config.solver,
             max_grad_norm=self.config.max_outer_grad_norm,
             max_weight_change=self.config.max_weight_change,
@@ -187,7 +191,7 @@ class Trainer:
 
     def _round(self) -> OuterRecord:
         """Takes `inner_steps` inner steps and an outer one, if phi moves by now. Returns what was measured."""
-        learns = self.outer is not None and not (self.warms_up or self.cools_down)
+        learns = self.outer is not None and self.maxl is None and not (self.warms_up or self.cools_down)
         if self.cools_down and not self._has_released and hasattr(self.task, "release_auxiliary"):
             self.task.release_auxiliary()
             self._has_released = True
@@ -213,6 +217,11 @@ class Trainer:
             stats = self._outer_step(outer_loss, training_loss)
             outer_seconds += self._seconds_since(start)
             skipped = self.outer.skipped_steps > before
+        elif self.maxl is not None:
+            start = time.perf_counter()
+            outer_loss = self._maxl_steps(self.maxl)
+            outer_seconds = self._seconds_since(start)
+            self._check_finite("outer", outer_loss)
         return OuterRecord(
             step=len(self.records),
             training_loss=training_loss.item(),
@@ -253,11 +262,15 @@ class Trainer:
         return batch, loss.detach()
 
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        batch = self._batch(generator)
+        # A combiner needs all digits of its few losses: it runs without autocast.
+        return batch, self.training_loss(*batch)
+
+    def _batch(self, generator: torch.Generator) -> Any:
         with self._autocast():
             batch = self.task.training_batch(generator)
         check_batch(batch, len(self.task.loss_names))
-        # A combiner needs all digits of its few losses: it runs without autocast.
-        return batch, self.training_loss(*batch)
+        return batch
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
         """A batch, its training loss, and the outer loss."""
@@ -287,6 +300,16 @@ class Trainer:
             return solver
         read = GradientFlow.of(self.inner, (len(self.records) + 1) * self.config.inner_steps)
         return replace(solver, time=read.time, learning_rate=solver.learning_rate or read.learning_rate)
+
+    def _maxl_steps(self, loss: GeneratedLabelsLoss) -> Tensor:
+        """Takes as many of MAXL's outer steps as there are inner steps: it passes twice over the training data. Returns
+        the mean of their outer losses."""
+        assert self.outer is not None
+        losses = [
+            maxl_step(self._batch, loss, self.outer, self.parameters, self.inner.param_groups[0]["lr"], generator)
+            for generator in [self.outer_generator] * self.config.inner_steps
+        ]
+        return torch.stack(losses).mean()
 
     def _validate(self) -> float:
         """The validation score; with early stopping, keeps a copy of what scored best."""

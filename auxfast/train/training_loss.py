@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auxfast.nn import Combiner, ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
+from auxfast.nn import (
+    Combiner,
+    ConvCombiner,
+    DeepLinearCombiner,
+    LinearCombiner,
+    NonlinearCombiner,
+    PolynomialCombiner,
+    focal_loss,
+    negative_entropy,
+    soft_cross_entropy,
+)
 from auxfast.ops.inputs import full_precision
-from auxfast.train.config import CombinerConfig, RunConfig
-from auxfast.train.methods import OWN, Method
-from auxfast.train.task import Batch, Task
-from auxfast.train.task_check import own_training_loss
+from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig
+from auxfast.train.methods import LABELS, OWN, Method
+from auxfast.train.task import Batch, LabelBatch, Task
+from auxfast.train.task_check import label_generator, own_training_loss
 from auxfast.weighting import Equal, SingleTask, make_weighting
 
 _IMAGE = (64, 64)  # pixels in which a convolutional combiner's weight is measured: 256 x 256 would give 5% more
@@ -27,6 +37,10 @@ class TrainingLoss(nn.Module, ABC):
     """
 
     learned = False
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Outer parameters that require gradients, as groups for the outer optimizer."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     @abstractmethod
     def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor: ...
@@ -103,6 +117,73 @@ class WeightedLoss(TrainingLoss):
         return tuple(self._last.tolist())
 
 
+def combiner_of(loss: TrainingLoss) -> nn.Module | None:
+    """The combiner of a training loss, or the task's own training loss; None if there is neither."""
+    if isinstance(loss, GeneratedLabelsLoss):
+        return combiner_of(loss.combination)
+    return loss.combiner if isinstance(loss, CombinedLoss) else None
+
+
+class GeneratedLabelsLoss(TrainingLoss):
+    """Training loss of a student that learns a generator's labels beside the main task (paper, section 3.3): it is
+    called with a `LabelBatch`.
+
+    Args:
+        generator: the task's label generator, whose parameters are outer ones.
+        combination: combines all losses, the generated one included; what it learns are outer parameters too.
+        main: index of the main loss.
+        with_lookahead: whether outer steps are MAXL's, see `Trainer`.
+    """
+
+    _losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "cross-entropy": soft_cross_entropy,
+        "focal": focal_loss,
+    }
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        combination: TrainingLoss,
+        config: LabelsConfig,
+        main: int,
+        *,
+        learned: bool,
+        with_lookahead: bool,
+    ) -> None:
+        super().__init__()
+        self.generator, self.combination, self.config, self.main = generator, combination, config, main
+        self.learned, self.with_lookahead = learned, with_lookahead
+        self._last: Batch | None = None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `TrainingLoss`: the generator's with its own learning rate, and those of the combination."""
+        options = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
+        generator = {"params": [parameter for parameter in self.generator.parameters() if parameter.requires_grad]}
+        groups = [{**generator, **options}, *self.combination.parameter_groups()]
+        return [group for group in groups if group["params"]]
+
+    def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
+        auxiliary_logits, inputs, labels = further
+        assert mask is not None
+        soft_labels = full_precision(self.generator(inputs, labels))
+        generated = self._losses[self.config.loss](full_precision(auxiliary_logits), soft_labels)
+        losses = torch.cat([full_precision(losses[:, :-1]), generated[:, None]], dim=1)
+        mask = torch.cat([mask[:, :-1], mask[:, self.main, None]], dim=1)
+        self._last = Batch(losses.detach(), mask)
+        combined: Tensor = self.combination(losses, mask)
+        return combined
+
+    def entropy_term(self, batch: LabelBatch) -> Tensor:
+        """MAXL's entropy term of the outer loss, a scalar with a graph to the generator alone."""
+        soft_labels = full_precision(self.generator(batch.inputs, batch.labels))
+        return self.config.entropy_weight * negative_entropy(soft_labels)
+
+    def mean_weights(self, batch: Batch) -> tuple[float, ...]:
+        """See `TrainingLoss`. They are those of the last call, since a batch lacks the generated loss."""
+        assert self._last is not None
+        return self.combination.mean_weights(self._last)
+
+
 def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
     """Means (num_losses,) in float32 at least: sum over the samples (pixels) that have a loss / number of all."""
     if mask is not None:
@@ -110,7 +191,7 @@ def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
     return full_precision(losses).mean(dim=[0, *range(2, losses.dim())])
 
 
-def main_loss(batch: Batch, main: int) -> Tensor:
+def main_loss(batch: Batch | LabelBatch, main: int) -> Tensor:
     """Mean of the main loss over the samples (pixels) that have it: a scalar."""
     losses = full_precision(batch.losses[:, main])
     return losses.mean() if batch.mask is None else losses[batch.mask[:, main].bool()].mean()
@@ -121,12 +202,34 @@ def make_training_loss(method: Method, config: RunConfig, task: Task) -> Trainin
     num_losses = len(task.loss_names)
     if method.family == OWN:
         return CombinedLoss(own_training_loss(task), learned=method.learned)
-    if method.is_combiner:
+    if method.labels:
+        return _generated_labels_loss(method, config, task)
+    if method.holds_out:
         combiner = make_combiner(method, config.combiner, num_losses, task.main)
         return CombinedLoss(combiner, learned=method.learned)
     shared = task.shared_parameters() if hasattr(task, "shared_parameters") else task.model.parameters()
     parameters = [parameter for parameter in shared if parameter.requires_grad]
     return WeightedLoss(make_method_weighting(method, config, num_losses, task.main), parameters)
+
+
+def _generated_labels_loss(method: Method, config: RunConfig, task: Task) -> GeneratedLabelsLoss:
+    num_losses, generator = len(task.loss_names), label_generator(task)
+    combination: TrainingLoss
+    if method.family == LABELS and config.labels.combiner is not None:
+        family = Method(config.labels.combiner)
+        combiner = make_combiner(family, config.combiner, num_losses, task.main)
+        combination = CombinedLoss(combiner, learned=method.learned)
+    else:
+        weighting = make_weighting("equal", num_losses, main=task.main, auxiliary_weight=config.labels.weight)
+        combination = WeightedLoss(weighting, [])
+    return GeneratedLabelsLoss(
+        generator,
+        combination,
+        config.labels,
+        task.main,
+        learned=method.learned,
+        with_lookahead=method.family == "maxl",
+    )
 
 
 def make_method_weighting(method: Method, config: RunConfig, num_losses: int, main: int = 0) -> nn.Module:
@@ -144,9 +247,12 @@ def make_method_weighting(method: Method, config: RunConfig, num_losses: int, ma
 
 def check_method(method: Method, config: RunConfig, num_losses: int) -> None:
     """Raises ValueError, which names the entry, unless the method can combine so many losses. No random state moves."""
-    if method.family == OWN:
+    if method.family == OWN or (method.labels and config.labels.combiner is None):
         return
-    if not method.is_combiner:
+    if method.labels:
+        assert config.labels.combiner is not None
+        method = Method(config.labels.combiner)
+    if not method.holds_out:
         make_method_weighting(method, config, num_losses)
         return
     with torch.random.fork_rng(devices=[]):

@@ -143,7 +143,7 @@ def noisy_plan(
     """A run of `Noisy`; `changes` are those of `noisy_config`."""
     config = noisy_config(options, **changes)
     parsed = parse_method(method)
-    make_task = partial(Noisy, seed, options, hold_out=parsed.is_combiner)
+    make_task = partial(Noisy, seed, options, hold_out=parsed.holds_out)
     return RunPlan(out, "noisy regression", setting, parsed, seed, config, make_task)
 
 

@@ -30,7 +30,7 @@ def _training_loss(name: str, **combiner) -> CombinedLoss:
 def test_a_method_has_a_name_that_is_parsed_back(name, method):
     assert parse_method(name) == method
     assert method.name == name
-    assert method.is_combiner == (name != "stl")
+    assert method.holds_out == (name != "stl")
     assert method.learned == (name in ("linear", "deep-linear", "nonlinear-free", "own"))
 
 

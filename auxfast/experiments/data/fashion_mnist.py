@@ -1,7 +1,7 @@
 """Fashion-MNIST: 70,000 grey pictures of clothes, 28 x 28 pixels, of ten classes.
 
-By Xiao, Rasul and Vollgraf (2017), https://github.com/zalandoresearch/fashion-mnist: four files in the IDX format of MNIST, with or
-without gzip. Debian has them as the package `dataset-fashion-mnist`.
+By Xiao, Rasul and Vollgraf (2017), https://github.com/zalandoresearch/fashion-mnist: four files in the IDX format of
+MNIST, with or without gzip. Debian has them as the package `dataset-fashion-mnist`.
 """
 
 from __future__ import annotations

@@ -42,6 +42,9 @@ _COLOURS = {  # frozen combiners have their family's colour, and are drawn hollo
     "polynomial": PURPLE,
     "conv": ORANGE,
     "own": "#332288",
+    "auxilearn-labels": BLUE,
+    "maxl": ORANGE,
+    "maxl-f": GREEN,
 }
 
 
@@ -145,7 +148,7 @@ def _draw_line(axes: Any, method: Method, points: Sequence[tuple[float, Estimate
         [x + shift for x, _ in points],
         [e.mean for _, e in points],
         yerr=[e.sem or 0.0 for _, e in points],
-        fmt="o--" if frozen else "o-" if method.is_combiner else "s-.",
+        fmt="o--" if frozen else "o-" if method.holds_out else "s-.",
         color=colour,
         markerfacecolor="white" if frozen else colour,
         label=method.label,
@@ -295,7 +298,7 @@ def _draw_section(part: Any, section: Section) -> None:
 def _draw_scores(axes: Any, section: Section, made: Sequence[Row]) -> None:
     """Draws a line a method: its seeds, mean and standard error, which stand beside it too."""
     for y, row in enumerate(made):
-        colour, filled = _COLOURS[row.method.family], row.method.learned or not row.method.is_combiner
+        colour, filled = _COLOURS[row.method.family], row.method.learned or not row.method.holds_out
         style = {"color": colour, "markersize": 7}
         axes.plot(list(row.scores.values()), [y + 0.22] * len(row.scores), "|", alpha=0.5, **style)
         face = colour if filled else "white"

@@ -19,7 +19,7 @@ from auxfast.experiments.report.statistics import (
     scores,
 )
 from auxfast.train.files import RunError
-from auxfast.train.methods import COMBINER_LABELS, OWN, WEIGHTING_LABELS, Method
+from auxfast.train.methods import COMBINER_LABELS, LABEL_LABELS, OWN, WEIGHTING_LABELS, Method
 from auxfast.train.run import Run
 from auxfast.train.serialization import flattened, to_table
 
@@ -120,7 +120,7 @@ def _decided(finding: Finding, seeds: int) -> Finding:
 
 def methods(section: Section) -> list[Method]:
     """Methods that were run: first the experiment's in its order, then the others by families, controls first."""
-    families = [*WEIGHTING_LABELS, *COMBINER_LABELS, OWN]
+    families = [*WEIGHTING_LABELS, *COMBINER_LABELS, *LABEL_LABELS, OWN]
     order = {name: place for place, name in enumerate(section.experiment.methods)}
     phis = ["frozen", "learned", "fixed"]
 

@@ -1,0 +1,55 @@
+"""The outer step of MAXL, a baseline: the generator is judged after one look-ahead step of the student on its labels.
+
+Liu, Davison and Johns 2019, "Self-Supervised Generalisation with Meta Auxiliary Learning": on a training batch the
+generator descends
+
+    main(W - lr * d inner / dW (W, phi)) + entropy_weight * sum_k y_k log y_k,      y = mean of the batch's labels
+
+where main and inner loss are those of the same batch: no samples are held out, which is why the entropy term has to
+keep the labels from collapsing. The derivative of the look-ahead is exact, second order included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from auxfast.implicit import HyperOptimizer
+from auxfast.solvers import OneStep
+from auxfast.train.task import LabelBatch
+from auxfast.train.training_loss import GeneratedLabelsLoss, main_loss
+
+
+def maxl_step(
+    draw: Callable[[torch.Generator], LabelBatch],
+    loss: GeneratedLabelsLoss,
+    outer: HyperOptimizer,
+    parameters: Sequence[nn.Parameter],
+    lr: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar.
+
+    Args:
+        draw: the student's losses on a batch that the random generator chooses.
+        outer: holds the parameters of the label generator.
+        parameters: the student's, which stay as they are.
+        lr: learning rate of the look-ahead step, the student's own.
+    """
+    start = generator.get_state()
+    reached: list[Tensor] = []
+
+    def batch() -> LabelBatch:
+        generator.set_state(start)
+        return draw(generator)
+
+    def outer_loss() -> Tensor:
+        ahead = batch()
+        reached[:] = [main_loss(ahead, loss.main)]
+        return reached[0] + loss.entropy_term(ahead)
+
+    outer.solver = OneStep(lr, lookahead=True)
+    outer.step(outer_loss, loss(*batch()), parameters)
+    return reached[0].detach()
