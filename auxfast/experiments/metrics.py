@@ -80,8 +80,7 @@ def mean_iou_of_images(
     Args:
         predicted, labels: (n, ...) int64, of the same shape, from 0 to classes - 1.
         ignored: label of pixels that are unknown, such as -1. An image of nothing else is left out.
-        count_ignored: count what is predicted at unknown pixels as wrong, as AuxiLearn's code does, and so the figures
-            of the paper's table 2.
+        count_ignored: count what is predicted at unknown pixels as wrong, as AuxiLearn's code does.
 
     Raises:
         ValueError: shapes that differ, the first value that is outside the range, or no known pixel in any image.
