@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.data import allocate_auxiliary, load_wine, split, standardise
-from auxfast.experiments.paper.split_task import SplitTask, accuracy
+from auxfast.experiments.metrics import accuracy
+from auxfast.experiments.paper.split_task import SplitTask
 from auxfast.train.config import Component
 from auxfast.train.task import Batch
 from benchmarks.learning.defaults import METHODS, untuned_config
