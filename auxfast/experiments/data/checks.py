@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from auxfast.experiments.data.files import DatasetError
+
 
 def check_array(
     name: str, array: np.ndarray, *, shape: tuple[int, ...], low: float, high: float, whole: bool = False
@@ -11,16 +13,16 @@ def check_array(
     """Checks that `array` has this shape, is within [low, high] and, if `whole`, holds whole numbers.
 
     Raises:
-        ValueError: names the array, what was found (and where, for the first bad entry), what is allowed.
+        DatasetError: names the array, what was found (and where, for the first bad entry), what is allowed.
     """
     if array.shape != shape:
-        raise ValueError(f"{name}: shape {array.shape}, expected {shape}")
+        raise DatasetError(f"{name}: shape {array.shape}, expected {shape}")
     if not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"{name}: dtype {array.dtype}, expected numbers")
+        raise DatasetError(f"{name}: dtype {array.dtype}, expected numbers")
     good = np.isfinite(array) & (array >= low) & (array <= high)
     if whole:
         good &= array == np.round(array)
     if not good.all():
         index = tuple(int(i) for i in np.argwhere(~good)[0])
         kind = "whole numbers" if whole else "finite numbers"
-        raise ValueError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+        raise DatasetError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")

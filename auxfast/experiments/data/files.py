@@ -21,3 +21,14 @@ def need_file(folder: Path, name: str, dataset: str) -> Path:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file, expected in a copy of {dataset}")
     return path
+
+
+def check_count(place: Path, what: str, found: int, official: int) -> str:
+    """Says how many there are, beside the official number. what: what was counted, in the plural.
+
+    Raises:
+        DatasetError: the two differ; the message names `place`.
+    """
+    if found != official:
+        raise DatasetError(f"{place}: {found:,} {what}, expected {official:,} as in the official copy")
+    return f"{found:,} {what} (official: {official:,})"
