@@ -1,12 +1,12 @@
 """Cityscapes: 3475 photographs of streets with 19, 7 and 2 classes of things and inverse depths for their pixels.
 
-By Cordts et al. (CVPR 2016), in the files of MTAN. The paper (C.8) takes the 19 classes as the main task, the 7 and the 2 classes
-and the depth as auxiliary ones.
+By Cordts et al. (CVPR 2016), in the files of MTAN. The paper (C.8) takes the 19 classes as the main task, the 7 and
+the 2 classes and the depth as auxiliary ones.
 
-Where labels of fewer classes are missing they follow from those of more. The 7 classes are the categories of Cityscapes' own
-table of labels (`cityscapesscripts/helpers/labels.py`), without "void"; of the 2, the foreground is what moves: human and
-vehicle. A pixel without one of the 19 classes has none of the 7 then, though a file may give it one: a parking lot is flat, but
-none of the 19.
+Where labels of fewer classes are missing they follow from those of more. The 7 classes are the categories of
+Cityscapes' own table of labels (`cityscapesscripts/helpers/labels.py`), without "void"; of the 2, the foreground is
+what moves: human and vehicle. A pixel without one of the 19 classes has none of the 7 then, though a file may give it
+one: a parking lot is flat, but none of the 19.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class CityscapesScenes:
     """A batch of k scenes.
 
     images: (k, 3, H, W) float32 from 0 to 1, red, green, blue.
-    labels: (k, H, W) int64 by the number of classes, of which they are from 0 up; `scenes.UNKNOWN` where there is none. The
-        order of 19 classes is that of `CLASS_NAMES`, that of 7 that of `CATEGORIES`; of 2, foreground is 1.
+    labels: (k, H, W) int64 by the number of classes, of which they are from 0 up; `scenes.UNKNOWN` where there is
+        none. The order of 19 classes is that of `CLASS_NAMES`, that of 7 that of `CATEGORIES`; of 2, foreground is 1.
     inverse_depths: (k, 1, H, W) float32, proportional to 1 / depth, 0 where unknown.
     """
 
@@ -93,8 +93,10 @@ class CityscapesData:
 
     @property
     def granularities(self) -> tuple[int, ...]:
-        """The numbers of classes for which there are labels, or labels of more classes from which they follow: (19, 7, 2)
-        where the paper's main task can be trained, (7, 2) where a copy has only the labels of 7 classes, as many have."""
+        """Numbers of classes for which there are labels, or labels of more classes from which they follow.
+
+        They are (19, 7, 2) where the paper's main task can be trained, and (7, 2) where there are just labels of 7 classes.
+        """
         return tuple(classes for classes in GRANULARITIES if classes <= max(self.label_files))
 
     def __len__(self) -> int:
@@ -125,9 +127,9 @@ def coarser_labels(labels: Tensor, classes: int, fewer: int) -> Tensor:
 def load_cityscapes(folder: str | Path) -> CityscapesData:
     """Finds the scenes in `folder`, which holds `train` and `val`, each with `image`, `depth` and labels.
 
-    Labels are in `label_19`, `label_7` and `label_2`, any of them, or in `label`, where the labels of some scenes tell of how
-    many classes they are. Headers are read now, values when they are asked for. All arrays must have one height and width;
-    that there are as many scenes as in the official copy is for `check_cityscapes` to say.
+    Labels are in `label_19`, `label_7` and `label_2`, any of them, or in `label`, where the labels of some scenes tell
+    of how many classes they are. Headers are read now, values when they are asked for. All arrays must have one height
+    and width; that there are as many scenes as in the official copy is for `check_cityscapes` to say.
 
     Raises:
         DatasetError: a folder or a number is missing, or a file is no whole array of the shape that all have.
@@ -152,8 +154,8 @@ def load_cityscapes(folder: str | Path) -> CityscapesData:
 
 
 def check_cityscapes(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count, and which tasks it has labels for. Values are looked at in the first
-    and last scene of each part.
+    """What is in the copy in `folder`, one line a count, and which tasks it has labels for. Values are looked at in
+    the first and last scene of each part.
 
     Raises:
         DatasetError: as `load_cityscapes`; values are out of their range; a count is not the official one.

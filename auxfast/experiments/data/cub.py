@@ -1,7 +1,7 @@
 """CUB-200-2011: 11,788 photographs of birds of 200 species, and 312 attributes that laymen saw in each.
 
-By Wah, Branson, Welinder, Perona and Belongie (2011), https://www.vision.caltech.edu/datasets/cub_200_2011. The paper (section
-5.2) takes the species as the main task and the attributes as auxiliary ones.
+By Wah, Branson, Welinder, Perona and Belongie (2011), https://www.vision.caltech.edu/datasets/cub_200_2011. The paper
+(section 5.2) takes the species as the main task and the attributes as auxiliary ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def load_cub(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
     """Reads the copy in `folder`, which is `CUB_200_2011` or the one that holds it.
 
     images: (n, 3, size, size) uint8, decoded when they are asked for; grey ones have three equal channels.
-    attributes: (n, 312) float32, 1 where an annotator saw the attribute. The file also says how certain they were; as in
-    the paper, which has binary attributes for all images, that masks nothing: an attribute that was marked "not visible"
+    attributes: (n, 312) float32, 1 where an annotator saw the attribute. The file also says how certain they were, which
+    masks nothing here, since the paper has binary attributes for all images: one that was marked "not visible"
     (certainty 1) counts as the 0 or 1 that is written beside it.
 
     How many images there are is not compared with the official number: `check_cub` does that.
@@ -100,7 +100,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 def _read_attribute_names(home: Path) -> tuple[str, ...]:
-    """The attributes' names; as packed, their file lies beside the data set's folder, and many copies have it inside."""
+    """The attributes' names. As packed, their file lies beside the data set's folder; many copies have it inside."""
     places = (home / "attributes", home, home.parent)
     place = next((place for place in places if (place / "attributes.txt").is_file()), places[0])
     path = need_file(place, "attributes.txt", _NAME)

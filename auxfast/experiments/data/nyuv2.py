@@ -1,7 +1,8 @@
 """NYUv2: 1449 photographs of rooms with 13 classes of things, depths and surface normals for their pixels.
 
-By Silberman, Hoiem, Kohli and Fergus (ECCV 2012), with the classes of Couprie et al. (2013) and the normals of Eigen and Fergus
-(2015), in the files of MTAN. The paper (section 5.3) takes the classes as the main task, depth and normals as auxiliary ones.
+By Silberman, Hoiem, Kohli and Fergus (ECCV 2012), with the classes of Couprie et al. (2013) and the normals of Eigen
+and Fergus (2015), in the files of MTAN. The paper (section 5.3) takes the classes as the main task, depth and normals
+as auxiliary ones.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class NYUv2Scenes:
     images: (k, 3, H, W) float32 from 0 to 1, red, green, blue.
     labels: (k, H, W) int64 from 0 to 12, `scenes.UNKNOWN` where there is none.
     depths: (k, 1, H, W) float32, in metres, 0 where unknown.
-    normals: (k, 3, H, W) float32, unit vectors. They are known where the depth is (AuxiLearn's rule); MTAN takes them as known
-        where their three numbers do not add up to 0.
+    normals: (k, 3, H, W) float32, unit vectors. They are known where the depth is (AuxiLearn's rule); MTAN takes them
+        as known where their three numbers do not add up to 0.
     """
 
     images: Tensor
@@ -52,7 +53,7 @@ class NYUv2Scenes:
     normals: Tensor
 
     def flipped(self, chosen: Tensor) -> NYUv2Scenes:
-        """The batch with left and right exchanged in the `chosen` scenes, (k,) bool: normals point to the other side too."""
+        """The batch with left and right exchanged in the `chosen` scenes, (k,) bool: their normals turn with them."""
         sign = torch.where(chosen, -1.0, 1.0).view(-1, 1, 1)
         normals = mirrored(self.normals, chosen)
         normals[:, 0] *= sign
@@ -93,8 +94,8 @@ class NYUv2Data:
 def load_nyuv2(folder: str | Path) -> NYUv2Data:
     """Finds the scenes in `folder`, which holds `train` and `val`, each with `image`, `label`, `depth` and `normal`.
 
-    Headers are read now, values when they are asked for. All arrays must have one height and width; that there are as many
-    scenes as in the official copy, 288 x 384 pixels each, is for `check_nyuv2` to say.
+    Headers are read now, values when they are asked for. All arrays must have one height and width; that there are as
+    many scenes as in the official copy, 288 x 384 pixels each, is for `check_nyuv2` to say.
 
     Raises:
         DatasetError: a folder or a number is missing, or a file is no whole array of the shape that all have.

@@ -1,7 +1,7 @@
-"""Scenes in the files of MTAN (Liu, Johns and Davison, CVPR 2019, https://github.com/lorenmt/mtan): NYUv2 and Cityscapes.
+"""Scenes of NYUv2 and Cityscapes in the files of MTAN (Liu, Johns and Davison, CVPR 2019), one a scene and kind.
 
-A copy has the folders `train` and `val`, in each a folder for each kind of array (`image`, `label`, `depth`, ...), and in that
-the files `0.npy`, `1.npy` and so on, one a scene. The paper tests on `val`.
+MTAN is https://github.com/lorenmt/mtan. A copy has the folders `train` and `val`, in each a folder for each kind of
+array (`image`, `label`, `depth`, ...), and in that the files `0.npy`, `1.npy` and so on. The paper tests on `val`.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def read_scene_folder(folder: Path, kinds: Mapping[str, ArrayKind], dataset: str
         dataset: the data set's name, for errors.
 
     Raises:
-        DatasetError: a folder is missing or has no arrays, numbers are missing, or a file is no array, is cut off, or has
-            another shape than the first.
+        DatasetError: a folder is missing or has no arrays, numbers are missing, or a file is no array, is cut off, or
+            has another shape than the first.
     """
     paths: dict[str, list[Path]] = {name: [] for name in kinds}
     counts = []

@@ -1,8 +1,8 @@
 """ShapeNet part: 16,881 shapes of 16 categories as clouds of points, each point labelled with one of 50 parts.
 
-By Yi et al. (SIGGRAPH Asia 2016), in the text files with normals, `shapenetcore_partanno_segmentation_benchmark_v0_normal`, which
-come with lists of the official split (Chang et al., 2015). The paper (C.9) takes the parts as the main task and learns
-auxiliary ones.
+By Yi et al. (SIGGRAPH Asia 2016), in the text files with normals,
+`shapenetcore_partanno_segmentation_benchmark_v0_normal`, which come with lists of the official split (Chang et al.,
+2015). The paper (C.9) takes the parts as the main task and learns auxiliary ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from auxfast.experiments.data.files import DatasetError, check_count, need_file
 
 # The numbers of parts are global: a point of a bag is 4 or 5.
 PARTS: dict[str, range] = {
-    "Airplane": range(0, 4),
+    "Airplane": range(4),
     "Bag": range(4, 6),
     "Cap": range(6, 8),
     "Car": range(8, 12),
@@ -93,9 +93,9 @@ class ShapeNetPartData:
 
 
 def load_shapenet_part(folder: str | Path) -> ShapeNetPartData:
-    """Finds the shapes in `folder`, which holds `synsetoffset2category.txt`, `train_test_split` and a folder a category.
+    """Finds the shapes in `folder`, which holds `synsetoffset2category.txt` and a folder a category.
 
-    No shape is read yet. That there are as many as in the official copy is for `check_shapenet_part` to say.
+    In the folder `train_test_split` are the lists of the split, `shuffled_train_file_list.json` and so on. No shape is read yet. That there are as many as in the official copy is for `check_shapenet_part` to say.
 
     Raises:
         DatasetError: a file is missing, a list of the split is not what this reader knows, or lists share a shape.
@@ -127,11 +127,12 @@ def load_shapenet_part(folder: str | Path) -> ShapeNetPartData:
 
 
 def check_shapenet_part(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count. Of each category, one shape is read; of the others, the size of the
-    file is looked at.
+    """What is in the copy in `folder`, one line a count. Of each category, one shape is read; of the others, the size
+    of the file is looked at.
 
     Raises:
-        DatasetError: as `load_shapenet_part`; a file is empty, or is not what it should be; a count is not the official one.
+        DatasetError: as `load_shapenet_part`; a file is empty, or is not what it should be; a count is not the
+            official one.
     """
     data, folder = load_shapenet_part(folder), Path(folder)
     for file in data.files:
