@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.files import DatasetError, check_count
+from auxfast.experiments.data.files import DatasetError, check_counts
 from auxfast.experiments.data.scenes import (
     IMAGE,
     UNKNOWN,
@@ -95,7 +95,7 @@ class CityscapesData:
     def granularities(self) -> tuple[int, ...]:
         """Numbers of classes for which there are labels, or labels of more classes from which they follow.
 
-        They are (19, 7, 2) where the paper's main task can be trained, and (7, 2) where there are just labels of 7 classes.
+        They are (19, 7, 2) where the paper's main task can be trained, and (7, 2) where a copy has no labels of 19.
         """
         return tuple(classes for classes in GRANULARITIES if classes <= max(self.label_files))
 
@@ -166,15 +166,14 @@ def check_cityscapes(folder: str | Path) -> list[str]:
         raise DatasetError(f"{folder}: {data.size} pixels, expected one of {_OFFICIAL_SIZES} as in the official copies")
     found = ", ".join(map(str, data.label_files))
     derived = ", ".join(str(classes) for classes in data.granularities if classes not in data.label_files)
-    tasks = f"labels of {found} classes" + (f"; those of {derived} follow from them" if derived else "")
+    tasks = f"labels: of {found} classes" + (f"; those of {derived} follow from them" if derived else "")
     if GRANULARITIES[0] not in data.granularities:
         tasks += f"; the paper's main task needs those of {GRANULARITIES[0]}"
-    return [
-        check_count(folder / "train", "scenes", len(data.training), _OFFICIAL_TRAINING),
-        check_count(folder / "val", "scenes", len(data.test), _OFFICIAL_TEST),
-        f"{data.size[0]} x {data.size[1]} pixels",
-        tasks,
-    ]
+    counts = {
+        "training scenes": (len(data.training), _OFFICIAL_TRAINING),
+        "test scenes": (len(data.test), _OFFICIAL_TEST),
+    }
+    return [*check_counts(folder, counts), f"pixels: {data.size[0]} x {data.size[1]}", tasks]
 
 
 def _classes_in_label_folder(folder: Path) -> int:

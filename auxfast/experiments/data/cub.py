@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from auxfast.experiments.data.checks import check_array
-from auxfast.experiments.data.files import DatasetError, check_count, need_file
+from auxfast.experiments.data.files import DatasetError, need_file
 from auxfast.experiments.data.image_data import ImageData
-from auxfast.experiments.data.image_files import PAPER_SIZE, ImageFiles, check_image_files
+from auxfast.experiments.data.image_files import PAPER_SIZE, ImageFiles
 
 ATTRIBUTES = 312
 _NAME = "CUB-200-2011"
 _FOLDER = "CUB_200_2011"
-_OFFICIAL_CLASSES, _OFFICIAL_TRAINING, _OFFICIAL_TEST = 200, 5994, 5794
 _CERTAINTIES = 4  # not visible, guessing, probably, definitely
 
 
@@ -27,11 +26,11 @@ def load_cub(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
     """Reads the copy in `folder`, which is `CUB_200_2011` or the one that holds it.
 
     images: (n, 3, size, size) uint8, decoded when they are asked for; grey ones have three equal channels.
-    attributes: (n, 312) float32, 1 where an annotator saw the attribute. The file also says how certain they were, which
-    masks nothing here, since the paper has binary attributes for all images: one that was marked "not visible"
-    (certainty 1) counts as the 0 or 1 that is written beside it.
+    attributes: (n, 312) float32, 1 where an annotator saw the attribute. The file also says how certain they
+    were, which masks nothing here, since the paper has binary attributes for all images: one that was marked "not
+    visible" (certainty 1) counts as the 0 or 1 that is written beside it.
 
-    How many images there are is not compared with the official number: `check_cub` does that.
+    How many images there are is not compared with the official numbers.
 
     Raises:
         DatasetError: a file is missing, or is not what this reader knows; the message names the file and the row.
@@ -56,24 +55,6 @@ def load_cub(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
         torch.from_numpy(attributes).float(),
         attribute_names,
     )
-
-
-def check_cub(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count. No image is decoded, but where its file looks cut off.
-
-    Raises:
-        DatasetError: as `load_cub`; an image is empty or cut off; a count is not the official one.
-        MissingExtraError: Pillow is not installed.
-    """
-    data, home = load_cub(folder), _home(folder)
-    check_image_files(_image_paths(home))
-    test = int(data.is_test.sum())
-    return [
-        check_count(home, "species", len(data.class_names), _OFFICIAL_CLASSES),
-        check_count(home, "training images", len(data.labels) - test, _OFFICIAL_TRAINING),
-        check_count(home, "test images", test, _OFFICIAL_TEST),
-        check_count(home, "attributes an image", len(data.attribute_names), ATTRIBUTES),
-    ]
 
 
 def _home(folder: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -23,12 +24,15 @@ def need_file(folder: Path, name: str, dataset: str) -> Path:
     return path
 
 
-def check_count(place: Path, what: str, found: int, official: int) -> str:
-    """Says how many there are, beside the official number. what: what was counted, in the plural.
+def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line for each count. counts: how many were found and how many are official, by what was counted, in the plural.
 
     Raises:
-        DatasetError: the two differ; the message names `place`.
+        DatasetError: some differ.
     """
-    if found != official:
-        raise DatasetError(f"{place}: {found:,} {what}, expected {official:,} as in the official copy")
-    return f"{found:,} {what} (official: {official:,})"
+    wrong = [
+        f"{found:,} {what}, expected {official:,}" for what, (found, official) in counts.items() if found != official
+    ]
+    if wrong:
+        raise DatasetError(f"{folder}: {'; '.join(wrong)}")
+    return [f"{what}: {found:,} of {official:,}" for what, (found, official) in counts.items()]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.files import check_count
+from auxfast.experiments.data.files import check_counts
 from auxfast.experiments.data.scenes import (
     IMAGE,
     NORMAL,
@@ -113,9 +113,10 @@ def check_nyuv2(folder: str | Path) -> list[str]:
     """
     data, folder = load_nyuv2(folder), Path(folder)
     data[torch.cat([data.training[[0, -1]], data.test[[0, -1]]])]
-    return [
-        check_count(folder / "train", "scenes", len(data.training), _OFFICIAL_TRAINING),
-        check_count(folder / "val", "scenes", len(data.test), _OFFICIAL_TEST),
-        check_count(folder, "pixels in height", data.size[0], _OFFICIAL_HEIGHT),
-        check_count(folder, "pixels in width", data.size[1], _OFFICIAL_WIDTH),
-    ]
+    counts = {
+        "training scenes": (len(data.training), _OFFICIAL_TRAINING),
+        "test scenes": (len(data.test), _OFFICIAL_TEST),
+        "pixels in height": (data.size[0], _OFFICIAL_HEIGHT),
+        "pixels in width": (data.size[1], _OFFICIAL_WIDTH),
+    }
+    return check_counts(folder, counts)

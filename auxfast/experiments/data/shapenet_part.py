@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from auxfast.experiments.data.checks import check_array
-from auxfast.experiments.data.files import DatasetError, check_count, need_file
+from auxfast.experiments.data.files import DatasetError, check_counts, need_file
 
 # The numbers of parts are global: a point of a bag is 4 or 5.
 PARTS: dict[str, range] = {
@@ -95,7 +95,8 @@ class ShapeNetPartData:
 def load_shapenet_part(folder: str | Path) -> ShapeNetPartData:
     """Finds the shapes in `folder`, which holds `synsetoffset2category.txt` and a folder a category.
 
-    In the folder `train_test_split` are the lists of the split, `shuffled_train_file_list.json` and so on. No shape is read yet. That there are as many as in the official copy is for `check_shapenet_part` to say.
+    In the folder `train_test_split` are the lists of the split, `shuffled_train_file_list.json` and so on. No
+    shape is read yet. That there are as many as in the official copy is for `check_shapenet_part` to say.
 
     Raises:
         DatasetError: a file is missing, a list of the split is not what this reader knows, or lists share a shape.
@@ -142,8 +143,8 @@ def check_shapenet_part(folder: str | Path) -> list[str]:
         for row in torch.nonzero(data.categories == category)[:1].flatten().tolist():
             data.shape(row)
     parts = (data.training, data.validation, data.test)
-    counts = zip(("training", "validation", "test"), parts, _OFFICIAL_COUNTS, strict=True)
-    return [check_count(folder, f"{name} shapes", len(rows), official) for name, rows, official in counts]
+    found = zip(("training", "validation", "test"), map(len, parts), _OFFICIAL_COUNTS, strict=True)
+    return check_counts(folder, {f"{name} shapes": (count, official) for name, count, official in found})
 
 
 def _read_synsets(path: Path) -> dict[str, int]:
