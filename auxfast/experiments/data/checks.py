@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 
 from auxfast.experiments.data.files import DatasetError
@@ -26,3 +29,17 @@ def check_array(
         index = tuple(int(i) for i in np.argwhere(~good)[0])
         kind = "whole numbers" if whole else "finite numbers"
         raise DatasetError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+
+
+def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line for each count. counts: how many were found and how many are official, by what was counted, in the plural.
+
+    Raises:
+        DatasetError: some differ.
+    """
+    wrong = [
+        f"{found:,} {what}, expected {official:,}" for what, (found, official) in counts.items() if found != official
+    ]
+    if wrong:
+        raise DatasetError(f"{folder}: {'; '.join(wrong)}")
+    return [f"{what}: {found:,} of {official:,}" for what, (found, official) in counts.items()]

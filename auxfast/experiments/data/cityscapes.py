@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.files import DatasetError, check_counts
+from auxfast.experiments.data.checks import check_counts
+from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.scenes import (
     IMAGE,
     UNKNOWN,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -22,17 +21,3 @@ def need_file(folder: Path, name: str, dataset: str) -> Path:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file, expected in a copy of {dataset}")
     return path
-
-
-def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:
-    """A line for each count. counts: how many were found and how many are official, by what was counted, in the plural.
-
-    Raises:
-        DatasetError: some differ.
-    """
-    wrong = [
-        f"{found:,} {what}, expected {official:,}" for what, (found, official) in counts.items() if found != official
-    ]
-    if wrong:
-        raise DatasetError(f"{folder}: {'; '.join(wrong)}")
-    return [f"{what}: {found:,} of {official:,}" for what, (found, official) in counts.items()]

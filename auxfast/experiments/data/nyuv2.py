@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.files import check_counts
+from auxfast.experiments.data.checks import check_counts
 from auxfast.experiments.data.scenes import (
     IMAGE,
     NORMAL,

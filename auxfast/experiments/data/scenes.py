@@ -128,7 +128,9 @@ def read_scene_folder(folder: Path, kinds: Mapping[str, ArrayKind], dataset: str
                 )
         for name in kinds:
             paths[name] += numbered[name]
-    size = _header(paths[next(iter(kinds))][0])[:2]
+    size = _header(first_path := paths[next(iter(kinds))][0])[:2]
+    if len(size) != 2:
+        raise DatasetError(f"{first_path}: shape {size}, expected axes of height and width")
     for name, kind in kinds.items():
         expected = size if kind.channels is None else (*size, kind.channels)
         for path in paths[name]:
@@ -136,12 +138,11 @@ def read_scene_folder(folder: Path, kinds: Mapping[str, ArrayKind], dataset: str
                 raise DatasetError(
                     f"{path}: shape {shape}, expected {expected}: {dataset} in MTAN's files, all of one size"
                 )
-    height, width = size
     return SceneFolder(
         torch.arange(counts[0]),
         torch.arange(counts[0], sum(counts)),
-        (height, width),
-        {name: SceneArrays(paths[name], kind, (height, width)) for name, kind in kinds.items()},
+        size,
+        {name: SceneArrays(paths[name], kind, size) for name, kind in kinds.items()},
     )
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.checks import check_array
-from auxfast.experiments.data.files import DatasetError, check_counts, need_file
+from auxfast.experiments.data.checks import check_array, check_counts
+from auxfast.experiments.data.files import DatasetError, need_file
 
 # The numbers of parts are global: a point of a bag is 4 or 5.
 PARTS: dict[str, range] = {

@@ -125,6 +125,21 @@ def test_labels_of_an_unknown_number_of_classes_are_refused(tmp_path):
         load_cityscapes(folder)
 
 
+def test_labels_without_two_axes_are_refused(tmp_path):
+    folder = write_cityscapes(tmp_path, train=1, val=1, height=4, width=8, labels={"label": 19})
+    _save(folder, "train/label/0.npy", np.ravel)
+    with pytest.raises(DatasetError, match=r"label/0\.npy: shape \(32,\), expected axes of height and width"):
+        load_cityscapes(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float16])
+def test_labels_of_any_type_of_numbers_are_read(tmp_path, dtype):
+    folder = write_cityscapes(tmp_path, train=1, val=1, height=4, width=8)
+    before = load_cityscapes(folder)[torch.tensor([0])].labels[19]
+    _save(folder, "train/label_19/0.npy", lambda a: a.astype(dtype))
+    assert torch.equal(load_cityscapes(folder)[torch.tensor([0])].labels[19], before)
+
+
 def test_the_check_says_which_tasks_can_be_trained(tmp_path, monkeypatch):
     module = "auxfast.experiments.data.cityscapes"
     folder = write_cityscapes(tmp_path, train=2, val=1, height=4, width=8, labels={"label": 7})
