@@ -119,9 +119,8 @@ def test_a_pickle_of_anything_else_is_an_error_that_names_the_file(tmp_path, opc
     path.write_bytes(opcodes)
     with pytest.raises(DatasetError, match=rf"^{path}: "):
         load_cifar10(tmp_path)
-    assert (
-        len(unrestricted(write_cifar10(tmp_path) / "test_batch")["labels"]) == len(load_cifar10(tmp_path).labels) - 50
-    )
+    write_cifar10(tmp_path)
+    assert len(load_cifar10(tmp_path).images) == 70  # and it has changed nothing for the next file
 
 
 def test_a_dictionary_of_another_class_is_refused(tmp_path):
