@@ -1,4 +1,7 @@
-"""MATLAB's files, up to its format 7, read with SciPy, which runs nothing that such a file holds."""
+"""MATLAB's files, up to its format 7, read with SciPy, which neither unpickles nor evaluates what such a file holds.
+
+The data sets' files are compressed, with a checksum. A file that is damaged and not compressed can crash SciPy (1.17).
+"""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def write_cars(
     fields = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")
     names = np.empty((1, classes), dtype=object)
     names[0] = [f"Maker Model {k} Sedan {1991 + k % 20}" for k in range(classes)]
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names}, do_compression=True)
     parts = (
         ("cars_train", "devkit/cars_train_annos.mat", count_per_class),
         ("cars_test", "cars_test_annos_withlabels.mat", test_per_class),
@@ -165,7 +165,7 @@ def write_cars(
         for k, image in enumerate(_images(labels, side, side + 8, seed)):
             write_jpeg(folder / part / f"{k + 1:05}.jpg", image)
             rows[0, k] = (1, 1, side + 8, side, int(labels[k]) + 1, f"{k + 1:05}.jpg")
-        savemat(folder / file, {"annotations": rows})
+        savemat(folder / file, {"annotations": rows}, do_compression=True)
     return folder
 
 
