@@ -8,12 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from auxfast.experiments.data.cars import load_cars
+from auxfast.experiments.data.checks import check_counts
 from auxfast.experiments.data.cifar import load_cifar10, load_cifar100
+from auxfast.experiments.data.cityscapes import check_cityscapes, load_cityscapes
+from auxfast.experiments.data.cub import load_cub
 from auxfast.experiments.data.fashion_mnist import load_fashion_mnist
-from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.data.image_files import ImageFiles, check_image_files
+from auxfast.experiments.data.nyuv2 import check_nyuv2, load_nyuv2
 from auxfast.experiments.data.pets import load_pets
+from auxfast.experiments.data.shapenet_part import check_shapenet_part, load_shapenet_part
 from auxfast.experiments.data.svhn import load_svhn
 
 
@@ -53,12 +57,7 @@ def check_images(
         "test images": (in_test, test),
         "classes": (len(data.class_names), classes),
     }
-    wrong = [
-        f"{count:,} {what}, expected {official:,}" for what, (count, official) in found.items() if count != official
-    ]
-    if wrong:
-        raise DatasetError(f"{folder}: {'; '.join(wrong)}")
-    return [f"{what}: {count:,} of {official:,}" for what, (count, official) in found.items()]
+    return check_counts(folder, found)
 
 
 def _images(
@@ -115,5 +114,23 @@ DATASETS: dict[str, Dataset] = {
         training=8_144,
         test=8_041,
         classes=196,
+    ),
+    "cub": _images(
+        "CUB-200-2011",
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
+        load_cub,
+        training=5_994,
+        test=5_794,
+        classes=200,
+    ),
+    "nyuv2": Dataset("NYUv2, MTAN's files", "https://github.com/lorenmt/mtan", load_nyuv2, check_nyuv2),
+    "cityscapes": Dataset(
+        "Cityscapes, MTAN's files", "https://github.com/lorenmt/mtan", load_cityscapes, check_cityscapes
+    ),
+    "shapenet-part": Dataset(
+        "ShapeNet part, with normals",
+        "https://github.com/Pang-Yatian/Point-MAE/issues/56",
+        load_shapenet_part,
+        check_shapenet_part,
     ),
 }

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from auxfast.experiments.data.cifar import load_cifar10
 from auxfast.experiments.data.fashion_mnist import DEBIAN_FOLDER
 from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.pets import load_pets
-from tests.experiments.data import fixtures
+from tests.experiments.data import fixtures, fixtures_scenes
 
 pytest.importorskip("scipy.io")
 pytest.importorskip("PIL.Image")
@@ -19,6 +20,10 @@ WRITERS = {
     "svhn": lambda folder: fixtures.write_svhn(folder, 1, 1),
     "pets": lambda folder: fixtures.write_pets(folder, 1, 1),
     "cars": lambda folder: fixtures.write_cars(folder, 1, 1, classes=3),
+    "cub": fixtures_scenes.write_cub,
+    "nyuv2": fixtures_scenes.write_nyuv2,
+    "cityscapes": lambda folder: fixtures_scenes.write_cityscapes(folder, 2, 1, 128, 256),
+    "shapenet-part": fixtures_scenes.write_shapenet_part,
 }
 
 
@@ -33,14 +38,14 @@ def test_each_data_set_is_listed_with_its_title_and_where_it_is(capsys):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_copy_of_too_few_images_is_read_but_does_not_pass(tmp_path, capsys, name):
+def test_a_copy_that_is_too_small_is_read_but_does_not_pass(tmp_path, capsys, name):
     folder = WRITERS[name](tmp_path)
     assert DATASETS[name].load(folder)
     assert main(["data", "check", name, str(folder)]) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert f"{folder}: " in said.err
-    assert "training images, expected " in said.err
+    assert re.search("training (images|scenes|shapes), expected ", said.err)
     assert DATASETS[name].address in said.err
     assert said.err.count("\n") == 1
 
