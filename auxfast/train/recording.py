@@ -48,7 +48,7 @@ from auxfast.train.run import (
 from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
-from auxfast.train.task_check import as_number, check_members
+from auxfast.train.task_check import as_number, check_members, further_scores
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import TrainingLoss, combiner_of, make_training_loss
@@ -375,6 +375,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         inner_seconds=sum(record.inner_seconds for record in records),
         outer_seconds=sum(record.outer_seconds for record in records),
         seconds=seconds(),
+        further_scores=further_scores(trainer.task),
     )
     write_json(path / RESULT, finite(result._asdict()))
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -38,6 +38,23 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert read.residual is None
     assert math.isnan(read.loss_weights[0])
     assert read.loss_weights[1:] == (1.0, 2.0)
+
+
+def test_further_scores_of_a_task_are_in_its_result_and_older_results_have_none(tmp_path):
+    plan = noisy_plan(tmp_path)
+
+    def make_task():
+        task = plan.make_task()
+        task.further_scores = lambda: {"top 3": 88.5, "undefined": math.nan}
+        return task
+
+    made = record_run(replace(plan, make_task=make_task))
+    assert made.result.further_scores["top 3"] == 88.5
+    assert math.isnan(made.result.further_scores["undefined"])
+    older = json.loads((made.path / "result.json").read_text())
+    del older["further_scores"]
+    (made.path / "result.json").write_text(json.dumps(older))
+    assert read_run(made.path).result == made.result._replace(further_scores={})
 
 
 def test_records_of_versions_that_did_not_count_skipped_steps_are_read(tmp_path):
