@@ -18,7 +18,7 @@ from auxfast.train.serialization import override, words
 from auxfast.train.trainer import OuterRecord
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
+CHECKPOINT, RESULT, SPLIT = "checkpoint.pt", "result.json", "split.npz"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
 _NEWER = {"losses": list, "main": int, "origin": str}  # older runs do not have them
 

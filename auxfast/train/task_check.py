@@ -13,7 +13,7 @@ from auxfast.train.files import described
 from auxfast.train.task import Batch, LabelBatch, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
-_OPTIONAL = ("release_auxiliary", "shared_parameters", "further_scores")
+_OPTIONAL = ("release_auxiliary", "shared_parameters", "further_scores", "split_indices")
 
 
 def check_members(task: Task) -> None:
@@ -154,6 +154,7 @@ def check_task(task: Task, *, own: bool = False, labels: bool = False) -> None:
         if math.isnan(number):
             raise ValueError(f"task.{name}: got nan before the first step, must return a number, more is better")
     further_scores(task)
+    split_indices(task)
     if hasattr(task, "release_auxiliary"):
         _called("release_auxiliary", task.release_auxiliary)
         _check_training_batch(task)
@@ -201,6 +202,23 @@ def further_scores(task: Task) -> dict[str, float]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"task.further_scores: got {given!r}, must return a dict of numbers by their names")
     return {name: _checked_number("further_scores", score, "numbers by names") for name, score in given.items()}
+
+
+def split_indices(task: Task) -> dict[str, Tensor]:
+    """The indices of each part's samples in a task; none if it does not say.
+
+    Raises:
+        TypeError, ValueError: it raises, or returns something else than indices by names.
+    """
+    if not hasattr(task, "split_indices"):
+        return {}
+    given = _called("split_indices", task.split_indices)
+    for name, indices in given.items() if isinstance(given, Mapping) else [("", given)]:
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1 or not name:
+            raise TypeError(
+                f"task.split_indices: got {given!r}, must return a dict of (n,) int64 tensors by their names"
+            )
+    return dict(given)
 
 
 def _checked_number(name: str, score: Any, expected: str) -> float:

@@ -139,6 +139,10 @@ FAULTS = {
         lambda task: setattr(task, "further_scores", lambda: {"top 3": None}),
         r"task\.further_scores: got NoneType, must return numbers by names",
     ),
+    "a split of lists": (
+        lambda task: setattr(task, "split_indices", lambda: {"training": [1, 2]}),
+        r"task\.split_indices: got \{'training': \[1, 2\]\}, must return a dict of \(n,\) int64 tensors",
+    ),
     "a training loss that is a method": (
         lambda task: setattr(task, "training_loss", lambda losses, mask: losses.sum()),
         r"task\.training_loss: got function, must be a torch\.nn\.Module",
