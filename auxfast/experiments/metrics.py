@@ -33,17 +33,17 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int, ignored: int | None = None) -> Tensor:
-    """Counts of samples or pixels, by their labels (rows) and what is predicted (columns): (classes, classes) int64. The
-    sum of the matrices of several batches is that of all of them.
+    """Counts of samples or pixels, by their labels (rows) and what is predicted (columns): (classes, classes) int64.
+    Matrices of several batches add up to that of all of them.
 
     Args:
         predicted, labels: int64, of the same shape, from 0 to classes - 1.
-        ignored: label of samples that do not count, such as -1; what is predicted there does not matter.
+        ignored: label of samples that do not count, such as -1.
 
     Raises:
         ValueError: shapes that differ, or the first value that is outside the range.
     """
-    return _confusion(predicted.reshape(1, -1), labels.reshape(1, -1), classes, ignored)[0, :classes]
+    return _confusion(predicted.unsqueeze(0), labels.unsqueeze(0), classes, ignored)[0, :classes]
 
 
 def pixel_accuracy(confusion: Tensor) -> float:
@@ -52,7 +52,7 @@ def pixel_accuracy(confusion: Tensor) -> float:
     Raises:
         ValueError: there are no pixels.
     """
-    return 100 * (confusion.diagonal().sum() / _some(confusion).sum()).item()
+    return 100 * (confusion.diagonal().sum().double() / _some(confusion).sum()).item()
 
 
 def mean_iou(confusion: Tensor) -> float:
@@ -66,15 +66,15 @@ def mean_iou(confusion: Tensor) -> float:
     """
     hits = _some(confusion).diagonal()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - hits
-    return 100 * (hits / union)[union > 0].double().mean().item()
+    return 100 * (hits.double() / union)[union > 0].mean().item()
 
 
 def mean_iou_of_images(
     predicted: Tensor, labels: Tensor, classes: int, ignored: int | None = None, *, count_ignored: bool = False
 ) -> float:
     """Mean over images of the mean intersection over union of those classes that an image has, in its labels or in what
-    is predicted: what AuxiLearn's code computes, and MTAN's did before 2020. On the same predictions it is another figure
-    than `mean_iou`.
+    is predicted: what AuxiLearn's code computes, and MTAN's did before 2020. On the same predictions it is another
+    figure than `mean_iou`.
 
     Args:
         predicted, labels: (n, ...) int64, of the same shape, from 0 to classes - 1.
@@ -85,15 +85,12 @@ def mean_iou_of_images(
     Raises:
         ValueError: shapes that differ, the first value that is outside the range, or no known pixel in any image.
     """
-    if predicted.dim() < 2:
-        raise ValueError(f"predicted: got shape {tuple(predicted.shape)}, must be (n, ...), n images")
-    counts = _confusion(predicted.flatten(1), labels.flatten(1), classes, ignored)
-    known = counts[:, :classes]
+    counts = _confusion(predicted, labels, classes, ignored)
+    known = _some(counts[:, :classes])
     hits = known.diagonal(dim1=1, dim2=2)
     union = (counts if count_ignored else known).sum(dim=1) + known.sum(dim=2) - hits
     has_labels = known.sum(dim=(1, 2)) > 0
     hits, union = hits[has_labels], union[has_labels]
-    _some(hits + union)
     ratios = torch.where(union > 0, hits.double() / union, 0.0)
     return 100 * (ratios.sum(dim=1) / (union > 0).sum(dim=1)).mean().item()
 
@@ -113,8 +110,8 @@ class PartIoU(NamedTuple):
 def part_iou(
     predicted: Sequence[Tensor], labels: Sequence[Tensor], categories: Sequence[str], parts: Mapping[str, Sequence[int]]
 ) -> PartIoU:
-    """Intersection over union of part segmentation, as Qi et al. (2017, section 5.2) define it: for a shape, the mean over
-    all parts of its category, where a part that is neither there nor predicted counts as 100.
+    """Intersection over union of part segmentation, as Qi et al. (2017, section 5.2) define it: for a shape, the mean
+    over all parts of its category, where a part that is neither there nor predicted counts as 100.
 
     Args:
         predicted: what is predicted for each shape's points, (points,) int64. Parts of other categories are wrong like
@@ -129,8 +126,8 @@ def part_iou(
     """
     if not 0 < len(predicted) == len(labels) == len(categories):
         raise ValueError(
-            f"predicted, labels and categories: got {len(predicted)}, {len(labels)} and {len(categories)}, must be one a "
-            "shape, and at least one"
+            f"predicted, labels and categories: got {len(predicted)}, {len(labels)} and {len(categories)}, must be as "
+            "many, and at least one"
         )
     scores: dict[str, list[float]] = {}
     for number, (guess, truth, category) in enumerate(zip(predicted, labels, categories, strict=True)):
@@ -145,8 +142,8 @@ def part_iou(
 def _shape_iou(number: int, predicted: Tensor, labels: Tensor, parts: Sequence[int]) -> float:
     if predicted.shape != labels.shape or labels.numel() == 0:
         raise ValueError(
-            f"predicted[{number}]: got shape {tuple(predicted.shape)}, must be that of labels, {tuple(labels.shape)}, with "
-            "one point or more"
+            f"predicted[{number}]: got shape {tuple(predicted.shape)}, must be that of labels, {tuple(labels.shape)}, "
+            "with one point or more"
         )
     own = torch.tensor(list(parts), device=labels.device).unsqueeze(1)
     is_labelled, is_predicted = labels.flatten() == own, predicted.flatten() == own  # (parts, points)
@@ -154,21 +151,20 @@ def _shape_iou(number: int, predicted: Tensor, labels: Tensor, parts: Sequence[i
         wrong = labels.flatten()[~is_labelled.any(dim=0)][0].item()
         raise ValueError(f"labels[{number}]: got {wrong}, must be one of {list(parts)}, the parts of its category")
     union = (is_labelled | is_predicted).sum(dim=1)
-    ratios = torch.where(union > 0, (is_labelled & is_predicted).sum(dim=1) / union, 1.0)
-    return 100 * ratios.double().mean().item()
+    ratios = torch.where(union > 0, (is_labelled & is_predicted).sum(dim=1).double() / union, 1.0)
+    return 100 * ratios.mean().item()
 
 
 def _confusion(predicted: Tensor, labels: Tensor, classes: int, ignored: int | None) -> Tensor:
     """The confusion matrix of each image, and below it a row of what is predicted at ignored pixels: (n, classes + 1,
-    classes). predicted, labels: (n, pixels)."""
-    if predicted.shape != labels.shape:
-        raise ValueError(
-            f"predicted: got shape {tuple(predicted.shape)}, must be that of labels, {tuple(labels.shape)}, but for axes "
-            "that were joined"
-        )
-    rows = labels if ignored is None else torch.where(labels == ignored, classes, labels)
+    classes). predicted, labels: (n, ...)."""
+    if predicted.shape != labels.shape or labels.dim() < 2:
+        shapes = f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"predicted and labels: got shapes {shapes}, must be the same, of pixels")
+    predicted, labels = predicted.flatten(1), labels.flatten(1)
     _check_range("predicted", predicted, classes)
-    _check_range("labels", labels[rows != classes] if ignored is not None else labels, classes)
+    _check_range("labels", labels if ignored is None else labels[labels != ignored], classes)
+    rows = labels if ignored is None else torch.where(labels == ignored, classes, labels)
     images = torch.arange(len(labels), device=labels.device).unsqueeze(1)
     cells = (images * (classes + 1) + rows) * classes + predicted
     counts = torch.bincount(cells.flatten(), minlength=len(labels) * (classes + 1) * classes)

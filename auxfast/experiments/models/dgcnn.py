@@ -13,8 +13,8 @@ class DGCNN(nn.Module):
     (paper, appendix C.9): (batch, 3, points) to (batch, parts + auxiliary, points), main logits first.
 
     Points are turned by a matrix that a small network of its own predicts. Three layers follow that see each point
-    beside its nearest neighbours, found anew by the features that each layer starts from. With 50 parts and no auxiliary
-    there are 1,442,875 parameters.
+    beside its nearest neighbours, found anew by the features that each layer starts from. With 50 parts and no
+    auxiliary there are 1,442,875 parameters.
 
     Args:
         parts: outputs of the main head for each point.
@@ -77,9 +77,9 @@ class _PointFeatures(nn.Module):
         self.transform = _Transform(width, embedding, norm, activation)
         self.edges = nn.ModuleList(
             [
-                _edge_layers([6, width, width], norm, activation),
-                _edge_layers([2 * width, width, width], norm, activation),
-                _edge_layers([2 * width, width], norm, activation),
+                point_layers([6, width, width], norm, activation, nn.Conv2d),
+                point_layers([2 * width, width, width], norm, activation, nn.Conv2d),
+                point_layers([2 * width, width], norm, activation, nn.Conv2d),
             ]
         )
         self.shape = point_layers([3 * width, embedding], norm, activation)
@@ -104,7 +104,7 @@ class _Transform(nn.Module):
 
     def __init__(self, width: int, embedding: int, norm: Norm, activation: Activation) -> None:
         super().__init__()
-        self.edges = _edge_layers([6, width, 2 * width], norm, activation)
+        self.edges = point_layers([6, width, 2 * width], norm, activation, nn.Conv2d)
         self.shape = point_layers([2 * width, embedding], norm, activation)
         bias = norm != "batch"
         self.matrix = nn.Sequential(
@@ -122,15 +122,6 @@ class _Transform(nn.Module):
         shape = self.shape(self.edges(edges).max(dim=3).values).max(dim=2).values
         matrices: Tensor = self.matrix(shape)
         return matrices.view(-1, 3, 3)
-
-
-def _edge_layers(widths: list[int], norm: Norm, activation: Activation) -> nn.Sequential:
-    """Blocks that each edge goes through by itself: (batch, widths[0], points, neighbours) to (batch, widths[-1],
-    points, neighbours)."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
-        layers += block(nn.Conv2d(inputs, outputs, 1, bias=norm != "batch"), norm, activation)
-    return nn.Sequential(*layers)
 
 
 def _edges(x: Tensor, neighbours: int) -> Tensor:

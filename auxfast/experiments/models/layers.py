@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 _NORMS = ("batch", "weight", "none")
 
-Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Conv1d | nn.Conv2d | nn.Linear)
 
 
 class _WeightNorm(nn.Module):
@@ -84,8 +85,8 @@ def block(layer: Layer, norm: Norm, activation: Activation) -> tuple[nn.Module, 
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1, *, bias: bool) -> nn.Conv2d:
-    """A convolution that keeps height and width at stride 1. Its weights are drawn as He et al. (2015) do, by the number
-    of outputs, and its biases are 0."""
+    """A convolution that keeps height and width at stride 1. Its weights are drawn as He et al. (2015) do, by the
+    number of outputs, and its biases are 0."""
     layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     if layer.bias is not None:
@@ -93,11 +94,14 @@ def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1, *, bi
     return layer
 
 
-def point_layers(widths: Sequence[int], norm: Norm, activation: Activation) -> nn.Sequential:
-    """Blocks that each point goes through by itself: (batch, widths[0], points) to (batch, widths[-1], points)."""
+def point_layers(
+    widths: Sequence[int], norm: Norm, activation: Activation, kind: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv1d
+) -> nn.Sequential:
+    """Blocks that each point goes through by itself: (batch, widths[0], points) to (batch, widths[-1], points); or,
+    with `nn.Conv2d`, each edge, (batch, widths[0], points, neighbours) to (batch, widths[-1], points, neighbours)."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
-        layers += block(nn.Conv1d(inputs, outputs, 1, bias=norm != "batch"), norm, activation)
+    for inputs, outputs in pairwise(widths):
+        layers += block(kind(inputs, outputs, 1, bias=norm != "batch"), norm, activation)
     return nn.Sequential(*layers)
 
 

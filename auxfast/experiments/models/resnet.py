@@ -168,21 +168,20 @@ def load_resnet18(path: str | Path, classes: int | None = None) -> ResNet18:
         raise ValueError(f"{path}: not a file of tensors as torch.save writes it, or damaged: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the state_dict of a ResNet-18")
-    model = ResNet18(classes)
+    with torch.device("meta"):  # no initial weights are drawn, since the file has others
+        model = ResNet18(classes)
     expected = model.state_dict()
-    given = {name: value for name, value in state.items() if classes is not None or not str(name).startswith("fc.")}
-    for name, own in expected.items():
-        if name.endswith(_COUNTER):
-            given.setdefault(name, own)
-        _check_tensor(f"{path}: {name}", given.get(name), own)
-    for name in given:
-        if name not in expected:
-            raise ValueError(f"{path}: {name} is no part of a ResNet-18 (its first is {next(iter(expected))})")
-    model.load_state_dict(given)
+    for name in state:
+        if name not in expected and not (classes is None and name in ("fc.weight", "fc.bias")):
+            raise ValueError(f"{path}: {name} is no part of a ResNet-18, which starts with {next(iter(expected))}")
+    given = {name: torch.tensor(0) for name in expected if name.endswith(_COUNTER)} | dict(state)
+    weights = {name: _fitting(f"{path}: {name}", given.get(name), own) for name, own in expected.items()}
+    model.load_state_dict(weights, assign=True)
     return model
 
 
-def _check_tensor(name: str, given: object, own: Tensor) -> None:
+def _fitting(name: str, given: object, own: Tensor) -> Tensor:
+    """A copy of `given`, in the dtype of `own`."""
     if given is None:
         raise ValueError(f"{name} is missing, expected shape {tuple(own.shape)}")
     if not isinstance(given, Tensor):
@@ -192,3 +191,4 @@ def _check_tensor(name: str, given: object, own: Tensor) -> None:
         raise ValueError(f"{name} has {found}, expected {wanted}")
     if not bool(given.isfinite().all()):
         raise ValueError(f"{name} has entries that are not finite")
+    return given.to(own.dtype, copy=True, memory_format=torch.contiguous_format)

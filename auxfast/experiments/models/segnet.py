@@ -17,8 +17,8 @@ class SegNet(nn.Module):
     (batch, in_channels, H, W) to a tuple of one (batch, outputs[i], H, W) a task.
 
     The encoder is that of VGG-16. Each of its five poolings notes where the largest pixels were, and the decoder puts
-    its pixels back there. A task predicts by a 3x3 and a 1x1 convolution, with no activation in between. For 13, 1 and 3
-    outputs there are 25,055,185 parameters.
+    its pixels back there. A task predicts by a 3x3 and a 1x1 convolution, with no activation in between. For 13, 1 and
+    3 outputs there are 25,055,185 parameters.
 
     H and W may be anything from 32. Where a block's height or width is odd, the last row or column takes no part in its
     pooling, and is 0 after the unpooling.
@@ -61,6 +61,7 @@ class SegNet(nn.Module):
         self.encoder = nn.ModuleList(convolutions(*sizes) for sizes in blocks)
         blocks = list(zip(_CONVOLUTIONS, widths, [widths[0], *widths], strict=False))
         self.decoder = nn.ModuleList(convolutions(*sizes) for sizes in reversed(blocks))
+        self.unpool = nn.MaxUnpool2d(2)
         self.heads = nn.ModuleList(
             nn.Sequential(convolution(widths[0], widths[0], bias=True), nn.Conv2d(widths[0], channels, 1))
             for channels in outputs
@@ -76,5 +77,5 @@ class SegNet(nn.Module):
             pooled.append((places, size))
         for convolutions in self.decoder:
             places, size = pooled.pop()
-            x = convolutions(F.max_unpool2d(x, places, 2, output_size=list(size)))
+            x = convolutions(self.unpool(x, places, output_size=size))
         return tuple(head(x) for head in self.heads)

@@ -13,12 +13,12 @@ _WIDTHS = (1, 2, 4, 8, 8)  # of the blocks, in units of the first
 
 class VGG16(nn.Module):
     """VGG-16 with BatchNorm for small images: the 13 convolutions of configuration D (Simonyan and Zisserman, 2015),
-    then the mean over what five poolings leave (one pixel of 32 x 32). (batch, in_channels, H, W) to (batch, num_features),
-    or to (batch, classes) by one linear layer, in place of ImageNet's three.
+    then the mean over what five poolings leave (one pixel of 32 x 32). (batch, in_channels, H, W) to (batch,
+    num_features), or to (batch, classes) by one linear layer, in place of ImageNet's three.
 
     With 3 channels and 10 classes it has 14,728,266 parameters. By default, the names and shapes of `features`, the
-    convolutions, in its state_dict are those of torchvision's vgg16_bn. H and W must be 32 or more; what they are beyond
-    multiples of 32 is dropped at the right and the bottom.
+    convolutions, in its state_dict are those of torchvision's vgg16_bn. H and W must be 32 or more; where one is
+    odd, the pooling drops the last row or column.
 
     Args:
         classes: outputs of a linear classifier; None for the features themselves, of which there are 8 width.
