@@ -43,6 +43,7 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int, ignored: i
     Raises:
         ValueError: shapes that differ, or the first value that is outside the range.
     """
+    _check_shapes(predicted, labels, 1)
     return _confusion(predicted.unsqueeze(0), labels.unsqueeze(0), classes, ignored)[0, :classes]
 
 
@@ -85,6 +86,7 @@ def mean_iou_of_images(
     Raises:
         ValueError: shapes that differ, the first value that is outside the range, or no known pixel in any image.
     """
+    _check_shapes(predicted, labels, 2)
     counts = _confusion(predicted, labels, classes, ignored)
     known = _some(counts[:, :classes])
     hits = known.diagonal(dim1=1, dim2=2)
@@ -158,9 +160,6 @@ def _shape_iou(number: int, predicted: Tensor, labels: Tensor, parts: Sequence[i
 def _confusion(predicted: Tensor, labels: Tensor, classes: int, ignored: int | None) -> Tensor:
     """The confusion matrix of each image, and below it a row of what is predicted at ignored pixels: (n, classes + 1,
     classes). predicted, labels: (n, ...)."""
-    if predicted.shape != labels.shape or labels.dim() < 2:
-        shapes = f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"predicted and labels: got shapes {shapes}, must be the same, of pixels")
     predicted, labels = predicted.flatten(1), labels.flatten(1)
     _check_range("predicted", predicted, classes)
     _check_range("labels", labels if ignored is None else labels[labels != ignored], classes)
@@ -169,6 +168,12 @@ def _confusion(predicted: Tensor, labels: Tensor, classes: int, ignored: int | N
     cells = (images * (classes + 1) + rows) * classes + predicted
     counts = torch.bincount(cells.flatten(), minlength=len(labels) * (classes + 1) * classes)
     return counts.view(len(labels), classes + 1, classes)
+
+
+def _check_shapes(predicted: Tensor, labels: Tensor, axes: int) -> None:
+    if predicted.shape != labels.shape or labels.dim() < axes:
+        shapes = f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"predicted and labels: got shapes {shapes}, must be the same, with {axes} axes or more")
 
 
 def _check_range(name: str, values: Tensor, classes: int) -> None:

@@ -15,7 +15,7 @@ class ConvNet(nn.Module):
     are left. (batch, in_channels, H, W) to (batch, num_features), or to (batch, classes).
 
     The paper says no more than "4-layer" (section 5.4); the block is that of few-shot learning (Vinyals et al., 2016),
-    with 64 channels. So, with 3 channels and 10 classes, it has 113,738 parameters. H and W may be anything from 1,
+    with 64 channels. So, with 3 channels and 10 classes, it has 113,482 parameters. H and W may be anything from 1,
     since pooling keeps the odd row and column.
 
     Args:
@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
         self.num_features = width
         layers: list[nn.Module] = []
         for inputs in [in_channels, *[width] * (_BLOCKS - 1)]:
-            layers += block(convolution(inputs, width, bias=True), norm, activation)
+            layers += block(convolution(inputs, width, bias=norm != "batch"), norm, activation)
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.blocks = nn.Sequential(*layers)
         self.classifier = None if classes is None else nn.Linear(width, classes)

@@ -19,8 +19,8 @@ Activation = Literal["relu", "leaky_relu", "softplus"]
 """The activation of all layers; leaky_relu has the slope 0.2 below 0, as in DGCNN."""
 
 Norm = Literal["batch", "weight", "none"]
-"""BatchNorm after each layer; weight normalisation of each layer and no BatchNorm; or neither. In the last two, layers
-have the bias that BatchNorm would have made useless."""
+"""BatchNorm after each layer; weight normalisation of each layer and no BatchNorm; or neither. Without BatchNorm, which
+makes them useless, all layers have biases."""
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

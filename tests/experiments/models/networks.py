@@ -25,8 +25,10 @@ def torchvision_models():
     return models
 
 
-def randomise_norms(model, generator) -> None:
-    """Gives each BatchNorm statistics and factors that a test can see."""
-    for name, value in model.state_dict().items():
-        if name.endswith(("running_mean", "running_var")):
-            value.uniform_(0.5, 1.5, generator=generator)
+def randomise(model) -> None:
+    """Draws every weight and statistic of a network anew, so that each of them shows in its output."""
+    for value in model.state_dict().values():
+        if value.dim() > 1:
+            torch.nn.init.kaiming_normal_(value)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5)

@@ -8,7 +8,7 @@ from .networks import parameters
 
 def test_the_convnet_has_four_layers_and_their_parameters():
     model = ConvNet(10)
-    assert parameters(model) == 113_738 == (27 + 3 * 576) * 64 + 4 * 3 * 64 + 650
+    assert parameters(model) == 113_482 == (27 + 3 * 576) * 64 + 4 * 2 * 64 + 650
     assert [value.dim() for value in model.parameters()].count(4) == 4
 
 

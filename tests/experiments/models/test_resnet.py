@@ -4,7 +4,7 @@ from torch import nn
 
 from auxfast.experiments.models import ResNet8, ResNet18, load_resnet18
 
-from .networks import parameters, randomise_norms, torchvision_models, unfilled
+from .networks import parameters, randomise, torchvision_models, unfilled
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_resnet18_has_the_parameters_and_names_of_the_published_one():
 
 @pytest.mark.slow
 def test_resnet18_loads_the_weights_of_torchvision_and_gives_the_same():
-    theirs = torchvision_models().resnet18().eval()
-    randomise_norms(theirs, torch.Generator().manual_seed(0))
+    theirs = unfilled(torchvision_models().resnet18).to_empty(device="cpu").eval()
+    randomise(theirs)
     ours = ResNet18(1000).eval()
     ours.load_state_dict(theirs.state_dict())
     assert list(ours.state_dict()) == list(theirs.state_dict())

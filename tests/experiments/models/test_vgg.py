@@ -3,7 +3,7 @@ import torch
 
 from auxfast.experiments.models import VGG16
 
-from .networks import parameters, randomise_norms, torchvision_models, unfilled
+from .networks import parameters, randomise, torchvision_models, unfilled
 
 
 def test_vgg16_has_the_parameters_of_its_cifar_form_and_torchvisions_names():
@@ -18,8 +18,8 @@ def test_vgg16_has_the_parameters_of_its_cifar_form_and_torchvisions_names():
 
 @pytest.mark.slow
 def test_vgg16_loads_the_convolutions_of_torchvision_and_gives_the_same():
-    theirs = torchvision_models().vgg16_bn().features.eval()
-    randomise_norms(theirs, torch.Generator().manual_seed(0))
+    theirs = unfilled(torchvision_models().vgg16_bn).features.to_empty(device="cpu").eval()
+    randomise(theirs)
     ours = VGG16().eval()
     ours.load_state_dict({f"features.{name}": value for name, value in theirs.state_dict().items()})
     images = torch.randn(2, 3, 70, 64)
