@@ -256,7 +256,9 @@ def _check_data(name: str, folder: Path) -> int:
         return _fail(f"no data set {name}, there are {', '.join(DATASETS)}", 2)
     try:
         found = dataset.check(folder)
-    except (DatasetError, MissingExtraError) as error:
+    except DatasetError as error:
+        return _fail(f"{error} ({dataset.title}, to be had from {dataset.address})", 1)
+    except MissingExtraError as error:
         return _fail(error, 1)
     print(*found, sep="\n")
     print(f"{dataset.title} in {folder} is complete")

@@ -39,7 +39,7 @@ def load_svhn(folder: str | Path) -> ImageData:
             raise DatasetError(
                 f"{path}: y of shape {digits.shape}, expected ({pixels.shape[3]}, 1), one for each image"
             )
-        images.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
+        images.append(torch.from_numpy(pixels).permute(3, 2, 0, 1))
         labels.append((class_labels(path, digits[:, 0].tolist(), first=1, last=10) + 1) % 10)
         is_test.append(torch.full((len(digits),), part == "test"))
-    return ImageData(torch.cat(images), torch.cat(labels), torch.cat(is_test), tuple("0123456789"))
+    return ImageData(torch.cat(images).contiguous(), torch.cat(labels), torch.cat(is_test), tuple("0123456789"))
