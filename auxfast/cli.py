@@ -1,4 +1,4 @@
-"""The command line: `auxfast train`, `auxfast report`, `auxfast demo` and `auxfast info`."""
+"""The command line: `auxfast train`, `auxfast report`, `auxfast data`, `auxfast demo` and `auxfast info`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 
 from auxfast._version import __version__
 from auxfast.experiments import command, demo
+from auxfast.experiments.data.catalogue import DATASETS
 from auxfast.experiments.data.extras import MissingExtraError
+from auxfast.experiments.data.files import DatasetError
 from auxfast.train.environment import environment
 from auxfast.train.files import RunError, one_line
 
@@ -56,6 +58,8 @@ def _run(options: argparse.Namespace) -> int:
         return _train(options)
     if options.command == "report":
         return _report(options)
+    if options.command == "data":
+        return _list_data() if options.action == "list" else _check_data(options.dataset, options.folder)
     return _demo(options.seeds, options.out, options.experiment)
 
 
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each run, for other programs")
     report.add_argument("--latex", type=Path, metavar="FILE", help="write the tables for a paper (package booktabs)")
+    _add_data(commands)
     commands.add_parser("info", help="what a bug report needs: versions, devices, build, kernels in use")
     return parser
 
@@ -151,6 +156,17 @@ def _add_train(commands: Any) -> None:
         "--out", type=Path, default=Path("auxfast-runs"), help="folder of all runs (default: ./auxfast-runs)"
     )
     train.add_argument("--resume", action="store_true", help="go on with unfinished runs, and skip finished ones")
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser(
+        "data", help="data sets that are read from files: where they are, and whether a copy is whole"
+    )
+    actions = data.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="names and titles of the data sets, and pages that say where they are to be had")
+    check = actions.add_parser("check", help="whether a copy of a data set is complete: seconds")
+    check.add_argument("dataset", metavar="DATASET", help="a name; auxfast data list names them")
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the copy")
 
 
 def _fail(reason: object, code: int) -> int:
@@ -224,6 +240,28 @@ def _report(options: argparse.Namespace) -> int:
         return _fail(error, 2)
     except (MissingExtraError, RunError) as error:
         return _fail(error, 1)
+    return 0
+
+
+def _list_data() -> int:
+    width, title_width = max(map(len, DATASETS)), max(len(dataset.title) for dataset in DATASETS.values())
+    for name, dataset in DATASETS.items():
+        print(f"{name:{width}}  {dataset.title:{title_width}}  {dataset.address}")
+    return 0
+
+
+def _check_data(name: str, folder: Path) -> int:
+    dataset = DATASETS.get(name)
+    if dataset is None:
+        return _fail(f"no data set {name}, there are {', '.join(DATASETS)}", 2)
+    try:
+        found = dataset.check(folder)
+    except DatasetError as error:
+        return _fail(f"{error} ({dataset.title}, to be had from {dataset.address})", 1)
+    except MissingExtraError as error:
+        return _fail(error, 1)
+    print(*found, sep="\n")
+    print(f"{dataset.title} in {folder} is complete")
     return 0
 
 

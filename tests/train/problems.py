@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from auxfast.nn import LabelGenerator
 from auxfast.solvers import Neumann
-from auxfast.train import Batch, CombinerConfig, Component, RunConfig, RunPlan, TrainConfig, parse_method
+from auxfast.train import (
+    Batch,
+    CombinerConfig,
+    Component,
+    LabelBatch,
+    LabelsConfig,
+    RunConfig,
+    RunPlan,
+    TrainConfig,
+    parse_method,
+)
 
 SGD = Component("SGD", {"lr": 0.05, "momentum": 0.9})
 
@@ -129,7 +140,9 @@ def noisy_config(options: NoisyOptions = NoisyOptions(), **changes) -> RunConfig
         "solver": Neumann(steps=3, step_size=0.05),
         **changes,
     }
-    return RunConfig(train_config(**settings), CombinerConfig(hidden=(4,), skip=True, positive="clip"), task=options)
+    labels = LabelsConfig(combiner="nonlinear", lr=0.02, weight_decay=1e-3)
+    combiner = CombinerConfig(hidden=(4,), skip=True, positive="clip")
+    return RunConfig(train_config(**settings), combiner, task=options, labels=labels)
 
 
 def noisy_plan(
@@ -143,9 +156,44 @@ def noisy_plan(
     """A run of `Noisy`; `changes` are those of `noisy_config`."""
     config = noisy_config(options, **changes)
     parsed = parse_method(method)
-    make_task = partial(Noisy, seed, options, hold_out=parsed.holds_out)
+    task = LabelledNoisy if parsed.labels else Noisy
+    make_task = partial(task, seed, options, hold_out=parsed.holds_out)
     return RunPlan(out, "noisy regression", setting, parsed, seed, config, make_task)
 
 
 def without_seconds(records):
     return [record._replace(inner_seconds=0.0, outer_seconds=0.0, validation_seconds=0.0) for record in records]
+
+
+class LabelledNoisy(Noisy):
+    """Classification with the same pitfalls, in the student and in the generator of its auxiliary labels."""
+
+    loss_names = ("main", "generated labels")
+
+    def __init__(self, seed: int, options: NoisyOptions, hold_out: bool) -> None:
+        super().__init__(seed, options, hold_out)
+        self.labels = self.targets[:, 0].gt(0).long() + self.targets[:, 1].gt(0).long()
+        self.label_generator = LabelGenerator(
+            nn.Sequential(nn.Linear(options.features, 6), nn.BatchNorm1d(6), nn.Dropout(0.1), nn.Linear(6, 7)),
+            (3, 2, 2),
+        )
+        self.model[4] = nn.Linear(8, 3 + 7)
+
+    def training_batch(self, generator: torch.Generator) -> LabelBatch:
+        rows = self.training[torch.randperm(len(self.training), generator=generator)[:16]]
+        main, auxiliary = self.model(self.inputs[rows]).tensor_split([3], dim=1)
+        losses = F.pad(F.cross_entropy(main, self.labels[rows], reduction="none")[:, None], (0, 1))
+        mask = torch.stack([self.mask[rows, 0], torch.zeros(len(rows))], dim=1)
+        return LabelBatch(losses, mask, auxiliary, self.inputs[rows], self.labels[rows])
+
+    def outer_loss(self) -> torch.Tensor:
+        return F.cross_entropy(self.model(self.inputs[:20])[:, :3], self.labels[:20])
+
+    @torch.no_grad()
+    def validation_score(self) -> float:
+        self.model.eval()
+        score = -self.outer_loss().item()
+        self.model.train()
+        return score
+
+    score = validation_score

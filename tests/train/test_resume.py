@@ -48,6 +48,10 @@ CASES = {
     "linear-frozen": {"inner_scheduler": Component("CosineAnnealingWarmRestarts", {"T_0": 4}), "patience": 30},
     "own": {"outer_optimizer": Component("Adam", {"lr": 0.1}), "patience": 30},
     "own-frozen": {},
+    "auxilearn-labels": {"patience": 3},
+    "auxilearn-labels-frozen": {},
+    "maxl": {"inner_scheduler": Component("MultiStepLR", {"milestones": (5, 14)})},
+    "maxl-f": {"outer_optimizer": Component("Adam", {"lr": 0.1})},
     "linear-free": {"solver": ConjugateGradient(steps=3, preconditioner=Jacobi(probes=2), warm_start=True)},
 }
 SOLVERS = {

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
+
+from auxfast.experiments.data.files import DatasetError
 
 
 def check_array(
@@ -11,16 +16,30 @@ def check_array(
     """Checks that `array` has this shape, is within [low, high] and, if `whole`, holds whole numbers.
 
     Raises:
-        ValueError: names the array, what was found (and where, for the first bad entry), what is allowed.
+        DatasetError: names the array, what was found (and where, for the first bad entry), what is allowed.
     """
     if array.shape != shape:
-        raise ValueError(f"{name}: shape {array.shape}, expected {shape}")
+        raise DatasetError(f"{name}: shape {array.shape}, expected {shape}")
     if not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"{name}: dtype {array.dtype}, expected numbers")
+        raise DatasetError(f"{name}: dtype {array.dtype}, expected numbers")
     good = np.isfinite(array) & (array >= low) & (array <= high)
     if whole:
         good &= array == np.round(array)
     if not good.all():
         index = tuple(int(i) for i in np.argwhere(~good)[0])
         kind = "whole numbers" if whole else "finite numbers"
-        raise ValueError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+        raise DatasetError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+
+
+def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line for each count. counts: how many were found and how many are official, by what was counted, in the plural.
+
+    Raises:
+        DatasetError: some differ.
+    """
+    wrong = [
+        f"{found:,} {what}, expected {official:,}" for what, (found, official) in counts.items() if found != official
+    ]
+    if wrong:
+        raise DatasetError(f"{folder}: {'; '.join(wrong)}")
+    return [f"{what}: {found:,} of {official:,}" for what, (found, official) in counts.items()]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 class DatasetError(ValueError):
@@ -21,3 +26,26 @@ def need_file(folder: Path, name: str, dataset: str) -> Path:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file, expected in a copy of {dataset}")
     return path
+
+
+def inner_folder(folder: Path, name: str) -> Path:
+    """The folder `name` in `folder`, where there is one, else `folder` itself.
+
+    A user may name the folder that an archive holds or the one where it was unpacked, and some copies hold a folder in
+    another of the same name.
+    """
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def class_labels(path: Path, labels: Sequence[int], *, first: int, last: int) -> Tensor:
+    """(n,) int64, from 0: labels that `path` counts from `first` to `last`.
+
+    Raises:
+        DatasetError: there is none, or one is not a whole number in this range.
+    """
+    if not labels:
+        raise DatasetError(f"{path}: no labels, expected at least one")
+    for at, label in enumerate(labels):
+        if not isinstance(label, (int, np.integer)) or not first <= label <= last:
+            raise DatasetError(f"{path}: label {label!r} at {at}, expected labels from {first} to {last}")
+    return torch.tensor(labels, dtype=torch.int64) - first

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, load_digits, split
+from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
-from auxfast.experiments.paper.split_task import SplitTask, accuracy
+from auxfast.experiments.paper.split_task import SplitTask
 from auxfast.experiments.report.plotting import (
     BLACK,
     BLUE,

@@ -49,11 +49,6 @@ class SplitTask(ABC):
         return self.score_on(self.test)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent. logits: (n, classes). labels: (n,) int64."""
-    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
-
-
 def explained_variance(predicted: Tensor, target: Tensor) -> float:
     """R2 x 100: the percentage of the target's variance that is explained. Both are (n,)."""
     return 100 * (1 - F.mse_loss(predicted, target).item() / target.var(correction=0).item())

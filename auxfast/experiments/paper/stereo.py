@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from auxfast.experiments.base import Experiment, Finding, restore
 from auxfast.experiments.data import StereoData, allocate_auxiliary, draw_batch, load_stereo, split
 from auxfast.experiments.data.stereo import COLOUR_CLASSES, UNKNOWN
+from auxfast.experiments.metrics import confusion_matrix, mean_iou
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
 from auxfast.experiments.paper.split_task import SplitTask
 from auxfast.experiments.report.plotting import draw_loss_images
@@ -94,13 +95,8 @@ class StereoTask(SplitTask):
 
     def score_on(self, rows: Tensor) -> float:
         """Mean intersection over union of the classes, over all pixels of the tiles together, in percent."""
-        labels = self.labels[rows]
-        known = labels != UNKNOWN
-        predicted, labels = self._logits(rows).argmax(dim=1)[known], labels[known]
-        classes = len(COLOUR_CLASSES)
-        confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-        hits = confusion.diag()
-        return 100 * (hits / (confusion.sum(0) + confusion.sum(1) - hits)).mean().item()
+        predicted = self._logits(rows).argmax(dim=1)
+        return mean_iou(confusion_matrix(predicted, self.labels[rows], len(COLOUR_CLASSES), ignored=UNKNOWN))
 
     def _logits(self, tiles: Tensor) -> Tensor:
         logits: Tensor = self.model(self.images[tiles])[:, : len(COLOUR_CLASSES)]

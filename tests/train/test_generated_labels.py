@@ -1,0 +1,230 @@
+"""Methods that train on generated labels: what the student learns, and along which gradient the generator moves."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auxfast.nn import focal_loss, soft_cross_entropy
+from auxfast.solvers import Identity
+from auxfast.train import (
+    Batch,
+    Component,
+    LabelBatch,
+    LabelsConfig,
+    RunConfig,
+    Trainer,
+    check_task,
+    make_training_loss,
+    parse_method,
+)
+from train.problems import LabelledNoisy, NoisyOptions, OneWeight, noisy_config, train_config
+
+LR = 0.3
+# Steps of SGD make the generator's gradient visible; what a mean of 16 samples depends on is the batch alone.
+STEP = train_config(
+    outer_steps=1,
+    inner_steps=1,
+    inner_optimizer=Component("SGD", {"lr": LR}),
+    outer_optimizer=Component("SGD", {"lr": 1.0}),
+    max_outer_grad_norm=None,
+    solver=Identity(LR),
+)
+
+
+def smooth_task():
+    """The task in float64, with nothing that draws or keeps statistics."""
+    torch.manual_seed(0)
+    task = LabelledNoisy(0, NoisyOptions(dropout=0.0), hold_out=True)
+    task.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 10)).double()
+    task.label_generator.backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 7))
+    task.label_generator.double()
+    task.inputs, task.mask = task.inputs.double(), task.mask.double()
+    return task
+
+
+LABELS = LabelsConfig(lr=1.0)
+
+
+def trainer_of(task, method, config=STEP, labels=LABELS):
+    run_config = RunConfig(config, labels=labels)
+    return Trainer(task, make_training_loss(parse_method(method), run_config, task), config, seed=3)
+
+
+def moved(module, step):
+    """What `step` adds to the parameters of a module."""
+    before = deepcopy(module.state_dict())
+    step()
+    return {name: value - before[name] for name, value in module.state_dict().items()}
+
+
+def inner_loss(task, batch, weight=1.0, loss=soft_cross_entropy):
+    """The training loss, written out: means over the batch of the losses that the samples have."""
+    generated = loss(batch.auxiliary_logits, task.label_generator(batch.inputs, batch.labels))
+    return (batch.mask[:, 0] * (batch.losses[:, 0] + weight * generated)).mean()
+
+
+@pytest.mark.parametrize(("loss", "weight"), [("cross-entropy", 1.0), ("focal", 0.4)])
+def test_the_training_loss_is_the_main_loss_and_that_of_the_generated_labels(loss, weight):
+    task = smooth_task()
+    batch = task.training_batch(torch.Generator().manual_seed(5))
+    config = RunConfig(labels=LabelsConfig(loss=loss, weight=weight))
+    function = {"cross-entropy": soft_cross_entropy, "focal": focal_loss}[loss]
+    for method in ("maxl", "maxl-f", "auxilearn-labels", "auxilearn-labels-frozen"):
+        training_loss = make_training_loss(parse_method(method), config, task)
+        torch.testing.assert_close(training_loss(*batch), inner_loss(task, batch, weight, function))
+        assert training_loss.mean_weights(batch) == pytest.approx((1.0, weight))
+
+
+def test_a_combiner_of_both_losses_is_learned_with_the_labels():
+    task = LabelledNoisy(0, NoisyOptions(), hold_out=True)
+    trainer = Trainer(
+        task, make_training_loss(parse_method("auxilearn-labels"), noisy_config(), task), noisy_config().train, seed=0
+    )
+    assert trainer.combiner is not None
+    before = deepcopy(trainer.training_loss.state_dict())
+    trainer.run()
+    after = trainer.training_loss.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"generator.backbone.0.weight", "combination.combiner.phi"} <= changed
+    layers = trainer.combiner.layers()
+    assert all(bool((layer >= 0).all()) for name, layer in layers.items() if "weight" in name)
+
+
+def test_learned_labels_follow_the_hypergradient():
+    task = smooth_task()
+    trainer = trainer_of(task, "auxilearn-labels")
+    reference = deepcopy(task)
+    generator = torch.Generator().manual_seed(3)
+    torch.randint(2**63 - 1, (), generator=generator)  # the seed of the outer batches, drawn first
+    outer_batches = deepcopy(trainer.outer_generator.get_state())
+    steps = moved(task.label_generator, trainer.run)
+    # The student's one inner step, and then -<lr * d outer / dW, d/dphi d inner / dW> by hand.
+    params = list(reference.model.parameters())
+    grads = torch.autograd.grad(inner_loss(reference, reference.training_batch(generator)), params)
+    with torch.no_grad():
+        for param, grad in zip(params, grads, strict=True):
+            param -= LR * grad
+    v = torch.autograd.grad(reference.outer_loss(), params, allow_unused=True, materialize_grads=True)
+    generator.set_state(outer_batches)
+    loss = inner_loss(reference, reference.training_batch(generator))
+    inner = torch.autograd.grad(loss, params, create_graph=True)
+    product = sum((LR * a * b).sum() for a, b in zip(v, inner, strict=True))
+    phi = dict(reference.label_generator.named_parameters())
+    expected = torch.autograd.grad(product, list(phi.values()))
+    for (name, _), grad in zip(phi.items(), expected, strict=True):
+        torch.testing.assert_close(steps[name], grad)  # a step of SGD with lr 1 along -(-product)
+
+
+def test_maxl_follows_the_derivative_through_its_look_ahead():
+    task = smooth_task()
+    trainer = trainer_of(task, "maxl", replace(STEP, inner_steps=2), LabelsConfig(lr=1.0, entropy_weight=0.3))
+    reference = deepcopy(task)
+    outer_batches = trainer.outer_generator.get_state()
+    steps = moved(task.label_generator, trainer.run)
+    reference.model.load_state_dict(task.model.state_dict())  # outer steps leave the student as it is
+    generator = torch.Generator()
+    generator.set_state(outer_batches)
+    phi = dict(reference.label_generator.named_parameters())
+    start = {name: p.detach().clone() for name, p in phi.items()}
+    for _ in range(2):
+        batch = reference.training_batch(generator)
+        params = dict(reference.model.named_parameters())
+        grads = torch.autograd.grad(inner_loss(reference, batch), list(params.values()), create_graph=True)
+        ahead = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        logits = torch.func.functional_call(reference.model, ahead, (batch.inputs,))[:, :3]
+        known = batch.mask[:, 0].bool()
+        main = F.cross_entropy(logits[known], batch.labels[known])
+        mean = reference.label_generator(batch.inputs, batch.labels).mean(dim=0)
+        loss = main + 0.3 * (mean * mean.log()).sum()
+        for p, grad in zip(phi.values(), torch.autograd.grad(loss, list(phi.values())), strict=True):
+            p.data -= grad
+    for name, p in phi.items():
+        torch.testing.assert_close(steps[name], p.detach() - start[name])
+
+
+@pytest.mark.parametrize("method", ["maxl-f", "auxilearn-labels-frozen"])
+def test_frozen_generators_stay_as_they_start(method):
+    task = smooth_task()
+    trainer = trainer_of(task, method, train_config(outer_steps=3, inner_steps=2))
+    assert not any(step.any() for step in moved(task.label_generator, trainer.run).values())
+    assert all(record.outer_loss is None and record.matvecs is None for record in trainer.records)
+
+
+def test_maxl_records_its_outer_loss_and_no_residual():
+    task = smooth_task()
+    records = trainer_of(task, "maxl", train_config(outer_steps=2, inner_steps=3, warmup=0.4, cooldown=0.4)).run()
+    assert all(record.outer_loss is not None and record.outer_seconds > 0 for record in records)
+    assert all(record.residual is None for record in records)
+
+
+def test_only_the_learned_labels_hold_out_an_auxiliary_set():
+    held_out = {name: parse_method(name).holds_out for name in ("maxl", "maxl-f", "auxilearn-labels", "stl")}
+    assert held_out == {"maxl": False, "maxl-f": False, "auxilearn-labels": True, "stl": False}
+    assert parse_method("auxilearn-labels-frozen").holds_out
+    learned = {name: parse_method(name).learned for name in ("maxl", "maxl-f", "auxilearn-labels")}
+    assert learned == {"maxl": True, "maxl-f": False, "auxilearn-labels": True}
+
+
+def labelled():
+    return LabelledNoisy(0, NoisyOptions(), hold_out=True)
+
+
+def with_batch(**changes):
+    task = labelled()
+    made = task.training_batch
+    task.training_batch = lambda generator: made(generator)._replace(**changes)
+    return task
+
+
+def plain_batch():
+    task = labelled()
+    made = task.training_batch
+    task.training_batch = lambda generator: Batch(*made(generator)[:2])
+    return task
+
+
+def shared_parameter():
+    task = labelled()
+    task.label_generator.backbone.append(task.model[0])
+    return task
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (OneWeight, r"task.label_generator: there is none.*auxfast.nn.LabelGenerator"),
+        (plain_batch, "task.training_batch: got Batch, must return a LabelBatch"),
+        (partial(with_batch, mask=torch.ones(16, 2)), "a mask that is not 0 in the column of the generated labels"),
+        (partial(with_batch, auxiliary_logits=torch.ones(16, 5)), r"labels of shape \(16, 7\), must be \(16, 5\)"),
+        (shared_parameter, "task.label_generator: its parameter backbone.4.weight is one of task.model too"),
+    ],
+)
+def test_what_cannot_be_labelled_is_told(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        check_task(make(), labels=True)
+
+
+def test_a_task_with_a_generator_is_accepted_and_trains_other_methods_too():
+    check_task(labelled(), labels=True)
+    task = LabelledNoisy(0, NoisyOptions(), hold_out=False)
+    assert isinstance(task.training_batch(torch.Generator()), LabelBatch)
+    config = noisy_config()
+    Trainer(task, make_training_loss(parse_method("stl"), config, task), config.train, seed=0).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": "hinge"}, "labels.loss: got 'hinge', must be 'cross-entropy' or 'focal'"),
+        ({"combiner": "none"}, "labels.combiner: got 'none', must be one of linear"),
+        ({"lr": -1.0}, "labels.lr: got -1.0, must be a finite number of at least 0"),
+    ],
+)
+def test_options_out_of_range_are_told(changes, words):
+    with pytest.raises(ValueError, match=words):
+        LabelsConfig(**changes)
