@@ -60,6 +60,10 @@ from auxfast.train.training_loss import TrainingLoss, combiner_of, make_training
 OnOuterStep = Callable[[OuterRecord], None]
 
 
+class DivergedError(RunError):
+    """A loss or the parameters are not finite any more."""
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """Everything that makes a run, decided before it starts.
@@ -156,8 +160,8 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
     Raises:
         ValueError: a table cannot hold the configuration.
         RunError: the folder holds a run already, or one of another configuration, or another process writes it; a file
-            cannot be written, or read; the loss is not finite any more; or there is no learned run to take phi from.
-            What was saved is kept.
+            cannot be written, or read; the loss is not finite any more (DivergedError); or there is no learned run to
+            take phi from. What was saved is kept.
     """
     path, description = plan.path, plan.description()
     if _takes_phi(plan):
@@ -194,7 +198,7 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
             kept = "; what was saved before is kept, and --resume goes on from there" if _has_begun(path) else ""
             raise RunError(f"{error}{kept}") from error
         except FloatingPointError as error:
-            raise RunError(f"{name}: {error}. What was saved is kept") from error
+            raise DivergedError(f"{name}: {error}. What was saved is kept") from error
         except RunError:
             raise
         except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it

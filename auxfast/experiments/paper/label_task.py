@@ -11,7 +11,8 @@ from torch import Tensor
 
 from auxfast.experiments.data import draw_batch
 from auxfast.experiments.data.image_data import ImageSource
-from auxfast.experiments.paper.split_task import SplitTask, accuracy
+from auxfast.experiments.metrics import accuracy
+from auxfast.experiments.paper.split_task import SplitTask
 from auxfast.nn import LabelGenerator
 from auxfast.train.task import LabelBatch
 
