@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from auxfast.experiments.base import Axis, Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, split
 from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.cub import ATTRIBUTES
+from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.models import ResNet18, TwoHeads, load_resnet18
 from auxfast.experiments.paper.image_task import ImageTask
@@ -31,7 +33,8 @@ from auxfast.train.run import Run
 from auxfast.train.task import Batch
 
 WIDTH = 64  # channels of ResNet-18's first stage
-TRAINING_IMAGES = 5_994
+ADDRESS = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 ALL = 0  # as many labelled images a species as there are
 LEARNED = ("linear", "deep-linear", "nonlinear")
 
@@ -74,7 +77,8 @@ class CubOptions:
 class CubTask(ImageTask):
     """An `auxfast.train.Task` of photographs; the losses: a cross-entropy, and a binary one for each attribute.
 
-    attributes: (n, 312) float32 of 0 and 1. scale: factor of each auxiliary loss. The model is a `TwoHeads`.
+    labels: UNKNOWN for those without a main label. attributes: (n, 312) float32 of 0 and 1. scale: factor of each
+    auxiliary loss. The model is a `TwoHeads`.
     """
 
     attributes: Tensor
@@ -118,13 +122,15 @@ def make_task(seed: int, options: CubOptions, *, hold_out: bool) -> CubTask:
     training, auxiliary = allocate_auxiliary(
         labelled, options.auxiliary, generator, data.labels[labelled], hold_out=hold_out
     )
+    labels = data.labels.clone()
+    labels[unlabelled] = UNKNOWN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = load_resnet18(options.weights) if options.weights else ResNet18(width=options.width)
+        backbone = _backbone(options)
         model = TwoHeads(backbone, backbone.num_features, len(data.class_names), ATTRIBUTES)
     return CubTask(
         images=data.images,
-        labels=data.labels,
+        labels=labels,
         attributes=data.attributes,
         num_classes=len(data.class_names),
         scale=options.scale,
@@ -138,6 +144,17 @@ def make_task(seed: int, options: CubOptions, *, hold_out: bool) -> CubTask:
         test=test,
         model=model,
     )
+
+
+def _backbone(options: CubOptions) -> ResNet18:
+    if not options.weights:
+        return ResNet18(width=options.width)
+    if not Path(options.weights).is_file():
+        raise DatasetError(
+            f"{options.weights}: no such file, expected ImageNet weights of ResNet-18, to be had at {ADDRESS}; "
+            "with task.weights = '' training starts from scratch"
+        )
+    return load_resnet18(options.weights)
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
