@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from train.problems import without_seconds
 
 from auxfast.cli import main
 from auxfast.experiments.base import run_config, train_run
@@ -144,3 +145,19 @@ def test_two_epochs_end_to_end(name, copy_of, tmp_path):
         assert run.result.outer_steps == 2
         assert 0 <= run.result.score <= 100
         assert (run.path / "split.npz").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_goes_on_with_the_same_augmented_batches(copy_of, tmp_path):
+    experiment, method = EXPERIMENTS["svhn-labels"], parse_method("auxilearn-labels")
+    changes = {**copy_of("svhn-labels"), "train.checkpoint_every": 1}
+
+    def interrupt(record):
+        raise KeyboardInterrupt
+
+    whole = train_run(experiment, "5%", method, 0, tmp_path / "whole", overrides=changes)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(experiment, "5%", method, 0, tmp_path / "cut", overrides=changes, on_outer_step=interrupt)
+    resumed = train_run(experiment, "5%", method, 0, tmp_path / "cut", overrides=changes, resume=True)
+    assert without_seconds(resumed.records) == without_seconds(whole.records)
+    assert resumed.result.score == whole.result.score
