@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.models import VGG16, ConvNet, ResNet18, TwoHeads
 from auxfast.experiments.models.heads import make_head
 from auxfast.experiments.paper.label_task import LabelTask
-from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
+from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
 from auxfast.experiments.paper.preparation import (
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
@@ -156,14 +156,6 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     ]
 
 
-def training_length(epochs: int, images: int, batch_size: int, inner_steps: int) -> dict[str, Any]:
-    """Changes of the configuration by which a run passes `epochs` times over so many images: the paper counts epochs,
-    and the trainer steps. All of them are trained, and the best model by its validation score is what is left: the
-    patience is that of the whole run."""
-    outer_steps = math.ceil(epochs * math.ceil(images / batch_size) / inner_steps)
-    return {"train.inner_steps": inner_steps, "train.outer_steps": outer_steps, "train.patience": outer_steps}
-
-
 def _small_images(
     name: str,
     images: _ImageSet,
@@ -192,15 +184,15 @@ def _small_images(
                 weight_decay=5e-4,
                 **_OUTER_LOOP,
             ),
-            labels=LabelsConfig(lr=1e-3, weight_decay=5e-4),
+            labels=_LABELS,
             task=ImageLabelsOptions(f"data/{images.name}", validation=validation, batch_size=batch_size, crop=32),
         ),
         methods=METHODS,
         settings={
             name: {
                 "task.share": share,
-                **lengths[name],
-                "train.inner_scheduler": _cosine(lengths[name]["train.outer_steps"] * inner_steps),
+                **_prefixed(lengths[name]),
+                "train.inner_scheduler": _cosine(lengths[name]["outer_steps"] * inner_steps),
             }
             for name, (share, _) in settings.items()
         },
@@ -242,12 +234,12 @@ def _photographs(
                 **_OUTER_LOOP,
             ),
             combiner=PaperCombiner(hidden=(10, 10)),
-            labels=LabelsConfig(lr=1e-3, weight_decay=5e-4, combiner="nonlinear"),
-            task=ImageLabelsOptions(f"data/{images.name}", batch_size=batch_size, auxiliary=0.0333, **split_options),
+            labels=replace(_LABELS, combiner="nonlinear"),
+            task=ImageLabelsOptions(f"data/{images.name}", batch_size=batch_size, auxiliary=0.0168, **split_options),
         ),
         methods=METHODS,
         settings={
-            name: {"task.shots": shots, **training_length(150, count, batch_size, inner_steps[0])}
+            name: {"task.shots": shots, **_prefixed(training_length(150, count, batch_size, inner_steps[0]))}
             for name, (shots, count) in settings.items()
         },
         grid=(
@@ -269,6 +261,11 @@ def _about(title: str) -> str:
     )
 
 
+def _prefixed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of `TrainConfig` by their keys in a configuration."""
+    return {f"train.{name}": value for name, value in entries.items()}
+
+
 def _cosine(steps: int) -> Component:
     return Component("CosineAnnealingLR", {"T_max": steps})
 
@@ -281,14 +278,16 @@ _OUTER_LOOP: dict[str, Any] = {
     "solver": Identity(),
     "max_outer_grad_norm": 10.0,
 }
+_LABELS = LabelsConfig(lr=1e-3, weight_decay=1e-4, entropy_weight=0.4)
 _LABEL_AXES = (
     Axis("labels.lr", (1e-3, 5e-4), ("maxl", "auxilearn-labels")),
     Axis("labels.weight_decay", (5e-4, 1e-4, 5e-5), ("maxl", "auxilearn-labels")),
     Axis("labels.entropy_weight", (0.2, 0.4, 0.6), ("maxl",)),
 )
 
-# The paper does not say the batch size of CIFAR and SVHN, nor how many images validate there: 100 and some 2,000 are
-# ours. Its "30-shot" of CUB and Cars are all images of the training part, 30 a class at the mean (appendix B.3).
+# Without a search, the middle of each grid is taken, but for the inner steps: the fewer there are, the more time goes
+# into validation. The paper does not say the batch size of CIFAR and SVHN, nor how many images validate there: 100 and
+# some 2,000 are ours. Its "30-shot" of CUB and Cars are all images of the training part, some 30 a class (B.3).
 CIFAR10 = _small_images(
     "cifar10-labels",
     _ImageSet("cifar10", VGG16, padding=4),
