@@ -34,7 +34,7 @@ EXPERIMENT = replace(
     name="noisy",
     make_task=lambda seed, options, *, hold_out: Contrary(seed, options, hold_out),
     grid=(
-        Axis("task.features", (3, 6, 4)),
+        Axis("task.features", (3, 6)),
         Axis("train.outer_optimizer.lr", (0.1, 0.01), ("linear",)),
     ),
 )
@@ -49,9 +49,9 @@ def train(tmp_path, monkeypatch):
 def test_each_method_is_trained_with_what_validation_chose(train, tmp_path, capsys):
     assert train("--method", "stl,linear,linear-frozen", "--seeds", "0", "--grid") == 0
     printed = capsys.readouterr().out
-    assert "grid: 9 runs from seed 1000" in printed
-    assert "grid: stl: task.features = 6 (validation score 6, best of 3)" in printed
-    assert "grid: linear: task.features = 6, train.outer_optimizer.lr = 0.1 (validation score 6, best of 6)" in printed
+    assert "grid: 6 runs from seed 1000" in printed
+    assert "grid: stl: task.features = 6 (validation score 6, best of 2)" in printed
+    assert "grid: linear: task.features = 6, train.outer_optimizer.lr = 0.1 (validation score 6, best of 4)" in printed
     runs = find_runs([tmp_path / "out"])
     assert {(run.method.name, run.seed, run.config["task"]["features"]) for run in runs} == {
         (method, 0, 6) for method in ("stl", "linear", "linear-frozen")
@@ -64,19 +64,19 @@ def test_an_interrupted_search_goes_on_with_resume(train, tmp_path, capsys, monk
 
     def interrupted(comparison, run=grid.train_all):
         calls.append(comparison)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return run(comparison)
 
     monkeypatch.setattr(grid, "train_all", interrupted)
     assert train("--method", "stl", "--seeds", "0", "--grid", "7") == 130
     before = {run.path: (run.path / "result.json").stat().st_mtime_ns for run in find_runs([tmp_path / "out-grid"])}
-    assert len(before) == 2
+    assert len(before) == 1
     assert train("--method", "stl", "--seeds", "0", "--grid", "7") == 1
     assert "holds a run already" in capsys.readouterr().err
     assert train("--method", "stl", "--seeds", "0", "--grid", "7", "--resume") == 0
     after = {run.path: (run.path / "result.json").stat().st_mtime_ns for run in find_runs([tmp_path / "out-grid"])}
-    assert len(after) == 3
+    assert len(after) == 2
     assert before.items() <= after.items()
 
 

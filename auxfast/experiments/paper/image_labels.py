@@ -170,7 +170,7 @@ def _small_images(
     settings: for each, the share of labelled images and their number in the official training part.
     """
     batch_size, inner_steps = 100, 25
-    lengths = {name: training_length(epochs, n, batch_size, inner_steps) for name, (_, n) in settings.items()}
+    lengths = {setting: training_length(epochs, n, batch_size, inner_steps) for setting, (_, n) in settings.items()}
     return Experiment(
         name=name,
         make_task=partial(make_task, images),
@@ -189,12 +189,14 @@ def _small_images(
         ),
         methods=METHODS,
         settings={
-            name: {
+            setting: {
                 "task.share": share,
-                **_prefixed(lengths[name]),
-                "train.inner_scheduler": _cosine(lengths[name]["outer_steps"] * inner_steps),
+                **_prefixed(lengths[setting]),
+                "train.inner_scheduler": Component(
+                    "CosineAnnealingLR", {"T_max": lengths[setting]["outer_steps"] * inner_steps}
+                ),
             }
-            for name, (share, _) in settings.items()
+            for setting, (share, _) in settings.items()
         },
         grid=(
             *_LABEL_AXES,
@@ -239,8 +241,8 @@ def _photographs(
         ),
         methods=METHODS,
         settings={
-            name: {"task.shots": shots, **_prefixed(training_length(150, count, batch_size, inner_steps[0]))}
-            for name, (shots, count) in settings.items()
+            setting: {"task.shots": shots, **_prefixed(training_length(150, count, batch_size, inner_steps[0]))}
+            for setting, (shots, count) in settings.items()
         },
         grid=(
             *_LABEL_AXES,
@@ -264,10 +266,6 @@ def _about(title: str) -> str:
 def _prefixed(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of `TrainConfig` by their keys in a configuration."""
     return {f"train.{name}": value for name, value in entries.items()}
-
-
-def _cosine(steps: int) -> Component:
-    return Component("CosineAnnealingLR", {"T_max": steps})
 
 
 # Appendix B trains auxiliary networks by SGD with momentum, where it names an optimizer. With small learning rates and
