@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
+    cub_attributes,
     deep_supervision,
     diabetes,
     digits,
     fixed_auxiliary,
     illustrative,
+    image_labels,
     missing_labels,
     noisy_auxiliaries,
     polynomial_kernel,
@@ -32,5 +34,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         deep_supervision.EXPERIMENT,
         stereo.EXPERIMENT,
         weight_decay.EXPERIMENT,
+        cub_attributes.EXPERIMENT,
+        *image_labels.EXPERIMENTS,
     )
 }

@@ -72,7 +72,6 @@ class StereoTask(SplitTask):
     labels: Tensor
     disparity: Tensor
     valid: Tensor
-    unlabelled: Tensor
     loss_names: tuple[str, ...] = ("segmentation", "depth")
 
     def training_batch(self, generator: torch.Generator) -> Batch:
