@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
+    cityscapes,
     deep_supervision,
     diabetes,
     digits,
@@ -11,6 +12,7 @@ from auxfast.experiments.paper import (
     illustrative,
     missing_labels,
     noisy_auxiliaries,
+    nyuv2,
     polynomial_kernel,
     sensitivity,
     stereo,
@@ -32,5 +34,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         deep_supervision.EXPERIMENT,
         stereo.EXPERIMENT,
         weight_decay.EXPERIMENT,
+        nyuv2.EXPERIMENT,
+        cityscapes.EXPERIMENT,
     )
 }
