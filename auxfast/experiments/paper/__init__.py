@@ -15,6 +15,7 @@ from auxfast.experiments.paper import (
     nyuv2,
     polynomial_kernel,
     sensitivity,
+    shapenet_part,
     stereo,
     weight_decay,
 )
@@ -36,5 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         weight_decay.EXPERIMENT,
         nyuv2.EXPERIMENT,
         cityscapes.EXPERIMENT,
+        shapenet_part.LEARNED,
+        shapenet_part.PRETEXT,
     )
 }
