@@ -195,7 +195,8 @@ class SceneTask(LossImageTask):
                     for guess, truth in zip(predicted, labels, strict=True)
                     if bool((truth != UNKNOWN).any())
                 ]
-        return SegmentationScores(fmean(of_images), mean_iou(confusion), pixel_accuracy(confusion))
+        of_pixels = mean_iou(confusion)  # it raises where no pixel is known, which is no mean of images either
+        return SegmentationScores(fmean(of_images), of_pixels, pixel_accuracy(confusion))
 
     def _losses(self, scenes: PixelTargets) -> Batch:
         predictions = self.model(scenes.images)
@@ -255,6 +256,10 @@ def scene_config(options: SceneOptions, *, epochs: int, training: int, weight_de
     is the paper's code for NYUv2: batches of 8, an outer step after 50 inner ones, hypergradients of norm 25 at most,
     and four terms of the Neumann series, without the factor that makes the series an inverse. Its step size, 1e-4, is
     so small that the terms are about equal (to within 1e-4 times the curvature): `Identity(scale=4)` stands for them.
+
+    Two things differ from that code. Its outer loss is of two scenes of the auxiliary set, by chance, and here of all,
+    which takes more memory. And its linear and nonlinear combiners see the mean losses of an image, where those of
+    auxfast see each pixel as a sample.
     """
     epoch = math.ceil(training / _BATCH)
     outer_steps = math.ceil(epochs * epoch / _INNER_STEPS)
