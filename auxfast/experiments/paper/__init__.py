@@ -5,11 +5,13 @@ from __future__ import annotations
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
     cityscapes,
+    cub_attributes,
     deep_supervision,
     diabetes,
     digits,
     fixed_auxiliary,
     illustrative,
+    image_labels,
     missing_labels,
     noisy_auxiliaries,
     nyuv2,
@@ -39,5 +41,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         cityscapes.EXPERIMENT,
         shapenet_part.LEARNED,
         shapenet_part.PRETEXT,
+        cub_attributes.EXPERIMENT,
+        *image_labels.EXPERIMENTS,
     )
 }
