@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auxfast.experiments.base import Axis, Experiment
-from auxfast.experiments.data.cityscapes import GRANULARITIES, CityscapesData, load_cityscapes
+from auxfast.experiments.data.catalogue import load_copy
+from auxfast.experiments.data.cityscapes import GRANULARITIES, CityscapesData
 from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.scenes import UNKNOWN
 from auxfast.experiments.paper.loss_images import draw_learned
@@ -53,9 +54,9 @@ def make_task(seed: int, options: CityscapesOptions, *, hold_out: bool) -> Scene
     """The task that `seed` draws (see `MakeTask`).
 
     Raises:
-        DatasetError: see `load_cityscapes`; or the copy has no labels of 19 classes.
+        DatasetError: see `load_copy`; or the copy has no labels of 19 classes.
     """
-    data = load_cityscapes(options.folder)
+    data: CityscapesData = load_copy("cityscapes", options.folder)
     if data.granularities != GRANULARITIES:
         raise DatasetError(
             f"{options.folder}: labels of at most {max(data.granularities)} classes, expected those of "

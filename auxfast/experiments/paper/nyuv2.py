@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auxfast.experiments.base import Experiment
-from auxfast.experiments.data.nyuv2 import CLASSES, NYUv2Data, load_nyuv2
+from auxfast.experiments.data.catalogue import load_copy
+from auxfast.experiments.data.nyuv2 import CLASSES, NYUv2Data
 from auxfast.experiments.data.scenes import UNKNOWN
 from auxfast.experiments.paper.loss_images import draw_learned
 from auxfast.experiments.paper.scenes import (
@@ -53,9 +54,9 @@ def make_task(seed: int, options: NYUv2Options, *, hold_out: bool) -> SceneTask:
     """The task that `seed` draws (see `MakeTask`).
 
     Raises:
-        DatasetError: see `load_nyuv2`.
+        DatasetError: see `load_copy`.
     """
-    data = load_nyuv2(options.folder)
+    data: NYUv2Data = load_copy("nyuv2", options.folder)
     return make_scene_task(
         seed,
         options,

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Axis, Experiment
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, split
-from auxfast.experiments.data.shapenet_part import CATEGORIES, PARTS, ShapeNetPartData, load_shapenet_part
+from auxfast.experiments.data.catalogue import load_copy
+from auxfast.experiments.data.shapenet_part import CATEGORIES, PARTS, ShapeNetPartData
 from auxfast.experiments.metrics import PartIoU, part_iou
 from auxfast.experiments.models import DGCNN, PointNet
+from auxfast.experiments.paper.image_labels import findings
 from auxfast.experiments.paper.options import PaperTraining, check_range
 from auxfast.experiments.paper.point_clouds import PRETEXTS, Pretext, normalised, sample
 from auxfast.experiments.paper.split_task import SplitTask, evaluating
@@ -182,7 +184,7 @@ def make_learned_task(seed: int, options: ShapeNetPartOptions, *, hold_out: bool
     """The task of `shapenet-part` that `seed` draws (see `MakeTask`).
 
     Raises:
-        DatasetError: see `load_shapenet_part`; also later, where a shape is read.
+        DatasetError: see `load_copy`; also later, where a shape is read.
     """
     outputs = AUXILIARY_CLASSES * len(CATEGORIES)
     with torch.random.fork_rng(devices=[]):
@@ -215,7 +217,7 @@ def _student(options: ShapeNetPartOptions, outputs: int) -> DGCNN:
 
 def _parts(seed: int, options: ShapeNetPartOptions, *, hold_out: bool) -> dict[str, Any]:
     """What the tasks of both experiments share, by its names in `PartTask`."""
-    data = load_shapenet_part(options.folder)
+    data: ShapeNetPartData = load_copy("shapenet-part", options.folder)
     generator = torch.Generator().manual_seed(seed)
     chosen, _ = draw_per_class(data.categories[data.training], options.shots, generator)
     labelled = data.training[chosen]
@@ -283,6 +285,7 @@ LEARNED = Experiment(
         Axis("labels.lr", (1e-2, 1e-3), ("maxl", "auxilearn-labels")),
         Axis("labels.weight_decay", (5e-3, 5e-4), ("maxl", "auxilearn-labels")),
     ),
+    findings=findings,
 )
 
 PRETEXT = Experiment(
