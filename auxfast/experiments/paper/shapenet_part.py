@@ -40,7 +40,7 @@ _EPOCHS = 150
 
 
 @dataclass(frozen=True)
-class ShapeNetPartOptions:
+class PartOptions:
     """Options of both experiments.
 
     folder: a copy of the data set, relative to the working directory.
@@ -51,7 +51,6 @@ class ShapeNetPartOptions:
     points: number of points that are drawn of a shape in training.
     batch_size: shapes in a batch.
     neighbours, width, embedding: of the student, see `DGCNN`.
-    generator_width: of the label generator, see `PointNet`.
     """
 
     folder: str = "data/shapenet-part"
@@ -63,7 +62,6 @@ class ShapeNetPartOptions:
     neighbours: int = 20
     width: int = 64
     embedding: int = 1024
-    generator_width: int = 32
 
     def __post_init__(self) -> None:
         check_range("shots", self.shots, 2, 1000)
@@ -75,7 +73,14 @@ class ShapeNetPartOptions:
 
 
 @dataclass(frozen=True)
-class PretextOptions(ShapeNetPartOptions):
+class LearnedOptions(PartOptions):
+    """Options of `shapenet-part`: those of both, and generator_width: that of the label generator, see `PointNet`."""
+
+    generator_width: int = 32
+
+
+@dataclass(frozen=True)
+class PretextOptions(PartOptions):
     """Options of `shapenet-part-pretext`: those of both, and pretext: the auxiliary task, see `point_clouds`."""
 
     pretext: Literal["dae", "defrec", "rs"] = "dae"
@@ -87,7 +92,7 @@ class PartTask(SplitTask):
     of the parts first.
 
     auxiliary_points, auxiliary_parts: (m, 3, p) float32 and (m, p) int64: points of the auxiliary set, drawn once.
-    points, batch_size: see `ShapeNetPartOptions`.
+    points, batch_size: see `PartOptions`.
     """
 
     data: ShapeNetPartData
@@ -180,7 +185,7 @@ def sampled(data: ShapeNetPartData, rows: Tensor, count: int, generator: torch.G
     return torch.stack(points), torch.stack(parts)
 
 
-def make_learned_task(seed: int, options: ShapeNetPartOptions, *, hold_out: bool) -> LearnedPartTask:
+def make_learned_task(seed: int, options: LearnedOptions, *, hold_out: bool) -> LearnedPartTask:
     """The task of `shapenet-part` that `seed` draws (see `MakeTask`).
 
     Raises:
@@ -211,11 +216,11 @@ def make_pretext_task(seed: int, options: PretextOptions, *, hold_out: bool) -> 
     return PretextPartTask(**_parts(seed, options, hold_out=hold_out), model=student, pretext=pretext)
 
 
-def _student(options: ShapeNetPartOptions, outputs: int) -> DGCNN:
+def _student(options: PartOptions, outputs: int) -> DGCNN:
     return DGCNN(NUM_PARTS, outputs, neighbours=options.neighbours, width=options.width, embedding=options.embedding)
 
 
-def _parts(seed: int, options: ShapeNetPartOptions, *, hold_out: bool) -> dict[str, Any]:
+def _parts(seed: int, options: PartOptions, *, hold_out: bool) -> dict[str, Any]:
     """What the tasks of both experiments share, by its names in `PartTask`."""
     data: ShapeNetPartData = load_copy("shapenet-part", options.folder)
     generator = torch.Generator().manual_seed(seed)
@@ -275,7 +280,7 @@ LEARNED = Experiment(
     score_name=_SCORE,
     loss_names=("parts", "generated labels"),
     config=RunConfig(
-        train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-4, weight=1.0), task=ShapeNetPartOptions()
+        train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-4, weight=1.0), task=LearnedOptions()
     ),
     make_task=make_learned_task,
     methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),

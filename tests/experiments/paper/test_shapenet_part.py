@@ -9,8 +9,8 @@ from auxfast.experiments.paper.point_clouds import normalised, voxels
 from auxfast.experiments.paper.shapenet_part import (
     LEARNED,
     PRETEXT,
+    LearnedOptions,
     PretextOptions,
-    ShapeNetPartOptions,
     make_learned_task,
     make_pretext_task,
 )
@@ -19,8 +19,7 @@ from auxfast.train.task import LabelBatch
 from experiments.data.fixtures_scenes import write_shapenet_part
 
 SHAPES = {"shots": 3, "auxiliary_shots": 1, "points": 24, "batch_size": 6}
-NETWORKS = {"neighbours": 4, "width": 4, "embedding": 8, "generator_width": 4}
-SMALL = SHAPES | NETWORKS
+SMALL = {**SHAPES, "neighbours": 4, "width": 4, "embedding": 8}
 # The fixture has three shapes a category, of which the auxiliary set cannot be a small share.
 pytestmark = pytest.mark.filterwarnings("ignore:the auxiliary set takes:UserWarning")
 
@@ -31,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def _learned(folder, seed=0, hold_out=True, **changes):
-    return make_learned_task(seed, ShapeNetPartOptions(folder, **{**SMALL, **changes}), hold_out=hold_out)
+    return make_learned_task(seed, LearnedOptions(folder, **{**SMALL, **changes}), hold_out=hold_out)
 
 
 def _pretext(folder, name, seed=0):
@@ -148,7 +147,7 @@ def test_a_batch_with_a_pretext_task_has_its_loss_beside_that_of_the_parts(folde
 )
 def test_options_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        ShapeNetPartOptions(**change)
+        LearnedOptions(**change)
 
 
 def test_training_lasts_150_epochs_of_the_papers_480_shapes():
