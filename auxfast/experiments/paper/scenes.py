@@ -50,11 +50,11 @@ class SceneOptions:
     """Options of the experiments with scenes.
 
     folder: a copy of the data set, relative to the working directory.
-    auxiliary: share of the labelled scenes, without those for validation, that are the auxiliary set.
+    auxiliary: share of the labelled scenes, without those for validation, that are the auxiliary set: at least one.
     batch_size: scenes in a batch.
     mirror: whether every second training scene, by chance, has left and right exchanged. MTAN's code can do so, the
         paper's does not.
-    widths, norm, activation: of SegNet. The paper's code has the 1024 where MTAN's has 512.
+    widths, norm, activation: see `SegNet`. The paper's code has 1024 channels in the last block, MTAN's has 512.
     """
 
     folder: str
@@ -83,6 +83,7 @@ class PixelTargets(NamedTuple):
     known: Tensor
 
     def to(self, device: torch.device) -> PixelTargets:
+        """The batch on another device."""
         return PixelTargets(
             self.images.to(device), tuple(target.to(device) for target in self.targets), self.known.to(device)
         )
@@ -112,14 +113,14 @@ def _absolute_error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).abs().squeeze(1)
 
 
-def _angle(predicted: Tensor, target: Tensor) -> Tensor:
+def _cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predicted, target, dim=1)
 
 
 DEPTH_LOSS = PixelLoss(1, _absolute_error)
 """The absolute error. Its targets are (k, 1, H, W)."""
 
-NORMAL_LOSS = PixelLoss(3, _angle)
+NORMAL_LOSS = PixelLoss(3, _cosine_distance)
 """1 - cosine of the angle between the vectors. Its targets are (k, 3, H, W)."""
 
 
