@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
+    cityscapes,
     cub_attributes,
     deep_supervision,
     diabetes,
@@ -13,8 +14,10 @@ from auxfast.experiments.paper import (
     image_labels,
     missing_labels,
     noisy_auxiliaries,
+    nyuv2,
     polynomial_kernel,
     sensitivity,
+    shapenet_part,
     stereo,
     weight_decay,
 )
@@ -34,6 +37,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         deep_supervision.EXPERIMENT,
         stereo.EXPERIMENT,
         weight_decay.EXPERIMENT,
+        nyuv2.EXPERIMENT,
+        cityscapes.EXPERIMENT,
+        shapenet_part.LEARNED,
+        shapenet_part.PRETEXT,
         cub_attributes.EXPERIMENT,
         *image_labels.EXPERIMENTS,
     )

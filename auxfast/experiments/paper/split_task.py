@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +49,17 @@ class SplitTask(ABC):
     @torch.no_grad()
     def score(self) -> float:
         return self.score_on(self.test)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model into the mode of evaluation, for its BatchNorm and dropout; the mode that it had comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def explained_variance(predicted: Tensor, target: Tensor) -> float:
