@@ -217,8 +217,12 @@ def _toml() -> Any:
     return import_extra(module, module)
 
 
-def train_all(comparison: Comparison) -> list[Run]:
-    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run."""
+def train_all(comparison: Comparison, *, tell: bool = True) -> list[Run]:
+    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run.
+
+    Args:
+        tell: whether there are such lines, which say the test score.
+    """
     plans, names = comparison.plans, comparison.experiment.loss_names
     tqdm = import_extra("tqdm", "tqdm").tqdm
     check_plans(plans, resume=comparison.resume)
@@ -238,7 +242,7 @@ def train_all(comparison: Comparison) -> list[Run]:
             runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
-            if bar.disable or notes(runs[-1]):
+            if tell and (bar.disable or notes(runs[-1])):
                 bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 

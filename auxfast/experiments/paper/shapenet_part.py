@@ -278,9 +278,7 @@ LEARNED = Experiment(
     ),
     score_name=_SCORE,
     loss_names=("parts", "generated labels"),
-    config=RunConfig(
-        train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-3), task=LearnedOptions()
-    ),
+    config=RunConfig(train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-3), task=LearnedOptions()),
     make_task=make_learned_task,
     methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
     grid=(
