@@ -271,7 +271,7 @@ def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
     that run's folder, by name."""
     source = _learned_run(plan)
     with fitting(source / CHECKPOINT):
-        if read_json(source / CONFIG)["config"] != config:
+        if _with_newer_sections(read_json(source / CONFIG)["config"], config) != config:
             raise RunError(
                 f"{plan.method.name} takes phi from {source}, which has another configuration: choose another --out"
             )
@@ -312,6 +312,7 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
     table = read_description(path)
     for name in ("phi from", "losses", "main", "origin"):
         table.pop(name, None)
+    table["config"] = _with_newer_sections(table["config"], description["config"])
     before, now = flattened(table), flattened(description)
     missing = "missing"
     differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]
@@ -323,6 +324,12 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
         raise RunError(
             f"{path} holds another run, which this cannot go on with ({changes}): choose another --out, or delete it"
         )
+
+
+def _with_newer_sections(config: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run on disk; one from before labels could be generated has no section for them, and does
+    not depend on it."""
+    return config if "labels" in config else {**config, "labels": current["labels"]}
 
 
 def _begin(path: Path, description: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ def label_generator(task: Task) -> nn.Module:
     """The task's label generator.
 
     Raises:
-        TypeError, ValueError: there is none; or it is no module, has no parameters to learn, or the model's.
+        TypeError, ValueError: there is none; it is no module, has no parameters to learn, or the model's; or its labels
+            have no loss of their own.
     """
     generator = getattr(task, "label_generator", None)
     if generator is None:
@@ -70,13 +71,17 @@ def label_generator(task: Task) -> nn.Module:
             "task.label_generator: there is none, and methods that train on generated labels need it: a "
             "torch.nn.Module such as auxfast.nn.LabelGenerator"
         )
+    if task.main == len(task.loss_names) - 1:
+        raise ValueError(
+            f"task.main: got {task.main}, the last of task.loss_names, which must be the loss of the generated labels"
+        )
     return _outer_module("label_generator", generator, task)
 
 
 def _outer_module(name: str, module: Any, task: Task) -> nn.Module:
     """The module, after the check that it has parameters, and none of the model's."""
     _check_module(name, module)
-    inner = {id(parameter) for parameter in task.model.parameters()}
+    inner = {id(parameter) for parameter in task.model.parameters() if parameter.requires_grad}
     shared = [own for own, parameter in module.named_parameters() if id(parameter) in inner]
     if shared:
         raise ValueError(
@@ -178,6 +183,12 @@ def _check_label_batch(task: Task, batch: Any) -> None:
     if not isinstance(batch.mask, Tensor) or bool(batch.mask[:, -1].any()):
         raise ValueError(
             "task.training_batch: got a mask that is not 0 in the column of the generated labels, the last"
+        )
+    logits, of_one_loss = batch.auxiliary_logits, batch.losses[:, 0].shape
+    if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != of_one_loss:
+        raise ValueError(
+            f"task.training_batch: got auxiliary_logits of shape {tuple(logits.shape)}, and a loss has the shape "
+            f"{tuple(of_one_loss)}: must have the classes along dimension 1, and otherwise that shape"
         )
     soft_labels = _called("label_generator", lambda: generator(batch.inputs, batch.labels))
     given, expected = tuple(soft_labels.shape), tuple(batch.auxiliary_logits.shape)
