@@ -51,7 +51,8 @@ class Task(Protocol):
     trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
     that the labels which told the weights apart are trained on in the end.
 
-    It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels.
+    It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels,
+    and returns a distribution over the auxiliary classes for each sample (point).
     Then `training_batch` returns a `LabelBatch`, the last of `loss_names` is that of the generated labels, and the
     methods `auxilearn-labels`, `maxl` and `maxl-f` can train it.
 

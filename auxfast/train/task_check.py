@@ -196,6 +196,14 @@ def _check_label_batch(task: Task, batch: Any) -> None:
         raise ValueError(
             f"task.label_generator: got labels of shape {given}, must be {expected}, as the batch's auxiliary_logits"
         )
+    known = soft_labels.detach().movedim(1, -1)[batch.mask[:, task.main].bool()]
+    if not bool((known >= 0).all()) or not torch.allclose(known.sum(dim=1), known.new_ones(len(known)), atol=0.01):
+        raise ValueError(
+            "task.label_generator: got labels that are no distributions, must be at least 0 and add up to 1 over the "
+            "classes, dimension 1, as a softmax makes them"
+        )
+    outer = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    _check_graph("label_generator", "labels", soft_labels.sum(), outer, "its own parameters")
 
 
 def as_number(score: Any) -> float:
@@ -230,6 +238,7 @@ def _check_losses(batch: Batch) -> None:
 def _check_graph(
     member: str, what: str, loss: Tensor, parameters: Sequence[Tensor], of: str = "the parameters of task.model"
 ) -> None:
-    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    if all(grad is None for grad in grads):
+    if not loss.requires_grad or all(
+        grad is None for grad in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    ):
         raise ValueError(f"task.{member}: got {what} that {of} play no part in, must be computed from them")

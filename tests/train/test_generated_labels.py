@@ -259,6 +259,21 @@ def shared_parameter(learned=True):
     return task
 
 
+class Altered(nn.Module):
+    def __init__(self, generator, change):
+        super().__init__()
+        self.generator, self.change = generator, change
+
+    def forward(self, inputs, labels):
+        return self.change(self.generator(inputs, labels))
+
+
+def with_labels(change):
+    task = labelled()
+    task.label_generator = Altered(task.label_generator, change)
+    return task
+
+
 def main_last():
     task = labelled()
     task.main = 1
@@ -295,6 +310,10 @@ def test_the_trainer_tells_what_cannot_be_labelled(make, words):
             r"auxiliary_logits of shape \(16, 7, 5\), and a loss has the shape \(16,\)",
         ),
         (main_last, "task.main: got 1, the last of task.loss_names"),
+        (partial(with_labels, lambda labels: labels - 0.1), "label_generator: got labels that are no distributions"),
+        (partial(with_labels, lambda labels: 2 * labels), "label_generator: got labels that are no distributions"),
+        (partial(with_labels, lambda labels: labels * torch.nan), "label_generator: got labels that are no distrib"),
+        (partial(with_labels, torch.Tensor.detach), "task.label_generator: got labels that its own parameters play no"),
     ],
 )
 def test_what_cannot_be_labelled_is_told(make, words):
