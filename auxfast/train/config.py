@@ -161,8 +161,7 @@ class LabelsConfig:
         weight: weight of that loss, and of other auxiliaries, beside the main loss, where no combiner is learned.
         combiner: a combiner of main and generated loss that `auxilearn-labels` learns with the labels, under one
             hypergradient: "linear", "nonlinear" (as the paper has it for fine-grained classes), ...; None: their sum.
-        lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own lr, and decays
-            not.
+        lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own lr.
         entropy_weight: weight of MAXL's entropy term.
     """
 

@@ -29,8 +29,8 @@ def maxl_step(
     outer: HyperOptimizer,
     parameters: Sequence[nn.Parameter],
     lr: float,
-    weight_decay: float,
     generator: torch.Generator,
+    weight_decay: float = 0.0,
 ) -> Tensor | None:
     """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar; or None, without a step,
     where there is nothing to learn from: no sample of the batch has the main loss, or `lr` is 0.

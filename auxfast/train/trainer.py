@@ -307,7 +307,7 @@ class Trainer:
         assert self.outer is not None
         lr, decay = self.inner.param_groups[0]["lr"], self.config.weight_decay
         losses = [
-            maxl_step(self._batch, loss, self.outer, self.parameters, lr, decay, self.outer_generator)
+            maxl_step(self._batch, loss, self.outer, self.parameters, lr, self.outer_generator, decay)
             for _ in range(self.config.inner_steps)
         ]
         taken = [loss for loss in losses if loss is not None]
