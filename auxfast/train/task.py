@@ -51,10 +51,10 @@ class Task(Protocol):
     trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
     that the labels which told the weights apart are trained on in the end.
 
-    It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels,
-    and returns a distribution over the auxiliary classes for each sample (point).
+    It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels.
     Then `training_batch` returns a `LabelBatch`, the last of `loss_names` is that of the generated labels, and the
-    methods `auxilearn-labels`, `maxl` and `maxl-f` can train it.
+    methods `auxilearn-labels`, `maxl` and `maxl-f` can train it. What it returns is a distribution over the auxiliary
+    classes for each sample (point).
 
     And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
     a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs
