@@ -307,6 +307,12 @@ def _occupied(path: Path) -> RunError:
     return RunError(f"{path} holds a run already: --resume (resume=True) goes on with it; or choose another --out")
 
 
+def _with_newer_sections(config: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run on disk; one from before labels could be generated has no section for them, and does
+    not depend on it."""
+    return config if "labels" in config else {**config, "labels": current["labels"]}
+
+
 def _check_same(path: Path, description: dict[str, Any]) -> None:
     """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi or the code came from."""
     table = read_description(path)
@@ -324,12 +330,6 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
         raise RunError(
             f"{path} holds another run, which this cannot go on with ({changes}): choose another --out, or delete it"
         )
-
-
-def _with_newer_sections(config: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a run on disk; one from before labels could be generated has no section for them, and does
-    not depend on it."""
-    return config if "labels" in config else {**config, "labels": current["labels"]}
 
 
 def _begin(path: Path, description: dict[str, Any]) -> None:
