@@ -54,8 +54,8 @@ class Trainer:
         trainer = Trainer(task, make_training_loss(method, config, task), config.train, seed=0)
         records = trainer.run()
 
-    MAXL takes an outer step for each inner step, in warm-up and cool-down too: it holds nothing out. Its look-ahead is a
-    step of gradient descent with the inner optimizer's learning rate at that time, whatever that optimizer is.
+    MAXL takes an outer step for each inner step, in warm-up and cool-down too: it holds nothing out. Its look-ahead is
+    a step of gradient descent with the inner optimizer's learning rate at that time, whatever that optimizer is.
 
     The same seed gives the same run, to the bit, on the same machine with the same number of threads, if the task's
     model draws nothing (dropout), or torch's random state is the same at the start.
