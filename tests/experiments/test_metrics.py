@@ -130,6 +130,7 @@ _ONES = torch.ones(2, 3, dtype=torch.int64)
             lambda: accuracy(torch.zeros(2, 3), torch.zeros(2), 4),
             "k: got 4, must be from 1 to 3, the number of classes",
         ),
+        (lambda: accuracy(torch.zeros(2, 3), torch.tensor([0, 3])), "labels: got 3, must be from 0 to 2"),
         (lambda: confusion_matrix(_ONES, _ONES.T, 2), r"got shapes \(2, 3\) and \(3, 2\), must be the same"),
         (lambda: confusion_matrix(_ONES, _ONES + 1, 2), "labels: got 2, must be from 0 to 1"),
         (lambda: confusion_matrix(_ONES, _ONES + 1, 2, IGNORED), "labels: got 2, must be from 0 to 1"),

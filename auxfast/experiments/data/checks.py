@@ -28,7 +28,7 @@ def check_array(
     if not good.all():
         index = tuple(int(i) for i in np.argwhere(~good)[0])
         kind = "whole numbers" if whole else "finite numbers"
-        raise DatasetError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+        raise DatasetError(f"{name}: {array[index]:.10g} at {index}, expected {kind} from {low:g} to {high:g}")
 
 
 def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:

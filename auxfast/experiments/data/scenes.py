@@ -176,8 +176,10 @@ def _load(path: Path, *, mmap: bool = False) -> np.ndarray:
     """The array in a file; with `mmap`, its values are not read until they are used."""
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path}: {error}, expected a whole .npy file with an array of numbers") from error
+    except Exception as error:  # what a damaged header raises depends on the byte that is wrong
+        raise DatasetError(
+            f"{path}: {str(error) or type(error).__name__}, expected a whole .npy file with an array of numbers"
+        ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         kind = array.dtype if isinstance(array, np.ndarray) else "an archive"
         raise DatasetError(f"{path}: {kind}, expected an array of whole or floating point numbers")

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.models.layers import Activation, Norm, convolution, make_activation, normalised
+from auxfast.experiments.models.layers import (
+    Activation,
+    Norm,
+    convolution,
+    make_activation,
+    make_classifier,
+    normalised,
+)
 
 _COUNTER = "num_batches_tracked"  # of BatchNorm; files from before it was there load too
 
@@ -48,10 +55,6 @@ class _PaddedShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
-
-
-def _classifier(features: int, classes: int | None) -> nn.Module | None:
-    return None if classes is None else nn.Linear(features, classes)
 
 
 class ResNet18(nn.Module):
@@ -99,12 +102,12 @@ class ResNet18(nn.Module):
         self.layer2 = stage(width, 2 * width)
         self.layer3 = stage(2 * width, 4 * width)
         self.layer4 = stage(4 * width, 8 * width)
-        self.fc = _classifier(self.num_features, classes)
+        self.fc = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.act(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
-        out: Tensor = x if self.fc is None else self.fc(x)
+        out: Tensor = self.fc(x)
         return out
 
 
@@ -140,12 +143,12 @@ class ResNet8(nn.Module):
         self.layer1 = _BasicBlock(width, width, 1, None, norm, activation)
         self.layer2 = _BasicBlock(width, 2 * width, 2, _PaddedShortcut(width), norm, activation)
         self.layer3 = _BasicBlock(2 * width, 4 * width, 2, _PaddedShortcut(2 * width), norm, activation)
-        self.fc = _classifier(self.num_features, classes)
+        self.fc = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.act(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
-        out: Tensor = x if self.fc is None else self.fc(x)
+        out: Tensor = self.fc(x)
         return out
 
 

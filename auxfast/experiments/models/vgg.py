@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from auxfast.experiments.models.layers import Activation, Norm, block, check_size, convolution
+from auxfast.experiments.models.layers import Activation, Norm, block, check_size, convolution, make_classifier
 
 _CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each of the five blocks that end in pooling
 _WIDTHS = (1, 2, 4, 8, 8)  # of the blocks, in units of the first
@@ -49,10 +49,10 @@ class VGG16(nn.Module):
                 inputs = factor * width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.classifier = None if classes is None else nn.Linear(self.num_features, classes)
+        self.classifier = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         check_size(images, 2 ** len(_CONVOLUTIONS))
         x: Tensor = torch.mean(self.features(images), dim=(2, 3))
-        out: Tensor = x if self.classifier is None else self.classifier(x)
+        out: Tensor = self.classifier(x)
         return out
