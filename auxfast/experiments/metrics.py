@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The percentage of samples whose label is among the k largest logits: top-k accuracy.
+    """The percentage of samples whose label is among the k largest logits: top-k accuracy. A sample with a NaN
+    among its logits counts as wrong.
 
     Args:
         logits: (n, classes).
@@ -30,7 +31,7 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
         raise ValueError(f"k: got {k}, must be from 1 to {logits.shape[1]}, the number of classes")
     _check_range("labels", labels, logits.shape[1])
     hits = logits.topk(k, dim=1).indices == labels.unsqueeze(1)
-    return 100 * hits.any(dim=1).double().mean().item()
+    return 100 * (hits.any(dim=1) & ~logits.isnan().any(dim=1)).double().mean().item()
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int, ignored: int | None = None) -> Tensor:

@@ -54,6 +54,11 @@ def test_accuracy_is_the_share_of_labels_among_the_largest_logits():
     assert [accuracy(logits, labels, k) for k in (1, 2, 3)] == [25.0, 75.0, 100.0]
 
 
+def test_logits_that_are_not_numbers_are_no_hit():
+    logits = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [torch.nan, torch.nan]])
+    assert accuracy(logits, torch.zeros(3, dtype=torch.int64)) == pytest.approx(100 / 3)
+
+
 def test_rows_of_a_confusion_matrix_are_labels_and_batches_add_up():
     predicted, labels = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 0], [2, 1]])
     confusion = confusion_matrix(predicted, labels, 3)

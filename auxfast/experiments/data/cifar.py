@@ -157,7 +157,7 @@ def _read_pickle(path: Path) -> object:
         content = path.read_bytes()
         # Python makes room for as many objects as the largest number that one is kept under, however few there are.
         for opcode, number, _ in pickletools.genops(content):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(content):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(content):
                 raise pickle.UnpicklingError(f"object {brief(number)} in {len(content)} bytes")
         return _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # what a damaged pickle raises depends on the byte that is wrong

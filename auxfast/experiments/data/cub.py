@@ -107,7 +107,7 @@ def _read_attributes(path: Path, count: int) -> np.ndarray:
     attributes[image - 1, attribute - 1] = present
     if (attributes < 0).any():
         missing_image, missing_attribute = np.argwhere(attributes < 0)[0] + 1
-        raise DatasetError(f"{path}: no line for image {missing_image} and attribute {missing_attribute}")
+        raise DatasetError(f"{path}: no line for image {missing_image} and attribute {missing_attribute}, expected one")
     return attributes
 
 
