@@ -98,7 +98,7 @@ class _Dtype:
 class _Array:
     """numpy.ndarray in a pickle, and the function `_reconstruct` that makes one: keeps an array of images."""
 
-    pixels = np.empty((0, _ROW), dtype=np.uint8)  # of an array without a state
+    pixels = np.empty((0, _ROW), dtype=np.uint8)  # an array without a state is empty
 
     def __init__(self, kind: type, shape: object, code: object) -> None:
         """What stands here in such a file is that of an empty array: the state has the rest."""

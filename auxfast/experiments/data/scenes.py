@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.checks import check_array
+from auxfast.experiments.data.checks import check_array, row_numbers
 from auxfast.experiments.data.files import DatasetError
 
 UNKNOWN = -1  # the label of pixels that have none
@@ -71,10 +71,11 @@ class SceneArrays:
 
         Raises:
             DatasetError: a file is not what its kind says (shape, range, finite numbers); the message names it.
+            ValueError: `rows` has another shape or dtype.
         """
         channels = () if self._kind.channels is None else (self._kind.channels,)
         stacked = np.empty((len(rows), *channels, *self._size), dtype=np.int64 if self._kind.whole else np.float32)
-        for place, row in enumerate(rows.tolist()):
+        for place, row in enumerate(row_numbers(rows)):
             array = _load(self._paths[row])
             check_array(
                 str(self._paths[row]),

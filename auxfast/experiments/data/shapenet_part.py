@@ -168,7 +168,7 @@ def _read_list(path: Path) -> Iterator[tuple[str, str]]:
     """The synset and the file's name of each shape in a list of the split, of entries "shape_data/synset/shape"."""
     try:
         entries = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # the second one of lists in lists, thousands deep
+    except (ValueError, RecursionError) as error:  # lists in lists, thousands deep, are the second
         raise DatasetError(f"{path}: {error}, expected a list in JSON") from error
     if not isinstance(entries, list) or not entries:
         raise DatasetError(f"{path}: no list with entries, expected those of the shapes in this part")

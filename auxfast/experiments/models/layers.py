@@ -49,7 +49,7 @@ class _WeightNorm(nn.Module):
 
 
 def _row_norms(weight: Tensor) -> Tensor:
-    """(out, ...) to (out, 1, ...)"""
+    """The norm of each row: (out, ...) to (out, 1, ...)."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
     return norms
 

@@ -19,7 +19,7 @@ from auxfast.experiments.models.layers import (
     normalised,
 )
 
-_COUNTER = "num_batches_tracked"  # of BatchNorm; files from before it was there load too
+_COUNTER = "num_batches_tracked"  # files from before BatchNorm had it load too
 
 
 class _BasicBlock(nn.Module):
@@ -46,7 +46,7 @@ class _PaddedShortcut(nn.Module):
     """Every second pixel, and channels of zeros around those that there are: He et al.'s option A, without parameters.
 
     Args:
-        added: the number of channels that are added; even.
+        added: the number of channels that are added, half of them before the others.
     """
 
     def __init__(self, added: int) -> None:
