@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -161,13 +161,14 @@ def load_resnet18(path: str | Path, classes: int | None = None) -> ResNet18:
         classes: as in the file; None for the features, without the file's classifier.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: the file is missing or cannot be read.
         ValueError: the file is damaged or holds something else than a state_dict; or the first tensor that is missing,
             unknown, of another shape, or not finite.
     """
+    content = Path(path).read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on the byte that is wrong
         raise ValueError(f"{path}: not a file of tensors as torch.save writes it, or damaged: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the state_dict of a ResNet-18")
@@ -192,6 +193,7 @@ def _fitting(name: str, given: object, own: Tensor) -> Tensor:
     if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
         found, wanted = (f"shape {tuple(t.shape)}, {t.dtype}" for t in (given, own))
         raise ValueError(f"{name} has {found}, expected {wanted}")
-    if not bool(given.isfinite().all()):
+    values = given.to(own.dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(values.isfinite().all()):
         raise ValueError(f"{name} has entries that are not finite")
-    return given.to(own.dtype, copy=True, memory_format=torch.contiguous_format)
+    return values
