@@ -16,8 +16,8 @@ class SegNet(nn.Module):
     (batch, in_channels, H, W) to a tuple of one (batch, outputs[i], H, W) a task.
 
     The encoder is that of VGG-16, and the decoder has its blocks in reverse. Each of the five poolings notes where the
-    largest pixels were, and the decoder puts its pixels back there. A task predicts by a 3x3 and a 1x1 convolution, with
-    no activation in between. For 13, 1 and 3 outputs there are 25,055,185 parameters.
+    largest pixels were, and the decoder puts its pixels back there. A task predicts by a 3x3 and a 1x1 convolution
+    without an activation in between. For 13, 1 and 3 outputs there are 25,055,185 parameters.
 
     H and W may be anything from 32. Where a block's height or width is odd, the last row or column takes no part in its
     pooling, and is 0 after the unpooling.
