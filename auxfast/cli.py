@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from auxfast._version import __version__
-from auxfast.experiments import command, demo
+from auxfast.experiments import command, demo, grid
 from auxfast.experiments.data.catalogue import DATASETS
 from auxfast.experiments.data.extras import MissingExtraError
 from auxfast.experiments.data.files import DatasetError
@@ -144,6 +144,15 @@ def _add_train(commands: Any) -> None:
         help="one of the experiment's; repeatable (default: all)",
     )
     train.add_argument("--seeds", type=_seeds, default=range(5), metavar="0..9|0,3,5", help="seeds (default: 0..4)")
+    train.add_argument(
+        "--grid",
+        type=_seeds,
+        nargs="?",
+        const=[1000],
+        metavar="SEEDS",
+        help="first search the experiment's grid of hyperparameters from these seeds (default: 1000), and train each "
+        "method with those of the best validation score; runs of the search are in OUT-grid",
+    )
     train.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of changes to the configuration")
     train.add_argument(
         "--set",
@@ -226,7 +235,11 @@ def _train(options: argparse.Namespace) -> int:
     except (MissingExtraError, RunError) as error:
         return _fail(error, 1)
     try:
+        if options.grid is not None:
+            comparison = grid.search(comparison, options.grid)
         command.run_comparison(comparison)
+    except ValueError as error:
+        return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
     return 0

@@ -34,6 +34,19 @@ class Finding(NamedTuple):
     holds: bool | None
 
 
+class Axis(NamedTuple):
+    """An axis of an experiment's grid: an entry of the configuration, and the values among which a search chooses one
+    for each method.
+
+    key: such as "train.weight_decay".
+    families: those of the methods that it matters to, such as "maxl" or "nonlinear"; empty: all.
+    """
+
+    key: str
+    values: tuple[Any, ...]
+    families: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A problem, and the settings that were chosen for it. `Experiment("mine", make_task)` is enough for one's own.
@@ -48,6 +61,7 @@ class Experiment:
         config: configuration of its runs.
         methods: names of the methods that are compared, in the order of the table.
         settings: variations by name, each a change of some of the configuration's entries: {"task.shots": 5}.
+        grid: what `auxfast train --grid` searches for each method before it trains it.
         package: module that the data need, and the name of its package on the index.
         draw: draws the experiment's own picture of its runs to a file, an SVG for a page.
         findings: claims of the experiment, as its runs decide them; None: that each learned method is better than STL,
@@ -67,6 +81,7 @@ class Experiment:
     config: RunConfig = field(default_factory=RunConfig)
     methods: Sequence[str] = ("stl", "equal", "linear-frozen", "linear")
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    grid: Sequence[Axis] = ()
     package: tuple[str, str] | None = None
     draw: Callable[[Path, Sequence[Run]], None] | None = None
     findings: Callable[[Sequence[Run]], list[Finding]] | None = None

@@ -31,12 +31,14 @@ class Comparison:
     """Runs of an experiment's methods from the same seeds, all that was asked for being possible.
 
     mains: index of the main loss, for each setting.
+    overrides: changes of the configuration that were asked for.
     """
 
     experiment: Experiment
     plans: tuple[RunPlan, ...]
     resume: bool
     mains: Mapping[str, int]
+    overrides: Mapping[str, Any]
 
 
 def plan_comparison(
@@ -112,7 +114,7 @@ def plan_runs(
         own_plans = [plan for plan in plans if plan.setting == setting]
         task = _checked_task(own_plans, experiment.loss_names)
         experiment, mains[setting] = replace(experiment, loss_names=tuple(task.loss_names)), task.main
-    return Comparison(experiment, plans, resume, mains)
+    return Comparison(experiment, plans, resume, mains, overrides or {})
 
 
 def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:

@@ -4,7 +4,7 @@ from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig, TrainC
 from auxfast.train.files import RunError
 from auxfast.train.methods import Method, parse_method
 from auxfast.train.optimizers import Component
-from auxfast.train.recording import RunPlan, record_run
+from auxfast.train.recording import DivergedError, RunPlan, record_run
 from auxfast.train.run import Run, RunResult, find_runs, read_config, read_run
 from auxfast.train.serialization import override
 from auxfast.train.task import Batch, LabelBatch, Task
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "CombinerConfig",
     "Component",
+    "DivergedError",
     "LabelBatch",
     "LabelsConfig",
     "Method",

@@ -128,6 +128,7 @@ class CombinerConfig:
         weight_norm: whether the networks train each row of weights as direction and length.
         positive: what keeps the weights of monotone combiners from being negative: "clip" at 0, as in the paper, or
             "exp", logarithms that are learned (see `auxfast.nn.Combiner`).
+        weight_decay: of the combiner's parameters, with `train.outer_optimizer` (the paper's appendix B searches it).
     """
 
     initial_weight: float = 1.0
@@ -137,9 +138,11 @@ class CombinerConfig:
     degree: int = 2
     weight_norm: bool = False
     positive: Positive = "exp"
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_number("combiner.initial_weight", self.initial_weight)
+        _check_number("combiner.weight_decay", self.weight_decay)
         _check_count("combiner.degree", self.degree)
         if self.positive not in get_args(Positive):
             allowed = " or ".join(map(repr, get_args(Positive)))

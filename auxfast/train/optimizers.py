@@ -118,8 +118,10 @@ def _check_names(key: str, component: Component, kinds: Mapping[str, type], rese
     allowed = [name for name in parameters if name not in reserved]
     for name, value in component.options.items():
         if name == "weight_decay":
-            remedy = "; set train.weight_decay, a part of the inner loss, which the hypergradient knows"
-            raise ValueError(f"{key}.weight_decay: the trainer sets it to 0{remedy if 'inner' in key else ''}")
+            remedy = "combiner.weight_decay or labels.weight_decay"
+            if "inner" in key:
+                remedy = "train.weight_decay, a part of the inner loss, which the hypergradient knows"
+            raise ValueError(f"{key}.weight_decay: the trainer sets it to 0; set {remedy}")
         if name not in allowed:
             raise ValueError(f"{key}.{name}: not an option of {component.name}, which has {', '.join(allowed)}")
         _check_value(f"{key}.{name}", value, parameters[name].default)

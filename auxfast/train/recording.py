@@ -24,8 +24,11 @@ from auxfast.train.files import (
     finite,
     fitting,
     load_checkpoint,
+    load_indices,
     read_json,
     save_checkpoint,
+    save_indices,
+    start_again,
     write_bytes,
     write_json,
     writing,
@@ -38,6 +41,7 @@ from auxfast.train.run import (
     ENVIRONMENT,
     METRICS,
     RESULT,
+    SPLIT,
     Run,
     RunResult,
     metrics_line,
@@ -48,12 +52,16 @@ from auxfast.train.run import (
 from auxfast.train.serialization import flattened, override, to_table
 from auxfast.train.state_check import check_state
 from auxfast.train.task import Task
-from auxfast.train.task_check import as_number, check_members
+from auxfast.train.task_check import as_number, check_members, further_scores, split_indices
 from auxfast.train.tensorboard import tensorboard
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import TrainingLoss, combiner_of, make_training_loss
 
 OnOuterStep = Callable[[OuterRecord], None]
+
+
+class DivergedError(RunError):
+    """A loss or the parameters are not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,8 @@ def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterSte
     Raises:
         ValueError: a table cannot hold the configuration.
         RunError: the folder holds a run already, or one of another configuration, or another process writes it; a file
-            cannot be written, or read; the loss is not finite any more; or there is no learned run to take phi from.
-            What was saved is kept.
+            cannot be written, or read; the loss is not finite any more (DivergedError); or there is no learned run to
+            take phi from. What was saved is kept.
     """
     path, description = plan.path, plan.description()
     if _takes_phi(plan):
@@ -181,14 +189,16 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
                 description["origin"] = plan.origin
             if _takes_phi(plan):
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
-            if not (path / CHECKPOINT).exists():  # it begins, or begins again
-                _begin(path, description)
+            if (path / CHECKPOINT).exists():
+                _check_split(path, trainer.task)
+            else:  # it begins, or begins again
+                _begin(path, description, trainer.task)
             _train(trainer, path, on_outer_step)
         except WriteError as error:
             kept = "; what was saved before is kept, and --resume goes on from there" if _has_begun(path) else ""
             raise RunError(f"{error}{kept}") from error
         except FloatingPointError as error:
-            raise RunError(f"{name}: {error}. What was saved is kept") from error
+            raise DivergedError(f"{name}: {error}. What was saved is kept") from error
         except RunError:
             raise
         except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it
@@ -332,10 +342,25 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _begin(path: Path, description: dict[str, Any]) -> None:
+def _check_split(path: Path, task: Task) -> None:
+    """Refuses to go on with other samples, such as those of a copy of the data that has changed."""
+    if not (path / SPLIT).exists():  # the task has none, or had none when the run began
+        return
+    before, now = load_indices(path / SPLIT), split_indices(task)
+    for part in {**before, **now}:
+        if part not in before or part not in now or not torch.equal(before[part], now[part].sort().values.cpu()):
+            raise RunError(
+                f"{path / SPLIT} has other samples in its part {part} than the task draws now, as where the data have "
+                f"changed: choose another --out, or {start_again(path / SPLIT)}"
+            )
+
+
+def _begin(path: Path, description: dict[str, Any], task: Task) -> None:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     write_json(path / ENVIRONMENT, environment())
+    if parts := split_indices(task):
+        save_indices(path / SPLIT, parts)
     write_json(path / CONFIG, description)
 
 
@@ -382,6 +407,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         inner_seconds=sum(record.inner_seconds for record in records),
         outer_seconds=sum(record.outer_seconds for record in records),
         seconds=seconds(),
+        further_scores=further_scores(trainer.task),
     )
     write_json(path / RESULT, finite(result._asdict()))
 

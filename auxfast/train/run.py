@@ -18,7 +18,7 @@ from auxfast.train.serialization import override, words
 from auxfast.train.trainer import OuterRecord
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
+CHECKPOINT, RESULT, SPLIT = "checkpoint.pt", "result.json", "split.npz"
 _DESCRIPTION = {"experiment": str, "setting": str, "method": str, "seed": int, "config": dict}
 _NEWER = {"losses": list, "main": int, "origin": str}  # older runs do not have them
 
@@ -27,7 +27,7 @@ Entries = TypeVar("Entries")
 
 class RunResult(NamedTuple):
     """How a finished run ended. `inner_seconds` and `outer_seconds` are the sums over its records; `seconds` is all of
-    its time, scoring and saving included."""
+    its time, scoring and saving included. `further_scores` are those of the task, by name; older runs have none."""
 
     score: float
     validation_score: float
@@ -36,6 +36,7 @@ class RunResult(NamedTuple):
     inner_seconds: float
     outer_seconds: float
     seconds: float
+    further_scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _read_result(path: Path) -> RunResult:
     remedy = "delete it, and `auxfast train` with --resume makes it anew"
     table = read_json(path, remedy)
     try:
-        return _entries(RunResult, table)
+        return _entries(RunResult, table, {"further_scores": {}})
     except ValueError as error:
         raise corrupt(path, error, remedy) from error
 
@@ -235,6 +236,8 @@ _hints = cache(get_type_hints)
 def _entry(name: str, value: Any, hint: Any) -> Any:
     """An entry of a type that its hint allows: a list as a tuple, and null as NaN where there has to be a number."""
     kinds = _kinds(hint)
+    if type(value) is dict and dict in kinds:
+        return {key: _entry(f"{name}.{key}", entry, float) for key, entry in value.items()}
     if type(value) in kinds:
         return value
     if type(value) is list and tuple in kinds:

@@ -242,7 +242,7 @@ def words(hint: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list, each entry {words(get_args(hint)[0])}"
-    return _WORDS.get(hint) or " or ".join(map(words, get_args(hint))) or str(hint)
+    return _WORDS.get(get_origin(hint) or hint) or " or ".join(map(words, get_args(hint))) or str(hint)
 
 
 def _structured(table: Any, kind: type, key: str) -> Any:

@@ -51,6 +51,12 @@ class Task(Protocol):
     trainer calls it after the last outer step (`TrainConfig.cooldown`), and again where a run resumes after that, so
     that the labels which told the weights apart are trained on in the end.
 
+    It may have `further_scores()`: other figures of the model on the test part, a dict of numbers by their names in
+    tables, such as {"top-3 accuracy, %": 68.2}. They are in the result beside the score, and nothing is chosen by them.
+
+    It may have `split_indices()`: the indices of each part's samples by the part's name, as they are before training.
+    They are written to the run's folder, and a run goes on only with the same.
+
     It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels.
     Then `training_batch` returns a `LabelBatch`, the last of `loss_names` is that of the generated labels, and the
     methods `auxilearn-labels`, `maxl` and `maxl-f` can train it. What it returns is a distribution over the auxiliary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from auxfast.train.files import described
 from auxfast.train.task import Batch, LabelBatch, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
-_OPTIONAL = ("release_auxiliary", "shared_parameters")
+_OPTIONAL = ("release_auxiliary", "shared_parameters", "further_scores", "split_indices")
 
 
 def check_members(task: Task) -> None:
@@ -155,13 +155,11 @@ def check_task(task: Task, *, own: bool = False, labels: bool = False) -> None:
     check_scalar("outer_loss", outer_loss)
     _check_graph("outer_loss", "a loss", outer_loss, parameters)
     for name in ("validation_score", "score"):
-        score = _called(name, getattr(task, name))
-        try:
-            number = as_number(score)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"task.{name}: got {type(score).__name__}, must return a number, more is better") from error
+        number = _checked_number(name, _called(name, getattr(task, name)), "a number, more is better")
         if math.isnan(number):
             raise ValueError(f"task.{name}: got nan before the first step, must return a number, more is better")
+    further_scores(task)
+    split_indices(task)
     if hasattr(task, "release_auxiliary"):
         _called("release_auxiliary", task.release_auxiliary)
         _check_training_batch(task)
@@ -209,6 +207,44 @@ def _check_label_batch(task: Task, batch: Any) -> None:
 def as_number(score: Any) -> float:
     """A score that a task has returned, which may be a tensor."""
     return float(score.detach() if isinstance(score, Tensor) else score)
+
+
+def further_scores(task: Task) -> dict[str, float]:
+    """The further scores of a task by their names; none if it has no such method.
+
+    Raises:
+        TypeError, ValueError: it raises, or returns something else than numbers by names.
+    """
+    if not hasattr(task, "further_scores"):
+        return {}
+    given = _called("further_scores", task.further_scores)
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"task.further_scores: got {given!r}, must return a dict of numbers by their names")
+    return {name: _checked_number("further_scores", score, "numbers by names") for name, score in given.items()}
+
+
+def split_indices(task: Task) -> dict[str, Tensor]:
+    """The indices of each part's samples in a task; none if it does not say.
+
+    Raises:
+        TypeError, ValueError: it raises, or returns something else than indices by names.
+    """
+    if not hasattr(task, "split_indices"):
+        return {}
+    given = _called("split_indices", task.split_indices)
+    for name, indices in given.items() if isinstance(given, Mapping) else [("", given)]:
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1 or not name:
+            raise TypeError(
+                f"task.split_indices: got {given!r}, must return a dict of (n,) int64 tensors by their names"
+            )
+    return dict(given)
+
+
+def _checked_number(name: str, score: Any, expected: str) -> float:
+    try:
+        return as_number(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"task.{name}: got {type(score).__name__}, must return {expected}") from error
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:

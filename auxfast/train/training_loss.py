@@ -56,13 +56,19 @@ class CombinedLoss(TrainingLoss):
 
     Args:
         combiner: one of `auxfast.nn`, or the task's own training loss (see `Task`).
+        weight_decay: of its parameters, in the outer optimizer.
     """
 
-    def __init__(self, combiner: nn.Module, *, learned: bool = True) -> None:
+    def __init__(self, combiner: nn.Module, *, learned: bool = True, weight_decay: float = 0.0) -> None:
         super().__init__()
         self.combiner = combiner
         self.learned = learned
+        self.weight_decay = weight_decay
         self._takes_images = isinstance(combiner, ConvCombiner)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `TrainingLoss`: with the weight decay of their own."""
+        return [{**group, "weight_decay": self.weight_decay} for group in super().parameter_groups()]
 
     def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         if not isinstance(self.combiner, Combiner):
@@ -217,7 +223,7 @@ def make_training_loss(method: Method, config: RunConfig, task: Task) -> Trainin
         return _generated_labels_loss(method, config, task)
     if method.holds_out:
         combiner = make_combiner(method, config.combiner, num_losses, task.main)
-        return CombinedLoss(combiner, learned=method.learned)
+        return CombinedLoss(combiner, learned=method.learned, weight_decay=config.combiner.weight_decay)
     shared = task.shared_parameters() if hasattr(task, "shared_parameters") else task.model.parameters()
     parameters = [parameter for parameter in shared if parameter.requires_grad]
     return WeightedLoss(make_method_weighting(method, config, num_losses, task.main), parameters)
@@ -229,7 +235,7 @@ def _generated_labels_loss(method: Method, config: RunConfig, task: Task) -> Gen
     if method.family == LABELS and config.labels.combiner is not None:
         family = Method(config.labels.combiner)
         combiner = make_combiner(family, config.combiner, num_losses, task.main)
-        combination = CombinedLoss(combiner, learned=method.learned)
+        combination = CombinedLoss(combiner, learned=method.learned, weight_decay=config.combiner.weight_decay)
     else:
         weighting = make_weighting("equal", num_losses, main=task.main, auxiliary_weight=config.labels.weight)
         combination = WeightedLoss(weighting, [])

@@ -17,13 +17,23 @@ class GradientCosineSimilarity(Weighting):
     a gradient that is 0 counts as 0. Two gradients are held at a time, however many losses there are.
 
     The cosines are those in the `parameters` of the call: the paper takes what the tasks share.
+
+    If `summed`, the auxiliary losses are one, their sum, and have one weight: two gradients a step, where hundreds of
+    losses would take hundreds. So the AuxiLearn paper compares with it on CUB (Navon et al., 2021, appendix B.1).
     """
 
-    def __init__(self, num_losses: int, main: int = 0, weighted: bool = False) -> None:
+    def __init__(self, num_losses: int, main: int = 0, weighted: bool = False, summed: bool = False) -> None:
         super().__init__(num_losses, main)
         self.weighted = weighted
+        self.summed = summed
 
     def _weights(self, losses: Tensor, values: list[float], parameters: tuple[Tensor, ...]) -> Tensor:
+        if self.summed:
+            is_main = torch.arange(self.num_losses, device=losses.device) == self.main
+            with torch.enable_grad():
+                pair = torch.stack([losses[self.main], losses[~is_main].sum()])
+            of_pair = GradientCosineSimilarity(2, weighted=self.weighted)._weights(pair, pair.tolist(), parameters)
+            return torch.where(is_main, of_pair[0], of_pair[1])
         main, norm = _unit(loss_gradient(losses, self.main, parameters))
         units = (_unit(loss_gradient(losses, i, parameters)) for i in range(self.num_losses) if i != self.main)
         pairs = [(main @ unit, norm) for unit, norm in units]

@@ -4,7 +4,7 @@ import torch
 from auxfast.train import Batch, CombinerConfig, RunConfig, make_training_loss, parse_method
 from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS, Method
 from auxfast.train.training_loss import CombinedLoss, main_loss, make_combiner, mean_losses
-from train.problems import Noisy, NoisyOptions, train_config
+from train.problems import Noisy, NoisyOptions, OneWeight, train_config
 
 SHAPES = {"samples": (6, 3), "pixels": (2, 3, 8, 8)}
 
@@ -160,3 +160,9 @@ def test_a_weighting_has_its_options_from_the_configuration():
     wrong = RunConfig(train_config(), weighting={"equal": {"weight": 0.2}})
     with pytest.raises(ValueError, match=r"weighting\.equal: got {'weight': 0\.2}: equal has no option 'weight'"):
         make_training_loss(parse_method("equal"), wrong, task)
+
+
+def test_a_combiner_s_weight_decay_is_the_outer_optimizer_s():
+    config = RunConfig(train_config(), CombinerConfig(weight_decay=5e-5))
+    (group,) = make_training_loss(parse_method("linear"), config, OneWeight()).parameter_groups()
+    assert group["weight_decay"] == 5e-5

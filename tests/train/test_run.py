@@ -2,9 +2,11 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
+import torch
 
 from auxfast.train import RunConfig, RunError, find_runs, read_config, read_run, record_run
 from auxfast.train.run import metrics_line
@@ -38,6 +40,23 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert read.residual is None
     assert math.isnan(read.loss_weights[0])
     assert read.loss_weights[1:] == (1.0, 2.0)
+
+
+def test_further_scores_of_a_task_are_in_its_result_and_older_results_have_none(tmp_path):
+    plan = noisy_plan(tmp_path)
+
+    def make_task():
+        task = plan.make_task()
+        task.further_scores = lambda: {"top 3": 88.5, "undefined": math.nan}
+        return task
+
+    made = record_run(replace(plan, make_task=make_task))
+    assert made.result.further_scores["top 3"] == 88.5
+    assert math.isnan(made.result.further_scores["undefined"])
+    older = json.loads((made.path / "result.json").read_text())
+    del older["further_scores"]
+    (made.path / "result.json").write_text(json.dumps(older))
+    assert read_run(made.path).result == made.result._replace(further_scores={})
 
 
 def test_records_of_versions_that_did_not_count_skipped_steps_are_read(tmp_path):
@@ -87,3 +106,24 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
         (path / name).write_bytes(content)
     with pytest.raises(RunError, match=message):
         read_run(path)
+
+
+def test_the_split_is_in_the_folder_and_a_run_goes_on_with_no_other(tmp_path):
+    plan = noisy_plan(tmp_path, outer_steps=3)
+
+    def make_task(first=40):
+        task = plan.make_task()
+        task.split_indices = lambda: {"training": torch.arange(20, 60).flip(0), "test": torch.arange(first, 60)}
+        return task
+
+    made = record_run(replace(plan, make_task=make_task))
+    with np.load(made.path / "split.npz") as split:
+        assert split["training"].tolist() == list(range(20, 60))
+    (made.path / "result.json").unlink()
+    assert record_run(replace(plan, make_task=make_task), resume=True).result.score == made.result.score
+    (made.path / "result.json").unlink()
+    with pytest.raises(RunError, match=r"split\.npz has other samples in its part test than the task draws now"):
+        record_run(replace(plan, make_task=lambda: make_task(41)), resume=True)
+    (made.path / "split.npz").write_bytes(b"PK")
+    with pytest.raises(RunError, match=r"split\.npz is corrupt"):
+        record_run(replace(plan, make_task=make_task), resume=True)

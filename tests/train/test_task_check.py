@@ -127,6 +127,22 @@ FAULTS = {
         lambda task: setattr(task, "validation_score", lambda: math.nan),
         r"task\.validation_score: got nan before the first step",
     ),
+    "further scores without names": (
+        lambda task: setattr(
+            task,
+            "further_scores",
+            lambda: [71.0, 88.5],
+        ),
+        r"task\.further_scores: got \[71\.0, 88\.5\], must return a dict of numbers by their names",
+    ),
+    "a further score that is no number": (
+        lambda task: setattr(task, "further_scores", lambda: {"top 3": None}),
+        r"task\.further_scores: got NoneType, must return numbers by names",
+    ),
+    "a split of lists": (
+        lambda task: setattr(task, "split_indices", lambda: {"training": [1, 2]}),
+        r"task\.split_indices: got \{'training': \[1, 2\]\}, must return a dict of \(n,\) int64 tensors",
+    ),
     "a training loss that is a method": (
         lambda task: setattr(task, "training_loss", lambda losses, mask: losses.sum()),
         r"task\.training_loss: got function, must be a torch\.nn\.Module",

@@ -25,6 +25,13 @@ def test_the_main_loss_need_not_be_the_first():
     assert GradientCosineSimilarity(3, main=1)(losses, parameters).tolist() == [1, 1, 0]
 
 
+def test_summed_auxiliaries_have_one_weight_by_the_gradient_of_their_sum():
+    losses, parameters = linear_losses([1.0] * 3, [[-3.0, 4.0], [2.0, 0.0], [6.0, 0.0]])  # the sum is (3, 4)
+    for weighted, weight in ((False, 1.0), (True, 0.6)):
+        weights = GradientCosineSimilarity(3, main=1, weighted=weighted, summed=True)(losses, parameters)
+        torch.testing.assert_close(weights, torch.tensor([weight, 1.0, weight]))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_main_loss_never_rises(weighted):
     """The training loss's gradient has no component against the main loss's: the method's guarantee."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from auxfast.experiments.data.cars import load_cars
 from auxfast.experiments.data.checks import check_counts
@@ -13,6 +14,7 @@ from auxfast.experiments.data.cifar import load_cifar10, load_cifar100
 from auxfast.experiments.data.cityscapes import check_cityscapes, load_cityscapes
 from auxfast.experiments.data.cub import load_cub
 from auxfast.experiments.data.fashion_mnist import load_fashion_mnist
+from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.data.image_files import ImageFiles, check_image_files
 from auxfast.experiments.data.nyuv2 import check_nyuv2, load_nyuv2
@@ -36,6 +38,23 @@ class Dataset:
     address: str
     load: Callable[[Path], object]
     check: Callable[[Path], list[str]]
+
+
+@cache
+def load_copy(name: str, folder: str) -> Any:
+    """What the reader of a data set returns of the copy in `folder`, read once in a process.
+
+    Raises:
+        DatasetError: the copy is missing, incomplete or damaged; says where one is to be had, and what tells more.
+    """
+    data_set = DATASETS[name]
+    try:
+        return data_set.load(Path(folder))
+    except DatasetError as error:
+        raise DatasetError(
+            f"{error}; {data_set.title} is to be had at {data_set.address}, and `auxfast data check {name} {folder}` "
+            "tells more of a copy"
+        ) from error
 
 
 def check_images(

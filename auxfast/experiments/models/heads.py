@@ -43,15 +43,16 @@ class TwoHeads(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: got {size}, must be 1 or more")
         self.backbone = backbone
-        self.main = _head(num_features, num_main, hidden, activation)
-        self.auxiliary = _head(num_features, num_auxiliary, hidden, activation)
+        self.main = make_head(num_features, num_main, hidden, activation)
+        self.auxiliary = make_head(num_features, num_auxiliary, hidden, activation)
 
     def forward(self, inputs: Tensor) -> Tensor:
         features = self.backbone(inputs)
         return torch.cat([self.main(features), self.auxiliary(features)], dim=1)
 
 
-def _head(features: int, outputs: int, hidden: int | None, activation: Activation) -> nn.Module:
+def make_head(features: int, outputs: int, hidden: int | None = None, activation: Activation = "relu") -> nn.Module:
+    """A head on a backbone's features, (batch, features) to (batch, outputs); arguments as of `TwoHeads`."""
     if hidden is None:
         return nn.Linear(features, outputs)
     if hidden < 1:

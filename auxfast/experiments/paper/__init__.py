@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.paper import (
+    cityscapes,
+    cub_attributes,
     deep_supervision,
     diabetes,
     digits,
     fixed_auxiliary,
     illustrative,
+    image_labels,
     missing_labels,
     noisy_auxiliaries,
+    nyuv2,
     polynomial_kernel,
     sensitivity,
+    shapenet_part,
     stereo,
     weight_decay,
 )
@@ -32,5 +37,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         deep_supervision.EXPERIMENT,
         stereo.EXPERIMENT,
         weight_decay.EXPERIMENT,
+        nyuv2.EXPERIMENT,
+        cityscapes.EXPERIMENT,
+        shapenet_part.LEARNED,
+        shapenet_part.PRETEXT,
+        cub_attributes.EXPERIMENT,
+        *image_labels.EXPERIMENTS,
     )
 }

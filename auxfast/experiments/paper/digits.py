@@ -76,7 +76,6 @@ class DigitsTask(SplitTask):
     labels: Tensor
     attributes: Tensor
     known: Tensor
-    unlabelled: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
     def training_batch(self, generator: torch.Generator) -> Batch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +17,25 @@ class SplitTask(ABC):
     """An `auxfast.train.Task` without the samples and their losses, which a subclass has.
 
     training, auxiliary, validation, test: the indices of each part's samples, (n,) int64.
+    unlabelled: those of training samples without a main label.
     """
 
     training: Tensor
     auxiliary: Tensor
     validation: Tensor
     test: Tensor
+    unlabelled: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     model: nn.Module
     main: int = 0
 
     @abstractmethod
     def score_on(self, rows: Tensor) -> float:
         """Score of the model on the samples of these indices, (n,): more is better. It needs no graph."""
+
+    def split_indices(self) -> dict[str, Tensor]:
+        """The indices of each part's samples by the part's name, (n,) int64."""
+        names = ("training", "unlabelled", "auxiliary", "validation", "test")
+        return {name: getattr(self, name) for name in names}
 
     def release_auxiliary(self) -> None:
         """Adds those samples of the auxiliary set to the training part that are not in it."""
@@ -40,6 +49,17 @@ class SplitTask(ABC):
     @torch.no_grad()
     def score(self) -> float:
         return self.score_on(self.test)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model into the mode of evaluation, for its BatchNorm and dropout; the mode that it had comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def explained_variance(predicted: Tensor, target: Tensor) -> float:

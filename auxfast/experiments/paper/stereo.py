@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.base import Experiment, Finding, restore
+from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import StereoData, allocate_auxiliary, draw_batch, load_stereo, split
 from auxfast.experiments.data.stereo import COLOUR_CLASSES, UNKNOWN
 from auxfast.experiments.metrics import confusion_matrix, mean_iou
+from auxfast.experiments.paper.loss_images import LossImageTask, draw_learned
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
-from auxfast.experiments.paper.split_task import SplitTask
-from auxfast.experiments.report.plotting import draw_loss_images
-from auxfast.experiments.report.statistics import better, finished
+from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
@@ -36,7 +35,6 @@ TILE = 24  # pixels along an edge, at half the photograph's resolution
 TILES, VALIDATION, TEST = 150, 12, 48  # numbers of tiles: all of the photograph, and two of its parts
 BATCH = 8  # labelled tiles in a batch, which has as many unlabelled ones
 FEATURES = 12
-DRAWN = 4  # test tiles in the picture
 _load = cache(load_stereo)
 
 
@@ -59,8 +57,8 @@ class StereoOptions:
         check_range("unlabelled", self.unlabelled, 0, TILES - VALIDATION - TEST - self.labelled)
 
 
-@dataclass
-class StereoTask(SplitTask):
+@dataclass(kw_only=True)
+class StereoTask(LossImageTask):
     """An `auxfast.train.Task` of tiles.
 
     images: (n, 3, TILE, TILE): grey level, row and column (it is one scene that the model fills in). labels:
@@ -72,7 +70,6 @@ class StereoTask(SplitTask):
     labels: Tensor
     disparity: Tensor
     valid: Tensor
-    unlabelled: Tensor
     loss_names: tuple[str, ...] = ("segmentation", "depth")
 
     def training_batch(self, generator: torch.Generator) -> Batch:
@@ -86,6 +83,10 @@ class StereoTask(SplitTask):
         depth = (disparity.squeeze(1) - self.disparity[tiles]).square()
         known = torch.stack([self.labels[tiles] != UNKNOWN, self.valid[tiles]], dim=1)
         return Batch(torch.stack([segmentation, depth], dim=1), known)
+
+    def pictures(self, tiles: Tensor) -> Tensor:
+        """Grey levels."""
+        return self.images[tiles, :1]
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of all layers but the last, in which each loss has channels of its own."""
@@ -156,25 +157,8 @@ def make_task(seed: int, options: StereoOptions, *, hold_out: bool) -> StereoTas
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Loss images of test tiles, and what their pixels weigh by the learned combiners of the first seeds, in turn;
-    nothing if there is none."""
-    if not (learned := finished(runs, "conv")[:DRAWN]):
-        return
-    rows = [_drawn(run, DRAWN // len(learned)) for run in learned]
-    images, losses, weights, mask = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    draw_loss_images(path, images, losses, weights, StereoTask.loss_names, mask)
-
-
-@torch.no_grad()
-def _drawn(run: Run, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Grey levels, losses, weights and mask of a run's first test tiles."""
-    task, combiner = restore(EXPERIMENT, run)
-    assert isinstance(task, StereoTask)
-    assert combiner is not None
-    tiles = task.test[:count]
-    losses, mask = task.losses(tiles)
-    assert mask is not None
-    return task.images[tiles, :1], losses, combiner.loss_weights(losses, mask), mask
+    """Loss images of test tiles, and what their pixels weigh (see `draw_learned`)."""
+    draw_learned(EXPERIMENT, path, runs)
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from auxfast.experiments.report.notes import notes, skipped_steps
 from auxfast.experiments.report.rows import Results, Section, rows, table
 from auxfast.train.files import write_bytes
+from auxfast.train.serialization import flattened
 
 _COLUMNS = (
     *("experiment", "setting", "method", "seed", "score", "validation_score", "outer_steps", "stopped_early"),
@@ -28,14 +29,13 @@ _LATEX = {
 
 
 def write_csv(all_results: Sequence[Results], path: Path) -> None:
-    """Writes a line of titles, and one for each finished run.
+    """Writes a line of titles, and one for each finished run. The last columns are the tasks' further scores, as
+    further_scores.NAME, empty for runs without.
 
     Raises:
         WriteError: `path` cannot be written.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _COLUMNS)
-    writer.writeheader()
+    lines = []
     for run in (run for results in all_results for run in results.runs):
         assert run.result is not None
         description = {"experiment": run.experiment, "setting": run.setting, "method": run.method.name}
@@ -44,7 +44,12 @@ def write_csv(all_results: Sequence[Results], path: Path) -> None:
             "matvecs": sum(record.matvecs or 0 for record in run.records),
         }
         more = {"notes": "; ".join(notes(run)), "path": run.path}
-        writer.writerow({**description, "seed": run.seed, **run.result._asdict(), **counts, **more})
+        figures = flattened(run.result._asdict())
+        lines.append({**description, "seed": run.seed, **figures, **counts, **more})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys([*_COLUMNS, *(name for line in lines for name in line)]))
+    writer.writeheader()
+    writer.writerows(lines)
     write_bytes(path, text.getvalue().encode())
 
 

@@ -20,7 +20,7 @@ from auxfast.experiments.report.statistics import (
 )
 from auxfast.train.files import RunError
 from auxfast.train.methods import COMBINER_LABELS, LABEL_LABELS, OWN, WEIGHTING_LABELS, Method
-from auxfast.train.run import Run
+from auxfast.train.run import Run, RunResult
 from auxfast.train.serialization import flattened, to_table
 
 BASELINES = ("stl", "equal", "frozen")  # the last is a combiner's own frozen control
@@ -59,7 +59,8 @@ class Results(NamedTuple):
 class Row(NamedTuple):
     """One method in one setting.
 
-    `best`: it scores above every other method there by more than noise (see `Estimate.beyond_noise`).
+    `best`: it scores above every other method there by more than noise (see `Estimate.beyond_noise`). `further_scores`:
+    means of the task's further scores, by their names, over the runs that have them.
     Seconds and Hessian-vector products are those of a run, as a mean.
     """
 
@@ -68,6 +69,7 @@ class Row(NamedTuple):
     mean: Estimate
     differences: dict[str, Estimate]  # keyed by baseline; paired over the seeds that both have
     best: bool
+    further_scores: dict[str, Estimate]
     inner_seconds: float
     outer_seconds: float
     matvecs: float
@@ -147,12 +149,18 @@ def rows(section: Section) -> list[Row]:
                 mean=estimate(list(own.values())),
                 differences={base: d for base, name in baselines if (d := others.get(name)) is not None},
                 best=bool(above) and all(above),
+                further_scores=_further_scores(results),
                 inner_seconds=fmean(result.inner_seconds for result in results),
                 outer_seconds=fmean(result.outer_seconds for result in results),
                 matvecs=fmean(matvecs),
             )
         )
     return made
+
+
+def _further_scores(results: Sequence[RunResult]) -> dict[str, Estimate]:
+    names = dict.fromkeys(name for result in results for name in result.further_scores)
+    return {name: estimate([r.further_scores[name] for r in results if name in r.further_scores]) for name in names}
 
 
 def differing_entries(section: Section) -> dict[str, list[Any]]:
@@ -167,16 +175,18 @@ def differing_entries(section: Section) -> dict[str, list[Any]]:
 
 
 def table(section: Section, made: Sequence[Row]) -> list[list[str]]:
-    """A line of titles, and one for each of the section's rows: score, difference to each baseline that was run, and
-    what a run takes as a ratio."""
+    """A line of titles, and one for each of the section's rows: score, difference to each baseline that was run, the
+    task's further scores, and what a run takes as a ratio."""
     baselines = [base for base in BASELINES if any(base in row.differences for row in made)]
     unit = reference(made)
     titles = [section.experiment.score_name, *(f"minus {base}" for base in baselines)]
-    lines = [["method", *titles, f"time / {unit.method.name}", "seeds"]]
+    further = list(dict.fromkeys(name for row in made for name in row.further_scores))
+    lines = [["method", *titles, *further, f"time / {unit.method.name}", "seeds"]]
     for row in made:
         differences = [row.differences[base].signed() if base in row.differences else "" for base in baselines]
         cost = f"{row.seconds / unit.seconds:.1f}"
-        lines.append([row.method.label, str(row.mean), *differences, cost, str(len(row.scores))])
+        figures = [str(row.further_scores.get(name, "")) for name in further]
+        lines.append([row.method.label, str(row.mean), *differences, *figures, cost, str(len(row.scores))])
     return lines
 
 

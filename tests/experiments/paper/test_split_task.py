@@ -15,3 +15,10 @@ def test_a_released_auxiliary_set_is_trained_on_once(hold_out):
     assert torch.equal(task.training.sort().values, everyone.sort().values)
     assert torch.equal(task.auxiliary, auxiliary)
     assert task.training_batch(torch.Generator()).losses.shape == (len(everyone), 4)
+
+
+def test_a_task_says_the_samples_of_its_parts_which_do_not_overlap():
+    parts = make_task(0, DiabetesOptions(), hold_out=True).split_indices()
+    assert list(parts) == ["training", "unlabelled", "auxiliary", "validation", "test"]
+    samples = torch.cat(list(parts.values()))
+    assert len(samples.unique()) == len(samples)

@@ -1,9 +1,8 @@
 """Runs of a small experiment, made by hand."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
-from auxfast.train import OuterRecord, Run, parse_method
+from auxfast.train import OuterRecord, Run, RunResult, parse_method
 from auxfast.train.serialization import to_table
 
 
@@ -24,8 +23,17 @@ def record(learned=True, outer_seconds=0.0, **changes):
     return made._replace(**changes)
 
 
-def run_of(experiment, method, seed, score, *, setting="", outer_seconds=0.0, config=None):
-    result = SimpleNamespace(score=score, inner_seconds=1.0, outer_seconds=outer_seconds, seconds=1.5)
+def run_of(experiment, method, seed, score, *, setting="", outer_seconds=0.0, config=None, further_scores=None):
+    result = RunResult(
+        score=score,
+        validation_score=score,
+        outer_steps=2,
+        stopped_early=False,
+        inner_seconds=1.0,
+        outer_seconds=outer_seconds,
+        seconds=1.5,
+        further_scores=further_scores or {},
+    )
     return Run(
         path=Path(f"runs/{method}/seed-{seed}"),
         experiment=experiment.name,

@@ -1,10 +1,13 @@
 """Tables and findings, of runs made by hand."""
 
+import csv
+import re
 from dataclasses import replace
 
 import pytest
 
 from auxfast.experiments.base import Finding
+from auxfast.experiments.report.export import write_csv
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import cautions, differing_entries, methods, results_of, rows
 from auxfast.experiments.report.text import describe
@@ -123,6 +126,21 @@ def test_the_table_by_hand(experiment):
         "mean +- SEM over seeds; differences are paired; * better than every other beyond noise (paired t test, 5%)",
         "outer steps' share of the training time: linear 75%",
     ]
+
+
+def test_further_scores_have_columns_of_their_own_in_table_and_file(experiment, tmp_path):
+    runs = [
+        run_of(experiment, "linear", 0, 70.0, further_scores={"top-3 accuracy, %": 88.0}),
+        run_of(experiment, "linear", 1, 72.0, further_scores={"top-3 accuracy, %": 89.0}),
+        run_of(experiment, "stl", 0, 60.0),  # of a version that knew none
+    ]
+    results = results_of(experiment, runs)
+    text = describe(results)
+    assert re.search(r"score +minus stl +top-3 accuracy, % +time / stl", text)
+    assert re.search(r"Linear, learned +71\.0 \+- 1\.0 +\+10 +88\.5 \+- 0\.5", text)
+    write_csv([results], tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert [row["further_scores.top-3 accuracy, %"] for row in csv.DictReader(file)] == ["88.0", "89.0", ""]
 
 
 def test_time_is_a_ratio_to_equal(experiment):
