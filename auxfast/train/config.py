@@ -193,8 +193,8 @@ class RunConfig:
         task: options of the experiment's own, a frozen dataclass; None if it has none.
 
     Raises:
-        ValueError: an unknown weighting; a number that is not finite; or a decay of labels that the outer optimizer
-            would not apply.
+        ValueError: an unknown weighting; a number that is not finite; or a decay of outer parameters that the
+            outer optimizer would not apply.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -209,11 +209,12 @@ class RunConfig:
                 raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTING_LABELS)}")
             if not isinstance(options, Mapping):
                 raise ValueError(f"weighting.{name}: got {options!r}, must be a table")
-        if self.labels.weight_decay and not has_weight_decay(self.train.outer_optimizer):
-            raise ValueError(
-                f"labels.weight_decay: got {self.labels.weight_decay}, must be 0 with the train.outer_optimizer "
-                f"{self.train.outer_optimizer.name}, which has no weight decay"
-            )
+        for name, decay in (("labels", self.labels.weight_decay), ("combiner", self.combiner.weight_decay)):
+            if decay and not has_weight_decay(self.train.outer_optimizer):
+                raise ValueError(
+                    f"{name}.weight_decay: got {decay}, must be 0 with the train.outer_optimizer "
+                    f"{self.train.outer_optimizer.name}, which has no weight decay"
+                )
         for section in fields(self):
             _check_finite(section.name, getattr(self, section.name))
 

@@ -329,13 +329,14 @@ def test_a_task_with_a_generator_is_accepted_and_trains_other_methods_too():
     Trainer(task, make_training_loss(parse_method("stl"), config, task), config.train, seed=0).run()
 
 
-def test_a_decay_of_labels_needs_an_optimizer_that_knows_it():
+@pytest.mark.parametrize(
+    ("section", "given"), [("labels", LabelsConfig(weight_decay=0.1)), ("combiner", CombinerConfig(weight_decay=0.1))]
+)
+def test_a_decay_of_outer_parameters_needs_an_optimizer_that_knows_it(section, given):
     config = train_config(outer_optimizer=Component("Rprop", {}))
     RunConfig(config)
-    with pytest.raises(
-        ValueError, match=r"labels.weight_decay: got 0.1, must be 0 with the train.outer_optimizer Rprop"
-    ):
-        RunConfig(config, labels=LabelsConfig(weight_decay=0.1))
+    with pytest.raises(ValueError, match=rf"{section}.weight_decay: got 0.1, must be 0 with .*outer_optimizer Rprop"):
+        RunConfig(config, **{section: given})
 
 
 @pytest.mark.parametrize(
