@@ -11,15 +11,16 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The percentage of samples whose label is among the k largest logits: top-k accuracy.
+    """The percentage of samples whose label is among the k largest logits: top-k accuracy. A sample with a NaN
+    among its logits counts as wrong.
 
     Args:
         logits: (n, classes).
-        labels: (n,) int64.
+        labels: (n,) int64, from 0 to classes - 1.
         k: from 1 to the number of classes.
 
     Raises:
-        ValueError: shapes that do not fit, no samples, or `k` outside its range.
+        ValueError: shapes that do not fit, no samples, a label that is no class, or `k` outside its range.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -28,8 +29,9 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
         )
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k: got {k}, must be from 1 to {logits.shape[1]}, the number of classes")
+    _check_range("labels", labels, logits.shape[1])
     hits = logits.topk(k, dim=1).indices == labels.unsqueeze(1)
-    return 100 * hits.any(dim=1).double().mean().item()
+    return 100 * (hits.any(dim=1) & ~logits.isnan().any(dim=1)).double().mean().item()
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int, ignored: int | None = None) -> Tensor:

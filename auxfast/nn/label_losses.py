@@ -1,4 +1,7 @@
-"""Losses between a student's logits and the soft labels of a teacher. Both have classes along dimension 1."""
+"""Losses between a student's logits and the soft labels of a teacher. Both have classes along dimension 1.
+
+Logits must be finite: at one of -inf they are NaN, as torch's cross-entropy is, though its soft label be 0.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,13 @@ def focal_loss(logits: Tensor, soft_labels: Tensor, gamma: float = 2.0) -> Tenso
 def negative_entropy(soft_labels: Tensor) -> Tensor:
     """Negative entropy sum_k y_k log y_k of the mean of soft labels (batch, classes, ...) over all but the classes: a
     scalar. MAXL adds it to the teacher's loss, so that its labels spread over the classes instead of collapsing to one.
+    It is NaN if there are none.
+
+    Raises:
+        ValueError: soft_labels have less than two dimensions.
     """
+    if soft_labels.dim() < 2:
+        raise ValueError(f"soft_labels must be (batch, classes, ...), got {tuple(soft_labels.shape)}")
     mean = soft_labels.movedim(1, 0).flatten(1).mean(dim=1)
     return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()
 

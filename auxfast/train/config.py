@@ -16,7 +16,7 @@ from auxfast.solvers.base import check_solver
 from auxfast.solvers.known_solution import KnownSolution
 from auxfast.train.methods import COMBINER_LABELS, WEIGHTING_LABELS
 from auxfast.train.optimizers import Component as Component
-from auxfast.train.optimizers import check_optimizer, check_scheduler
+from auxfast.train.optimizers import check_optimizer, check_scheduler, has_weight_decay
 
 # The defaults of the outer loop are those of HyperOptimizer.recommended, with a limit on the hypergradient's norm. They
 # were chosen on half of the tasks of benchmarks/learning, on other seeds than those that it reports.
@@ -161,10 +161,10 @@ class LabelsConfig:
 
     Args:
         loss: the student's loss against the labels: "cross-entropy", or "focal", as MAXL's own code has it.
-        weight: weight of that loss beside the main loss, where no combiner is learned.
+        weight: weight of that loss, and of other auxiliaries, beside the main loss, where no combiner is learned.
         combiner: a combiner of main and generated loss that `auxilearn-labels` learns with the labels, under one
             hypergradient: "linear", "nonlinear" (as the paper has it for fine-grained classes), ...; None: their sum.
-        lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own.
+        lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own lr.
         entropy_weight: weight of MAXL's entropy term.
     """
 
@@ -191,6 +191,10 @@ class RunConfig:
     Args:
         weighting: options of the weightings, by their names: {"equal": {"auxiliary_weight": 0.2}}.
         task: options of the experiment's own, a frozen dataclass; None if it has none.
+
+    Raises:
+        ValueError: an unknown weighting; a number that is not finite; or a decay of outer parameters that the
+            outer optimizer would not apply.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -205,6 +209,12 @@ class RunConfig:
                 raise ValueError(f"weighting.{name}: no such weighting, must be one of {', '.join(WEIGHTING_LABELS)}")
             if not isinstance(options, Mapping):
                 raise ValueError(f"weighting.{name}: got {options!r}, must be a table")
+        for name, decay in (("labels", self.labels.weight_decay), ("combiner", self.combiner.weight_decay)):
+            if decay and not has_weight_decay(self.train.outer_optimizer):
+                raise ValueError(
+                    f"{name}.weight_decay: got {decay}, must be 0 with the train.outer_optimizer "
+                    f"{self.train.outer_optimizer.name}, which has no weight decay"
+                )
         for section in fields(self):
             _check_finite(section.name, getattr(self, section.name))
 

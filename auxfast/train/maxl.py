@@ -6,7 +6,8 @@ generator descends
     main(W - lr * d inner / dW (W, phi)) + entropy_weight * sum_k y_k log y_k,      y = mean of the batch's labels
 
 where main and inner loss are those of the same batch: no samples are held out, which is why the entropy term has to
-keep the labels from collapsing. The derivative of the look-ahead is exact, second order included.
+keep the labels from collapsing. The inner loss has the student's weight decay in it, and the labels are those of the
+samples (points) that have the main loss. The derivative of the look-ahead is exact, second order included.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from auxfast.implicit import HyperOptimizer
 from auxfast.solvers import OneStep
 from auxfast.train.task import LabelBatch
-from auxfast.train.training_loss import GeneratedLabelsLoss, main_loss
+from auxfast.train.training_loss import GeneratedLabelsLoss, main_loss, with_decay
 
 
 def maxl_step(
@@ -29,17 +30,22 @@ def maxl_step(
     parameters: Sequence[nn.Parameter],
     lr: float,
     generator: torch.Generator,
-) -> Tensor:
-    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar.
+    weight_decay: float = 0.0,
+) -> Tensor | None:
+    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar; or None, without a step,
+    where there is nothing to learn from: no sample of the batch has the main loss, or `lr` is 0.
 
     Args:
         draw: the student's losses on a batch that the random generator chooses.
         outer: holds the parameters of the label generator.
         parameters: the student's, which stay as they are.
-        lr: learning rate of the look-ahead step, the student's own.
+        lr, weight_decay: those of the look-ahead step, the student's own. Schedulers may end at an lr of 0.
     """
     start = generator.get_state()
     reached: list[Tensor] = []
+    first = draw(generator)
+    if lr == 0 or not first.mask[:, loss.main].any():
+        return None
 
     def batch() -> LabelBatch:
         generator.set_state(start)
@@ -51,5 +57,5 @@ def maxl_step(
         return reached[0] + loss.entropy_term(ahead)
 
     outer.solver = OneStep(lr, lookahead=True)
-    outer.step(outer_loss, loss(*batch()), parameters)
+    outer.step(outer_loss, with_decay(loss(*first), parameters, weight_decay), parameters)
     return reached[0].detach()

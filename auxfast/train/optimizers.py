@@ -50,9 +50,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer, without any weight decay of its own (AdamW has one by default)."""
     kind = OPTIMIZERS[component.name]
-    decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(kind).parameters else {}
+    decay = {"weight_decay": 0.0} if has_weight_decay(component) else {}
     optimizer: torch.optim.Optimizer = kind(parameters, **component.options, **decay)
     return optimizer
+
+
+def has_weight_decay(component: Component) -> bool:
+    """Whether the optimizer reads the entry `weight_decay` of its groups; torch says nothing where it does not."""
+    return "weight_decay" in inspect.signature(OPTIMIZERS[component.name]).parameters
 
 
 def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:

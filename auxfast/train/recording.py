@@ -281,7 +281,7 @@ def _take_phi(loss: TrainingLoss, plan: RunPlan, config: dict[str, Any]) -> str:
     that run's folder, by name."""
     source = _learned_run(plan)
     with fitting(source / CHECKPOINT):
-        if read_json(source / CONFIG)["config"] != config:
+        if _with_newer_entries(read_json(source / CONFIG)["config"], config) != config:
             raise RunError(
                 f"{plan.method.name} takes phi from {source}, which has another configuration: choose another --out"
             )
@@ -317,11 +317,21 @@ def _occupied(path: Path) -> RunError:
     return RunError(f"{path} holds a run already: --resume (resume=True) goes on with it; or choose another --out")
 
 
+def _with_newer_entries(config: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run on disk, with what it lacks and does not depend on if it is older than generated
+    labels, or than a decay of combiners."""
+    config = {"labels": current["labels"], **config}
+    if isinstance(config.get("combiner"), dict):
+        config["combiner"] = {"weight_decay": 0.0, **config["combiner"]}
+    return config
+
+
 def _check_same(path: Path, description: dict[str, Any]) -> None:
     """Refuses to go on with a run that is not the one that is asked for, wherever a fixed phi or the code came from."""
     table = read_description(path)
     for name in ("phi from", "losses", "main", "origin"):
         table.pop(name, None)
+    table["config"] = _with_newer_entries(table["config"], description["config"])
     before, now = flattened(table), flattened(description)
     missing = "missing"
     differing = [key for key in {**before, **now} if before.get(key, missing) != now.get(key, missing)]

@@ -214,10 +214,11 @@ def _named(value: Any, hint: Any) -> Any:
 
 def _plain(value: Any, hint: Any) -> Any:
     """A number, a string, a choice, or a tuple of such."""
-    for kind in _alternatives(hint):
+    alternatives = _alternatives(hint)
+    if NoneType in alternatives and value in (None, "none"):  # before a string that is "none"
+        return None
+    for kind in alternatives:
         origin, parts = get_origin(kind), get_args(kind)
-        if kind is NoneType and (value is None or value == "none"):
-            return None
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if kind in _WORDS and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):

@@ -59,7 +59,8 @@ class Task(Protocol):
 
     It may have a `label_generator`, a module such as `auxfast.nn.LabelGenerator` that is called with inputs and labels.
     Then `training_batch` returns a `LabelBatch`, the last of `loss_names` is that of the generated labels, and the
-    methods `auxilearn-labels`, `maxl` and `maxl-f` can train it.
+    methods `auxilearn-labels`, `maxl` and `maxl-f` can train it. What it returns is a distribution over the auxiliary
+    classes for each sample (point).
 
     And it may bring outer parameters of its own, for weights of examples, decays, a network of labels: `training_loss`,
     a module that holds them and is called with a batch, `training_loss(*batch)`, to return a scalar. What it needs

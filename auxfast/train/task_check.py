@@ -62,7 +62,8 @@ def label_generator(task: Task) -> nn.Module:
     """The task's label generator.
 
     Raises:
-        TypeError, ValueError: there is none; or it is no module, has no parameters to learn, or the model's.
+        TypeError, ValueError: there is none; it is no module, has no parameters to learn, or the model's; or its labels
+            have no loss of their own.
     """
     generator = getattr(task, "label_generator", None)
     if generator is None:
@@ -70,13 +71,17 @@ def label_generator(task: Task) -> nn.Module:
             "task.label_generator: there is none, and methods that train on generated labels need it: a "
             "torch.nn.Module such as auxfast.nn.LabelGenerator"
         )
+    if task.main == len(task.loss_names) - 1:
+        raise ValueError(
+            f"task.main: got {task.main}, the last of task.loss_names, which must be the loss of the generated labels"
+        )
     return _outer_module("label_generator", generator, task)
 
 
 def _outer_module(name: str, module: Any, task: Task) -> nn.Module:
     """The module, after the check that it has parameters, and none of the model's."""
     _check_module(name, module)
-    inner = {id(parameter) for parameter in task.model.parameters()}
+    inner = {id(parameter) for parameter in task.model.parameters() if parameter.requires_grad}
     shared = [own for own, parameter in module.named_parameters() if id(parameter) in inner]
     if shared:
         raise ValueError(
@@ -177,12 +182,26 @@ def _check_label_batch(task: Task, batch: Any) -> None:
         raise ValueError(
             "task.training_batch: got a mask that is not 0 in the column of the generated labels, the last"
         )
+    logits, of_one_loss = batch.auxiliary_logits, batch.losses[:, 0].shape
+    if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != of_one_loss:
+        raise ValueError(
+            f"task.training_batch: got auxiliary_logits of shape {tuple(logits.shape)}, and a loss has the shape "
+            f"{tuple(of_one_loss)}: must have the classes along dimension 1, and otherwise that shape"
+        )
     soft_labels = _called("label_generator", lambda: generator(batch.inputs, batch.labels))
     given, expected = tuple(soft_labels.shape), tuple(batch.auxiliary_logits.shape)
     if given != expected:
         raise ValueError(
             f"task.label_generator: got labels of shape {given}, must be {expected}, as the batch's auxiliary_logits"
         )
+    known = soft_labels.detach().movedim(1, -1)[batch.mask[:, task.main].bool()]
+    if not bool((known >= 0).all()) or not torch.allclose(known.sum(dim=1), known.new_ones(len(known)), atol=0.01):
+        raise ValueError(
+            "task.label_generator: got labels that are no distributions, must be at least 0 and add up to 1 over the "
+            "classes, dimension 1, as a softmax makes them"
+        )
+    outer = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    _check_graph("label_generator", "labels", soft_labels.sum(), outer, "its own parameters")
 
 
 def as_number(score: Any) -> float:
@@ -255,6 +274,7 @@ def _check_losses(batch: Batch) -> None:
 def _check_graph(
     member: str, what: str, loss: Tensor, parameters: Sequence[Tensor], of: str = "the parameters of task.model"
 ) -> None:
-    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    if all(grad is None for grad in grads):
+    if not loss.requires_grad or all(
+        grad is None for grad in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    ):
         raise ValueError(f"task.{member}: got {what} that {of} play no part in, must be computed from them")

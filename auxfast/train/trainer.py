@@ -22,7 +22,7 @@ from auxfast.train.maxl import maxl_step
 from auxfast.train.optimizers import make_optimizer, make_scheduler
 from auxfast.train.task import Batch, Task
 from auxfast.train.task_check import as_number, check_batch, check_members, check_scalar
-from auxfast.train.training_loss import GeneratedLabelsLoss, TrainingLoss, combiner_of, main_loss
+from auxfast.train.training_loss import GeneratedLabelsLoss, TrainingLoss, combiner_of, main_loss, with_decay
 
 _MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
 
@@ -44,7 +44,7 @@ class OuterRecord(NamedTuple):
     phi: tuple[float, ...] | None  # None if there are more entries than a record holds, or none
     inner_seconds: float
     outer_seconds: float
-    skipped: bool = False  # whether the outer step changed nothing: see HyperOptimizer.step
+    skipped: bool = False  # whether the outer step, or one of MAXL's, changed nothing: see HyperOptimizer.step
     validation_seconds: float = 0.0  # what the task's validation_score took
 
 
@@ -53,6 +53,9 @@ class Trainer:
 
         trainer = Trainer(task, make_training_loss(method, config, task), config.train, seed=0)
         records = trainer.run()
+
+    MAXL takes an outer step for each inner step, in warm-up and cool-down too: it holds nothing out. Its look-ahead is
+    a step of gradient descent with the inner optimizer's learning rate at that time, whatever that optimizer is.
 
     The same seed gives the same run, to the bit, on the same machine with the same number of threads, if the task's
     model draws nothing (dropout), or torch's random state is the same at the start.
@@ -219,10 +222,12 @@ class Trainer:
             outer_seconds += self._seconds_since(start)
             skipped = self.outer.skipped_steps > before
         elif self.maxl is not None:
-            start = time.perf_counter()
+            assert self.outer is not None
+            start, before = time.perf_counter(), self.outer.skipped_steps
             with preserved_state():
                 outer_loss = self._maxl_steps(self.maxl)
             outer_seconds = self._seconds_since(start)
+            skipped = self.outer.skipped_steps > before
             self._check_finite("outer", outer_loss)
         return OuterRecord(
             step=len(self.records),
@@ -289,11 +294,9 @@ class Trainer:
 
     def _outer_step(self, outer_loss: Tensor, training_loss: Tensor) -> SolveStats:
         assert self.outer is not None
-        if self.config.weight_decay:
-            squares = torch.stack([parameter.square().sum() for parameter in self.parameters])
-            training_loss = training_loss + 0.5 * self.config.weight_decay * squares.sum()
         self.outer.solver = self._solver()
-        return self.outer.step(outer_loss, training_loss, self.parameters)
+        inner_loss = with_decay(training_loss, self.parameters, self.config.weight_decay)
+        return self.outer.step(outer_loss, inner_loss, self.parameters)
 
     def _solver(self) -> Solver:
         """The solver of this outer step: gradient flow without a time gets that of the inner steps so far."""
@@ -303,15 +306,17 @@ class Trainer:
         read = GradientFlow.of(self.inner, (len(self.records) + 1) * self.config.inner_steps)
         return replace(solver, time=read.time, learning_rate=solver.learning_rate or read.learning_rate)
 
-    def _maxl_steps(self, loss: GeneratedLabelsLoss) -> Tensor:
+    def _maxl_steps(self, loss: GeneratedLabelsLoss) -> Tensor | None:
         """Takes as many of MAXL's outer steps as there are inner steps: it passes twice over the training data. Returns
-        the mean of their outer losses."""
+        the mean of their outer losses, or None if none was taken."""
         assert self.outer is not None
+        lr, decay = self.inner.param_groups[0]["lr"], self.config.weight_decay
         losses = [
-            maxl_step(self._batch, loss, self.outer, self.parameters, self.inner.param_groups[0]["lr"], generator)
-            for generator in [self.outer_generator] * self.config.inner_steps
+            maxl_step(self._batch, loss, self.outer, self.parameters, lr, self.outer_generator, decay)
+            for _ in range(self.config.inner_steps)
         ]
-        return torch.stack(losses).mean()
+        taken = [loss for loss in losses if loss is not None]
+        return torch.stack(taken).mean() if taken else None
 
     def _validate(self) -> float:
         """The validation score; with early stopping, keeps a copy of what scored best."""

@@ -76,8 +76,8 @@ class CombinedLoss(TrainingLoss):
             return own
         if self._takes_images and losses.dim() != 4:
             raise ValueError(
-                "losses must be images, (batch, num_losses, height, width), for the method conv, and this task's are "
-                f"{tuple(losses.shape)}: choose another method"
+                "losses must be images, (batch, num_losses, height, width), for the combiner conv, and this task's are "
+                f"{tuple(losses.shape)}: choose another one"
             )
         if losses.dim() > 2 and not self._takes_images:
             losses, mask = _samples(losses), None if mask is None else _samples(mask)
@@ -169,8 +169,10 @@ class GeneratedLabelsLoss(TrainingLoss):
         return [group for group in groups if group["params"]]
 
     def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
+        if mask is None or len(further) != 3:
+            given = "a batch without a mask" if mask is None else f"a batch of {2 + len(further)} entries"
+            raise TypeError(f"task.training_batch: got {given}, must return a LabelBatch to be labelled")
         auxiliary_logits, inputs, labels = further
-        assert mask is not None
         soft_labels = full_precision(self.generator(inputs, labels))
         generated = self._losses[self.config.loss](full_precision(auxiliary_logits), soft_labels)
         losses = torch.cat([full_precision(losses[:, :-1]), generated[:, None]], dim=1)
@@ -180,9 +182,10 @@ class GeneratedLabelsLoss(TrainingLoss):
         return combined
 
     def entropy_term(self, batch: LabelBatch) -> Tensor:
-        """MAXL's entropy term of the outer loss, a scalar with a graph to the generator alone."""
-        soft_labels = full_precision(self.generator(batch.inputs, batch.labels))
-        return self.config.entropy_weight * negative_entropy(soft_labels)
+        """MAXL's entropy term of the outer loss, a scalar with a graph to the generator alone. Labels of samples
+        (points) without the main loss play no part: their main class may be any."""
+        soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
+        return self.config.entropy_weight * negative_entropy(soft_labels[batch.mask[:, self.main].bool()])
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """See `TrainingLoss`. They are those of the last call, since a batch lacks the generated loss."""
@@ -201,6 +204,14 @@ def main_loss(batch: Batch | LabelBatch, main: int) -> Tensor:
     """Mean of the main loss over the samples (pixels) that have it: a scalar."""
     losses = full_precision(batch.losses[:, main])
     return losses.mean() if batch.mask is None else losses[batch.mask[:, main].bool()].mean()
+
+
+def with_decay(training_loss: Tensor, parameters: Sequence[Tensor], weight_decay: float) -> Tensor:
+    """The inner loss: the training loss, a scalar, and half of `weight_decay` times the parameters' squared norm."""
+    if not weight_decay:
+        return training_loss
+    squares = torch.stack([parameter.square().sum() for parameter in parameters])
+    return training_loss + 0.5 * weight_decay * squares.sum()
 
 
 def make_training_loss(method: Method, config: RunConfig, task: Task) -> TrainingLoss:

@@ -54,6 +54,11 @@ def test_accuracy_is_the_share_of_labels_among_the_largest_logits():
     assert [accuracy(logits, labels, k) for k in (1, 2, 3)] == [25.0, 75.0, 100.0]
 
 
+def test_logits_that_are_not_numbers_are_no_hit():
+    logits = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [torch.nan, torch.nan]])
+    assert accuracy(logits, torch.zeros(3, dtype=torch.int64)) == pytest.approx(100 / 3)
+
+
 def test_rows_of_a_confusion_matrix_are_labels_and_batches_add_up():
     predicted, labels = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 0], [2, 1]])
     confusion = confusion_matrix(predicted, labels, 3)
@@ -130,6 +135,7 @@ _ONES = torch.ones(2, 3, dtype=torch.int64)
             lambda: accuracy(torch.zeros(2, 3), torch.zeros(2), 4),
             "k: got 4, must be from 1 to 3, the number of classes",
         ),
+        (lambda: accuracy(torch.zeros(2, 3), torch.tensor([0, 3])), "labels: got 3, must be from 0 to 2"),
         (lambda: confusion_matrix(_ONES, _ONES.T, 2), r"got shapes \(2, 3\) and \(3, 2\), must be the same"),
         (lambda: confusion_matrix(_ONES, _ONES + 1, 2), "labels: got 2, must be from 0 to 1"),
         (lambda: confusion_matrix(_ONES, _ONES + 1, 2, IGNORED), "labels: got 2, must be from 0 to 1"),

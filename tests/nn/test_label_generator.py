@@ -1,11 +1,14 @@
 """The label generator: soft labels over the auxiliary classes of each sample's main class, differentiable twice."""
 
+from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, vmap
 
 from auxfast.nn import LabelGenerator, focal_loss, negative_entropy, soft_cross_entropy
 
@@ -58,6 +61,51 @@ def test_first_and_second_derivatives_are_right(loss):
     assert gradgradcheck(total, (made.backbone.weight, logits))
 
 
+def test_gradients_of_each_sample_come_from_vmap():
+    made = generator()
+    phi = {name: value.detach() for name, value in made.named_parameters()}
+
+    def first_label(phi, row, label):
+        return functional_call(made, phi, (row[None], label[None]))[0, 0]
+
+    together = vmap(grad(first_label), in_dims=(None, 0, 0))(phi, INPUTS, LABELS)
+    for i, (row, label) in enumerate(zip(INPUTS, LABELS, strict=True)):
+        alone = torch.autograd.grad(made(row[None], label[None])[0, 0], made.parameters())
+        torch.testing.assert_close([together[name][i] for name, _ in made.named_parameters()], list(alone))
+
+
+def test_labels_out_of_range_are_nan_where_they_are_not_read():
+    made = generator()
+    soft_labels = vmap(lambda row, label: made(row[None], label[None])[0])(INPUTS, LABELS - 1)
+    assert torch.equal(soft_labels.isnan().all(dim=1), LABELS == 0)
+    torch.testing.assert_close(soft_labels[LABELS > 0], made(INPUTS[LABELS > 0], LABELS[LABELS > 0] - 1))
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_it_as_one_graph():
+    made = generator()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(INPUTS, LABELS), made(INPUTS, LABELS))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_generator_made_without_memory_is_filled_by_a_state_dict(assign):
+    made = generator()
+    with torch.device("meta"):
+        empty = LabelGenerator(nn.Linear(4, 6), HIERARCHY).double()
+        assert empty(INPUTS.to("meta"), LABELS.to("meta")).shape == (7, 6)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(made.state_dict(), assign=assign)
+    assert torch.equal(empty(INPUTS, LABELS), made(INPUTS, LABELS))
+    assert torch.equal(deepcopy(empty)(INPUTS, LABELS), made(INPUTS, LABELS))
+
+
+def test_the_hierarchy_may_be_an_array():
+    for hierarchy in (np.array(HIERARCHY), torch.tensor(HIERARCHY), [np.int64(size) for size in HIERARCHY]):
+        assert LabelGenerator(nn.Linear(4, 6), hierarchy).hierarchy == HIERARCHY
+
+
 def test_losses_are_those_of_their_formulas():
     logits, soft_labels = torch.randn(5, 6, 2, generator=torch.Generator().manual_seed(0)), torch.rand(5, 6, 2)
     p = logits.softmax(dim=1)
@@ -93,9 +141,19 @@ def test_the_entropy_is_lowest_where_labels_spread():
         (lambda: LabelGenerator(len, [2]), TypeError, "backbone must be a torch.nn.Module, not a builtin"),
         (lambda: LabelGenerator(nn.Linear(1, 2), 2), TypeError, "hierarchy must be a list of ints, one for each"),
         (lambda: LabelGenerator(nn.Linear(1, 2), [1.5]), TypeError, r"hierarchy must be a list of ints.*got \[1.5\]"),
+        (lambda: LabelGenerator(nn.Linear(1, 2), None), TypeError, "hierarchy must be a list of ints.*got None"),
         (lambda: LabelGenerator(nn.Linear(1, 2), [2, 0]), ValueError, r"at least one class.*got \[2, 0\]"),
         (lambda: LabelGenerator(nn.Linear(1, 2), []), ValueError, r"at least one class.*got \[\]"),
         (lambda: generator(temperature=0.0), ValueError, "temperature must be a finite number above 0, got 0.0"),
+        (lambda: generator(temperature="1"), TypeError, "temperature must be a number, not a str"),
+        (lambda: LabelGenerator(nn.LSTM(4, 6), [6])(INPUTS.float(), LABELS), TypeError, "logits, got a tuple"),
+        (lambda: generator()(INPUTS, LABELS[:, None]), ValueError, r"have the shape \(7,\), got \(7, 1\)"),
+        (lambda: generator()(INPUTS, LABELS.to("meta")), RuntimeError, "labels are on meta and the backbone's output"),
+        (
+            lambda: negative_entropy(torch.ones(3)),
+            ValueError,
+            r"soft_labels must be \(batch, classes, ...\), got \(3,\)",
+        ),
         (
             lambda: generator()(INPUTS, LABELS.double()),
             TypeError,

@@ -227,6 +227,7 @@ def test_tables_and_dotted_keys_change_entries():
             "train": {"inner_steps": 5, "inner_optimizer": {"lr": 0.2}, "patience": 4},
             "train.solver.steps": 7,
             "train.max_outer_grad_norm": "none",
+            "labels.combiner": "none",
             "combiner.hidden": [3],
             "weighting.equal.auxiliary_weight": 1,
             "weighting.dwa": {"period": 9},
@@ -238,6 +239,7 @@ def test_tables_and_dotted_keys_change_entries():
     assert changed.train.patience == 4
     assert changed.train.solver == Neumann(steps=7, step_size=0.05)
     assert changed.train.max_outer_grad_norm is None
+    assert changed.labels.combiner is None
     assert changed.train.outer_optimizer == CONFIG.train.outer_optimizer
     assert changed.combiner.hidden == (3,)
     assert changed.weighting == {"equal": {"auxiliary_weight": 1}, "dwa": {"period": 9}}

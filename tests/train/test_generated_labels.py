@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from auxfast import verify_hypergradient
 from auxfast.nn import focal_loss, soft_cross_entropy
-from auxfast.solvers import Identity
+from auxfast.solvers import MINRES, Identity
 from auxfast.train import (
     Batch,
+    CombinerConfig,
     Component,
     LabelBatch,
     LabelsConfig,
@@ -60,6 +62,20 @@ def moved(module, step):
     before = deepcopy(module.state_dict())
     step()
     return {name: value - before[name] for name, value in module.state_dict().items()}
+
+
+def minimise(loss, params):
+    optimizer = torch.optim.LBFGS(
+        params, max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
 
 
 def inner_loss(task, batch, weight=1.0, loss=soft_cross_entropy):
@@ -122,7 +138,8 @@ def test_learned_labels_follow_the_hypergradient():
 
 def test_maxl_follows_the_derivative_through_its_look_ahead():
     task = smooth_task()
-    trainer = trainer_of(task, "maxl", replace(STEP, inner_steps=2), LabelsConfig(lr=1.0, entropy_weight=0.3))
+    config = replace(STEP, inner_steps=2, weight_decay=0.2)
+    trainer = trainer_of(task, "maxl", config, LabelsConfig(lr=1.0, entropy_weight=0.3))
     reference = deepcopy(task)
     outer_batches = trainer.outer_generator.get_state()
     steps = moved(task.label_generator, trainer.run)
@@ -135,16 +152,62 @@ def test_maxl_follows_the_derivative_through_its_look_ahead():
         batch = reference.training_batch(generator)
         params = dict(reference.model.named_parameters())
         grads = torch.autograd.grad(inner_loss(reference, batch), list(params.values()), create_graph=True)
-        ahead = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        ahead = {name: p - LR * (g + 0.2 * p) for (name, p), g in zip(params.items(), grads, strict=True)}
         logits = torch.func.functional_call(reference.model, ahead, (batch.inputs,))[:, :3]
         known = batch.mask[:, 0].bool()
         main = F.cross_entropy(logits[known], batch.labels[known])
-        mean = reference.label_generator(batch.inputs, batch.labels).mean(dim=0)
+        mean = reference.label_generator(batch.inputs, batch.labels)[known].mean(dim=0)
         loss = main + 0.3 * (mean * mean.log()).sum()
         for p, grad in zip(phi.values(), torch.autograd.grad(loss, list(phi.values())), strict=True):
             p.data -= grad
     for name, p in phi.items():
         torch.testing.assert_close(steps[name], p.detach() - start[name])
+
+
+@pytest.mark.parametrize("method", ["maxl", "auxilearn-labels"])
+def test_the_class_of_a_sample_without_main_label_may_be_any(method):
+    weights = []
+    for filled in (0, 2):
+        task = smooth_task()
+        task.labels = torch.where(task.mask[:, 0].bool() | (torch.arange(60) < 20), task.labels, filled)
+        trainer_of(task, method, replace(STEP, outer_steps=2)).run()
+        weights.append(task.label_generator.backbone[0].weight)
+    assert torch.equal(*weights)
+
+
+def test_maxl_takes_no_step_on_a_batch_without_main_labels():
+    task = smooth_task()
+    task.mask = torch.zeros_like(task.mask)
+    trainer = trainer_of(task, "maxl", replace(STEP, outer_steps=2))
+    assert not any(step.any() for step in moved(task.label_generator, trainer.run).values())
+    assert [record.outer_loss for record in trainer.records] == [None, None]
+
+
+def test_maxl_outlives_a_scheduler_that_ends_at_0():
+    task = smooth_task()
+    scheduler = Component("CosineAnnealingLR", {"T_max": 4})
+    trainer = trainer_of(task, "maxl", replace(STEP, outer_steps=2, inner_steps=2, inner_scheduler=scheduler))
+    assert [record.outer_loss is None for record in trainer.run()] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combiner", [None, "nonlinear"])
+def test_the_hypergradient_is_that_of_the_solved_student(combiner):
+    task = smooth_task()
+    config = RunConfig(
+        STEP, CombinerConfig(hidden=(3,), skip=True), labels=LabelsConfig(loss="focal", combiner=combiner)
+    )
+    loss = make_training_loss(parse_method("auxilearn-labels"), config, task).double()
+    student = [p.requires_grad_() for p in task.model.parameters()]
+
+    def inner_loss():
+        batch = task.training_batch(torch.Generator().manual_seed(1))
+        return loss(*batch) + 0.05 * sum(p.square().sum() for p in student)
+
+    minimise(inner_loss, student)
+    phi = [p for group in loss.parameter_groups() for p in group["params"]]
+    report = verify_hypergradient(task.outer_loss, inner_loss, student, phi, solver=MINRES(tol=1e-9), max_directions=4)
+    assert report.verdict.startswith("right"), report
 
 
 @pytest.mark.parametrize("method", ["maxl-f", "auxilearn-labels-frozen"])
@@ -188,10 +251,50 @@ def plain_batch():
     return task
 
 
-def shared_parameter():
+def shared_parameter(learned=True):
     task = labelled()
-    task.label_generator.backbone.append(task.model[0])
+    features = nn.Linear(4, 4).requires_grad_(learned)
+    task.model = nn.Sequential(features, *task.model)
+    task.label_generator.backbone.insert(0, features)
     return task
+
+
+class Altered(nn.Module):
+    def __init__(self, generator, change):
+        super().__init__()
+        self.generator, self.change = generator, change
+
+    def forward(self, inputs, labels):
+        return self.change(self.generator(inputs, labels))
+
+
+def with_labels(change):
+    task = labelled()
+    task.label_generator = Altered(task.label_generator, change)
+    return task
+
+
+def main_last():
+    task = labelled()
+    task.main = 1
+    return task
+
+
+def test_a_part_that_is_not_trained_may_be_shared_with_the_student():
+    check_task(shared_parameter(learned=False), labels=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (plain_batch, "task.training_batch: got a batch of 2 entries, must return a LabelBatch"),
+        (partial(with_batch, mask=None), "task.training_batch: got a batch without a mask, must return a LabelBatch"),
+        (main_last, "task.main: got 1, the last of task.loss_names, which must be the loss of the generated labels"),
+    ],
+)
+def test_the_trainer_tells_what_cannot_be_labelled(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        trainer_of(make(), "maxl").run()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +304,16 @@ def shared_parameter():
         (plain_batch, "task.training_batch: got Batch, must return a LabelBatch"),
         (partial(with_batch, mask=torch.ones(16, 2)), "a mask that is not 0 in the column of the generated labels"),
         (partial(with_batch, auxiliary_logits=torch.ones(16, 5)), r"labels of shape \(16, 7\), must be \(16, 5\)"),
-        (shared_parameter, "task.label_generator: its parameter backbone.4.weight is one of task.model too"),
+        (shared_parameter, "task.label_generator: its parameter backbone.0.weight is one of task.model too"),
+        (
+            partial(with_batch, auxiliary_logits=torch.ones(16, 7, 5)),
+            r"auxiliary_logits of shape \(16, 7, 5\), and a loss has the shape \(16,\)",
+        ),
+        (main_last, "task.main: got 1, the last of task.loss_names"),
+        (partial(with_labels, lambda labels: labels - 0.1), "label_generator: got labels that are no distributions"),
+        (partial(with_labels, lambda labels: 2 * labels), "label_generator: got labels that are no distributions"),
+        (partial(with_labels, lambda labels: labels * torch.nan), "label_generator: got labels that are no distrib"),
+        (partial(with_labels, torch.Tensor.detach), "task.label_generator: got labels that its own parameters play no"),
     ],
 )
 def test_what_cannot_be_labelled_is_told(make, words):
@@ -215,6 +327,16 @@ def test_a_task_with_a_generator_is_accepted_and_trains_other_methods_too():
     assert isinstance(task.training_batch(torch.Generator()), LabelBatch)
     config = noisy_config()
     Trainer(task, make_training_loss(parse_method("stl"), config, task), config.train, seed=0).run()
+
+
+@pytest.mark.parametrize(
+    ("section", "given"), [("labels", LabelsConfig(weight_decay=0.1)), ("combiner", CombinerConfig(weight_decay=0.1))]
+)
+def test_a_decay_of_outer_parameters_needs_an_optimizer_that_knows_it(section, given):
+    config = train_config(outer_optimizer=Component("Rprop", {}))
+    RunConfig(config)
+    with pytest.raises(ValueError, match=rf"{section}.weight_decay: got 0.1, must be 0 with .*outer_optimizer Rprop"):
+        RunConfig(config, **{section: given})
 
 
 @pytest.mark.parametrize(

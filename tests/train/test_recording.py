@@ -247,8 +247,8 @@ def test_what_cannot_be_trained_says_so_and_is_not_in_the_way_of_what_can(tmp_pa
 def test_a_combiner_of_images_says_that_it_needs_them(tmp_path):
     with pytest.raises(
         RunError,
-        match=r"losses must be images, \(batch, num_losses, height, width\), for the method conv, and this task's are "
-        r"\(16, 3\): choose another method",
+        match=r"losses must be images, \(batch, num_losses, height, width\), for the combiner conv, and this "
+        r"task's are \(16, 3\): choose another one",
     ):
         run(tmp_path, "conv")
 

@@ -191,9 +191,18 @@ def test_run_folders_of_before_0_2_resume(method, tmp_path):
         part["training_loss"] = _as_before_0_2(part["training_loss"])
     torch.save(state, path)
     description = json.loads((path.parent / "config.json").read_text())
-    del description["losses"]
+    del description["losses"], description["config"]["labels"], description["config"]["combiner"]["weight_decay"]
     (path.parent / "config.json").write_text(json.dumps(description))
     _same(run(tmp_path / "cut", method, resume=True, patience=5), reference)
+
+
+def test_a_run_of_before_generated_labels_gives_its_phi(tmp_path):
+    finished = run(tmp_path)
+    description = json.loads((finished.path / "config.json").read_text())
+    del description["config"]["labels"]
+    (finished.path / "config.json").write_text(json.dumps(description))
+    fixed = run(tmp_path, "linear-fixed")
+    assert json.loads((fixed.path / "config.json").read_text())["phi from"] == finished.path.name
 
 
 def test_a_finished_run_is_only_read(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from auxfast.experiments.data.files import DatasetError, class_labels, inner_folder
+from auxfast.experiments.data.files import DatasetError, brief, class_labels, inner_folder
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.data.image_files import PAPER_SIZE, ImageFiles
 from auxfast.experiments.data.mat_files import read_mat
@@ -35,7 +35,7 @@ def load_cars(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
     (names,) = read_mat(path, "class_names", squeeze=True)
     class_names = tuple(np.atleast_1d(names).tolist())
     if not class_names or not all(isinstance(name, str) for name in class_names):
-        raise DatasetError(f"{path}: class_names {class_names[:1]}, expected a list of names")
+        raise DatasetError(f"{path}: class_names {brief(class_names)}, expected a list of names")
     paths, labels, is_test = [], [], []
     for part, name in _PARTS:
         path = _need_mat(folder, name)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from auxfast.experiments.data.files import DatasetError
 
@@ -28,7 +30,18 @@ def check_array(
     if not good.all():
         index = tuple(int(i) for i in np.argwhere(~good)[0])
         kind = "whole numbers" if whole else "finite numbers"
-        raise DatasetError(f"{name}: {array[index]} at {index}, expected {kind} from {low:g} to {high:g}")
+        raise DatasetError(f"{name}: {array[index]:.10g} at {index}, expected {kind} from {low:g} to {high:g}")
+
+
+def row_numbers(rows: Tensor) -> list[int]:
+    """The numbers in `rows`, (k,) int64.
+
+    Raises:
+        ValueError: it is something else, such as a mask, which would pick rows 0 and 1.
+    """
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows: got shape {tuple(rows.shape)}, {rows.dtype}; must be (k,), torch.int64")
+    return rows.tolist()
 
 
 def check_counts(folder: Path, counts: Mapping[str, tuple[int, int]]) -> list[str]:

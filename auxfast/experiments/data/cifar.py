@@ -7,15 +7,17 @@ few names that these files hold stand for classes of this module, and any other 
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from auxfast.experiments.data.files import DatasetError, class_labels, inner_folder, need_file
+from auxfast.experiments.data.files import DatasetError, brief, class_labels, inner_folder, need_file
 from auxfast.experiments.data.image_data import ImageData
 
 _SHAPE = (3, 32, 32)
@@ -77,7 +79,7 @@ def _load(
 def _member(path: Path, content: object, key: str, kind: type) -> Any:
     """The entry `key` of a pickled dictionary."""
     if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-        there = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        there = brief(list(content)) if isinstance(content, dict) else type(content).__name__
         expected = "array" if kind is _Array else kind.__name__
         raise DatasetError(f"{path}: holds {there}, expected a dictionary with the {expected} {key!r}")
     return content[key]
@@ -96,14 +98,16 @@ class _Dtype:
 class _Array:
     """numpy.ndarray in a pickle, and the function `_reconstruct` that makes one: keeps an array of images."""
 
+    pixels = np.empty((0, _ROW), dtype=np.uint8)  # an array without a state is empty
+
     def __init__(self, kind: type, shape: object, code: object) -> None:
-        self.pixels = np.empty((0, _ROW), dtype=np.uint8)
+        """What stands here in such a file is that of an empty array: the state has the rest."""
 
     def __setstate__(self, state: object) -> None:
         match state:
             case (int(), tuple(shape), _Dtype(name="u1"), bool() | int() as by_column, bytes() | str() as content):
-                if len(shape) != 2 or shape[1] != _ROW:
-                    raise pickle.UnpicklingError(f"data of shape {shape}, expected (n, {_ROW})")
+                if len(shape) != 2 or not isinstance(shape[0], int) or shape[1] != _ROW:
+                    raise pickle.UnpicklingError(f"data of shape {brief(shape)}, expected (n, {_ROW})")
                 # Python 2 has no bytes: they come as text, of which each character is a byte.
                 values = np.frombuffer(
                     content.encode("latin1") if isinstance(content, str) else content, dtype=np.uint8
@@ -149,10 +153,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_pickle(path: Path) -> object:
-    with path.open("rb") as file:
-        try:
-            return _Unpickler(file, encoding="latin1").load()
-        except Exception as error:  # what a damaged pickle raises depends on the byte that is wrong
-            raise DatasetError(
-                f"{path}: {str(error) or type(error).__name__}, expected a whole pickle of CIFAR"
-            ) from error
+    try:
+        content = path.read_bytes()
+        # Python makes room for as many objects as the largest number that one is kept under, however few there are.
+        for opcode, number, _ in pickletools.genops(content):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(content):
+                raise pickle.UnpicklingError(f"object {brief(number)} in {len(content)} bytes")
+        return _Unpickler(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:  # what a damaged pickle raises depends on the byte that is wrong
+        raise DatasetError(f"{path}: {str(error) or type(error).__name__}, expected a whole pickle of CIFAR") from error

@@ -42,7 +42,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 CLASS_NAMES = tuple(name for names in CATEGORIES.values() for name in names)
 FOREGROUND = ("human", "vehicle")
 GRANULARITIES = (19, 7, 2)
-_COARSER = {  # from classes to the fewer ones that they make up
+_COARSER = {  # entry k of a list is what class k becomes
     (19, 7): [category for category, names in enumerate(CATEGORIES.values()) for _ in names],
     (7, 2): [int(category in FOREGROUND) for category in CATEGORIES],
 }

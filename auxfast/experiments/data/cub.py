@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from auxfast.experiments.data.checks import check_array
-from auxfast.experiments.data.files import DatasetError, need_file
+from auxfast.experiments.data.files import DatasetError, brief, inner_folder, need_file, read_table, read_text
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.data.image_files import PAPER_SIZE, ImageFiles
 
@@ -36,7 +36,7 @@ def load_cub(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
         DatasetError: a file is missing, or is not what this reader knows; the message names the file and the row.
         MissingExtraError: Pillow is not installed.
     """
-    home = _home(folder)
+    home = inner_folder(Path(folder), _FOLDER)
     paths = _image_paths(home)
     class_names = _read_names(need_file(home, "classes.txt", _NAME))
     labels = _read_column(need_file(home, "image_class_labels.txt", _NAME), len(paths), 1, len(class_names))
@@ -57,12 +57,6 @@ def load_cub(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
     )
 
 
-def _home(folder: str | Path) -> Path:
-    """The folder `CUB_200_2011`, or the one that was given."""
-    inner = Path(folder) / _FOLDER
-    return inner if inner.is_dir() else Path(folder)
-
-
 def _image_paths(home: Path) -> list[Path]:
     return [home / "images" / name for name in _read_names(need_file(home, "images.txt", _NAME))]
 
@@ -70,10 +64,10 @@ def _image_paths(home: Path) -> list[Path]:
 def _read_names(path: Path) -> tuple[str, ...]:
     """The names in a file of lines "number name", whose numbers count from 1."""
     names = []
-    for row, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for row, line in enumerate(read_text(path).splitlines(), start=1):
         number, _, name = line.strip().partition(" ")
         if number != str(row) or not name.strip():
-            raise DatasetError(f"{path}: {line!r} in line {row}, expected the number {row} and a name")
+            raise DatasetError(f"{path}: {brief(line)} in line {row}, expected the number {row} and a name")
         names.append(name.strip())
     if not names:
         raise DatasetError(f"{path}: no lines, expected numbers and names")
@@ -93,41 +87,29 @@ def _read_attribute_names(home: Path) -> tuple[str, ...]:
 
 def _read_column(path: Path, count: int, low: int, high: int) -> np.ndarray:
     """(count,) int64: the values in a file of lines "image value", whose images count from 1."""
-    table = _read_table(path, columns=2)
+    table = read_table(path, "2 whole numbers", columns=2)
     if not np.array_equal(table[:, 0], np.arange(1, count + 1)):
         raise DatasetError(
             f"{path}: images {_summary(table[:, 0])}, expected 1 to {count} in their order, as in images.txt"
         )
-    check_array(str(path), table[:, 1], shape=(count,), low=low, high=high)
-    return table[:, 1]
+    check_array(str(path), table[:, 1], shape=(count,), low=low, high=high, whole=True)
+    return table[:, 1].astype(np.int64)
 
 
 def _read_attributes(path: Path, count: int) -> np.ndarray:
     """(count, 312) int8 from a file of lines "image attribute present certainty time", where some have more fields."""
-    table = _read_table(path, columns=4)
-    image, attribute, present, certainty = table.T
-    rows = count * ATTRIBUTES
-    check_array(f"{path}, image", image, shape=(rows,), low=1, high=count)
-    check_array(f"{path}, attribute", attribute, shape=(rows,), low=1, high=ATTRIBUTES)
-    check_array(f"{path}, is present", present, shape=(rows,), low=0, high=1)
-    check_array(f"{path}, certainty", certainty, shape=(rows,), low=1, high=_CERTAINTIES)
+    table = read_table(path, "4 whole numbers", columns=4)
+    ranges = {"image": (1, count), "attribute": (1, ATTRIBUTES), "is present": (0, 1), "certainty": (1, _CERTAINTIES)}
+    for column, (name, (low, high)) in zip(table.T, ranges.items(), strict=True):
+        check_array(f"{path}, {name}", column, shape=(count * ATTRIBUTES,), low=low, high=high, whole=True)
+    image, attribute, present, _ = table.astype(np.int64).T
     attributes = np.full((count, ATTRIBUTES), -1, dtype=np.int8)
     attributes[image - 1, attribute - 1] = present
     if (attributes < 0).any():
         missing_image, missing_attribute = np.argwhere(attributes < 0)[0] + 1
-        raise DatasetError(f"{path}: no line for image {missing_image} and attribute {missing_attribute}")
+        raise DatasetError(f"{path}: no line for image {missing_image} and attribute {missing_attribute}, expected one")
     return attributes
 
 
-def _read_table(path: Path, columns: int) -> np.ndarray:
-    """(lines, columns) int64: the first fields of each line, whole numbers; further fields are passed over."""
-    if not path.stat().st_size:
-        raise DatasetError(f"{path}: 0 bytes, expected {columns} whole numbers a line")
-    try:
-        return np.loadtxt(path, dtype=np.int64, comments=None, usecols=range(columns), ndmin=2)
-    except ValueError as error:
-        raise DatasetError(f"{path}: {error}; expected {columns} whole numbers a line") from error
-
-
 def _summary(numbers: np.ndarray) -> str:
-    return f"{numbers[0]} to {numbers[-1]} in {len(numbers)} lines"
+    return f"{numbers[0]:g} to {numbers[-1]:g} in {len(numbers)} lines"

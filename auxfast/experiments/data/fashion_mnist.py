@@ -7,6 +7,7 @@ MNIST, with or without gzip. Debian has them as the package `dataset-fashion-mni
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -79,16 +80,19 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...], largest: int = 25
             f"{folder / name}: no such file, nor {name}.gz; expected the four files of Fashion-MNIST, which Debian's "
             f"package dataset-fashion-mnist puts into {DEBIAN_FOLDER}"
         )
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DatasetError(f"{path}: {error}, expected a whole gzip file") from error
     header = np.array([_UNSIGNED_BYTES << 8 | len(shape), *shape], dtype=">u4").tobytes()
+    length = len(header) + math.prod(shape)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(length + 1)  # a small file with gzip can hold more than fits into memory
+    except (EOFError, OSError, zlib.error) as error:
+        raise DatasetError(f"{path}: {error}, expected a whole file, with gzip if it ends in .gz") from error
     if content[: len(header)] != header:
         raise DatasetError(f"{path}: header {content[: len(header)].hex()}, expected {header.hex()} (shape {shape})")
+    if len(content) != length:
+        found = f"{len(content)}" if len(content) < length else "more"
+        raise DatasetError(f"{path}: {found} bytes, expected {length} for shape {shape}")
     values = np.frombuffer(content, dtype=np.uint8, offset=len(header))
-    if values.size != np.prod(shape):
-        raise DatasetError(f"{path}: {values.size} bytes after the header, expected {np.prod(shape)}")
     if values.max() > largest:
         raise DatasetError(f"{path}: {values.max()} at {int(values.argmax())}, expected labels from 0 to {largest}")
     return torch.from_numpy(values.copy()).view(shape)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from auxfast.experiments.data.checks import row_numbers
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.data.files import DatasetError
 
@@ -62,7 +63,7 @@ class ImageFiles:
 
     def __getitem__(self, rows: Tensor, /) -> Tensor:
         """Images (k, 3, size, size), uint8. rows: (k,) int64."""
-        numbers = rows.tolist()
+        numbers = row_numbers(rows)
         new = [number for number in dict.fromkeys(numbers) if number not in self._decoded]
         if new:
             with ThreadPoolExecutor(min(len(new), torch.get_num_threads())) as pool:

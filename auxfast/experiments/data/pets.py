@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from auxfast.experiments.data.files import DatasetError, class_labels, inner_folder, need_file
+from auxfast.experiments.data.files import DatasetError, brief, class_labels, inner_folder, need_file, read_text
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.data.image_files import PAPER_SIZE, ImageFiles
 
@@ -55,12 +55,12 @@ def load_pets(folder: str | Path, size: int = PAPER_SIZE) -> ImageData:
 def _read_list(path: Path) -> list[tuple[str, int]]:
     """Name and class of each image in a list."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         match line.split():
             case [name, label, "1" | "2", _] if label in _CLASSES:
                 rows.append((name, int(label)))
             case _:
                 raise DatasetError(
-                    f"{path}, line {number}: {line!r}, expected name, class (1 to 37), species (1 or 2), breed"
+                    f"{path}, line {number}: {brief(line)}, expected name, class (1 to 37), species (1 or 2), breed"
                 )
     return rows

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.experiments.data.checks import check_array
+from auxfast.experiments.data.checks import check_array, row_numbers
 from auxfast.experiments.data.files import DatasetError
 
 UNKNOWN = -1  # the label of pixels that have none
@@ -71,10 +71,11 @@ class SceneArrays:
 
         Raises:
             DatasetError: a file is not what its kind says (shape, range, finite numbers); the message names it.
+            ValueError: `rows` has another shape or dtype.
         """
         channels = () if self._kind.channels is None else (self._kind.channels,)
         stacked = np.empty((len(rows), *channels, *self._size), dtype=np.int64 if self._kind.whole else np.float32)
-        for place, row in enumerate(rows.tolist()):
+        for place, row in enumerate(row_numbers(rows)):
             array = _load(self._paths[row])
             check_array(
                 str(self._paths[row]),
@@ -176,8 +177,10 @@ def _load(path: Path, *, mmap: bool = False) -> np.ndarray:
     """The array in a file; with `mmap`, its values are not read until they are used."""
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path}: {error}, expected a whole .npy file with an array of numbers") from error
+    except Exception as error:  # what a damaged header raises depends on the byte that is wrong
+        raise DatasetError(
+            f"{path}: {str(error) or type(error).__name__}, expected a whole .npy file with an array of numbers"
+        ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         kind = array.dtype if isinstance(array, np.ndarray) else "an archive"
         raise DatasetError(f"{path}: {kind}, expected an array of whole or floating point numbers")

@@ -8,6 +8,7 @@ By Yi et al. (SIGGRAPH Asia 2016), in the text files with normals,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from auxfast.experiments.data.checks import check_array, check_counts
-from auxfast.experiments.data.files import DatasetError, need_file
+from auxfast.experiments.data.files import DatasetError, brief, need_file, read_table, read_text
 
 # The numbers of parts are global: a point of a bag is 4 or 5.
 PARTS: dict[str, range] = {
@@ -112,14 +113,14 @@ def load_shapenet_part(folder: str | Path) -> ShapeNetPartData:
         before = len(files)
         for synset, name in _read_list(path):
             if synset not in category_of:
-                raise DatasetError(f"{path}: synset {synset!r}, expected one of {', '.join(category_of)}")
+                raise DatasetError(f"{path}: synset {brief(synset)}, expected one of {', '.join(category_of)}")
             if name not in present[synset]:
                 raise DatasetError(f"{folder / synset / name}: no such file, expected since {path} lists it")
             files.append(folder / synset / name)
             categories.append(category_of[synset])
         sizes.append(len(files) - before)
     if len(set(files)) < len(files):
-        twice = next(file for number, file in enumerate(files) if file in files[:number])
+        twice, _ = Counter(files).most_common(1)[0]
         raise DatasetError(
             f"{folder / 'train_test_split'}: {twice} is listed twice, expected lists that share no shape"
         )
@@ -149,9 +150,11 @@ def check_shapenet_part(folder: str | Path) -> list[str]:
 
 def _read_synsets(path: Path) -> dict[str, int]:
     """The category of each synset, which is the name of a folder, from a file of lines "category synset"."""
-    rows = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if sorted(row[0] for row in rows) != sorted(CATEGORIES) or any(len(row) != 2 for row in rows):
-        raise DatasetError(f"{path}: {rows}, expected a category and a synset a line, for {', '.join(CATEGORIES)}")
+        raise DatasetError(
+            f"{path}: {brief(rows)}, expected a category and a synset a line, for {', '.join(CATEGORIES)}"
+        )
     return {synset: CATEGORIES.index(name) for name, synset in rows}
 
 
@@ -164,33 +167,29 @@ def _text_files(folder: Path) -> set[str]:
 def _read_list(path: Path) -> Iterator[tuple[str, str]]:
     """The synset and the file's name of each shape in a list of the split, of entries "shape_data/synset/shape"."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # lists in lists, thousands deep, are the second
         raise DatasetError(f"{path}: {error}, expected a list in JSON") from error
     if not isinstance(entries, list) or not entries:
         raise DatasetError(f"{path}: no list with entries, expected those of the shapes in this part")
     for entry in entries:
         fields = entry.split("/") if isinstance(entry, str) else ()
         if len(fields) != 3:
-            raise DatasetError(f"{path}: entry {entry!r}, expected shape_data/synset/shape")
+            raise DatasetError(f"{path}: entry {brief(entry)}, expected shape_data/synset/shape")
         yield fields[1], f"{fields[2]}.txt"
 
 
 def _read_shape(path: Path, category: str) -> PartShape:
-    if not path.stat().st_size:
-        raise DatasetError(f"{path}: 0 bytes, expected a line a point")
-    try:
-        table = np.loadtxt(path, dtype=np.float32, comments=None, ndmin=2)
-    except ValueError as error:
-        raise DatasetError(f"{path}: {error}; expected {' or '.join(map(str, _COLUMNS))} numbers a line") from error
+    expected = f"{' or '.join(map(str, _COLUMNS))} numbers"
+    table = read_table(path, expected)
     points, columns = table.shape
     if columns not in _COLUMNS:
-        raise DatasetError(f"{path}: {columns} numbers a line, expected {' or '.join(map(str, _COLUMNS))}")
+        raise DatasetError(f"{path}: {columns} numbers a line, expected {expected}")
     values, parts, known = table[:, :-1], table[:, -1], PARTS[category]
     check_array(str(path), values, shape=(points, columns - 1), low=-_LARGEST_COORDINATE, high=_LARGEST_COORDINATE)
     check_array(f"{path}, parts of {category}", parts, shape=(points,), low=known[0], high=known[-1], whole=True)
     return PartShape(
-        torch.from_numpy(values[:, :3].copy()),
+        torch.from_numpy(values[:, :3].astype(np.float32)),
         torch.from_numpy(parts.astype(np.int64)),
-        torch.from_numpy(values[:, 3:].copy()) if columns == max(_COLUMNS) else None,
+        torch.from_numpy(values[:, 3:].astype(np.float32)) if columns == max(_COLUMNS) else None,
     )

@@ -52,8 +52,10 @@ def draw_per_class(labels: Tensor, count: int, generator: torch.Generator) -> tu
     """Draws `count` random samples of every class in `labels` (n,), int64: the indices drawn, and the others.
 
     Raises:
-        ValueError: a class has fewer than `count` samples.
+        ValueError: `count` is below 1, or a class has fewer than `count` samples.
     """
+    if count < 1:
+        raise ValueError(f"count: got {count}, must be 1 or more")
     drawn = []
     for label in torch.unique(labels):
         members = torch.nonzero(labels == label).squeeze(1)

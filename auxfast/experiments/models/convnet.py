@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from auxfast.experiments.models.layers import Activation, Norm, block, convolution
+from auxfast.experiments.models.layers import Activation, Norm, block, convolution, make_classifier
 
 _BLOCKS = 4
 
@@ -44,9 +44,9 @@ class ConvNet(nn.Module):
             layers += block(convolution(inputs, width, bias=norm != "batch"), norm, activation)
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.blocks = nn.Sequential(*layers)
-        self.classifier = None if classes is None else nn.Linear(width, classes)
+        self.classifier = make_classifier(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x: Tensor = torch.mean(self.blocks(images), dim=(2, 3))
-        out: Tensor = x if self.classifier is None else self.classifier(x)
+        out: Tensor = self.classifier(x)
         return out

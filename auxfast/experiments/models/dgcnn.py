@@ -131,6 +131,7 @@ def _edges(x: Tensor, neighbours: int) -> Tensor:
     with torch.no_grad():
         rows = x.transpose(1, 2)
         nearest = torch.cdist(rows, rows).topk(neighbours, dim=2, largest=False).indices
-    near = x.gather(2, nearest.view(batch, 1, -1).expand(-1, channels, -1)).view(batch, channels, points, neighbours)
+    columns = nearest.flatten(1).unsqueeze(1).expand(-1, channels, -1)
+    near = x.gather(2, columns).view(batch, channels, points, neighbours)
     here = x.unsqueeze(3).expand_as(near)
     return torch.cat([near - here, here], dim=1)

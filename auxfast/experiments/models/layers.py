@@ -36,7 +36,9 @@ class _WeightNorm(nn.Module):
     """The weight `g v / |v|`, the norm taken over all axes but the first.
 
     Its parameters have the names that `torch.nn.utils.parametrizations.weight_norm` gives them, `original0` for g and
-    `original1` for v. That one takes `|v|` for a constant in its second derivatives, and so would every hypergradient.
+    `original1` for v. That one has the same values and gradients, but torch (2.13) takes the `|v|` in its gradients for
+    a constant when they are differentiated in v: Hessian-vector products are wrong, and `auxfast.hypergradient` refuses
+    such a network.
     """
 
     def forward(self, length: Tensor, direction: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ class _WeightNorm(nn.Module):
 
 
 def _row_norms(weight: Tensor) -> Tensor:
-    """(out, ...) to (out, 1, ...)"""
+    """The norm of each row: (out, ...) to (out, 1, ...)."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
     return norms
 
@@ -61,6 +63,11 @@ def make_activation(name: Activation) -> nn.Module:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]()
+
+
+def make_classifier(features: int, classes: int | None) -> nn.Module:
+    """A linear classifier of features; without `classes`, what gives the features themselves."""
+    return nn.Identity() if classes is None else nn.Linear(features, classes)
 
 
 def normalised(layer: Layer, norm: Norm) -> tuple[Layer, nn.Module]:

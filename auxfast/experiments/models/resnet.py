@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.models.layers import Activation, Norm, convolution, make_activation, normalised
+from auxfast.experiments.models.layers import (
+    Activation,
+    Norm,
+    convolution,
+    make_activation,
+    make_classifier,
+    normalised,
+)
 
-_COUNTER = "num_batches_tracked"  # of BatchNorm; files from before it was there load too
+_COUNTER = "num_batches_tracked"  # files from before BatchNorm had it load too
 
 
 class _BasicBlock(nn.Module):
@@ -39,7 +46,7 @@ class _PaddedShortcut(nn.Module):
     """Every second pixel, and channels of zeros around those that there are: He et al.'s option A, without parameters.
 
     Args:
-        added: the number of channels that are added; even.
+        added: the number of channels that are added, half of them before the others.
     """
 
     def __init__(self, added: int) -> None:
@@ -48,10 +55,6 @@ class _PaddedShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
-
-
-def _classifier(features: int, classes: int | None) -> nn.Module | None:
-    return None if classes is None else nn.Linear(features, classes)
 
 
 class ResNet18(nn.Module):
@@ -99,12 +102,12 @@ class ResNet18(nn.Module):
         self.layer2 = stage(width, 2 * width)
         self.layer3 = stage(2 * width, 4 * width)
         self.layer4 = stage(4 * width, 8 * width)
-        self.fc = _classifier(self.num_features, classes)
+        self.fc = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.act(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
-        out: Tensor = x if self.fc is None else self.fc(x)
+        out: Tensor = self.fc(x)
         return out
 
 
@@ -140,12 +143,12 @@ class ResNet8(nn.Module):
         self.layer1 = _BasicBlock(width, width, 1, None, norm, activation)
         self.layer2 = _BasicBlock(width, 2 * width, 2, _PaddedShortcut(width), norm, activation)
         self.layer3 = _BasicBlock(2 * width, 4 * width, 2, _PaddedShortcut(2 * width), norm, activation)
-        self.fc = _classifier(self.num_features, classes)
+        self.fc = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.act(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
-        out: Tensor = x if self.fc is None else self.fc(x)
+        out: Tensor = self.fc(x)
         return out
 
 
@@ -158,13 +161,14 @@ def load_resnet18(path: str | Path, classes: int | None = None) -> ResNet18:
         classes: as in the file; None for the features, without the file's classifier.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: the file is missing or cannot be read.
         ValueError: the file is damaged or holds something else than a state_dict; or the first tensor that is missing,
             unknown, of another shape, or not finite.
     """
+    content = Path(path).read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises depends on the byte that is wrong
         raise ValueError(f"{path}: not a file of tensors as torch.save writes it, or damaged: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the state_dict of a ResNet-18")
@@ -189,6 +193,7 @@ def _fitting(name: str, given: object, own: Tensor) -> Tensor:
     if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
         found, wanted = (f"shape {tuple(t.shape)}, {t.dtype}" for t in (given, own))
         raise ValueError(f"{name} has {found}, expected {wanted}")
-    if not bool(given.isfinite().all()):
+    values = given.to(own.dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(values.isfinite().all()):
         raise ValueError(f"{name} has entries that are not finite")
-    return given.to(own.dtype, copy=True, memory_format=torch.contiguous_format)
+    return values

@@ -8,17 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from auxfast.experiments.models.layers import Activation, Norm, block, check_size, convolution
-
-_CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each block of the encoder, as in VGG-16, and of the decoder
+from auxfast.experiments.models.vgg import CONVOLUTIONS
 
 
 class SegNet(nn.Module):
     """SegNet (Badrinarayanan et al., 2017) with split heads, as the "split" baseline of MTAN has it (Liu et al., 2019):
     (batch, in_channels, H, W) to a tuple of one (batch, outputs[i], H, W) a task.
 
-    The encoder is that of VGG-16. Each of its five poolings notes where the largest pixels were, and the decoder puts
-    its pixels back there. A task predicts by a 3x3 and a 1x1 convolution, with no activation in between. For 13, 1 and
-    3 outputs there are 25,055,185 parameters.
+    The encoder is that of VGG-16, and the decoder has its blocks in reverse. Each of the five poolings notes where the
+    largest pixels were, and the decoder puts its pixels back there. A task predicts by a 3x3 and a 1x1 convolution
+    without an activation in between. For 13, 1 and 3 outputs there are 25,055,185 parameters.
 
     H and W may be anything from 32. Where a block's height or width is odd, the last row or column takes no part in its
     pooling, and is 0 after the unpooling.
@@ -48,8 +47,8 @@ class SegNet(nn.Module):
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
-        if len(widths) != len(_CONVOLUTIONS):
-            raise ValueError(f"widths: got {list(widths)}, must be {len(_CONVOLUTIONS)}, one a block")
+        if len(widths) != len(CONVOLUTIONS):
+            raise ValueError(f"widths: got {list(widths)}, must be {len(CONVOLUTIONS)}, one a block")
 
         def convolutions(count: int, inputs: int, outputs: int) -> nn.Sequential:
             layers: list[nn.Module] = []
@@ -57,9 +56,9 @@ class SegNet(nn.Module):
                 layers += block(convolution(channels, outputs, bias=True), norm, activation)
             return nn.Sequential(*layers)
 
-        blocks = list(zip(_CONVOLUTIONS, [in_channels, *widths], widths, strict=False))
+        blocks = list(zip(CONVOLUTIONS, [in_channels, *widths], widths, strict=False))
         self.encoder = nn.ModuleList(convolutions(*sizes) for sizes in blocks)
-        blocks = list(zip(_CONVOLUTIONS, widths, [widths[0], *widths], strict=False))
+        blocks = list(zip(CONVOLUTIONS, widths, [widths[0], *widths], strict=False))
         self.decoder = nn.ModuleList(convolutions(*sizes) for sizes in reversed(blocks))
         self.unpool = nn.MaxUnpool2d(2)
         self.heads = nn.ModuleList(
@@ -68,7 +67,7 @@ class SegNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        check_size(images, 2 ** len(_CONVOLUTIONS))
+        check_size(images, 2 ** len(CONVOLUTIONS))
         x, pooled = images, []
         for convolutions in self.encoder:
             x = convolutions(x)

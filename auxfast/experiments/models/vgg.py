@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from auxfast.experiments.models.layers import Activation, Norm, block, check_size, convolution
+from auxfast.experiments.models.layers import Activation, Norm, block, check_size, convolution, make_classifier
 
-_CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each of the five blocks that end in pooling
-_WIDTHS = (1, 2, 4, 8, 8)  # of the blocks, in units of the first
+CONVOLUTIONS = (2, 2, 3, 3, 3)
+"""The number of convolutions in each of the five blocks that end in pooling."""
+
+_WIDTHS = (1, 2, 4, 8, 8)  # each block's channels are so many times those of the first
 
 
 class VGG16(nn.Module):
@@ -43,16 +45,16 @@ class VGG16(nn.Module):
         self.num_features = 8 * width
         layers: list[nn.Module] = []
         inputs = in_channels
-        for count, factor in zip(_CONVOLUTIONS, _WIDTHS, strict=True):
+        for count, factor in zip(CONVOLUTIONS, _WIDTHS, strict=True):
             for _ in range(count):
                 layers += block(convolution(inputs, factor * width, bias=True), norm, activation)
                 inputs = factor * width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.classifier = None if classes is None else nn.Linear(self.num_features, classes)
+        self.classifier = make_classifier(self.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_size(images, 2 ** len(_CONVOLUTIONS))
+        check_size(images, 2 ** len(CONVOLUTIONS))
         x: Tensor = torch.mean(self.features(images), dim=(2, 3))
-        out: Tensor = x if self.classifier is None else self.classifier(x)
+        out: Tensor = self.classifier(x)
         return out

@@ -56,6 +56,31 @@ def test_an_empty_folder_is_no_copy(tmp_path, capsys, name):
     assert str(tmp_path) in capsys.readouterr().err
 
 
+_NO_FILE = Path("/proc/self/mem")  # of Linux; reading its first byte is an error, for the administrator too
+
+
+@pytest.mark.skipif(not _NO_FILE.is_file(), reason="there is no file that cannot be read")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "data_batch_1"),
+        ("svhn", "test_32x32.mat"),
+        ("pets", "annotations/test.txt"),
+        ("pets", "images/beagle_1.jpg"),
+        ("cub", "images.txt"),
+        ("cub", "train_test_split.txt"),
+        ("nyuv2", "val/label/0.npy"),
+        ("shapenet-part", "train_test_split/shuffled_val_file_list.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, name, file):
+    path = WRITERS[name](tmp_path) / file
+    path.unlink()
+    path.symlink_to(_NO_FILE)
+    assert main(["data", "check", name, str(tmp_path)]) == 1
+    assert f"{path}: " in capsys.readouterr().err
+
+
 def test_numbers_are_said_beside_the_official_ones(tmp_path):
     folder = fixtures.write_cifar10(tmp_path, 3, 2)
     found = check_images(load_cifar10, folder, training=30, test=20, classes=10)

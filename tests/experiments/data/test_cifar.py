@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import re
+import struct
 from collections import OrderedDict
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 
 from auxfast.experiments.data.cifar import load_cifar10, load_cifar100
 from auxfast.experiments.data.files import DatasetError
-from tests.experiments.data.fixtures import CIFAR10_NAMES, write_cifar10, write_cifar100, write_python2_pickle
+from tests.experiments.data.fixtures import (
+    CIFAR10_NAMES,
+    python2_opcodes,
+    write_cifar10,
+    write_cifar100,
+    write_python2_pickle,
+)
 
 
 def unrestricted(path):
@@ -182,3 +189,32 @@ def test_a_missing_file_and_a_wrong_folder_are_named(tmp_path):
         load_cifar100(tmp_path)
     with pytest.raises(DatasetError, match="no such folder, expected one with CIFAR-10"):
         load_cifar10(tmp_path / "elsewhere")
+
+
+def _with_array(array, labels=b"](K\x00e"):
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + labels + b"u."
+
+
+_ARRAY = python2_opcodes(np.zeros((1, 3072), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"\x80\x02}r\x00\x00\x00\x08.", "object 134217728 in 9 bytes"),  # Python would make room for 2 GB
+        (b"}p99999999\n.", "object 99999999 in 12 bytes"),
+        (_with_array(_ARRAY.replace(b"J\x01\x00\x00\x00", b"U\x02ab")), r"data of shape \('ab', 3072\), expected"),
+        (_with_array(b"cnumpy\nndarray\n)\x81"), "1 labels and 0 images"),  # an object that is not initialised
+        (_with_array(_ARRAY, b"]" + b"](" * 9_999 + b"e" * 9_999 + b"a"), r"label \[\[.*\.\.\.\]*\.* at 0"),
+        (
+            _with_array(_ARRAY, b"]\x8b" + struct.pack("<i", 9_999) + b"\x7f" * 9_999 + b"a"),
+            "label .{1,200} at 0, expected",
+        ),
+        (_with_array(_ARRAY, b"]" + python2_opcodes("x" * 99_999) + b"a"), "label 'x{40,60}\\.\\.\\.x{40,60}' at 0"),
+    ],
+)
+def test_a_pickle_can_fill_neither_the_memory_nor_the_screen(tmp_path, opcodes, message):
+    path = write_cifar10(tmp_path, 1, 1) / "test_batch"
+    path.write_bytes(opcodes)
+    with pytest.raises(DatasetError, match=rf"^{path}: {message}"):
+        load_cifar10(tmp_path)

@@ -101,11 +101,11 @@ def test_a_copy_that_is_not_whole_is_refused_with_the_file(tmp_path, change, mes
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("label_7", lambda a: a + 1, r"label_7/0\.npy: 7.0 at .*, expected whole numbers from -1 to 6"),
+        ("label_7", lambda a: a + 1, r"label_7/0\.npy: 7 at .*, expected whole numbers from -1 to 6"),
         (
             "label_19",
             lambda a: np.where(a < 0, 255, a),
-            r"label_19/0\.npy: 255.0 at .*, expected whole numbers from -1",
+            r"label_19/0\.npy: 255 at .*, expected whole numbers from -1",
         ),
         ("depth", lambda a: a * 65535, r"depth/0\.npy: .* at .*, expected finite numbers from 0 to 1"),
         ("depth", lambda a: a - 0.1, r"depth/0\.npy: -.* at .*, expected finite numbers from 0 to 1"),

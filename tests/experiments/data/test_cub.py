@@ -100,8 +100,10 @@ def _repeat_a_row(home):
         (_replace("image_class_labels.txt", "4 2", "4 x"), r"labels\.txt: .*row 3.*expected 2 whole numbers a line"),
         (
             lambda home: (home / "train_test_split.txt").write_text(""),
-            r"train_test_split\.txt: 0 bytes, expected 2 whole",
+            r"train_test_split\.txt: no numbers, expected 2 whole numbers a line",
         ),
+        (lambda home: (home / ATTRIBUTE_FILE).write_text("\n\n"), r"labels\.txt: no numbers, expected 4 whole numbers"),
+        (_replace("image_class_labels.txt", "4 2", "4 1.5"), r"labels\.txt: 1\.5 at \(3,\), expected whole numbers"),
         (_replace("../attributes.txt", "312 has_trait::value_312\n", ""), r"attributes\.txt: 311 lines, expected 312"),
         (
             _replace(ATTRIBUTE_FILE, "1 3 1 ", "1 3 2 "),
@@ -119,6 +121,16 @@ def test_a_copy_that_is_not_as_known_is_refused_with_the_file(home, change, mess
     change(home)
     with pytest.raises(DatasetError, match=message):
         load_cub(home)
+
+
+def test_a_copy_that_an_editor_has_saved_under_windows_is_read(home):
+    before = load_cub(home)
+    for path in (*home.glob("*.txt"), *home.glob("*/*.txt"), *home.parent.glob("*.txt")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    after = load_cub(home)
+    assert after.class_names == before.class_names
+    assert after.attribute_names == before.attribute_names
+    assert torch.equal(after.attributes, before.attributes)
 
 
 def test_a_copy_without_a_test_part_is_refused(home):

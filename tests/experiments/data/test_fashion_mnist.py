@@ -67,7 +67,7 @@ def test_the_real_pictures_are_told_apart_by_their_brightness():
     [
         ("train-images-idx3-ubyte", struct.pack(">4I", 0x0803, 100, 28, 28), r"header 0000080300000064.*, expected 0"),
         ("train-images-idx3-ubyte", struct.pack(">4I", 0x0D03, 60_000, 28, 28), "header 00000d03.*, expected 00000803"),
-        ("t10k-labels-idx1-ubyte", struct.pack(">2I", 0x0801, 10_000) + bytes(99), "99 bytes after the header, expec"),
+        ("t10k-labels-idx1-ubyte", struct.pack(">2I", 0x0801, 10_000) + bytes(99), r"107 bytes, expected 10008 for"),
         ("t10k-labels-idx1-ubyte", b"", "header , expected 00000801"),
     ],
 )
@@ -93,8 +93,18 @@ def test_a_truncated_gzip_file_is_refused(linked):
     path = linked / f"{path.name}.gz"
     for damaged in (content[:-100], b"no gzip", content[:50] + bytes(50) + content[100:]):
         path.write_bytes(damaged)
-        with pytest.raises(DatasetError, match=rf"^{path}: .*expected a whole gzip file"):
+        with pytest.raises(DatasetError, match=rf"^{path}: .*expected a whole file"):
             load_fashion_mnist(linked)
+
+
+def test_a_compressed_file_that_holds_too_much_is_not_unpacked(linked):
+    path = linked / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.unlink()
+    path = linked / f"{path.name}.gz"
+    path.write_bytes(gzip.compress(content) + gzip.compress(bytes(1_000_000)) + b"never read")
+    with pytest.raises(DatasetError, match=rf"^{path}: more bytes, expected 10008 for shape \(10000,\)"):
+        load_fashion_mnist(linked)
 
 
 def test_a_missing_file_is_named_with_where_to_get_it(linked):

@@ -37,6 +37,12 @@ def test_an_image_is_decoded_once(tmp_path):
     assert torch.equal(images[torch.tensor([0, 0])], first.expand(2, -1, -1, -1))
 
 
+@pytest.mark.parametrize("rows", [torch.tensor([True, False]), torch.tensor(1), torch.tensor([[0]])])
+def test_rows_that_are_a_mask_or_of_another_shape_are_refused(tmp_path, rows):
+    with pytest.raises(ValueError, match=r"rows: got shape .*; must be \(k,\), torch.int64"):
+        ImageFiles([photograph(tmp_path / f"{k}.jpg") for k in range(2)])[rows]
+
+
 def test_the_aspect_ratio_is_not_kept(tmp_path):
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 20:] = 255

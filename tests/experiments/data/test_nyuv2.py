@@ -85,6 +85,11 @@ def _truncate(folder):
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def _without_brace(folder):
+    path = folder / "val/depth/0.npy"
+    path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
+
+
 def _archive(folder):
     with (folder / "val/depth/0.npy").open("wb") as file:
         np.savez(file, depth=np.zeros(3))
@@ -107,6 +112,7 @@ def _archive(folder):
             r"val/depth/0\.npy: .*, expected a whole \.npy file",
         ),
         (lambda folder: (folder / "val/depth/0.npy").write_text("0.5 0.5"), r"val/depth/0\.npy: .*, expected a whole"),
+        (_without_brace, r"val/depth/0\.npy: .*, expected a whole \.npy file"),
         (_archive, r"val/depth/0\.npy: an archive, expected an array of"),
         (_save("val/depth/0.npy", lambda a: a > 1), r"val/depth/0\.npy: bool, expected an array of whole or floating"),
         (
@@ -146,7 +152,7 @@ def _with(value):
     ("name", "change", "message"),
     [
         ("image", lambda a: a * 255, r"image/0\.npy: .* at \(0, 0, .\), expected finite numbers from -0\.1 to 1\.1"),
-        ("label", _with(13), r"label/0\.npy: 13.0 at \(2, 3\), expected whole numbers from -1 to 12"),
+        ("label", _with(13), r"label/0\.npy: 13 at \(2, 3\), expected whole numbers from -1 to 12"),
         ("label", _with(0.5), r"label/0\.npy: 0.5 at \(2, 3\), expected whole numbers"),
         ("depth", _with(np.nan), r"depth/0\.npy: nan at \(2, 3, 0\), expected finite numbers from 0 to 100"),
         ("depth", lambda a: a * 1000, r"depth/0\.npy: .*, expected finite numbers from 0 to 100"),

@@ -83,7 +83,7 @@ def _with(value, *index):
     [
         ({"data": lambda a: a[:400]}, r"diabetes features: shape \(400, 10\), expected \(442, 10\)"),
         ({"data": _with(np.nan, 3, 2)}, r"diabetes features: nan at \(3, 2\), expected finite numbers"),
-        ({"target": _with(-1.0, 7)}, r"diabetes target: -1.0 at \(7,\), expected finite numbers from 25 to 346"),
+        ({"target": _with(-1.0, 7)}, r"diabetes target: -1 at \(7,\), expected finite numbers from 25 to 346"),
         ({"target": lambda a: a.astype(str)}, "diabetes target: dtype <U.*, expected numbers"),
         ({"feature_names": lambda names: names[::-1]}, r"diabetes features: \['s6'.*expected \['age'"),
     ],
@@ -98,8 +98,8 @@ def test_diabetes_that_is_not_as_known_is_refused(monkeypatch, changes, message)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": _with(17.0, 0, 5)}, r"digits images: 17.0 at \(0, 5\), expected whole numbers from 0 to 16"),
-        ({"target": _with(10, 1)}, r"digits labels: 10.0 at \(1,\), expected whole numbers from 0 to 9"),
+        ({"data": _with(17.0, 0, 5)}, r"digits images: 17 at \(0, 5\), expected whole numbers from 0 to 16"),
+        ({"target": _with(10, 1)}, r"digits labels: 10 at \(1,\), expected whole numbers from 0 to 9"),
         ({"target": _with(0.5, 1)}, r"digits labels: 0.5 at \(1,\), expected whole numbers"),
         ({"target": lambda a: a[:-1]}, r"digits labels: shape \(1796,\), expected \(1797,\)"),
     ],
@@ -113,11 +113,11 @@ def test_digits_that_are_not_as_known_are_refused(monkeypatch, changes, message)
 @pytest.mark.parametrize(
     ("load", "changes", "message"),
     [
-        (load_breast_cancer, {"data": _with(-1.0, 0, 5)}, r"breast cancer features: -1.0 at \(0, 5\), expected finite"),
-        (load_breast_cancer, {"target": _with(2, 1)}, r"breast cancer labels: 2.0 at \(1,\), expected whole numbers"),
+        (load_breast_cancer, {"data": _with(-1.0, 0, 5)}, r"breast cancer features: -1 at \(0, 5\), expected finite"),
+        (load_breast_cancer, {"target": _with(2, 1)}, r"breast cancer labels: 2 at \(1,\), expected whole numbers"),
         (load_breast_cancer, {"feature_names": lambda names: names[::-1]}, r"breast cancer features: \['worst fractal"),
         (load_wine, {"data": lambda a: a[:, 1:]}, r"wine features: shape \(178, 12\), expected \(178, 13\)"),
-        (load_wine, {"target": _with(3, 1)}, r"wine labels: 3.0 at \(1,\), expected whole numbers from 0 to 2"),
+        (load_wine, {"target": _with(3, 1)}, r"wine labels: 3 at \(1,\), expected whole numbers from 0 to 2"),
     ],
 )
 def test_other_data_that_are_not_as_known_are_refused(monkeypatch, load, changes, message):

@@ -121,7 +121,7 @@ def _with(value, *index):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_with(4, 1, 6), r"train0\.txt, parts of Airplane: 4.0 at \(1,\), expected whole numbers from 0 to 3"),
+        (_with(4, 1, 6), r"train0\.txt, parts of Airplane: 4 at \(1,\), expected whole numbers from 0 to 3"),
         (_with(0.5, 1, 6), r"train0\.txt, parts of Airplane: 0.5 at \(1,\), expected whole numbers"),
         (_with(np.nan, 2, 1), r"train0\.txt: nan at \(2, 1\), expected finite numbers from -10 to 10"),
         (lambda table: table[:, :6], r"train0\.txt: 6 numbers a line, expected 4 or 7"),
@@ -140,7 +140,7 @@ def test_a_shape_that_is_not_as_known_is_refused_with_its_file(broken, change, m
     [
         (lambda text: text[: text.rindex(" ")], r"train0\.txt: .*row 12.*; expected 4 or 7 numbers a line"),
         (lambda text: text.replace("0", "zero", 1), r"train0\.txt: .*zero.*; expected 4 or 7 numbers a line"),
-        (lambda text: "", r"train0\.txt: 0 bytes, expected a line a point"),
+        (lambda text: "\n\n", r"train0\.txt: no numbers, expected 4 or 7 numbers a line"),
     ],
 )
 def test_a_shape_that_is_cut_off_is_refused_with_its_file(broken, cut, message):
@@ -149,6 +149,13 @@ def test_a_shape_that_is_cut_off_is_refused_with_its_file(broken, cut, message):
     data = load_shapenet_part(broken)
     with pytest.raises(DatasetError, match=message):
         data.shape(data.files.index(file))
+
+
+def test_a_list_of_lists_without_end_is_refused(broken):
+    path = broken / "train_test_split/shuffled_val_file_list.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match=rf"^{path}: .*, expected a list in JSON"):
+        load_shapenet_part(broken)
 
 
 def test_the_check_compares_with_the_official_numbers(broken, monkeypatch):

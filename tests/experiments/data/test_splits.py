@@ -69,6 +69,8 @@ def test_draw_per_class_draws_so_many_of_each_and_returns_the_others():
 def test_draw_per_class_names_the_class_that_is_too_small():
     with pytest.raises(ValueError, match="count: got 3, but class 7 has only 2 samples"):
         draw_per_class(torch.tensor([5, 5, 5, 7, 7]), 3, _generator())
+    with pytest.raises(ValueError, match="count: got -1, must be 1 or more"):
+        draw_per_class(torch.tensor([5, 5, 5, 7, 7]), -1, _generator())
 
 
 def test_a_large_auxiliary_set_is_warned_of_and_a_small_one_is_not():

@@ -36,6 +36,10 @@ def test_predictions_move_with_the_points_and_the_order_of_points_does_not_matte
     torch.testing.assert_close(model(points[:, :, order]), model(points)[:, :, order])
 
 
+def test_a_batch_may_be_empty():
+    assert _small(3).eval()(torch.empty(0, 3, 9)).shape == (0, 3, 9)
+
+
 def test_both_heads_share_the_features():
     model = _small(3, 5)
     outputs = model(torch.randn(2, 3, 10))
