@@ -11,6 +11,7 @@ from typing import Any
 
 from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
+from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.registry import by_experiment, get_experiment, refuse_shipped_name, titles
 from auxfast.experiments.report.export import write_csv, write_latex
 from auxfast.experiments.report.notes import NoteTaker, notes
@@ -89,7 +90,8 @@ def plan_runs(
 
     Raises:
         ValueError: there is no such method, setting or entry of the configuration, and says which there are; the
-            experiment has the name of a shipped one; or its task is not what a task must be.
+            experiment has the name of a shipped one; or its task is not what a task must be. A DatasetError is one:
+            its data are not there.
         MissingExtraError: the experiment's package, cattrs or tqdm is not installed.
         RunError: there is no such device.
     """
@@ -136,6 +138,10 @@ def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
             check_method(method, plan.config, len(task.loss_names))
     except TypeError as error:
         raise ValueError(str(error)) from error
+    except ValueError as error:
+        if isinstance(error.__cause__, DatasetError):  # it says what is missing; where the task failed is no news
+            raise error.__cause__ from None
+        raise
     names = tuple(task.loss_names)
     if expected and names != tuple(expected):
         raise ValueError(f"task.loss_names: got {names}, must be the experiment's, {tuple(expected)}")
