@@ -53,8 +53,8 @@ def load_copy(name: str, folder: str) -> Any:
         return data_set.load(Path(folder))
     except DatasetError as error:
         raise DatasetError(
-            f"{error}; {data_set.title} is to be had at {data_set.address}. --set task.folder=PATH says where a copy is, "
-            f"and `auxfast data check {name} PATH` whether it is complete"
+            f"{error}; {data_set.title} is to be had at {data_set.address}. --set task.folder=PATH says where a copy "
+            f"is, and `auxfast data check {name} PATH` whether it is complete"
         ) from error
 
 
