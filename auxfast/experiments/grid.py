@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -130,7 +131,8 @@ def _combinations(comparison: Comparison, method: Method) -> Iterator[dict[str, 
 
 def _folder(out: Path, changes: Mapping[str, Any]) -> Path:
     """The folder of a combination's runs, whose name says the values."""
-    return out.with_name(f"{out.name}-grid") / re.sub(r"[^A-Za-z0-9._=,-]+", "-", _words(changes, "=", ","))
+    whole = Path(os.path.abspath(out))  # a relative one may have no name of its own: "." or ".."
+    return whole.with_name(f"{whole.name}-grid") / re.sub(r"[^A-Za-z0-9._=,-]+", "-", _words(changes, "=", ","))
 
 
 def _words(changes: Mapping[str, Any], between: str = " = ", after: str = ", ") -> str:

@@ -259,8 +259,8 @@ def scene_config(options: SceneOptions, *, epochs: int, training: int, weight_de
     so small that the terms are about equal (to within 1e-4 times the curvature): `Identity(scale=4)` stands for them.
 
     Two things differ from that code. Its outer loss is of two scenes of the auxiliary set, by chance, and here of all,
-    which takes more memory. And its linear and nonlinear combiners see the mean losses of an image, where those of
-    auxfast see each pixel as a sample.
+    which takes more memory: 0.6 GB a scene of NYUv2, 10 GB for its auxiliary set. And its linear and nonlinear
+    combiners see the mean losses of an image, where those of auxfast see each pixel as a sample.
     """
     epoch = math.ceil(training / _BATCH)
     return RunConfig(
