@@ -20,7 +20,7 @@ from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.losses import Loss
 from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
-from auxfast.nn import Combiner
+from auxfast.nn import Combiner, LabelGenerator
 from auxfast.nn.combiner_base import combiners_of, unprojected
 from auxfast.solvers import DEFAULT_SOLVER, Identity
 from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
@@ -157,9 +157,17 @@ class HyperOptimizer:
         self._accumulated = _Accumulated()
 
     @classmethod
-    def recommended(cls, combiner: Combiner, *, lr: float = 0.1, **settings: Any) -> HyperOptimizer:
-        """The optimizer to begin with for a combiner of losses: it needs no tuning on the tasks that it was tried on
-        (docs/outer-loop.md), and takes the same settings for every combiner.
+    def recommended(
+        cls,
+        combiner: Combiner | None = None,
+        *,
+        generator: LabelGenerator | None = None,
+        lr: float = 0.1,
+        generator_lr: float = 1e-3,
+        **settings: Any,
+    ) -> HyperOptimizer:
+        """The optimizer to begin with for a combiner of losses, a generator of labels, or both: for combiners it needs
+        no tuning on the tasks that it was tried on (docs/outer-loop.md), and takes the same settings for every one.
 
         It keeps the total of the weights, and makes `phi` of a monotone combiner, in place, the logarithms of the
         weights (`Combiner.positive_`), so that none is lost for good; the combined loss stays as it is. The steps are
@@ -168,29 +176,41 @@ class HyperOptimizer:
 
         Args:
             combiner: one that has not been trained yet, on its device.
+            generator: a label generator, on its device.
             lr: relative change of a weight in one step, at most about.
+            generator_lr: learning rate of the generator's parameters.
             settings: further arguments of `HyperOptimizer`, such as `solver`.
 
         Raises:
-            TypeError: `combiner` is none; or see `HyperOptimizer`.
+            TypeError: `combiner` is none, `generator` is none, or neither is given; or see `HyperOptimizer`.
             ValueError: all weights of a monotone combiner are 0, and would stay so, since their total is kept; or see
                 `HyperOptimizer`.
         """
-        if not isinstance(combiner, Combiner):
-            raise TypeError(
-                f"combiner must be one of auxfast.nn, not a {type(combiner).__name__}: for other outer parameters make "
-                "HyperOptimizer(torch_optimizer, ...)"
-            )
+        for name, module, kind in (("combiner", combiner, Combiner), ("generator", generator, LabelGenerator)):
+            if module is not None and not isinstance(module, kind):
+                raise TypeError(
+                    f"{name} must be one of auxfast.nn, not a {type(module).__name__}: for other outer parameters make "
+                    "HyperOptimizer(torch_optimizer, ...)"
+                )
+        if combiner is None and generator is None:
+            raise TypeError("recommended takes a combiner, a generator, or both, and got neither")
         check_positive("lr", lr)
-        if combiner.monotone:
+        check_positive("generator_lr", generator_lr)
+        groups: list[dict[str, Any]] = []
+        if combiner is not None:
+            groups.append({"params": list(combiner.parameters())})
+        if generator is not None:
+            groups.append({"params": list(generator.parameters()), "lr": generator_lr})
+        if combiner is not None and combiner.monotone:
             if combiner.positive == "clip" and settings.get("keep_total", True) and not combiner.phi.any():
                 raise ValueError(
                     "combiner must start with weights above 0, for their total is kept: give it an init_value above 0, "
                     "or pass keep_total=False"
                 )
             combiner.positive_("exp")
-        optimizer = torch.optim.Adam(combiner.parameters(), lr=lr, betas=_BETAS)
-        return cls(optimizer, **{"solver": Identity(), "keep_total": True, "project": [combiner], **settings})
+        optimizer = torch.optim.Adam(groups, lr=lr, betas=_BETAS)
+        project = [] if combiner is None else [combiner]
+        return cls(optimizer, **{"solver": Identity(), "keep_total": True, "project": project, **settings})
 
     def step(
         self,

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import auxfast
-from auxfast.nn import ConvCombiner, DeepLinearCombiner, LinearCombiner, NonlinearCombiner, PolynomialCombiner
+from auxfast.nn import (
+    ConvCombiner,
+    DeepLinearCombiner,
+    LabelGenerator,
+    LinearCombiner,
+    NonlinearCombiner,
+    PolynomialCombiner,
+)
 
 COMBINERS = {
     "linear": lambda: LinearCombiner(3),
@@ -150,7 +157,23 @@ def test_a_limit_that_is_none_is_refused(given):
         auxfast.HyperOptimizer(optimizer, max_weight_change=given, warn=False)
 
 
+def test_labels_and_a_combiner_are_learned_together_with_learning_rates_of_their_own():
+    combiner, generator = NonlinearCombiner(2), LabelGenerator(torch.nn.Linear(3, 4), (2, 2))
+    outer = auxfast.HyperOptimizer.recommended(combiner, generator=generator, generator_lr=0.02)
+    first, second = outer.optimizer.param_groups
+    assert (first["params"], first["lr"]) == (list(combiner.parameters()), 0.1)
+    assert (second["params"], second["lr"]) == (list(generator.parameters()), 0.02)
+    assert combiner.positive == "exp"
+    alone = auxfast.HyperOptimizer.recommended(generator=generator)
+    assert len(alone.optimizer.param_groups) == 1
+    assert not alone.project
+
+
 def test_only_a_combiner_has_a_recommended_optimizer():
+    with pytest.raises(TypeError, match="a combiner, a generator, or both, and got neither"):
+        auxfast.HyperOptimizer.recommended()
+    with pytest.raises(TypeError, match=r"generator must be one of auxfast\.nn, not a Linear"):
+        auxfast.HyperOptimizer.recommended(generator=torch.nn.Linear(2, 1))
     with pytest.raises(TypeError, match=r"combiner must be one of auxfast\.nn, not a Linear"):
         auxfast.HyperOptimizer.recommended(torch.nn.Linear(2, 1))
     with pytest.raises(ValueError, match="lr"):
