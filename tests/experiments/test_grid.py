@@ -94,6 +94,13 @@ def test_what_was_asked_for_is_not_searched():
     assert {plan.config.task.features for candidate in candidates for plan in candidate.plans} == {4}
 
 
+def test_the_search_has_a_folder_beside_the_working_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    comparison = plan_runs(EXPERIMENT, methods=["stl"], settings=[""], seeds=[0], out=Path("."))
+    ((first, _),) = grid.plan_search(comparison, [1000]).values()
+    assert first.plans[0].out == tmp_path.with_name(f"{tmp_path.name}-grid") / "task.features=3"
+
+
 def test_a_method_that_diverges_with_a_value_is_not_trained_with_it(train, tmp_path, capsys, monkeypatch):
     lrs = (Axis("train.inner_optimizer.lr", (1e30, 0.01)),)
     monkeypatch.setitem(EXPERIMENTS, "noisy", replace(EXPERIMENT, grid=lrs))
