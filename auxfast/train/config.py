@@ -143,6 +143,11 @@ class CombinerConfig:
     def __post_init__(self) -> None:
         _check_number("combiner.initial_weight", self.initial_weight)
         _check_number("combiner.weight_decay", self.weight_decay)
+        if self.weight_decay and self.positive == "exp":
+            raise ValueError(
+                f"combiner.weight_decay: got {self.weight_decay}, must be 0 with combiner.positive = 'exp': decay of "
+                "logarithms would draw the weights to 1; take 'clip'"
+            )
         _check_count("combiner.degree", self.degree)
         if self.positive not in get_args(Positive):
             allowed = " or ".join(map(repr, get_args(Positive)))

@@ -55,7 +55,14 @@ def test_what_is_out_of_range_is_refused_by_name(name, value, allowed):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hidden", ()), ("channels", (4, 0)), ("degree", 0), ("initial_weight", -1.0), ("positive", "log")],
+    [
+        ("hidden", ()),
+        ("channels", (4, 0)),
+        ("degree", 0),
+        ("initial_weight", -1.0),
+        ("positive", "log"),
+        ("weight_decay", 0.1),
+    ],
 )
 def test_combiners_that_cannot_be_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"combiner\.{name}: got .*, must be"):
