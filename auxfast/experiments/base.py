@@ -46,6 +46,11 @@ class Axis(NamedTuple):
     values: tuple[Any, ...]
     families: tuple[str, ...] = ()
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The key, and the entries that change with it: those that keep a run as long, whatever its inner steps."""
+        return (self.key, *(("train.outer_steps", "train.patience") if self.key == "train.inner_steps" else ()))
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -11,6 +11,7 @@ from typing import Any
 
 from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
+from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.registry import by_experiment, get_experiment, refuse_shipped_name, titles
 from auxfast.experiments.report.export import write_csv, write_latex
 from auxfast.experiments.report.notes import NoteTaker, notes
@@ -89,7 +90,8 @@ def plan_runs(
 
     Raises:
         ValueError: there is no such method, setting or entry of the configuration, and says which there are; the
-            experiment has the name of a shipped one; or its task is not what a task must be.
+            experiment has the name of a shipped one; or its task is not what a task must be. A DatasetError is one:
+            its data are not there.
         MissingExtraError: the experiment's package, cattrs or tqdm is not installed.
         RunError: there is no such device.
     """
@@ -136,6 +138,10 @@ def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
             check_method(method, plan.config, len(task.loss_names))
     except TypeError as error:
         raise ValueError(str(error)) from error
+    except ValueError as error:
+        if isinstance(error.__cause__, DatasetError):  # it says what is missing; where the task failed is no news
+            raise error.__cause__ from None
+        raise
     names = tuple(task.loss_names)
     if expected and names != tuple(expected):
         raise ValueError(f"task.loss_names: got {names}, must be the experiment's, {tuple(expected)}")
@@ -217,8 +223,12 @@ def _toml() -> Any:
     return import_extra(module, module)
 
 
-def train_all(comparison: Comparison) -> list[Run]:
-    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run."""
+def train_all(comparison: Comparison, *, tell: bool = True) -> list[Run]:
+    """Makes the runs, with a progress bar; where nobody watches it, with a line for each run.
+
+    Args:
+        tell: whether there are such lines, which say the test score.
+    """
     plans, names = comparison.plans, comparison.experiment.loss_names
     tqdm = import_extra("tqdm", "tqdm").tqdm
     check_plans(plans, resume=comparison.resume)
@@ -238,7 +248,7 @@ def train_all(comparison: Comparison) -> list[Run]:
             runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
-            if bar.disable or notes(runs[-1]):
+            if tell and (bar.disable or notes(runs[-1])):
                 bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,10 +45,17 @@ def search(comparison: Comparison, seeds: Sequence[int]) -> Comparison:
     searched = [plan for own in candidates.values() for candidate in own for plan in candidate.plans]
     check_plans(searched, resume=comparison.resume)
     print(f"grid: {len(searched)} runs from seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", flush=True)
-    chosen = {}
+    chosen, trained, total = {}, 0, sum(len(own) for own in candidates.values() if len(own) > 1)
     for (setting, method), own in candidates.items():
-        scores = [_validation_score(comparison, candidate) for candidate in own] if len(own) > 1 else [0.0]
         title = ", ".join(filter(None, (setting, method.name)))
+        scores = [0.0]
+        if len(own) > 1:
+            scores = []
+            for candidate in own:
+                scores.append(_validation_score(comparison, candidate))
+                trained += 1
+                words = f"{_words(candidate.changes)}: validation score {scores[-1]:.4g}"
+                print(f"grid: [{trained}/{total}] {title}, {words}", flush=True)
         if not any(math.isfinite(score) for score in scores):
             raise RunError(f"grid: training diverged with all of the {len(own)} combinations for {title}")
         best = max(range(len(own)), key=lambda index: scores[index])
@@ -123,7 +131,8 @@ def _combinations(comparison: Comparison, method: Method) -> Iterator[dict[str, 
 
 def _folder(out: Path, changes: Mapping[str, Any]) -> Path:
     """The folder of a combination's runs, whose name says the values."""
-    return out.with_name(f"{out.name}-grid") / re.sub(r"[^A-Za-z0-9._=,-]+", "-", _words(changes, "=", ","))
+    whole = Path(os.path.abspath(out))  # a relative one may have no name of its own: "." or ".."
+    return whole.with_name(f"{whole.name}-grid") / re.sub(r"[^A-Za-z0-9._=,-]+", "-", _words(changes, "=", ","))
 
 
 def _words(changes: Mapping[str, Any], between: str = " = ", after: str = ", ") -> str:
@@ -138,9 +147,9 @@ def _planned(experiment: Experiment, plan: RunPlan, config: RunConfig) -> RunPla
 def _validation_score(comparison: Comparison, candidate: Candidate) -> float:
     """The mean validation score of a combination's runs; minus infinity if training diverged."""
     try:
-        runs = train_all(replace(comparison, plans=candidate.plans))
+        runs = train_all(replace(comparison, plans=candidate.plans), tell=False)
     except DivergedError as error:
-        print(f"grid: {_words(candidate.changes)}: {error}", flush=True)
+        print(f"grid: {error}", flush=True)
         return -math.inf
     scores = [run.result.validation_score for run in runs if run.result is not None]
     return -math.inf if any(map(math.isnan, scores)) else fmean(scores)

@@ -204,7 +204,8 @@ class Trainer:
         outer_loss, stats, outer_seconds = None, None, 0.0
         if learns:
             start = time.perf_counter()
-            batch, training_loss, outer_loss = self._bilevel_losses()
+            with preserved_state():  # BatchNorm's statistics, which scores depend on, are those of the inner steps
+                batch, training_loss, outer_loss = self._bilevel_losses()
             outer_seconds = self._seconds_since(start)
         self._check_finite("training", training_loss)
         self._check_finite("outer", outer_loss)
@@ -223,7 +224,8 @@ class Trainer:
         elif self.maxl is not None:
             assert self.outer is not None
             start, before = time.perf_counter(), self.outer.skipped_steps
-            outer_loss = self._maxl_steps(self.maxl)
+            with preserved_state():
+                outer_loss = self._maxl_steps(self.maxl)
             outer_seconds = self._seconds_since(start)
             skipped = self.outer.skipped_steps > before
             self._check_finite("outer", outer_loss)

@@ -48,8 +48,10 @@ def train(tmp_path, monkeypatch):
 
 def test_each_method_is_trained_with_what_validation_chose(train, tmp_path, capsys):
     assert train("--method", "stl,linear,linear-frozen", "--seeds", "0", "--grid") == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert "grid: 6 runs from seed 1000" in printed
+    assert "grid: [2/6] stl, task.features = 6: validation score 6" in printed
+    assert "score -3" not in told  # the test score of what was not chosen
     assert "grid: stl: task.features = 6 (validation score 6, best of 2)" in printed
     assert "grid: linear: task.features = 6, train.outer_optimizer.lr = 0.1 (validation score 6, best of 4)" in printed
     runs = find_runs([tmp_path / "out"])
@@ -62,11 +64,11 @@ def test_each_method_is_trained_with_what_validation_chose(train, tmp_path, caps
 def test_an_interrupted_search_goes_on_with_resume(train, tmp_path, capsys, monkeypatch):
     calls = []
 
-    def interrupted(comparison, run=grid.train_all):
+    def interrupted(comparison, run=grid.train_all, **options):
         calls.append(comparison)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(comparison)
+        return run(comparison, **options)
 
     monkeypatch.setattr(grid, "train_all", interrupted)
     assert train("--method", "stl", "--seeds", "0", "--grid", "7") == 130
@@ -90,6 +92,13 @@ def test_what_was_asked_for_is_not_searched():
         {"train.outer_optimizer.lr": 0.01},
     ]
     assert {plan.config.task.features for candidate in candidates for plan in candidate.plans} == {4}
+
+
+def test_the_search_has_a_folder_beside_the_working_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    comparison = plan_runs(EXPERIMENT, methods=["stl"], settings=[""], seeds=[0], out=Path("."))
+    ((first, _),) = grid.plan_search(comparison, [1000]).values()
+    assert first.plans[0].out == tmp_path.with_name(f"{tmp_path.name}-grid") / "task.features=3"
 
 
 def test_a_method_that_diverges_with_a_value_is_not_trained_with_it(train, tmp_path, capsys, monkeypatch):

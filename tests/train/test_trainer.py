@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from auxfast.implicit import HyperOptimizer
 from auxfast.nn import Combiner, ConvCombiner, LinearCombiner
 from auxfast.solvers import GradientFlow, Neumann
 from auxfast.train import Batch, Component, RunConfig, Trainer, make_training_loss, parse_method
+from auxfast.train.config import LabelsConfig
 from auxfast.train.run import metrics_line
 from auxfast.train.training_loss import CombinedLoss, WeightedLoss
-from train.problems import Noisy, NoisyOptions, OneWeight, train_config
+from train.problems import LabelledNoisy, Noisy, NoisyOptions, OneWeight, noisy_config, train_config
 
 
 def _equal_weights(*weights: float) -> LinearCombiner:
@@ -95,6 +97,21 @@ def test_the_validation_score_is_recorded_at_every_outer_step_and_changes_nothin
     assert len({record.validation_score for record in records[0]}) == 3
     assert all(record.validation_seconds > 0 for record in records[0])
     assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize(("name", "control"), [("linear", "linear-frozen"), ("maxl", "maxl-f")])
+def test_outer_steps_that_move_nothing_leave_no_trace(name, control):
+    """Their losses go through dropout and BatchNorm, in training mode."""
+    options = NoisyOptions()
+    config = noisy_config(options, outer_steps=3, outer_optimizer=Component("SGD", {"lr": 0.0}))
+    config = replace(config, labels=LabelsConfig(lr=0.0))
+    ends = []
+    for method in map(parse_method, (name, control)):
+        torch.manual_seed(0)
+        task = (LabelledNoisy if method.labels else Noisy)(0, options, hold_out=method.holds_out)
+        Trainer(task, make_training_loss(method, config, task), config.train, seed=0).run()
+        ends.append(task.model.state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 @pytest.mark.parametrize(("name", "learned"), [("linear", True), ("linear-frozen", False), ("equal", False)])

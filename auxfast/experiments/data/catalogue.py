@@ -45,15 +45,16 @@ def load_copy(name: str, folder: str) -> Any:
     """What the reader of a data set returns of the copy in `folder`, read once in a process.
 
     Raises:
-        DatasetError: the copy is missing, incomplete or damaged; says where one is to be had, and what tells more.
+        DatasetError: the copy is missing, incomplete or damaged; says where one is to be had, how to name another
+            folder, and how to check it.
     """
     data_set = DATASETS[name]
     try:
         return data_set.load(Path(folder))
     except DatasetError as error:
         raise DatasetError(
-            f"{error}; {data_set.title} is to be had at {data_set.address}, and `auxfast data check {name} {folder}` "
-            "tells more of a copy"
+            f"{error}; {data_set.title} is to be had at {data_set.address}. --set task.folder=PATH says where a copy "
+            f"is, and `auxfast data check {name} PATH` whether it is complete"
         ) from error
 
 

@@ -26,7 +26,7 @@ from auxfast.experiments.models import ResNet18, TwoHeads, load_resnet18
 from auxfast.experiments.paper.image_task import ImageTask
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
 from auxfast.experiments.paper.preparation import IMAGENET_DEVIATION, IMAGENET_MEAN, Preparation
-from auxfast.experiments.report.statistics import better
+from auxfast.experiments.report.statistics import learned_against_controls
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
@@ -159,12 +159,7 @@ def _backbone(options: CubOptions) -> ResNet18:
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned combiners against the main loss alone, the best of the others in the paper, and combiners that stay."""
-    return [
-        better(runs, method, baseline, setting)
-        for setting in dict.fromkeys(run.setting for run in runs)
-        for method in ("deep-linear", "nonlinear")
-        for baseline in ("stl", "equal", "gcs", f"{method}-frozen")
-    ]
+    return learned_against_controls(runs, ["deep-linear", "nonlinear"], ("stl", "equal", "gcs"))
 
 
 # One epoch of the paper's 100 is as many batches as all 5,994 training photographs fill, in every setting. The paper

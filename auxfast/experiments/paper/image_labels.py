@@ -9,7 +9,7 @@ for the fine-grained sets of photographs, CUB-200-2011, Oxford-IIIT Pet and Cars
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from auxfast.experiments.base import Axis, Experiment, Finding
+from auxfast.experiments.base import Axis, Experiment
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
 from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.models import VGG16, ConvNet, ResNet18, TwoHeads
 from auxfast.experiments.models.heads import make_head
-from auxfast.experiments.paper.label_task import LabelTask
+from auxfast.experiments.paper.label_task import LabelTask, findings
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
 from auxfast.experiments.paper.preparation import (
     IMAGENET_DEVIATION,
@@ -31,11 +31,9 @@ from auxfast.experiments.paper.preparation import (
     Preparation,
     channel_statistics,
 )
-from auxfast.experiments.report.statistics import better
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, LabelsConfig, RunConfig
-from auxfast.train.run import Run
 
 AUXILIARY_CLASSES = 5  # of each main class (section 5.4)
 METHODS = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels")
@@ -145,15 +143,6 @@ def _split(data: ImageData, options: ImageLabelsOptions, generator: torch.Genera
     if options.shots != _ALL:
         labelled = labelled[draw_per_class(data.labels[labelled], options.shots, generator)[0]]
     return labelled, validation, official["test"]
-
-
-def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Learned labels against none, against random ones, MAXL's, and those of a teacher that stays."""
-    return [
-        better(runs, "auxilearn-labels", baseline, setting)
-        for setting in dict.fromkeys(run.setting for run in runs)
-        for baseline in ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen")
-    ]
 
 
 def _small_images(

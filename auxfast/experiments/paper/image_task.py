@@ -11,7 +11,7 @@ from torch import Tensor
 
 from auxfast.experiments.data.image_data import ImageSource
 from auxfast.experiments.metrics import accuracy
-from auxfast.experiments.paper.split_task import SplitTask
+from auxfast.experiments.paper.split_task import SplitTask, evaluating
 
 _CHUNK = 500  # images that are scored at once, so that memory does not grow with the test part
 
@@ -51,10 +51,8 @@ class ImageTask(SplitTask):
     @torch.no_grad()
     def accuracy_on(self, rows: Tensor, k: int = 1) -> float:
         """Top-k accuracy of the model on the samples of these indices, in percent."""
-        was_training = self.model.training
-        self.model.eval()  # BatchNorm and dropout, if there are any
-        logits = torch.cat([self.main_logits(chunk) for chunk in rows.split(_CHUNK)])
-        self.model.train(was_training)
+        with evaluating(self.model):
+            logits = torch.cat([self.main_logits(chunk) for chunk in rows.split(_CHUNK)])
         return accuracy(logits, self.labels[rows], k)
 
     def main_logits(self, rows: Tensor) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from auxfast.experiments.base import Finding
 from auxfast.experiments.data import draw_batch
 from auxfast.experiments.paper.image_task import ImageTask
+from auxfast.experiments.paper.split_task import evaluating
+from auxfast.experiments.report.statistics import learned_against_controls
 from auxfast.nn import LabelGenerator
+from auxfast.train.run import Run
 from auxfast.train.task import LabelBatch
 
 _CHUNK = 500  # images that are labelled at once
@@ -38,8 +43,10 @@ class LabelTask(ImageTask):
     @torch.no_grad()
     def soft_labels(self, rows: Tensor) -> Tensor:
         """Labels that the generator gives these images, (len(rows), num_auxiliary)."""
-        was_training = self.label_generator.training
-        self.label_generator.eval()
-        chunks = [self.label_generator(self.inputs(r), self.labels[r]) for r in rows.split(_CHUNK)]
-        self.label_generator.train(was_training)
-        return torch.cat(chunks)
+        with evaluating(self.label_generator):
+            return torch.cat([self.label_generator(self.inputs(r), self.labels[r]) for r in rows.split(_CHUNK)])
+
+
+def findings(runs: Sequence[Run]) -> list[Finding]:
+    """Learned labels against none, against random ones, MAXL's, and those of a teacher that stays."""
+    return learned_against_controls(runs, ["auxilearn-labels"], ("stl", "maxl-f", "maxl"))

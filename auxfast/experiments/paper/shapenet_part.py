@@ -24,8 +24,8 @@ from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.shapenet_part import CATEGORIES, PARTS, ShapeNetPartData
 from auxfast.experiments.metrics import PartIoU, part_iou
 from auxfast.experiments.models import DGCNN, PointNet
-from auxfast.experiments.paper.image_labels import findings
-from auxfast.experiments.paper.options import PaperTraining, check_range
+from auxfast.experiments.paper.label_task import findings
+from auxfast.experiments.paper.options import PaperTraining, check_range, training_length
 from auxfast.experiments.paper.point_clouds import PRETEXTS, Pretext, normalised, sample
 from auxfast.experiments.paper.split_task import SplitTask, evaluating
 from auxfast.nn import LabelGenerator
@@ -249,17 +249,16 @@ def _parts(seed: int, options: PartOptions, *, hold_out: bool) -> dict[str, Any]
     }
 
 
-_EPOCH = math.ceil((30 - 2) * len(CATEGORIES) / _BATCH)  # steps
+_SHAPES = (30 - 2) * len(CATEGORIES)
+_EPOCH = math.ceil(_SHAPES / _BATCH)  # steps
 _TRAINING = PaperTraining(
-    outer_steps=_EPOCHS,
-    inner_steps=_EPOCH,
+    **training_length(_EPOCHS, _SHAPES, _BATCH, inner_steps=_EPOCH),
     inner_optimizer=Component("Adam", {"lr": 1e-3}),
     inner_scheduler=Component("CosineAnnealingLR", {"T_max": _EPOCHS * _EPOCH}),
     outer_optimizer=Component("SGD", {"lr": 1e-2, "momentum": 0.9}),
     solver=Identity(scale=4.0),
     weight_decay=5e-5,
     max_outer_grad_norm=50.0,
-    patience=_EPOCHS,  # it never stops, and returns to the best model
 )
 _SCORE = "mIoU of shapes, %"
 _RATIOS = (1.0, 0.5, 0.25)
@@ -279,9 +278,7 @@ LEARNED = Experiment(
     ),
     score_name=_SCORE,
     loss_names=("parts", "generated labels"),
-    config=RunConfig(
-        train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-4, weight=1.0), task=LearnedOptions()
-    ),
+    config=RunConfig(train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-3), task=LearnedOptions()),
     make_task=make_learned_task,
     methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
     grid=(

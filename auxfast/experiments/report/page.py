@@ -21,9 +21,9 @@ from auxfast.experiments.report.rows import (
     Section,
     cautions,
     describe_unfinished,
+    remarks,
     rows,
     table,
-    validation_cost,
 )
 from auxfast.experiments.report.story import overall, sentences
 from auxfast.train.files import RunError, write_bytes
@@ -73,7 +73,7 @@ def _page(all_results: Sequence[Results], unfinished: Sequence[str]) -> str:
         own_picture=_own_picture,
         courses=_courses,
         cautions=cautions,
-        validation_cost=validation_cost,
+        remarks=remarks,
         unfinished=unfinished,
         rows=rows,
         table=table,

@@ -203,6 +203,29 @@ def validation_cost(section: Section) -> list[str]:
     return [f"validation scores took {validating / training:.1%} on top of the training time"] if validating else []
 
 
+def chosen_entries(section: Section) -> dict[str, dict[str, Any]]:
+    """Entries that a search of the experiment's grid has chosen, and not the same for all methods: by dotted name, the
+    value of each method. A control has that of the method that it controls."""
+    of_grid = {entry for axis in section.experiment.grid for entry in axis.entries}
+    chosen = {}
+    for key in filter(of_grid.__contains__, differing_entries(section)):
+        values: dict[str, list[Any]] = {}
+        for run in section.runs:
+            values.setdefault(replace(run.method, phi="learned").name, []).append(flattened(run.config).get(key))
+        if all(value == own[0] for own in values.values() for value in own):
+            chosen[key] = {name: own[0] for name, own in values.items()}
+    return chosen
+
+
+def remarks(section: Section) -> list[str]:
+    """What there is to say of all runs below the table: the search's choices, and what validation took."""
+    chosen = chosen_entries(section)
+    values = {key: ", ".join(f"{name} {value!r}" for name, value in own.items()) for key, own in chosen.items()}
+    return [
+        f"{key} is each method's own, as a search chooses it: {text}" for key, text in values.items()
+    ] + validation_cost(section)
+
+
 def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
     """Entries in which the first run's configuration is not the experiment's: by dotted name, theirs and the run's."""
     defaults = run_config(section.experiment, section.setting)
@@ -216,11 +239,15 @@ def changed_entries(section: Section) -> dict[str, tuple[Any, Any]]:
 
 def cautions(section: Section) -> list[str]:
     """Remarks on the runs and their configurations that a reader of the table has to know."""
+    chosen = chosen_entries(section)
     texts = [
-        f"{key} is {run!r} here, and {own!r} in the experiment" for key, (own, run) in changed_entries(section).items()
+        f"{key} is {run!r} here, and {own!r} in the experiment"
+        for key, (own, run) in changed_entries(section).items()
+        if key not in chosen
     ]
     for key, values in differing_entries(section).items():
-        texts.append(f"not all runs have the same {key}: {', '.join(map(repr, values))}")
+        if key not in chosen:
+            texts.append(f"not all runs have the same {key}: {', '.join(map(repr, values))}")
     places = list(dict.fromkeys(run.origin for run in section.runs if run.origin))
     if len(places) > 1:
         texts.append(f"the runs are of experiments in several places, which may not be the same: {', '.join(places)}")

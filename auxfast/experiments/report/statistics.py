@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -97,14 +97,18 @@ def better(runs: Sequence[Run], method: str, baseline: str, setting: str = "") -
     return compare(f"{setting}: {claim}" if setting else claim, own, base)
 
 
-def learned_against_controls(runs: Sequence[Run]) -> list[Finding]:
-    """Findings whether each learned method scores above STL, Equal and its own frozen start, where these were run."""
+def learned_against_controls(
+    runs: Sequence[Run], methods: Collection[str] | None = None, baselines: Sequence[str] = ("stl", "equal")
+) -> list[Finding]:
+    """Findings whether each learned method, or those of these names, scores above each baseline and above its own
+    frozen start, in each setting: as far as these were run."""
     ran = dict.fromkeys((run.setting, run.method.name) for run in runs)
     learned = [(run.setting, run.method.name) for run in runs if run.method.learned]
     return [
         better(runs, method, control, setting)
         for setting, method in dict.fromkeys(learned)
-        for control in ("stl", "equal", f"{method}-frozen")
+        if methods is None or method in methods
+        for control in (*baselines, f"{method}-frozen")
         if (setting, control) in ran
     ]
 

@@ -10,9 +10,9 @@ from auxfast.experiments.report.rows import (
     Section,
     cautions,
     describe_unfinished,
+    remarks,
     rows,
     table,
-    validation_cost,
 )
 from auxfast.experiments.report.story import overall, sentences
 
@@ -48,10 +48,10 @@ def _describe_section(section: Section) -> str:
     if best is not None:
         note += "; * better than every other beyond noise (paired t test, 5%)"
     shares = [f"{row.method.name} {row.outer_share:.0%}" for row in made if row.method.learned]
-    remarks = [f"outer steps' share of the training time: {', '.join(shares)}"] if shares else []
-    remarks += validation_cost(section)
-    remarks += [f"CAUTION: {text}" for text in cautions(section)]
-    return "\n".join([section.title, *sentences(section), "", *lines, note, *remarks])
+    told = [f"outer steps' share of the training time: {', '.join(shares)}"] if shares else []
+    told += remarks(section)
+    told += [f"CAUTION: {text}" for text in cautions(section)]
+    return "\n".join([section.title, *sentences(section), "", *lines, note, *told])
 
 
 def _describe_findings(found: Sequence[Finding]) -> str:

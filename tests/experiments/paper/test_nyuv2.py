@@ -180,7 +180,7 @@ def test_methods_are_those_of_table_2_and_their_controls():
 
 
 def test_a_missing_copy_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere.*auxfast data check nyuv2 .*nowhere"):
+    with pytest.raises(ValueError, match=r"nowhere.*task.folder=PATH.*auxfast data check nyuv2 PATH"):
         make_task(0, NYUv2Options(str(tmp_path / "nowhere")), hold_out=True)
 
 

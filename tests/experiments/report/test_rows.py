@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from auxfast.experiments.base import Finding
+from auxfast.experiments.base import Axis, Finding
 from auxfast.experiments.report.export import write_csv
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import cautions, differing_entries, methods, results_of, rows
 from auxfast.experiments.report.text import describe
 from auxfast.train import RunError
+from auxfast.train.serialization import override
 from experiments.problems import noisy_experiment
 from experiments.report.handmade import record, run_of, runs_of
 
@@ -165,6 +166,22 @@ def test_runs_of_different_configurations_are_told(experiment):
     runs = [run_of(experiment, "stl", 0, 1.0), run_of(experiment, "stl", 1, 1.0, config=other)]
     assert differing_entries(_section(experiment, runs)) == {"train.inner_steps": [3, 99]}
     assert "CAUTION: not all runs have the same train.inner_steps: 3, 99" in describe(results_of(experiment, runs))
+
+
+def test_what_a_search_has_chosen_for_each_method_is_said_and_is_no_caution(experiment):
+    experiment = replace(experiment, grid=[Axis("train.inner_steps", (3, 6))])
+    of_linear = override(experiment.config, {"train.inner_steps": 6, "train.outer_steps": 50})
+    runs = [
+        *runs_of(experiment, {"stl": [1.0], "equal": [1.0]}),
+        *runs_of(experiment, {"linear-frozen": [1.0], "linear": [1.0]}, config=of_linear),
+    ]
+    told = describe(results_of(experiment, runs))
+    steps, base = experiment.config.train.inner_steps, "is each method's own, as a search chooses it: stl"
+    assert f"train.inner_steps {base} {steps}, equal {steps}, linear 6" in told
+    assert f"train.outer_steps {base}" in told
+    assert "CAUTION" not in told
+    runs.append(run_of(experiment, "linear", 1, 1.0))  # two values for one method are no choice
+    assert "CAUTION: not all runs have the same train.inner_steps" in describe(results_of(experiment, runs))
 
 
 def test_a_configuration_that_is_not_the_experiments_is_told(experiment):
