@@ -330,7 +330,8 @@ def test_a_task_with_a_generator_is_accepted_and_trains_other_methods_too():
 
 
 @pytest.mark.parametrize(
-    ("section", "given"), [("labels", LabelsConfig(weight_decay=0.1)), ("combiner", CombinerConfig(weight_decay=0.1))]
+    ("section", "given"),
+    [("labels", LabelsConfig(weight_decay=0.1)), ("combiner", CombinerConfig(weight_decay=0.1, positive="clip"))],
 )
 def test_a_decay_of_outer_parameters_needs_an_optimizer_that_knows_it(section, given):
     config = train_config(outer_optimizer=Component("Rprop", {}))

@@ -163,6 +163,6 @@ def test_a_weighting_has_its_options_from_the_configuration():
 
 
 def test_a_combiner_s_weight_decay_is_the_outer_optimizer_s():
-    config = RunConfig(train_config(), CombinerConfig(weight_decay=5e-5))
+    config = RunConfig(train_config(), CombinerConfig(weight_decay=5e-5, positive="clip"))
     (group,) = make_training_loss(parse_method("linear"), config, OneWeight()).parameter_groups()
     assert group["weight_decay"] == 5e-5
