@@ -175,9 +175,10 @@ class SelfSupervisedTask(SplitTask):
             F.cross_entropy(outputs.orders, views.orders, reduction="none"),
             nt_xent(first, second, TEMPERATURE),
         )
-        mask = torch.ones(len(rows), len(losses))
+        stacked = torch.stack(losses, dim=1)
+        mask = torch.ones_like(stacked)
         mask[count:, self.main] = 0
-        return Batch(torch.stack(losses, dim=1), mask)
+        return Batch(stacked, mask)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the last convolution: the layer that GradNorm's paper takes, since it is the cheapest."""
@@ -196,13 +197,13 @@ class SelfSupervisedTask(SplitTask):
 
 
 def draw_views(images: Tensor, generator: torch.Generator) -> Views:
-    """Four views of each image, drawn from `generator`. images: (batch, 1, SIDE, SIDE)."""
-    count = len(images)
+    """Four views of each image, drawn from `generator`, one of the CPU. images: (batch, 1, SIDE, SIDE)."""
+    count, device = len(images), images.device
     turns, orders = (torch.randint(len(table), (count,), generator=generator) for table in (ROTATIONS, ORDERS))
     augmented, whole = _augmented(images, generator), _augmented(images, generator)
-    holes = _holes(count, generator)
+    holes = _holes(count, generator).to(device)
     views = (augmented, whole * (1 - holes), _rearranged(images, ROTATIONS[turns]), _rearranged(images, ORDERS[orders]))
-    return Views(torch.stack(views), whole.flatten(1), holes.flatten(1), turns, orders)
+    return Views(torch.stack(views), whole.flatten(1), holes.flatten(1), turns.to(device), orders.to(device))
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -220,9 +221,9 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """
     count = len(first)
     units = F.normalize(torch.cat([first, second]), dim=1)
-    itself = torch.eye(2 * count, dtype=torch.bool)
+    itself = torch.eye(2 * count, dtype=torch.bool, device=units.device)
     similarities = (units @ units.T / temperature).masked_fill(itself, -torch.inf)
-    partners = torch.arange(2 * count).roll(count)
+    partners = torch.arange(2 * count, device=units.device).roll(count)
     return F.cross_entropy(similarities, partners, reduction="none").view(2, count).mean(dim=0)
 
 
@@ -232,7 +233,7 @@ def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     padded = F.pad(images, [SHIFT] * 4, mode="replicate")
     down, across = torch.randint(2 * SHIFT + 1, (2, count), generator=generator).unbind()
     moved = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)[torch.arange(count), :, down, across]
-    mirrored, contrast = torch.rand(2, count, 1, 1, 1, generator=generator).unbind()
+    mirrored, contrast = torch.rand(2, count, 1, 1, 1, generator=generator).to(images.device).unbind()
     low, high = CONTRAST
     moved = torch.where(mirrored < 0.5, moved.flip(3), moved)
     return moved * (low + (high - low) * contrast)
@@ -248,7 +249,7 @@ def _holes(count: int, generator: torch.Generator) -> Tensor:
 
 def _rearranged(images: Tensor, places: Tensor) -> Tensor:
     """Images with the pixels of other places. places: (batch, PIXELS), rows of ROTATIONS or ORDERS."""
-    return images.flatten(1).gather(1, places).view_as(images)
+    return images.flatten(1).gather(1, places.to(images.device)).view_as(images)
 
 
 class _Loaded(NamedTuple):
@@ -275,9 +276,8 @@ def make_task(seed: int, options: SelfSupervisedOptions, *, hold_out: bool) -> S
     sizes = (count, VALIDATION, len(candidates) - count - VALIDATION)
     labelled, validation, unlabelled = split(candidates, sizes, generator, data.labels[candidates])
     auxiliary_count = round(options.auxiliary * count)
-    training, auxiliary = allocate_auxiliary(
-        labelled, auxiliary_count, generator, data.labels[labelled], hold_out=hold_out
-    )
+    classes = data.labels[labelled]
+    training, auxiliary = allocate_auxiliary(labelled, auxiliary_count, generator, classes, hold_out=hold_out)
     labels = data.labels.clone()
     labels[unlabelled] = UNKNOWN
     with torch.random.fork_rng(devices=[]):
