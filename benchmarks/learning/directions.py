@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxfast
+from auxfast.experiments.paper import fashion_selfsupervised
 from auxfast.nn import LinearCombiner
 from auxfast.solvers import MINRES, GradientFlow, Identity, Neumann, Solver, SolveStats
 from auxfast.train import Trainer
@@ -60,7 +61,12 @@ SETTINGS = {
     "breast-cancer": Setting("breast-cancer", 1.0),
     "digits": Setting("digits", 1.0),
     "wine": Setting("wine", 1.0),
+    "fashion-selfsupervised": Setting("fashion-selfsupervised", 0.3),
 }
+
+
+# Those of the suite, and one that needs data which not everybody has.
+_EXPERIMENTS = TASKS | {fashion_selfsupervised.EXPERIMENT.name: fashion_selfsupervised.EXPERIMENT}
 
 
 class End(NamedTuple):
@@ -96,7 +102,7 @@ class Retraining:
 
     def __init__(self, name: str) -> None:
         self.setting = SETTINGS[name]
-        self.experiment = TASKS[self.setting.task]
+        self.experiment = _EXPERIMENTS[self.setting.task]
         config = self.experiment.config.train
         self.config = replace(
             config,
