@@ -88,7 +88,8 @@ def make_task(seed: int, options: DigitsLabelsOptions, *, hold_out: bool) -> Lab
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
     """Maps of the labels of both classes, by the first learned teacher; nothing if there is none."""
-    if not (learned := finished(runs, "auxilearn-labels")):
+    learned = [run for setting in SETTINGS for run in finished(runs, "auxilearn-labels", setting)]
+    if not learned:
         return
     task, _ = restore(EXPERIMENT, learned[0])
     assert isinstance(task, LabelTask)
@@ -102,11 +103,12 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned labels against the main loss alone, random labels, MAXL, and a teacher that stays."""
+    ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
     others = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen")
-    return [better(runs, "auxilearn-labels", other) for other in others]
+    return [better(runs, "auxilearn-labels", other, setting) for setting in ran for other in others]
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, float]] = {
     "entropy term": {},
     "no entropy term": {"labels.entropy_weight": 0.0, "labels.outer_entropy_weight": 0.0},
     "entropy term alone": {"labels.entropy_weight": ALONE, "labels.outer_entropy_weight": ALONE},

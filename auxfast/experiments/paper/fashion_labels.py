@@ -35,7 +35,7 @@ OF_A_CLASS = 6000  # images in the official training part
 VALIDATION = 200  # images
 BATCH = 32
 CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the usual ones
-STEPS = 320
+OUTER_STEPS, INNER_STEPS = 30, 8
 DRAWN = (0, 8)  # T-shirts and bags
 MOST_DRAWN = 300  # images of a class, for t-SNE takes seconds
 Network = Literal["convnet", "resnet8"]
@@ -142,7 +142,7 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     return [better_everywhere(runs, "auxilearn-labels", other, ran) for other in others]
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, str | int]] = {
     f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
     for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
     for name, shots, auxiliary_shots in (("1%", 60, 3), ("5%", 300, 10), ("30-shot", 30, 2))
@@ -159,12 +159,13 @@ EXPERIMENT = Experiment(
     loss_names=LabelTask.loss_names,
     config=RunConfig(
         train=TrainConfig(
-            outer_steps=40,
-            inner_steps=8,
+            outer_steps=OUTER_STEPS,
+            inner_steps=INNER_STEPS,
             inner_optimizer=Component("Adam", {"lr": 1e-2}),
-            inner_scheduler=Component("CosineAnnealingLR", {"T_max": STEPS}),
+            inner_scheduler=Component("CosineAnnealingLR", {"T_max": OUTER_STEPS * INNER_STEPS}),
+            warmup=0.0,
         ),
-        labels=LabelsConfig(lr=3e-3),
+        labels=LabelsConfig(lr=1e-2, outer_entropy_weight=0.2),
         task=FashionLabelsOptions(),
     ),
     make_task=make_task,

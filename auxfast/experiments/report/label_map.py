@@ -67,7 +67,9 @@ def draw_label_maps(path: str | Path, classes: Sequence[LabelledImages], *, titl
             )
     if title:
         figure.suptitle(title, fontsize=12)
-    figure.supxlabel("Neighbours have like labels (t-SNE); frame: the likeliest auxiliary class", fontsize=9, color=GREY)
+    figure.supxlabel(
+        "Neighbours have like labels (t-SNE); frame: the likeliest auxiliary class", fontsize=9, color=GREY
+    )
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
