@@ -1,18 +1,19 @@
-"""One outer step of learned labels against one meta step of MAXL, on the student and the teacher of `fashion-labels`."""
+"""One outer step of learned labels against one meta step of MAXL, for student and teacher of `fashion-labels`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from timing import interleaved
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from auxfast.experiments.paper.fashion_labels import EXPERIMENT, make_student, make_teacher
+from auxfast.experiments.paper.fashion_labels import BATCH, EXPERIMENT, make_student, make_teacher
 from auxfast.experiments.paper.label_task import LabelTask
 from auxfast.nn import negative_entropy, soft_cross_entropy
 from auxfast.train import Trainer, make_training_loss, parse_method
@@ -33,7 +34,7 @@ def make_task(network: str) -> LabelTask:
         labels=labels,
         num_classes=CLASSES,
         label_generator=make_teacher(network, options.temperature),
-        batch_size=64,
+        batch_size=BATCH,
         training=rows[HELD_OUT:],
         auxiliary=rows[:HELD_OUT],
         validation=rows[:HELD_OUT],
@@ -88,15 +89,15 @@ def outer_step(network: str) -> Callable[[], Any]:
     trainer = make_trainer("auxilearn-labels", network)
 
     def step() -> None:
-        _, training_loss, outer_loss = trainer._bilevel_losses()
-        trainer._outer_step(outer_loss, training_loss)
+        batch, training_loss, outer_loss = trainer._bilevel_losses()
+        trainer._outer_step(outer_loss, training_loss, batch)
 
     return step
 
 
 def inner_step(network: str) -> Callable[[], Any]:
     trainer = make_trainer("auxilearn-labels", network)
-    trainer.config = trainer.config.__class__(**{**vars(trainer.config), "inner_steps": 1})
+    trainer.config = replace(trainer.config, inner_steps=1)
     return trainer._inner_steps
 
 

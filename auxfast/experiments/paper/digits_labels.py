@@ -97,7 +97,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     for label, name in enumerate(CLASS_NAMES):
         rows = task.test[task.labels[task.test] == label]
         own = slice(AUXILIARY_CLASSES * label, AUXILIARY_CLASSES * (label + 1))
-        maps.append(LabelledImages(name, task.images[rows].unflatten(1, (SIDE, SIDE)), task.soft_labels(rows)[:, own]))
+        maps.append(LabelledImages(name, task.inputs(rows).unflatten(1, (SIDE, SIDE)), task.soft_labels(rows)[:, own]))
     draw_label_maps(path, maps)
 
 

@@ -37,7 +37,6 @@ BATCH = 32
 CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the usual ones
 OUTER_STEPS, INNER_STEPS = 30, 8
 DRAWN = (0, 8)  # T-shirts and bags
-MOST_DRAWN = 300  # images of a class, for t-SNE takes seconds
 Network = Literal["convnet", "resnet8"]
 
 
@@ -120,10 +119,10 @@ def make_task(seed: int, options: FashionLabelsOptions, *, hold_out: bool) -> La
 
 
 def labelled_images(task: LabelTask, label: int) -> LabelledImages:
-    """The first test images of a class, and how the task's teacher divides them."""
-    rows = task.test[task.labels[task.test] == label][:MOST_DRAWN]
+    """The test images of a class, and how the task's teacher divides them."""
+    rows = task.test[task.labels[task.test] == label]
     own = slice(AUXILIARY_CLASSES * label, AUXILIARY_CLASSES * (label + 1))
-    return LabelledImages(CLASS_NAMES[label], task.images[rows].squeeze(1), task.soft_labels(rows)[:, own])
+    return LabelledImages(CLASS_NAMES[label], task.inputs(rows).squeeze(1), task.soft_labels(rows)[:, own])
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:

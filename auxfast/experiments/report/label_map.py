@@ -17,6 +17,7 @@ _FRAME = 2  # pixels of colour around an image
 _COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE)
 _MOST_NEIGHBOURS = 30.0  # t-SNE's usual perplexity
 _FEWEST = 4  # images that t-SNE can tell apart
+_MOST_DRAWN = 200  # images of a class: t-SNE takes seconds for more, and they would hide each other
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class LabelledImages:
             raise ValueError(f"images must be {_FEWEST} or more for a map, got {len(self.images)}")
 
 
-def draw_label_maps(path: str | Path, classes: Sequence[LabelledImages], *, title: str = "") -> None:
+def draw_label_maps(path: str | Path, classes: Sequence[LabelledImages]) -> None:
     """Draws a map for each main class: t-SNE of the soft labels, with the images as its points. The frame of an image
-    has the colour of its most likely auxiliary class. Where several images fall into a cell, the first is shown.
+    has the colour of its most likely auxiliary class, and below stands the share of each. Of many images the first 200
+    are drawn, and where several of them fall into a cell, the first.
 
     Raises:
         MissingExtraError: matplotlib or scikit-learn is not installed.
@@ -65,8 +67,6 @@ def draw_label_maps(path: str | Path, classes: Sequence[LabelledImages], *, titl
                 color=_COLOURS[k % len(_COLOURS)],
                 fontsize=11,
             )
-    if title:
-        figure.suptitle(title, fontsize=12)
     figure.supxlabel(
         "Neighbours have like labels (t-SNE); frame: the likeliest auxiliary class", fontsize=9, color=GREY
     )
@@ -74,7 +74,8 @@ def draw_label_maps(path: str | Path, classes: Sequence[LabelledImages], *, titl
 
 
 def _likeliest(own: LabelledImages) -> np.ndarray:
-    return own.soft_labels.argmax(dim=1).cpu().numpy()
+    likeliest: np.ndarray = own.soft_labels.argmax(dim=1).cpu().numpy()
+    return likeliest
 
 
 def _label_map(own: LabelledImages) -> np.ndarray:
@@ -83,9 +84,9 @@ def _label_map(own: LabelledImages) -> np.ndarray:
     height, width = own.images.shape[1:]
     cell = (height + 2 * _FRAME + 1, width + 2 * _FRAME + 1)  # one pixel between neighbours
     canvas = np.ones((_CELLS * cell[0], _CELLS * cell[1], 3))
-    images, likeliest = own.images.cpu().double().clamp(0, 1).numpy(), _likeliest(own)
+    images, likeliest = own.images[:_MOST_DRAWN].cpu().double().clamp(0, 1).numpy(), _likeliest(own)[:_MOST_DRAWN]
     taken = set()
-    for image, k, place in zip(images, likeliest, _places(own.soft_labels), strict=True):
+    for image, k, place in zip(images, likeliest, _places(own.soft_labels[:_MOST_DRAWN]), strict=True):
         row, column = place.tolist()
         if (row, column) in taken:
             continue
@@ -105,4 +106,5 @@ def _places(soft_labels: Tensor) -> np.ndarray:
     points = tsne.fit_transform(soft_labels.cpu().double().numpy())
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = (points - low) / np.where(high > low, high - low, 1.0)
-    return np.minimum((scaled * _CELLS).astype(int), _CELLS - 1)
+    cells: np.ndarray = np.minimum((scaled * _CELLS).astype(int), _CELLS - 1)
+    return cells
