@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,6 +52,12 @@ def test_the_picture_is_of_the_learned_labels_and_needs_some(tmp_path):
     assert not nothing.exists()
     draw(picture, [run])
     assert "<svg" in picture.read_text()
+
+
+def test_the_picture_of_the_documentation_is_small():
+    picture = Path(__file__).resolve().parents[3] / "docs" / "pictures" / "labels.svg"
+    assert "<svg" in picture.read_text()
+    assert picture.stat().st_size < 60_000
 
 
 def test_findings_compare_learned_labels_in_each_setting_that_was_run():
