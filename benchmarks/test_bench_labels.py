@@ -1,7 +1,7 @@
 """One outer step of learned labels against one meta step of MAXL, for student and teacher of `fashion-labels`.
 
 Step by step MAXL is the cheaper one: on a busy EPYC its meta step by hand takes 0.6 of our outer step, with both
-networks. What makes learned labels cheap is that a run takes one outer step for eight inner ones, and MAXL one for each.
+networks. What makes learned labels cheap is that a run takes one outer step for eight inner ones, MAXL one for each.
 
 Of an outer step of 39 ms with the ConvNet, 28 ms would be left with `OneStep(1.0)`, which has the same solution and no
 certificate; the entropy term takes 5 ms, for the teacher's labels are computed twice; losses and forward passes take 8.
