@@ -1,6 +1,6 @@
 """One outer step of learned labels against one meta step of MAXL, for student and teacher of `fashion-labels`.
 
-Step by step MAXL is the cheaper one: on a busy EPYC its meta step by hand takes 0.6 of our outer step, with both
+Step by step MAXL is the cheaper one: on a busy Xeon its meta step by hand takes 0.6 of our outer step, with both
 networks. What makes learned labels cheap is that a run takes one outer step for eight inner ones, MAXL one for each.
 
 Of an outer step of 39 ms with the ConvNet, 28 ms would be left with `OneStep(1.0)`, which has the same solution and no
