@@ -78,8 +78,9 @@ learning: native $(installed)-demo  ## learn on eight tasks with the defaults: h
 docs: $(installed)-docs  ## build the documentation site, build/site
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
-picture: native $(installed)-demo  ## draw the README's picture of three weights again
+picture: native $(installed)-demo  ## draw the pictures of learned weights and of learned labels again
 	$(PYTHON) tools/docs/draw_weights.py
+	$(PYTHON) tools/docs/draw_labels.py
 
 lint: $(installed)-lint  ## check style and types
 	$(PYTHON) -m ruff check .

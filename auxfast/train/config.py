@@ -171,6 +171,8 @@ class LabelsConfig:
             hypergradient: "linear", "nonlinear" (as the paper has it for fine-grained classes), ...; None: their sum.
         lr, weight_decay: of the generator, with `train.outer_optimizer`; a combiner keeps that one's own lr.
         entropy_weight: weight of MAXL's entropy term.
+        outer_entropy_weight: weight of the same term in the outer loss of `auxilearn-labels`. The paper has none; with
+            it labels spread over the auxiliary classes, where without they may collapse to one.
     """
 
     loss: Literal["cross-entropy", "focal"] = "cross-entropy"
@@ -179,13 +181,14 @@ class LabelsConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     entropy_weight: float = 0.2
+    outer_entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in ("cross-entropy", "focal"):
             raise ValueError(f"labels.loss: got {self.loss!r}, must be 'cross-entropy' or 'focal'")
         if self.combiner is not None and self.combiner not in COMBINER_LABELS:
             raise ValueError(f"labels.combiner: got {self.combiner!r}, must be one of {', '.join(COMBINER_LABELS)}")
-        for name in ("weight", "lr", "weight_decay", "entropy_weight"):
+        for name in ("weight", "lr", "weight_decay", "entropy_weight", "outer_entropy_weight"):
             _check_number(f"labels.{name}", getattr(self, name))
 
 

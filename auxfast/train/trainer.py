@@ -218,7 +218,7 @@ class Trainer:
             assert self.outer is not None
             assert outer_loss is not None
             start, before = time.perf_counter(), self.outer.skipped_steps
-            stats = self._outer_step(outer_loss, training_loss)
+            stats = self._outer_step(outer_loss, training_loss, batch)
             outer_seconds += self._seconds_since(start)
             skipped = self.outer.skipped_steps > before
         elif self.maxl is not None:
@@ -292,8 +292,10 @@ class Trainer:
         check_scalar("outer_loss", loss)
         return loss
 
-    def _outer_step(self, outer_loss: Tensor, training_loss: Tensor) -> SolveStats:
+    def _outer_step(self, outer_loss: Tensor, training_loss: Tensor, batch: Any) -> SolveStats:
         assert self.outer is not None
+        if isinstance(self.training_loss, GeneratedLabelsLoss) and self.training_loss.config.outer_entropy_weight:
+            outer_loss = outer_loss + self.training_loss.entropy_term(batch)
         self.outer.solver = self._solver()
         inner_loss = with_decay(training_loss, self.parameters, self.config.weight_decay)
         return self.outer.step(outer_loss, inner_loss, self.parameters)

@@ -182,10 +182,12 @@ class GeneratedLabelsLoss(TrainingLoss):
         return combined
 
     def entropy_term(self, batch: LabelBatch) -> Tensor:
-        """MAXL's entropy term of the outer loss, a scalar with a graph to the generator alone. Labels of samples
-        (points) without the main loss play no part: their main class may be any."""
+        """The entropy term of the outer loss, a scalar with a graph to the generator alone. Labels of samples (points)
+        without the main loss play no part: their main class may be any."""
+        weight = self.config.entropy_weight if self.with_lookahead else self.config.outer_entropy_weight
         soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
-        return self.config.entropy_weight * negative_entropy(soft_labels[batch.mask[:, self.main].bool()])
+        known = soft_labels[batch.mask[:, self.main].bool()]
+        return weight * negative_entropy(known) if len(known) else known.sum()
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """See `TrainingLoss`. They are those of the last call, since a batch lacks the generated loss."""

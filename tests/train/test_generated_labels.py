@@ -164,6 +164,32 @@ def test_maxl_follows_the_derivative_through_its_look_ahead():
         torch.testing.assert_close(steps[name], p.detach() - start[name])
 
 
+def test_the_entropy_term_of_the_outer_loss_adds_its_own_gradient():
+    steps = []
+    for weight in (0.0, 0.5):
+        task = smooth_task()
+        teacher = deepcopy(task.label_generator)
+        trainer = trainer_of(task, "auxilearn-labels", STEP, replace(LABELS, outer_entropy_weight=weight))
+        generator = torch.Generator()
+        generator.set_state(trainer.outer_generator.get_state())
+        steps.append(moved(task.label_generator, trainer.run))
+    batch = task.training_batch(generator)
+    known = batch.mask[:, 0].bool()
+    mean = teacher(batch.inputs, batch.labels)[known].mean(dim=0)
+    (0.5 * (mean * mean.log()).sum()).backward()
+    for name, parameter in teacher.named_parameters():
+        torch.testing.assert_close(steps[1][name] - steps[0][name], -parameter.grad)
+
+
+def test_the_entropy_term_of_a_batch_without_main_labels_is_zero():
+    task = smooth_task()
+    task.mask = torch.zeros_like(task.mask)
+    labels = replace(LABELS, outer_entropy_weight=0.5)
+    trainer = trainer_of(task, "auxilearn-labels", replace(STEP, outer_steps=2), labels)
+    assert not any(step.any() for step in moved(task.label_generator, trainer.run).values())
+    assert not any(record.skipped for record in trainer.records)
+
+
 @pytest.mark.parametrize("method", ["maxl", "auxilearn-labels"])
 def test_the_class_of_a_sample_without_main_label_may_be_any(method):
     weights = []
