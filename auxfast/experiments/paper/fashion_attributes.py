@@ -40,6 +40,7 @@ from auxfast.train.task import Batch
 CLASSES = len(CLASS_NAMES)
 OF_A_CLASS = 6000  # images in the official training part
 VALIDATION = 500  # images
+SIDE = 14  # pixels
 LABELLED_BATCH, UNLABELLED_BATCH = 64, 64
 HIDDEN = (128, 16)
 FLIPS = torch.cat([torch.linspace(0, 0.2, len(FASHION_ATTRIBUTES)), torch.zeros(len(PICTURE_ATTRIBUTES))])
@@ -99,7 +100,10 @@ class FashionAttributesTask(SplitTask):
         return [parameter for layer in list(self.model.children())[:-1] for parameter in layer.parameters()]
 
     def outer_loss(self) -> Tensor:
-        return F.cross_entropy(self._classes(self.auxiliary), self.labels[self.auxiliary])
+        """Main loss of the auxiliary images, as they are and displaced: so few images alone are a noisy measure."""
+        images = displaced(self.images[self.auxiliary].unflatten(1, (SIDE, SIDE)))
+        logits = self.model(images.flatten(2)).narrow(-1, 0, CLASSES)
+        return F.cross_entropy(logits.flatten(0, 1), self.labels[self.auxiliary].repeat(len(images)))
 
     def score_on(self, rows: Tensor) -> float:
         return accuracy(self._classes(rows), self.labels[rows])
@@ -108,6 +112,13 @@ class FashionAttributesTask(SplitTask):
         """Logits of the classes, (len(rows), 10)."""
         logits: Tensor = self.model(self.images[rows])[:, :CLASSES]
         return logits
+
+
+def displaced(images: Tensor) -> Tensor:
+    """The images (n, height, width), moved by up to a pixel in each direction, and mirrored: (18, n, height, width)."""
+    padded = F.pad(images, (1, 1, 1, 1))
+    moved = [padded[:, y : y + SIDE, x : x + SIDE] for y in range(3) for x in range(3)]
+    return torch.stack([*moved, *(image.flip(2) for image in moved)])
 
 
 @cache
@@ -193,10 +204,12 @@ EXPERIMENT = Experiment(
         train=TrainConfig(
             outer_steps=100,
             inner_steps=20,
-            inner_optimizer=Component("SGD", {"lr": 0.1, "momentum": 0.9}),
-            solver=MINRES(steps=20, damping=0.01),
+            inner_optimizer=Component("SGD", {"lr": 0.05, "momentum": 0.9}),
+            solver=MINRES(steps=10, damping=0.1),
             weight_decay=1e-3,
-            warmup=0.1,
+            max_inner_grad_norm=2.0,
+            warmup=0.05,
+            cooldown=0.5,
         ),
         combiner=CombinerConfig(initial_weight=0.3),
         weighting={"equal": {"auxiliary_weight": 0.3}},

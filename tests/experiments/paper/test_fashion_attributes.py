@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from auxfast.experiments.base import run_config, train_run
 from auxfast.experiments.data.fashion_mnist import FASHION_ATTRIBUTES, fashion_attributes
@@ -10,10 +11,12 @@ from auxfast.experiments.paper.fashion_attributes import (
     EXPERIMENT,
     FLIPS,
     LABELLED_BATCH,
+    SIDE,
     UNKNOWN,
     UNLABELLED_BATCH,
     VALIDATION,
     FashionAttributesOptions,
+    displaced,
     findings,
     make_task,
 )
@@ -95,6 +98,22 @@ def test_scores_are_percentages_of_the_part_that_their_name_says(folder):
     assert task.score() == pytest.approx(10.0)
     task.validation = task.validation[task.labels[task.validation] == 3]
     assert task.validation_score() == 100
+
+
+def test_displaced_images_are_moved_by_a_pixel_and_mirrored():
+    image = torch.zeros(1, SIDE, SIDE)
+    image[0, 5, 4] = 1
+    found = {tuple(copy.nonzero()[0].tolist()) for copy in displaced(image)[:, 0]}
+    moves = [(y, x) for y in (4, 5, 6) for x in (3, 4, 5)]
+    assert found == {*moves, *((y, SIDE - 1 - x) for y, x in moves)}
+
+
+def test_the_outer_loss_is_the_mean_over_displaced_auxiliary_images(folder):
+    task = _task(folder, auxiliary=3)
+    task.images = torch.rand_like(task.images[: task.auxiliary.max() + 1])
+    images, labels = task.images[task.auxiliary].view(3, SIDE, SIDE), task.labels[task.auxiliary]
+    alone = [F.cross_entropy(task.model(copy.flatten(1))[:, :10], labels) for copy in displaced(images)]
+    torch.testing.assert_close(task.outer_loss(), torch.stack(alone).mean())
 
 
 @pytest.mark.parametrize(
