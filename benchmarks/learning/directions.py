@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxfast
+from auxfast.experiments.paper import fashion_attributes
 from auxfast.nn import LinearCombiner
 from auxfast.solvers import MINRES, GradientFlow, Identity, Neumann, Solver, SolveStats
 from auxfast.train import Trainer
@@ -60,7 +61,10 @@ SETTINGS = {
     "breast-cancer": Setting("breast-cancer", 1.0),
     "digits": Setting("digits", 1.0),
     "wine": Setting("wine", 1.0),
+    "fashion, early": Setting("fashion-attributes", 1.0, outer_steps=25),
+    "fashion": Setting("fashion-attributes", 1.0),
 }
+EXPERIMENTS = {**TASKS, fashion_attributes.EXPERIMENT.name: fashion_attributes.EXPERIMENT}
 
 
 class End(NamedTuple):
@@ -96,7 +100,7 @@ class Retraining:
 
     def __init__(self, name: str) -> None:
         self.setting = SETTINGS[name]
-        self.experiment = TASKS[self.setting.task]
+        self.experiment = EXPERIMENTS[self.setting.task]
         config = self.experiment.config.train
         self.config = replace(
             config,

@@ -40,7 +40,7 @@ FASHION_ATTRIBUTES: dict[str, frozenset[int]] = {
     "has a handle": frozenset({8}),
     "covers the legs": frozenset({1, 3}),
 }
-# What the same person can see, and what tells little of the class.
+# What the same person can see when an image is beside others of its class, and what tells nothing of the class.
 PICTURE_ATTRIBUTES = ("bright", "patterned", "large", "lopsided", "heavy at the top", "striped across")
 _GREY = 0.05  # a pixel that is darker, of 1, is background
 _PARTS = (("train", 60_000), ("t10k", 10_000))
@@ -69,8 +69,9 @@ def fashion_attributes(labels: Tensor) -> Tensor:
     return torch.stack(columns, dim=1).float()
 
 
-def picture_attributes(images: Tensor) -> Tensor:
-    """(n, 6) float32: 1 for each of `PICTURE_ATTRIBUTES` that an image has more of than the median image, else 0.
+def picture_attributes(images: Tensor, labels: Tensor) -> Tensor:
+    """(n, 6) float32: 1 for each of `PICTURE_ATTRIBUTES` that an image has more of than the median image of its class,
+    else 0: each class has all of them equally often.
 
     In this order: mean of the grey levels that are not background; their deviation; their number; mean difference of
     the image and its mirror image; share of the grey in the upper half; mean step from a row to the next one, by the
@@ -78,6 +79,7 @@ def picture_attributes(images: Tensor) -> Tensor:
 
     Args:
         images: (n, height, width) in [0, 1], of an even height.
+        labels: (n,) int64.
     """
     seen = images > _GREY
     size = seen.sum(dim=(1, 2)).clamp(min=1)
@@ -92,7 +94,12 @@ def picture_attributes(images: Tensor) -> Tensor:
         images[:, : images.shape[1] // 2].sum(dim=(1, 2)) / grey,
         images.diff(dim=1).abs().sum(dim=(1, 2)) / grey,
     )
-    return torch.stack([(column > column.median()).float() for column in columns], dim=1)
+    values = torch.stack(columns, dim=1)
+    attributes = torch.empty_like(values)
+    for label in torch.unique(labels):
+        own = values[labels == label]
+        attributes[labels == label] = (own > own.median(dim=0).values).float()
+    return attributes
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...], largest: int = 255) -> Tensor:
