@@ -203,8 +203,8 @@ SETTINGS = {f"{shots}-shot": {"task.shots": shots} for shots in (5, 10)}
 #   cosine of 0 with the difference of the two), with damped MINRES they did (0.2 to 0.6), at dampings from 0.01 to 1;
 # - the time: they tell them apart in the first quarter of training, and hardly once the few main labels are memorised:
 #   so outer steps begin early, and end after a third of the training, which the rest then needs to make use of them;
-# - the auxiliary set: ten images, one of a class, are a noisy measure, and copies moved by a pixel a better one (0.5 for
-#   0.35). With five shots that is 20% of the labels, which is warned of, but training takes them back in the end.
+# - the auxiliary set: ten images, one of a class, are a noisy measure, and copies moved by a pixel a better one (0.5
+#   for 0.35). With five shots that is 20% of the labels, which is warned of, but training takes them back in the end.
 # Equal scored 63.5, 63.2 and 61.9 with weights of 0.1, 0.3 and 1, in the mean over both settings; 0.3 varied least.
 # Combiners that start at 0.3 learned the same order of the weights, and scored less. An inner lr of 0.1 suits Equal
 # better than 0.05; without the limit on the gradient's norm some trainings fell apart there.
