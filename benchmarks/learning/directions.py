@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import auxfast
-from auxfast.experiments.paper import fashion_selfsupervised
+from auxfast.experiments.paper import fashion_attributes, fashion_selfsupervised
 from auxfast.nn import LinearCombiner
 from auxfast.solvers import MINRES, GradientFlow, Identity, Neumann, Solver, SolveStats
 from auxfast.train import Trainer
@@ -62,11 +62,11 @@ SETTINGS = {
     "digits": Setting("digits", 1.0),
     "wine": Setting("wine", 1.0),
     "fashion-selfsupervised": Setting("fashion-selfsupervised", 0.3),
+    "fashion, early": Setting("fashion-attributes", 1.0, outer_steps=25),
+    "fashion": Setting("fashion-attributes", 1.0),
 }
-
-
-# Those of the suite, and one that needs data which not everybody has.
-_EXPERIMENTS = TASKS | {fashion_selfsupervised.EXPERIMENT.name: fashion_selfsupervised.EXPERIMENT}
+# Those of the suite, and two that need data which not everybody has.
+_EXPERIMENTS = TASKS | {e.name: e for e in (fashion_attributes.EXPERIMENT, fashion_selfsupervised.EXPERIMENT)}
 
 
 class End(NamedTuple):

@@ -10,8 +10,10 @@ from auxfast.experiments.data.fashion_mnist import (
     CLASS_NAMES,
     DEBIAN_FOLDER,
     FASHION_ATTRIBUTES,
+    PICTURE_ATTRIBUTES,
     fashion_attributes,
     load_fashion_mnist,
+    picture_attributes,
 )
 from auxfast.experiments.data.files import DatasetError
 from tests.experiments.data.fixtures import write_fashion_mnist
@@ -119,5 +121,38 @@ def test_attributes_are_those_of_the_class():
     assert attributes.shape == (2, len(FASHION_ATTRIBUTES))
     assert attributes.dtype == torch.float32
     names = [name for name, has in zip(FASHION_ATTRIBUTES, attributes[0].tolist(), strict=True) if has]
-    assert names == ["goes on a foot", "covers the ankle"]
-    assert attributes[1].sum() == 3
+    assert names == ["covers the ankle"]
+    assert attributes[1].sum() == 2
+
+
+def test_attributes_of_a_picture_are_what_it_has_more_of_than_the_median_picture_of_its_class():
+    plain = torch.full((4, 4), 0.5)
+    bright, striped, small, lopsided, heavy_at_the_top = (
+        plain + 0.25,
+        plain.clone(),
+        plain.clone(),
+        plain.clone(),
+        plain.clone(),
+    )
+    striped[::2] = 0.25
+    small[:, [0, 3]] = 0
+    lopsided[:, 0] = 0.25
+    heavy_at_the_top[2:] = 0.25
+    pictures = torch.stack([plain, plain, plain, plain, plain, bright, striped, small, lopsided, heavy_at_the_top])
+    others = plain.expand(3, 4, 4) / 4  # of another class, which is darker
+    labels = torch.tensor([1] * len(pictures) + [0] * len(others))
+    attributes = picture_attributes(torch.cat([pictures, others]), labels)
+    assert attributes.shape == (13, len(PICTURE_ATTRIBUTES))
+    assert attributes.dtype == torch.float32
+    has = [{name for name, value in zip(PICTURE_ATTRIBUTES, row, strict=True) if value} for row in attributes.tolist()]
+    assert has[:5] == [set()] * 5
+    assert has[10:] == [set()] * 3
+    assert has[5] == {"bright"}
+    assert has[6] == {"patterned", "striped across"}
+    assert has[7] == set()
+    assert has[8] == {"patterned", "lopsided"}
+    assert has[9] == {"patterned", "heavy at the top", "striped across"}
+
+
+def test_a_black_picture_has_no_attributes():
+    assert picture_attributes(torch.zeros(3, 4, 4), torch.zeros(3)).tolist() == [[0.0] * len(PICTURE_ATTRIBUTES)] * 3
