@@ -30,7 +30,7 @@ from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, l
 from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.paper.split_task import SplitTask
-from auxfast.experiments.report.statistics import better
+from auxfast.experiments.report.statistics import better, learned_against_controls
 from auxfast.train.config import CombinerConfig, RunConfig, TrainConfig
 from auxfast.train.run import Run
 from auxfast.train.task import Batch
@@ -296,13 +296,21 @@ def make_task(seed: int, options: SelfSupervisedOptions, *, hold_out: bool) -> S
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Whether self-supervised losses help at all, and learned weights more than one common weight or none learned."""
-    pairs = [("equal", "stl")]
-    for method in ("linear", "deep-linear", "nonlinear"):
-        pairs += [(method, baseline) for baseline in ("stl", "equal", f"{method}-frozen")]
-    return [better(runs, *pair, setting) for setting in EXPERIMENT.settings for pair in pairs]
+    """Whether self-supervised losses help at all, and whether learned weights do more than the controls."""
+    settings = dict.fromkeys(run.setting for run in runs)
+    return [*(better(runs, "equal", "stl", setting) for setting in settings), *learned_against_controls(runs)]
 
 
+# Chosen by mean test scores on seeds 1000 to 1004; results are of seeds from 0 on. The five losses start near 2.4, 1.5,
+# 1.3, 3.3 and 4.4, and the auxiliaries share one weight all the same: with 1% of the labels, `equal` was within 0.2 of
+# itself for 0.1, 0.3 and 1, and 0.2 to 0.4 above the main loss alone; with 5%, 0.6 lower for 1 than for 0.3. Learned
+# combiners that start at 0.3 and at 1 were within 0.2 of each other. The outer loop is the default. Where is the gain?
+# On seeds 1000 to 1003, with 1%, masked pixels alone with weight 1 were 0.7 to 0.9 above the main loss alone, with each
+# of four networks of two or three layers (0.5 with the one that is left, seeds 1000 to 1004), and all four auxiliaries
+# with 0.3 were 0.6 to 1.0: no weights by hand were clearly better than equal ones. The others alone, with three
+# convolutions, gained nothing (rotation) or lost up to 0.8 (contrastive with weight 1). Twice as many steps (seeds 1000
+# to 1002) left 0.4 of all four's gain; 16 labelled and 48 unlabelled images in a batch, or a temperature of 0.5, were
+# no better. Augmented images in the main loss cost 2.
 EXPERIMENT = Experiment(
     name="fashion-selfsupervised",
     title="Fashion-MNIST: few labels, and four self-supervised losses on all images",
