@@ -143,10 +143,10 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 
 # Learning the labels gains nothing here. Settings were chosen on seeds 1000 to 1005, most of them on "1%, ConvNet"
 # alone, by test scores there, where all differences to STL were within noise or below 0; results are of seeds from 0
-# on. Tried: temperatures 0.02 to 1; labels.lr 3e-3 to 2e-2 (MAXL with 1e-3 only, on three seeds, and its results are
-# with 1e-2); weights 0.3, 1 and 2 of the generated loss; the entropy term with 0, 0.2 and 2; a nonlinear combiner;
-# damped MINRES; no BatchNorm. ResNet-8 has the ConvNet's settings, untried. With a constant lr in place of the cosine
-# schedule, the mean score of four seeds is known to a point only.
+# on. Tried: temperatures 0.02 to 1; labels.lr 3e-3 to 2e-2 (MAXL 1e-3 and 1e-2, on four seeds); weights 0.3, 1 and 2
+# of the generated loss; the entropy term with 0, 0.2 and 2; a nonlinear combiner; damped MINRES; no BatchNorm.
+# ResNet-8 has the ConvNet's settings, untried. With a constant lr in place of the cosine schedule, the mean score of
+# four seeds is known to a point only.
 SETTINGS: dict[str, dict[str, str | int]] = {
     f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
     for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
