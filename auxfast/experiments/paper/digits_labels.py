@@ -23,6 +23,7 @@ from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.report.label_map import LabelledImages, draw_label_maps
 from auxfast.experiments.report.statistics import better, finished
 from auxfast.nn import LabelGenerator
+from auxfast.solvers import OneStep
 from auxfast.train.config import Component, LabelsConfig, RunConfig, TrainConfig
 from auxfast.train.run import Run
 
@@ -133,7 +134,13 @@ EXPERIMENT = Experiment(
     score_name="accuracy, %",
     loss_names=LabelTask.loss_names,
     config=RunConfig(
-        train=TrainConfig(outer_steps=60, inner_steps=5, inner_optimizer=Component("Adam", {"lr": 1e-2}), warmup=0.0),
+        train=TrainConfig(
+            outer_steps=60,
+            inner_steps=5,
+            inner_optimizer=Component("Adam", {"lr": 1e-2}),
+            warmup=0.0,
+            solver=OneStep(1.0),  # the x of Identity() without its certificate, a third of an outer step here
+        ),
         labels=LabelsConfig(lr=1e-2, outer_entropy_weight=0.2),
         task=DigitsLabelsOptions(),
     ),
