@@ -26,6 +26,7 @@ from auxfast.experiments.models import ResNet18, TwoHeads, load_resnet18
 from auxfast.experiments.paper.image_task import ImageTask
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
 from auxfast.experiments.paper.preparation import IMAGENET_DEVIATION, IMAGENET_MEAN, Preparation
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.experiments.report.statistics import learned_against_controls
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, RunConfig
@@ -34,7 +35,6 @@ from auxfast.train.task import Batch
 
 WIDTH = 64  # channels of ResNet-18's first stage
 ADDRESS = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 ALL = 0  # as many labelled images a species as there are
 LEARNED = ("linear", "deep-linear", "nonlinear")
 

@@ -31,7 +31,7 @@ from auxfast.experiments.data.fashion_mnist import (
 )
 from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.paper.split_task import SplitTask
+from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
 from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
@@ -51,7 +51,6 @@ LOSS_NAMES = (
     *(f"{name}, {flip:.0%} wrong" for name, flip in zip(FASHION_ATTRIBUTES, FLIPS.tolist(), strict=False)),
     *(f"{name} for its kind" for name in PICTURE_ATTRIBUTES),
 )
-UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from auxfast.experiments.data import allocate_auxiliary, draw_batch, split
 from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
 from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.paper.split_task import SplitTask
+from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
 from auxfast.experiments.report.statistics import better, learned_against_controls
 from auxfast.train.config import CombinerConfig, RunConfig, TrainConfig
 from auxfast.train.run import Run
@@ -46,7 +46,6 @@ CONTRAST = (0.6, 1.4)
 HOLE = 6  # pixels along the edge of the square that is masked
 PROJECTION, TEMPERATURE = 32, 0.2  # of the contrastive loss
 LOSS_NAMES = ("class", "rotation", "masked pixels", "patch order", "contrastive")
-UNKNOWN = -100  # F.cross_entropy ignores this label: a class that is not given cannot leak in
 
 _PLACES = torch.arange(PIXELS).view(SIDE, SIDE)
 _QUADRANTS = [half for rows in _PLACES.chunk(2, dim=0) for half in rows.chunk(2, dim=1)]

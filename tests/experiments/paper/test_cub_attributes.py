@@ -10,7 +10,8 @@ from auxfast.experiments.base import run_config, train_run
 from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.paper import cub_attributes
-from auxfast.experiments.paper.cub_attributes import EXPERIMENT, UNKNOWN, CubOptions, make_task
+from auxfast.experiments.paper.cub_attributes import EXPERIMENT, CubOptions, make_task
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.train import parse_method
 from experiments.data.fixtures_scenes import write_cub
 
