@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.base import Experiment, Finding, restore
+from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
 from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
 from auxfast.experiments.models import ConvNet, ResNet8, TwoHeads
-from auxfast.experiments.paper.label_task import LabelTask
+from auxfast.experiments.paper.label_task import LabelTask, draw_learned_labels
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.report.label_map import LabelledImages, draw_label_maps
-from auxfast.experiments.report.statistics import better_everywhere, finished
+from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import OneStep
 from auxfast.train.config import Component, LabelsConfig, RunConfig, TrainConfig
@@ -38,6 +37,7 @@ BATCH = 32
 CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the usual ones
 OUTER_STEPS, INNER_STEPS = 30, 8
 DRAWN = (0, 8)  # T-shirts and bags
+SIDE = 14  # pixels
 Network = Literal["convnet", "resnet8"]
 
 
@@ -119,20 +119,9 @@ def make_task(seed: int, options: FashionLabelsOptions, *, hold_out: bool) -> La
     )
 
 
-def labelled_images(task: LabelTask, label: int) -> LabelledImages:
-    """The test images of a class, and how the task's teacher divides them."""
-    rows = task.test[task.labels[task.test] == label]
-    own = slice(AUXILIARY_CLASSES * label, AUXILIARY_CLASSES * (label + 1))
-    return LabelledImages(CLASS_NAMES[label], task.inputs(rows).squeeze(1), task.soft_labels(rows)[:, own])
-
-
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Maps of the labels of two classes (paper, Figure 4), by the first learned teacher; nothing if there is none."""
-    learned = [run for setting in SETTINGS for run in finished(runs, "auxilearn-labels", setting)]
-    if learned:
-        task, _ = restore(EXPERIMENT, learned[0])
-        assert isinstance(task, LabelTask)
-        draw_label_maps(path, [labelled_images(task, label) for label in DRAWN])
+    """Draws the learned labels of two classes, see `draw_learned_labels`."""
+    draw_learned_labels(path, EXPERIMENT, runs, {label: CLASS_NAMES[label] for label in DRAWN}, SIDE)
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:

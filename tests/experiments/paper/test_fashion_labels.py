@@ -9,9 +9,9 @@ from auxfast.experiments.paper.fashion_labels import (
     FashionLabelsOptions,
     draw,
     findings,
-    labelled_images,
     make_task,
 )
+from auxfast.experiments.paper.label_task import labelled_images
 from auxfast.train.methods import parse_method
 
 from ..data.fixtures import write_fashion_mnist
@@ -76,8 +76,7 @@ def test_each_method_takes_two_outer_steps(method, folder, tmp_path):
 
 
 def test_images_of_a_class_have_its_own_five_labels(folder):
-    own = labelled_images(_task(folder), 8)
-    assert own.name == "bag"
+    own = labelled_images(_task(folder), 8, "bag", 14)
     assert own.images.shape == (1000, 14, 14)
     torch.testing.assert_close(own.soft_labels.sum(dim=1), torch.ones(1000))
 
