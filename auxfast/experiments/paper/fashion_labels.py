@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
-from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
+from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, IMAGES_PER_CLASS, load_fashion_mnist
 from auxfast.experiments.models import ConvNet, ResNet8, TwoHeads
 from auxfast.experiments.paper.label_task import LabelTask, draw_learned_labels
 from auxfast.experiments.paper.options import check_range
@@ -31,10 +31,9 @@ from auxfast.train.config import Component, LabelsConfig, RunConfig, TrainConfig
 from auxfast.train.run import Run
 
 CLASSES, AUXILIARY_CLASSES = len(CLASS_NAMES), 5
-OF_A_CLASS = 6000  # images in the official training part
 VALIDATION = 200  # images
 BATCH = 32
-CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the usual ones
+CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the default widths
 OUTER_STEPS, INNER_STEPS = 30, 8
 DRAWN = (0, 8)  # T-shirts and bags
 SIDE = 14  # pixels
@@ -60,7 +59,7 @@ class FashionLabelsOptions:
     def __post_init__(self) -> None:
         if self.network not in get_args(Network):
             raise ValueError(f"network: got {self.network!r}, must be {' or '.join(map(repr, get_args(Network)))}")
-        check_range("shots", self.shots, 2, OF_A_CLASS - VALIDATION // CLASSES)
+        check_range("shots", self.shots, 2, IMAGES_PER_CLASS - VALIDATION // CLASSES)
         check_range("auxiliary_shots", self.auxiliary_shots, 1, self.shots - 1)
 
 
@@ -131,6 +130,12 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     return [better_everywhere(runs, "auxilearn-labels", other, ran) for other in others]
 
 
+SETTINGS: dict[str, dict[str, str | int]] = {
+    f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
+    for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
+    for name, shots, auxiliary_shots in (("1%", 60, 3), ("5%", 300, 10), ("30-shot", 30, 2))
+}
+
 # Learning the labels gains nothing here. Settings were chosen on seeds 1000 to 1005, most of them on "1%, ConvNet"
 # alone, by test scores there, where all differences to STL were within noise or below 0; results are of seeds from 0
 # on. Tried: temperatures 0.02 to 1; labels.lr 3e-3 to 2e-2 (MAXL 1e-3 and 1e-2, on four seeds); weights 0.3, 1 and 2
@@ -138,12 +143,6 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 # ResNet-8 has the ConvNet's settings, untried. With a constant lr in place of the cosine schedule, the mean score of
 # four seeds is known to a point only. OneStep(1.0) has the x of Identity() without its certificate, which takes a third
 # of an outer step: scores are the same to the last digit.
-SETTINGS: dict[str, dict[str, str | int]] = {
-    f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
-    for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
-    for name, shots, auxiliary_shots in (("1%", 60, 3), ("5%", 300, 10), ("30-shot", 30, 2))
-}
-
 EXPERIMENT = Experiment(
     name="fashion-labels",
     title="Fashion-MNIST: auxiliary labels that a teacher learns to make",

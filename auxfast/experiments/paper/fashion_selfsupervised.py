@@ -45,11 +45,12 @@ SHIFT = 1  # pixels by which an augmented image is moved at most
 CONTRAST = (0.6, 1.4)
 HOLE = 6  # pixels along the edge of the square that is masked
 PROJECTION, TEMPERATURE = 32, 0.2  # of the contrastive loss
+LEARNED = ("linear", "deep-linear", "nonlinear")
 LOSS_NAMES = ("class", "rotation", "masked pixels", "patch order", "contrastive")
 
 _PLACES = torch.arange(PIXELS).view(SIDE, SIDE)
 _QUADRANTS = [half for rows in _PLACES.chunk(2, dim=0) for half in rows.chunk(2, dim=1)]
-# A row for each rearrangement of an image, (count, PIXELS): where the pixels come from.
+# Each row is a rearrangement of an image, and says where its pixels come from: (count, PIXELS).
 ROTATIONS = torch.stack([_PLACES.rot90(turns).flatten() for turns in range(4)])
 ORDERS = torch.stack(
     [
@@ -79,11 +80,11 @@ class SelfSupervisedOptions:
 
 
 class Views(NamedTuple):
-    """Four views of each image of a batch, and what is to be told of them.
+    """Four views of each image of a batch, and what the network is to tell of them.
 
     images: (4, batch, 1, SIDE, SIDE): augmented; augmented otherwise and with a hole; turned; quadrants in disorder.
     whole: (batch, PIXELS): the second view before it had a hole.
-    holes: (batch, PIXELS) of 0 and 1: where it has it.
+    holes: (batch, PIXELS): 1 in the hole, else 0.
     turns, orders: (batch,) int64, rows of ROTATIONS and of ORDERS.
     """
 
@@ -95,8 +96,13 @@ class Views(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the network says of labelled images and of the `Views` of all: logits (labelled, CLASSES), logits
-    (batch, count), pixels (batch, PIXELS), and projections of the first two views, (2 batch, PROJECTION)."""
+    """Outputs of the network for labelled images and for the `Views` of all.
+
+    classes: logits (labelled, CLASSES).
+    turns, orders: logits (batch, 4) and (batch, 24), of rows of ROTATIONS and of ORDERS.
+    pixels: (batch, PIXELS).
+    projections: (2 batch, PROJECTION), of the first two views.
+    """
 
     classes: Tensor
     turns: Tensor
@@ -155,7 +161,6 @@ class SelfSupervisedTask(SplitTask):
 
     images: Tensor
     labels: Tensor
-    unlabelled: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
     def training_batch(self, generator: torch.Generator) -> Batch:
@@ -247,12 +252,12 @@ def _holes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _rearranged(images: Tensor, places: Tensor) -> Tensor:
-    """Images with the pixels of other places. places: (batch, PIXELS), rows of ROTATIONS or ORDERS."""
+    """Images whose pixels come from these places. places: (batch, PIXELS), rows of ROTATIONS or ORDERS."""
     return images.flatten(1).gather(1, places.to(images.device)).view_as(images)
 
 
 class _Loaded(NamedTuple):
-    """images: (n, 1, SIDE, SIDE), standardised. labels: (n,) int64. is_test: (n,) bool."""
+    """Images (n, 1, SIDE, SIDE), standardised; labels, (n,) int64; which are of the official test part, (n,) bool."""
 
     images: Tensor
     labels: Tensor
@@ -262,7 +267,8 @@ class _Loaded(NamedTuple):
 @cache
 def _load(folder: str) -> _Loaded:
     data = load_fashion_mnist(folder)
-    images = F.avg_pool2d(data.images[torch.arange(len(data.images))].float(), 2)
+    assert isinstance(data.images, Tensor)
+    images = F.avg_pool2d(data.images.float(), 2)
     return _Loaded((images - MEAN) / DEVIATION, data.labels, data.is_test)
 
 
@@ -328,18 +334,8 @@ EXPERIMENT = Experiment(
     ),
     make_task=make_task,
     methods=(
-        "stl",
-        "equal",
-        "uncertainty",
-        "dwa",
-        "gradnorm",
-        "gcs",
-        "linear-frozen",
-        "linear",
-        "deep-linear-frozen",
-        "deep-linear",
-        "nonlinear-frozen",
-        "nonlinear",
+        *("stl", "equal", "uncertainty", "dwa", "gradnorm", "gcs"),
+        *(f"{name}{ending}" for name in LEARNED for ending in ("-frozen", "")),
     ),
     settings={"1%": {"task.labelled": 0.01}, "5%": {"task.labelled": 0.05}},
     findings=findings,
