@@ -18,7 +18,7 @@ from torch import nn
 
 from auxfast.experiments.base import Experiment
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, load_digits, split
-from auxfast.experiments.paper.label_task import LabelTask, draw_learned_labels, findings
+from auxfast.experiments.paper.label_task import METHODS, LabelTask, draw_learned_labels, findings
 from auxfast.experiments.paper.options import check_range
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import OneStep
@@ -126,7 +126,7 @@ EXPERIMENT = Experiment(
         task=DigitsLabelsOptions(),
     ),
     make_task=make_task,
-    methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
+    methods=METHODS,
     settings=SETTINGS,
     package=("sklearn", "scikit-learn"),
     draw=draw,

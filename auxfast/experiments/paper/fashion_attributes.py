@@ -31,7 +31,7 @@ from auxfast.experiments.data.fashion_mnist import (
     picture_attributes,
 )
 from auxfast.experiments.metrics import accuracy
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import COMBINERS, TABLE_1_METHODS, check_range
 from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
 from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.solvers import MINRES
@@ -44,7 +44,6 @@ VALIDATION = 500  # images
 SIDE = 14  # pixels
 LABELLED_BATCH, UNLABELLED_BATCH = 64, 64
 HIDDEN = (128, 16)
-LEARNED = ("linear", "deep-linear", "nonlinear")
 # Each attribute is wrong with this probability.
 FLIPS = torch.cat([torch.linspace(0, 0.1, len(FASHION_ATTRIBUTES)), torch.zeros(len(PICTURE_ATTRIBUTES))])
 LOSS_NAMES = (
@@ -186,7 +185,7 @@ def _network(pixels: int, attributes: int) -> nn.Module:
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Attributes help at all; learned weights against one common weight, and against combiners that stay."""
     pairs = [("equal", "stl")]
-    for learned in LEARNED:
+    for learned in COMBINERS:
         pairs += [(learned, other) for other in ("stl", "equal", f"{learned}-frozen")]
     ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
     return [better_everywhere(runs, method, baseline, ran) for method, baseline in pairs]
@@ -236,10 +235,7 @@ EXPERIMENT = Experiment(
         task=FashionAttributesOptions(),
     ),
     make_task=make_task,
-    methods=(
-        *("stl", "equal", "uncertainty", "dwa", "gradnorm", "gcs"),
-        *(f"{name}{ending}" for name in LEARNED for ending in ("-frozen", "")),
-    ),
+    methods=TABLE_1_METHODS,
     settings=SETTINGS,
     findings=findings,
 )

@@ -22,7 +22,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
 from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, IMAGES_PER_CLASS, load_fashion_mnist
 from auxfast.experiments.models import ConvNet, ResNet8, TwoHeads
-from auxfast.experiments.paper.label_task import LabelTask, draw_learned_labels
+from auxfast.experiments.paper.label_task import METHODS, LabelTask, draw_learned_labels
 from auxfast.experiments.paper.options import check_range
 from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.nn import LabelGenerator
@@ -126,8 +126,8 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned labels against the main loss alone, random labels, MAXL, and a teacher that stays."""
     ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
-    others = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen")
-    return [better_everywhere(runs, "auxilearn-labels", other, ran) for other in others]
+    *others, learned = METHODS
+    return [better_everywhere(runs, learned, other, ran) for other in others]
 
 
 SETTINGS: dict[str, dict[str, str | int]] = {
@@ -165,7 +165,7 @@ EXPERIMENT = Experiment(
         task=FashionLabelsOptions(),
     ),
     make_task=make_task,
-    methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
+    methods=METHODS,
     settings=SETTINGS,
     draw=draw,
     findings=findings,

@@ -28,7 +28,7 @@ from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, split
 from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
 from auxfast.experiments.metrics import accuracy
-from auxfast.experiments.paper.options import check_range
+from auxfast.experiments.paper.options import TABLE_1_METHODS, check_range
 from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
 from auxfast.experiments.report.statistics import better, learned_against_controls
 from auxfast.train.config import CombinerConfig, RunConfig, TrainConfig
@@ -45,7 +45,6 @@ SHIFT = 1  # pixels by which an augmented image is moved at most
 CONTRAST = (0.6, 1.4)
 HOLE = 6  # pixels along the edge of the square that is masked
 PROJECTION, TEMPERATURE = 32, 0.2  # of the contrastive loss
-LEARNED = ("linear", "deep-linear", "nonlinear")
 LOSS_NAMES = ("class", "rotation", "masked pixels", "patch order", "contrastive")
 
 _PLACES = torch.arange(PIXELS).view(SIDE, SIDE)
@@ -333,10 +332,7 @@ EXPERIMENT = Experiment(
         task=SelfSupervisedOptions(),
     ),
     make_task=make_task,
-    methods=(
-        *("stl", "equal", "uncertainty", "dwa", "gradnorm", "gcs"),
-        *(f"{name}{ending}" for name in LEARNED for ending in ("-frozen", "")),
-    ),
+    methods=TABLE_1_METHODS,
     settings={"1%": {"task.labelled": 0.01}, "5%": {"task.labelled": 0.05}},
     findings=findings,
 )

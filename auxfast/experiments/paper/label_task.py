@@ -20,6 +20,7 @@ from auxfast.nn import LabelGenerator
 from auxfast.train.run import Run
 from auxfast.train.task import LabelBatch
 
+METHODS = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels")
 _CHUNK = 500  # images that are labelled at once
 
 
