@@ -77,7 +77,7 @@ class ImageLabelsOptions:
 
 @dataclass(frozen=True)
 class _ImageSet:
-    """What an experiment's data set decides.
+    """The part of an experiment that its data set decides.
 
     name: its name in the catalogue.
     network: makes the backbone of student and teacher.

@@ -1,4 +1,4 @@
-"""What the experiments' settings share: the check of options, methods, and the paper's outer loop as it stands."""
+"""Parts that the experiments' settings share: the check of options, methods, and the paper's outer loop."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def _student(options: PartOptions, outputs: int) -> DGCNN:
 
 
 def _parts(seed: int, options: PartOptions, *, hold_out: bool) -> dict[str, Any]:
-    """What the tasks of both experiments share, by its names in `PartTask`."""
+    """Arguments of `PartTask` that the tasks of both experiments share, by their names."""
     data: ShapeNetPartData = load_copy("shapenet-part", options.folder)
     generator = torch.Generator().manual_seed(seed)
     chosen, _ = draw_per_class(data.categories[data.training], options.shots, generator)

@@ -1,4 +1,4 @@
-"""Learned labels of images: the splits of the paper, and two outer steps of each experiment on tiny copies of its data."""
+"""Learned labels of images: the paper's splits, and two outer steps of each experiment on tiny copies of its data."""
 
 from dataclasses import replace
 from functools import partial
