@@ -1,13 +1,14 @@
 """One outer step of learned labels against one meta step of MAXL, for student and teacher of `fashion-labels`.
 
-Step by step MAXL is the cheaper one: on a busy Xeon its meta step by hand takes 0.6 of our outer step, with both
+Step by step MAXL is the cheaper one: on a busy Xeon its meta step by hand takes 0.85 of our outer step, with both
 networks. What makes learned labels cheap is that a run takes one outer step for eight inner ones, MAXL one for each.
 
-Of an outer step of 39 ms with the ConvNet, 28 ms would be left with `OneStep(1.0)`, which has the same solution and no
-certificate; the entropy term takes 5 ms, for the teacher's labels are computed twice; losses and forward passes take 8.
-By hand, with forward-mode derivatives of the student in place of double backward, it is 18 ms, 0.75 of MAXL's 24. By
-`torch.profiler` the share of softmax and its derivatives is 1%, so that an op that fuses it with the cross-entropy
-would gain nothing: convolutions, pooling and BatchNorm, whose second derivative is many small products, take the rest.
+Of an outer step of 28 ms with the ConvNet, the entropy term takes 5 ms, for the teacher's labels are computed twice;
+losses and forward passes take 8. `Identity()` has the same solution, and a certificate that takes another 11 ms.
+By hand, with forward-mode derivatives of the student in place of double backward, an outer step takes 18 ms, 0.75 of
+MAXL's 24. By `torch.profiler` the share of softmax and its derivatives is 1%, so that an op that fuses it with the
+cross-entropy would gain nothing: convolutions, pooling and BatchNorm, whose second derivative is many small products,
+take the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from auxfast.experiments.paper.fashion_labels import BATCH, EXPERIMENT, make_student, make_teacher
+from auxfast.experiments.paper.fashion_labels import BATCH, CLASSES, EXPERIMENT, SIDE, make_student, make_teacher
 from auxfast.experiments.paper.label_task import LabelTask
 from auxfast.nn import negative_entropy, soft_cross_entropy
 from auxfast.train import Trainer, make_training_loss, parse_method
 from auxfast.train.maxl import maxl_step
 
-CLASSES, SIDE = 10, 14
 LABELLED, HELD_OUT = 600, 30  # those of the setting of 1%
 
 

@@ -166,7 +166,7 @@ class HyperOptimizer:
         generator_lr: float = 1e-3,
         **settings: Any,
     ) -> HyperOptimizer:
-        """The optimizer to begin with for a combiner of losses, a generator of labels, or both: for combiners it needs
+        """The optimizer to begin with for a combiner of losses, a label generator, or both: for combiners it needs
         no tuning on the tasks that it was tried on (docs/outer-loop.md), and takes the same settings for every one.
 
         It keeps the total of the weights, and makes `phi` of a monotone combiner, in place, the logarithms of the

@@ -1,4 +1,4 @@
-"""Modules: combiners of losses, and the generator of auxiliary labels with its losses."""
+"""Modules: combiners of losses, and the label generator with its losses."""
 
 from auxfast.nn.combiner_base import Combiner
 from auxfast.nn.combiners import (

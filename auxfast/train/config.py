@@ -162,7 +162,7 @@ class CombinerConfig:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """How the methods with generated labels train the generator, and use its labels.
+    """Settings of the methods with generated labels: how they train the generator, and use its labels.
 
     Args:
         loss: the student's loss against the labels: "cross-entropy", or "focal", as MAXL's own code has it.

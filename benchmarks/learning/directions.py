@@ -65,7 +65,7 @@ SETTINGS = {
     "fashion, early": Setting("fashion-attributes", 1.0, outer_steps=25),
     "fashion": Setting("fashion-attributes", 1.0),
 }
-# Those of the suite, and two that need data which not everybody has.
+# Beside the suite's there are two, whose data not everybody has.
 _EXPERIMENTS = TASKS | {e.name: e for e in (fashion_attributes.EXPERIMENT, fashion_selfsupervised.EXPERIMENT)}
 
 

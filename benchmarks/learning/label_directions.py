@@ -40,12 +40,11 @@ def training_of(teacher: LabelGenerator) -> Callable[[int], tuple[Any, Any, list
         task = make_task(seed, config.task, hold_out=True)
         task.label_generator = teacher
         loss = make_training_loss(frozen, config, task)
-        # In the cool-down it would train on the auxiliary set.
+        # A cool-down would train on the auxiliary set.
         trainer = Trainer(task, loss, replace(config.train, cooldown=0.0), seed)
         trainer.run()
-        task = replace(
-            task, batch_size=len(task.training)
-        )  # the curvature of one batch alone is as noisy as it is small
+        # The curvature is that of all training samples: that of one batch is as noisy as it is small.
+        task = replace(task, batch_size=len(task.training))
 
         def inner_loss() -> Tensor:
             value: Tensor = loss(*task.training_batch(torch.Generator().manual_seed(seed)))

@@ -58,7 +58,7 @@ def trainer_of(task, method, config=STEP, labels=LABELS):
 
 
 def moved(module, step):
-    """What `step` adds to the parameters of a module."""
+    """Change of a module's parameters by `step`."""
     before = deepcopy(module.state_dict())
     step()
     return {name: value - before[name] for name, value in module.state_dict().items()}

@@ -42,7 +42,7 @@ class Dataset:
 
 @cache
 def load_copy(name: str, folder: str) -> Any:
-    """What the reader of a data set returns of the copy in `folder`, read once in a process.
+    """The data in a copy of a data set, as its reader returns them, read once in a process.
 
     Raises:
         DatasetError: the copy is missing, incomplete or damaged; says where one is to be had, how to name another
@@ -61,7 +61,7 @@ def load_copy(name: str, folder: str) -> Any:
 def check_images(
     load: Callable[[Path], ImageData], folder: Path, *, training: int, test: int, classes: int
 ) -> list[str]:
-    """What was found in the copy of a set of labelled images, a line for each official number.
+    """Lines that say what was found in a copy of a set of labelled images, one for each official number.
 
     Files of single images are looked at, not decoded: see `check_image_files`.
 

@@ -155,8 +155,8 @@ def load_cityscapes(folder: str | Path) -> CityscapesData:
 
 
 def check_cityscapes(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count, and which tasks it has labels for. Values are looked at in
-    the first and last scene of each part.
+    """Lines that say what is in the copy in `folder`, one a count, and which tasks it has labels for. Values are looked
+    at in the first and last scene of each part.
 
     Raises:
         DatasetError: as `load_cityscapes`; values are out of their range; a count is not the official one.

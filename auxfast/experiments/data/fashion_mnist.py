@@ -31,7 +31,8 @@ CLASS_NAMES = (
     "bag",
     "ankle boot",
 )
-# What somebody who knows no names of clothes can see in a picture, as far as the class decides it.
+IMAGES_PER_CLASS = 6000  # in the official training part
+# These are what somebody who knows no names of clothes can see in a picture, as far as the class decides it.
 FASHION_ATTRIBUTES: dict[str, frozenset[int]] = {
     "has sleeves": frozenset({0, 2, 4, 6}),
     "opens at the front": frozenset({4, 6}),
@@ -40,7 +41,7 @@ FASHION_ATTRIBUTES: dict[str, frozenset[int]] = {
     "has a handle": frozenset({8}),
     "covers the legs": frozenset({1, 3}),
 }
-# What the same person can see when an image is beside others of its class, and what tells nothing of the class.
+# These are what the same person can see when an image is beside others of its class; they tell nothing of the class.
 PICTURE_ATTRIBUTES = ("bright", "patterned", "large", "lopsided", "heavy at the top", "striped across")
 _GREY = 0.05  # a pixel that is darker, of 1, is background
 _PARTS = (("train", 60_000), ("t10k", 10_000))

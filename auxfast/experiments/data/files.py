@@ -43,7 +43,7 @@ def inner_folder(folder: Path, name: str) -> Path:
 
 
 def brief(value: object) -> str:
-    """What a file holds, as `repr` shows it, cut to what an error can say."""
+    """A value that a file holds, as `repr` shows it, cut to what an error can say."""
     try:
         return _REPR.repr(value)
     except ValueError:  # Python refuses to write out a number of thousands of digits

@@ -106,7 +106,8 @@ def load_nyuv2(folder: str | Path) -> NYUv2Data:
 
 
 def check_nyuv2(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count. Values are looked at in the first and last scene of each part.
+    """Lines that say what is in the copy in `folder`, one a count. Values are looked at in the first and last scene of
+    each part.
 
     Raises:
         DatasetError: as `load_nyuv2`; values are out of their range; a count is not the official one.

@@ -25,7 +25,7 @@ _SLACK = 0.1
 
 @dataclass(frozen=True)
 class ArrayKind:
-    """What the arrays of one folder hold.
+    """Kind of the arrays in one folder.
 
     channels: length of the last axis, after height and width; None where there is no such axis.
     low, high: the range of the values.

@@ -129,8 +129,8 @@ def load_shapenet_part(folder: str | Path) -> ShapeNetPartData:
 
 
 def check_shapenet_part(folder: str | Path) -> list[str]:
-    """What is in the copy in `folder`, one line a count. Of each category, one shape is read; of the others, the size
-    of the file is looked at.
+    """Lines that say what is in the copy in `folder`, one a count. Of each category, one shape is read; of the others,
+    the size of the file is looked at.
 
     Raises:
         DatasetError: as `load_shapenet_part`; a file is empty, or is not what it should be; a count is not the

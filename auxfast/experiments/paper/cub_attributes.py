@@ -24,8 +24,16 @@ from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.models import ResNet18, TwoHeads, load_resnet18
 from auxfast.experiments.paper.image_task import ImageTask
-from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
+from auxfast.experiments.paper.options import (
+    COMBINERS,
+    TABLE_1_METHODS,
+    PaperCombiner,
+    PaperTraining,
+    check_range,
+    training_length,
+)
 from auxfast.experiments.paper.preparation import IMAGENET_DEVIATION, IMAGENET_MEAN, Preparation
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.experiments.report.statistics import learned_against_controls
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, RunConfig
@@ -34,9 +42,7 @@ from auxfast.train.task import Batch
 
 WIDTH = 64  # channels of ResNet-18's first stage
 ADDRESS = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 ALL = 0  # as many labelled images a species as there are
-LEARNED = ("linear", "deep-linear", "nonlinear")
 
 
 @dataclass(frozen=True)
@@ -194,15 +200,7 @@ EXPERIMENT = Experiment(
         },
         task=CubOptions(batch_size=_BATCH_SIZE),
     ),
-    methods=(
-        "stl",
-        "equal",
-        "uncertainty",
-        "dwa",
-        "gradnorm",
-        "gcs",
-        *(f"{m}{end}" for m in LEARNED for end in ("-frozen", "")),
-    ),
+    methods=TABLE_1_METHODS,
     settings={
         "5-shot": {"task.shots": 5},
         "10-shot": {"task.shots": 10},
@@ -213,8 +211,8 @@ EXPERIMENT = Experiment(
         Axis("train.weight_decay", (5e-3, 5e-4, 5e-5)),
         Axis("weighting.dwa.temperature", (0.5, 2.0, 5.0), ("dwa",)),
         Axis("weighting.gradnorm.alpha", (0.3, 0.8, 1.5), ("gradnorm",)),
-        Axis("train.outer_optimizer.lr", (1e-2, 1e-3), LEARNED),
-        Axis("combiner.weight_decay", (1e-5, 5e-5), LEARNED),
+        Axis("train.outer_optimizer.lr", (1e-2, 1e-3), COMBINERS),
+        Axis("combiner.weight_decay", (1e-5, 5e-5), COMBINERS),
     ),
     package=("PIL.Image", "pillow"),
     findings=findings,

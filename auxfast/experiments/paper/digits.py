@@ -22,7 +22,7 @@ from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_cl
 from auxfast.experiments.data.digits import DIGIT_ATTRIBUTES
 from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range
-from auxfast.experiments.paper.split_task import SplitTask
+from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
 from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
 from auxfast.train.config import Component, RunConfig
@@ -38,7 +38,6 @@ LOSS_NAMES = (
     "main",
     *(f"{name}, {flip:.0%} wrong" for name, flip in zip(DIGIT_ATTRIBUTES, FLIPS, strict=True)),
 )
-UNKNOWN = -100  # F.cross_entropy ignores this label: a main label that is not given cannot leak in
 _load = cache(load_digits)
 
 

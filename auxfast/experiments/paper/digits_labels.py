@@ -16,12 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from auxfast.experiments.base import Experiment, Finding, restore
+from auxfast.experiments.base import Experiment
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, load_digits, split
-from auxfast.experiments.paper.label_task import LabelTask
+from auxfast.experiments.paper.label_task import METHODS, LabelTask, draw_learned_labels, findings
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.report.label_map import LabelledImages, draw_label_maps
-from auxfast.experiments.report.statistics import better, finished
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import OneStep
 from auxfast.train.config import Component, LabelsConfig, RunConfig, TrainConfig
@@ -88,25 +86,8 @@ def make_task(seed: int, options: DigitsLabelsOptions, *, hold_out: bool) -> Lab
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Maps of the labels of both classes, by the first learned teacher; nothing if there is none."""
-    learned = [run for setting in SETTINGS for run in finished(runs, "auxilearn-labels", setting)]
-    if not learned:
-        return
-    task, _ = restore(EXPERIMENT, learned[0])
-    assert isinstance(task, LabelTask)
-    maps = []
-    for label, name in enumerate(CLASS_NAMES):
-        rows = task.test[task.labels[task.test] == label]
-        own = slice(AUXILIARY_CLASSES * label, AUXILIARY_CLASSES * (label + 1))
-        maps.append(LabelledImages(name, task.inputs(rows).unflatten(1, (SIDE, SIDE)), task.soft_labels(rows)[:, own]))
-    draw_label_maps(path, maps)
-
-
-def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Learned labels against the main loss alone, random labels, MAXL, and a teacher that stays."""
-    ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
-    others = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen")
-    return [better(runs, "auxilearn-labels", other, setting) for setting in ran for other in others]
+    """Draws the learned labels of both classes, see `draw_learned_labels`."""
+    draw_learned_labels(path, EXPERIMENT, runs, dict(enumerate(CLASS_NAMES)), SIDE)
 
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -145,7 +126,7 @@ EXPERIMENT = Experiment(
         task=DigitsLabelsOptions(),
     ),
     make_task=make_task,
-    methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
+    methods=METHODS,
     settings=SETTINGS,
     package=("sklearn", "scikit-learn"),
     draw=draw,

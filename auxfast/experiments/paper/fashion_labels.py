@@ -18,26 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from auxfast.experiments.base import Experiment, Finding, restore
+from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
-from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
+from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, IMAGES_PER_CLASS, load_fashion_mnist
 from auxfast.experiments.models import ConvNet, ResNet8, TwoHeads
-from auxfast.experiments.paper.label_task import LabelTask
+from auxfast.experiments.paper.label_task import METHODS, LabelTask, draw_learned_labels
 from auxfast.experiments.paper.options import check_range
-from auxfast.experiments.report.label_map import LabelledImages, draw_label_maps
-from auxfast.experiments.report.statistics import better_everywhere, finished
+from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import OneStep
 from auxfast.train.config import Component, LabelsConfig, RunConfig, TrainConfig
 from auxfast.train.run import Run
 
 CLASSES, AUXILIARY_CLASSES = len(CLASS_NAMES), 5
-OF_A_CLASS = 6000  # images in the official training part
 VALIDATION = 200  # images
 BATCH = 32
-CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the usual ones
+CHANNELS = {"convnet": 16, "resnet8": 8}  # a fourth and a half of the default widths
 OUTER_STEPS, INNER_STEPS = 30, 8
 DRAWN = (0, 8)  # T-shirts and bags
+SIDE = 14  # pixels
 Network = Literal["convnet", "resnet8"]
 
 
@@ -60,7 +59,7 @@ class FashionLabelsOptions:
     def __post_init__(self) -> None:
         if self.network not in get_args(Network):
             raise ValueError(f"network: got {self.network!r}, must be {' or '.join(map(repr, get_args(Network)))}")
-        check_range("shots", self.shots, 2, OF_A_CLASS - VALIDATION // CLASSES)
+        check_range("shots", self.shots, 2, IMAGES_PER_CLASS - VALIDATION // CLASSES)
         check_range("auxiliary_shots", self.auxiliary_shots, 1, self.shots - 1)
 
 
@@ -119,28 +118,23 @@ def make_task(seed: int, options: FashionLabelsOptions, *, hold_out: bool) -> La
     )
 
 
-def labelled_images(task: LabelTask, label: int) -> LabelledImages:
-    """The test images of a class, and how the task's teacher divides them."""
-    rows = task.test[task.labels[task.test] == label]
-    own = slice(AUXILIARY_CLASSES * label, AUXILIARY_CLASSES * (label + 1))
-    return LabelledImages(CLASS_NAMES[label], task.inputs(rows).squeeze(1), task.soft_labels(rows)[:, own])
-
-
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Maps of the labels of two classes (paper, Figure 4), by the first learned teacher; nothing if there is none."""
-    learned = [run for setting in SETTINGS for run in finished(runs, "auxilearn-labels", setting)]
-    if learned:
-        task, _ = restore(EXPERIMENT, learned[0])
-        assert isinstance(task, LabelTask)
-        draw_label_maps(path, [labelled_images(task, label) for label in DRAWN])
+    """Draws the learned labels of two classes, see `draw_learned_labels`."""
+    draw_learned_labels(path, EXPERIMENT, runs, {label: CLASS_NAMES[label] for label in DRAWN}, SIDE)
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Learned labels against the main loss alone, random labels, MAXL, and a teacher that stays."""
     ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
-    others = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen")
-    return [better_everywhere(runs, "auxilearn-labels", other, ran) for other in others]
+    *others, learned = METHODS
+    return [better_everywhere(runs, learned, other, ran) for other in others]
 
+
+SETTINGS: dict[str, dict[str, str | int]] = {
+    f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
+    for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
+    for name, shots, auxiliary_shots in (("1%", 60, 3), ("5%", 300, 10), ("30-shot", 30, 2))
+}
 
 # Learning the labels gains nothing here. Settings were chosen on seeds 1000 to 1005, most of them on "1%, ConvNet"
 # alone, by test scores there, where all differences to STL were within noise or below 0; results are of seeds from 0
@@ -149,12 +143,6 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 # ResNet-8 has the ConvNet's settings, untried. With a constant lr in place of the cosine schedule, the mean score of
 # four seeds is known to a point only. OneStep(1.0) has the x of Identity() without its certificate, which takes a third
 # of an outer step: scores are the same to the last digit.
-SETTINGS: dict[str, dict[str, str | int]] = {
-    f"{name}, {title}": {"task.network": network, "task.shots": shots, "task.auxiliary_shots": auxiliary_shots}
-    for title, network in (("ConvNet", "convnet"), ("ResNet-8", "resnet8"))
-    for name, shots, auxiliary_shots in (("1%", 60, 3), ("5%", 300, 10), ("30-shot", 30, 2))
-}
-
 EXPERIMENT = Experiment(
     name="fashion-labels",
     title="Fashion-MNIST: auxiliary labels that a teacher learns to make",
@@ -177,7 +165,7 @@ EXPERIMENT = Experiment(
         task=FashionLabelsOptions(),
     ),
     make_task=make_task,
-    methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
+    methods=METHODS,
     settings=SETTINGS,
     draw=draw,
     findings=findings,

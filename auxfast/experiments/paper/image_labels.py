@@ -23,7 +23,7 @@ from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.models import VGG16, ConvNet, ResNet18, TwoHeads
 from auxfast.experiments.models.heads import make_head
-from auxfast.experiments.paper.label_task import LabelTask, findings
+from auxfast.experiments.paper.label_task import METHODS, LabelTask, findings
 from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, check_range, training_length
 from auxfast.experiments.paper.preparation import (
     IMAGENET_DEVIATION,
@@ -36,7 +36,6 @@ from auxfast.solvers import Identity
 from auxfast.train.config import Component, LabelsConfig, RunConfig
 
 AUXILIARY_CLASSES = 5  # of each main class (section 5.4)
-METHODS = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels")
 _FEWEST_AUXILIARY = 2  # BatchNorm cannot be trained on one image
 _ALL = 0  # as many labelled images a class as there are
 
@@ -78,7 +77,7 @@ class ImageLabelsOptions:
 
 @dataclass(frozen=True)
 class _ImageSet:
-    """What an experiment's data set decides.
+    """The part of an experiment that its data set decides.
 
     name: its name in the catalogue.
     network: makes the backbone of student and teacher.

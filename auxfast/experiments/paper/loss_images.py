@@ -32,7 +32,7 @@ class LossImageTask(SplitTask):
 
     @abstractmethod
     def pictures(self, rows: Tensor) -> Tensor:
-        """What these images, (n,), look like: (n, 1 or 3, height, width), as `draw_loss_images` takes them."""
+        """Pictures of the images of these indices, (n,), for `draw_loss_images`: (n, 1 or 3, height, width)."""
 
 
 def draw_learned(experiment: Experiment, path: Path, runs: Sequence[Run]) -> None:

@@ -1,4 +1,4 @@
-"""What the experiments' settings share: the check of options, and the paper's outer loop as it stands."""
+"""Parts that the experiments' settings share: the check of options, methods, and the paper's outer loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from functools import partial
 from typing import Any
 
 from auxfast.train.config import CombinerConfig, TrainConfig
+
+COMBINERS = ("linear", "deep-linear", "nonlinear")
+# The methods are those of the paper's Table 1, and each combiner's control.
+TABLE_1_METHODS = (
+    *("stl", "equal", "uncertainty", "dwa", "gradnorm", "gcs"),
+    *(f"{name}{ending}" for name in COMBINERS for ending in ("-frozen", "")),
+)
 
 # The paper's Algorithm 1 knows none of the safeguards that are the trainer's defaults.
 PaperTraining = partial(TrainConfig, max_weight_change=None, keep_total=False, warmup=0.0, cooldown=0.0)

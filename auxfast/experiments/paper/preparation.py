@@ -10,10 +10,10 @@ from torch import Tensor
 
 from auxfast.experiments.data.image_data import ImageSource
 
-# Of red, green and blue over ImageNet's images, with which torchvision's weights were trained.
+# These are of red, green and blue over ImageNet's images, with which torchvision's weights were trained.
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION: tuple[float, ...] = (0.229, 0.224, 0.225)
-_CHUNK = 500  # images that are looked at at once
+_CHUNK = 500  # images whose statistics are taken at once
 
 
 @dataclass(frozen=True)

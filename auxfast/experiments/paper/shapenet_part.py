@@ -24,7 +24,7 @@ from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.shapenet_part import CATEGORIES, PARTS, ShapeNetPartData
 from auxfast.experiments.metrics import PartIoU, part_iou
 from auxfast.experiments.models import DGCNN, PointNet
-from auxfast.experiments.paper.label_task import findings
+from auxfast.experiments.paper.label_task import METHODS, findings
 from auxfast.experiments.paper.options import PaperTraining, check_range, training_length
 from auxfast.experiments.paper.point_clouds import PRETEXTS, Pretext, normalised, sample
 from auxfast.experiments.paper.split_task import SplitTask, evaluating
@@ -221,7 +221,7 @@ def _student(options: PartOptions, outputs: int) -> DGCNN:
 
 
 def _parts(seed: int, options: PartOptions, *, hold_out: bool) -> dict[str, Any]:
-    """What the tasks of both experiments share, by its names in `PartTask`."""
+    """Arguments of `PartTask` that the tasks of both experiments share, by their names."""
     data: ShapeNetPartData = load_copy("shapenet-part", options.folder)
     generator = torch.Generator().manual_seed(seed)
     chosen, _ = draw_per_class(data.categories[data.training], options.shots, generator)
@@ -280,7 +280,7 @@ LEARNED = Experiment(
     loss_names=("parts", "generated labels"),
     config=RunConfig(train=_TRAINING, labels=LabelsConfig(lr=1e-2, weight_decay=5e-3), task=LearnedOptions()),
     make_task=make_learned_task,
-    methods=("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels"),
+    methods=METHODS,
     grid=(
         *_GRID,
         Axis("labels.weight", _RATIOS, ("maxl-f", "maxl", "auxilearn-labels")),

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Label of samples whose main label is not given: F.cross_entropy ignores it, so that the hidden one cannot leak in.
+UNKNOWN = -100
+
 
 @dataclass(kw_only=True)
 class SplitTask(ABC):

@@ -218,7 +218,7 @@ def chosen_entries(section: Section) -> dict[str, dict[str, Any]]:
 
 
 def remarks(section: Section) -> list[str]:
-    """What there is to say of all runs below the table: the search's choices, and what validation took."""
+    """Remarks on all runs, for below the table: the search's choices, and what validation took."""
     chosen = chosen_entries(section)
     values = {key: ", ".join(f"{name} {value!r}" for name, value in own.items()) for key, own in chosen.items()}
     return [

@@ -183,7 +183,7 @@ def write_python2_pickle(path: Path, content: object) -> None:
 
 
 def python2_opcodes(value: object) -> bytes:
-    """What a Python 2 pickle says of dictionaries, lists, integers, strings and arrays of unsigned bytes."""
+    """Opcodes by which a Python 2 pickle makes dictionaries, lists, integers, strings and arrays of unsigned bytes."""
     match value:
         case dict():
             return b"}(" + b"".join(python2_opcodes(key) + python2_opcodes(value[key]) for key in value) + b"u"
@@ -217,7 +217,7 @@ def _cifar_batch(title: str, images: np.ndarray, labels: np.ndarray, label_key: 
 
 
 def _labels(classes: int, count_per_class: int) -> np.ndarray:
-    """As many of each class, in random order."""
+    """Labels, as many of each class, in random order."""
     return np.random.default_rng(0).permutation(np.arange(classes * count_per_class) % classes)
 
 

@@ -1,4 +1,4 @@
-"""What tests of networks share."""
+"""Helpers of the networks' tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUB's species and attributes: the paper's split, who has which loss, and two epochs on a tiny copy."""
+"""CUB's species and attributes: the paper's split, who has which loss, and two outer steps on a tiny copy."""
 
 from functools import partial
 
@@ -10,7 +10,8 @@ from auxfast.experiments.base import run_config, train_run
 from auxfast.experiments.data.files import DatasetError
 from auxfast.experiments.data.image_data import ImageData
 from auxfast.experiments.paper import cub_attributes
-from auxfast.experiments.paper.cub_attributes import EXPERIMENT, UNKNOWN, CubOptions, make_task
+from auxfast.experiments.paper.cub_attributes import EXPERIMENT, CubOptions, make_task
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.train import parse_method
 from experiments.data.fixtures_scenes import write_cub
 
@@ -102,7 +103,7 @@ def test_weights_that_are_not_there_are_told_with_where_to_get_them(options, tmp
 
 
 @pytest.mark.slow
-def test_two_epochs_end_to_end(options, tmp_path):
+def test_two_outer_steps_end_to_end(options, tmp_path):
     small = options()
     changes = {f"task.{name}": getattr(small, name) for name in CubOptions.__dataclass_fields__}
     changes |= {"train.outer_steps": 2, "train.inner_steps": 1, "train.patience": 2}

@@ -9,12 +9,12 @@ from auxfast.experiments.paper.digits import (
     EXPERIMENT,
     FLIPS,
     LABELLED_BATCH,
-    UNKNOWN,
     DigitsOptions,
     findings,
     make_task,
 )
 from auxfast.experiments.paper.missing_labels import EXPERIMENT as MISSING_LABELS
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.train.methods import parse_method
 from auxfast.train.training_loss import make_training_loss, mean_losses
 from auxfast.weighting import make_weighting

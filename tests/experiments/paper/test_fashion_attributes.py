@@ -12,7 +12,6 @@ from auxfast.experiments.paper.fashion_attributes import (
     FLIPS,
     LABELLED_BATCH,
     SIDE,
-    UNKNOWN,
     UNLABELLED_BATCH,
     VALIDATION,
     FashionAttributesOptions,
@@ -20,6 +19,7 @@ from auxfast.experiments.paper.fashion_attributes import (
     findings,
     make_task,
 )
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.train import parse_method
 from experiments.data.fixtures import write_fashion_mnist
 

@@ -9,9 +9,9 @@ from auxfast.experiments.paper.fashion_labels import (
     FashionLabelsOptions,
     draw,
     findings,
-    labelled_images,
     make_task,
 )
+from auxfast.experiments.paper.label_task import labelled_images
 from auxfast.train.methods import parse_method
 
 from ..data.fixtures import write_fashion_mnist
@@ -64,20 +64,21 @@ def test_options_out_of_range_and_missing_files_are_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", EXPERIMENT.methods)
-def test_each_method_takes_two_outer_steps(method, folder, tmp_path):
+def test_each_method_takes_two_outer_steps_and_learned_labels_can_be_drawn(method, folder, tmp_path):
     changes = {"task.folder": folder, "train.outer_steps": 2, "train.inner_steps": 1, "train.cooldown": 0.0}
     run = train_run(EXPERIMENT, "30-shot, ConvNet", parse_method(method), 0, tmp_path, overrides=changes)
     assert run.result.score >= 0
     learned = {"maxl", "auxilearn-labels"}
     assert [record.outer_loss is not None for record in run.records] == [method in learned] * 2
-    if method == "auxilearn-labels" and pytest.importorskip("sklearn") and pytest.importorskip("matplotlib"):
+    if method == "auxilearn-labels":
+        pytest.importorskip("sklearn")
+        pytest.importorskip("matplotlib")
         draw(tmp_path / "labels.svg", [run])
         assert "<svg" in (tmp_path / "labels.svg").read_text()
 
 
 def test_images_of_a_class_have_its_own_five_labels(folder):
-    own = labelled_images(_task(folder), 8)
-    assert own.name == "bag"
+    own = labelled_images(_task(folder), 8, "bag", 14)
     assert own.images.shape == (1000, 14, 14)
     torch.testing.assert_close(own.soft_labels.sum(dim=1), torch.ones(1000))
 

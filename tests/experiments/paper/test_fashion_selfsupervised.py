@@ -15,7 +15,6 @@ from auxfast.experiments.paper.fashion_selfsupervised import (
     LABELLED_BATCH,
     ORDERS,
     SIDE,
-    UNKNOWN,
     UNLABELLED_BATCH,
     SelfSupervisedOptions,
     draw_views,
@@ -23,6 +22,7 @@ from auxfast.experiments.paper.fashion_selfsupervised import (
     make_task,
     nt_xent,
 )
+from auxfast.experiments.paper.split_task import UNKNOWN
 from auxfast.train.methods import parse_method
 from tests.experiments.data.fixtures import write_fashion_mnist
 

@@ -1,4 +1,4 @@
-"""Learned labels of images: the splits of the paper, and two epochs of each experiment on tiny copies of its data."""
+"""Learned labels of images: the paper's splits, and two outer steps of each experiment on tiny copies of its data."""
 
 from dataclasses import replace
 from functools import partial
@@ -146,7 +146,7 @@ def test_learned_labels_are_held_against_the_controls_that_were_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_two_epochs_end_to_end(name, copy_of, tmp_path):
+def test_two_outer_steps_end_to_end(name, copy_of, tmp_path):
     experiment = EXPERIMENTS[name]
     for method in METHODS if name != "svhn-labels" else experiment.methods:
         run = train_run(
