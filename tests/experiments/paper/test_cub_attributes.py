@@ -1,4 +1,4 @@
-"""CUB's species and attributes: the paper's split, who has which loss, and two outer steps on a tiny copy."""
+"""CUB's species and attributes: the paper's split, who has which loss, and two epochs on a tiny copy."""
 
 from functools import partial
 
@@ -103,10 +103,10 @@ def test_weights_that_are_not_there_are_told_with_where_to_get_them(options, tmp
 
 
 @pytest.mark.slow
-def test_two_outer_steps_end_to_end(options, tmp_path):
+def test_two_epochs_end_to_end(options, tmp_path):
     small = options()
     changes = {f"task.{name}": getattr(small, name) for name in CubOptions.__dataclass_fields__}
-    changes |= {"train.outer_steps": 2, "train.inner_steps": 1, "train.patience": 2}
+    changes |= {"train.outer_steps": 2, "train.inner_steps": 2, "train.patience": 2}  # four batches: two epochs
     for method in ("stl", "equal", "uncertainty", "dwa", "gradnorm", "gcs", "linear", "deep-linear", "nonlinear-free"):
         run = train_run(EXPERIMENT, "5-shot", parse_method(method), 0, tmp_path, overrides=changes)
         assert run.result.outer_steps == 2
