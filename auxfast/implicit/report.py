@@ -184,7 +184,8 @@ class HypergradientReport:
             return (
                 f"the recorded second derivatives are {_percent(self.recorded_error)} off those of the inner gradient: "
                 "a detach() that cuts the graph, or a backward pass that is not the derivative of its forward pass "
-                "(gradient reversal, a straight-through estimator, a saved value without its graph)"
+                "(gradient reversal, a straight-through estimator, a saved value without its graph); in float32 it may "
+                "be rounding alone: repeat it in float64"
             )
         if self.solver is None:
             unsolved, error = not self.stats.residual <= RIGHT, ""

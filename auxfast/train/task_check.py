@@ -182,6 +182,11 @@ def _check_label_batch(task: Task, batch: Any) -> None:
         raise ValueError(
             "task.training_batch: got a mask that is not 0 in the column of the generated labels, the last"
         )
+    if bool((batch.losses[:, -1] != 0).any()):
+        raise ValueError(
+            "task.training_batch: got losses that are not 0 in the column of the generated labels, the last: no loss "
+            "that stands there is trained on"
+        )
     logits, of_one_loss = batch.auxiliary_logits, batch.losses[:, 0].shape
     if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != of_one_loss:
         raise ValueError(

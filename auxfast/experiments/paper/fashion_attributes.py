@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, draw_per_class, split
+from auxfast.experiments.data.catalogue import load_copy
 from auxfast.experiments.data.fashion_mnist import (
     CLASS_NAMES,
     DEBIAN_FOLDER,
@@ -27,7 +28,6 @@ from auxfast.experiments.data.fashion_mnist import (
     IMAGES_PER_CLASS,
     PICTURE_ATTRIBUTES,
     fashion_attributes,
-    load_fashion_mnist,
     picture_attributes,
 )
 from auxfast.experiments.metrics import accuracy
@@ -126,7 +126,7 @@ def displaced(images: Tensor) -> Tensor:
 def _load(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images (70000, 14, 14) in [0, 1], each pixel the mean of four; labels; which are of the official test part; and
     the attributes of the others, without errors, (60000, 12)."""
-    data = load_fashion_mnist(folder)
+    data = load_copy("fashion-mnist", folder)
     assert isinstance(data.images, Tensor)
     images = F.avg_pool2d(data.images.float() / 255, 2).squeeze(1)
     annotated = ~data.is_test

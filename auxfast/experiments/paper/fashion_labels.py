@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_per_class, split
-from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, IMAGES_PER_CLASS, load_fashion_mnist
+from auxfast.experiments.data.catalogue import load_copy
+from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, IMAGES_PER_CLASS
 from auxfast.experiments.models import ConvNet, ResNet8, TwoHeads
 from auxfast.experiments.paper.label_task import METHODS, LabelTask, draw_learned_labels
 from auxfast.experiments.paper.options import check_range
@@ -66,7 +67,7 @@ class FashionLabelsOptions:
 @cache
 def _load(folder: str) -> tuple[Tensor, Tensor, Tensor]:
     """Images (70000, 1, 14, 14) in [0, 1], labels, and which are of the official test part."""
-    data = load_fashion_mnist(folder)
+    data = load_copy("fashion-mnist", folder)
     images = data.images
     assert isinstance(images, Tensor)
     return F.avg_pool2d(images.float() / 255, 2), data.labels, data.is_test

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from auxfast.experiments.base import Experiment, Finding
 from auxfast.experiments.data import allocate_auxiliary, draw_batch, split
-from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER, load_fashion_mnist
+from auxfast.experiments.data.catalogue import load_copy
+from auxfast.experiments.data.fashion_mnist import CLASS_NAMES, DEBIAN_FOLDER
 from auxfast.experiments.metrics import accuracy
 from auxfast.experiments.paper.options import TABLE_1_METHODS, check_range
 from auxfast.experiments.paper.split_task import UNKNOWN, SplitTask
@@ -265,7 +266,7 @@ class _Loaded(NamedTuple):
 
 @cache
 def _load(folder: str) -> _Loaded:
-    data = load_fashion_mnist(folder)
+    data = load_copy("fashion-mnist", folder)
     assert isinstance(data.images, Tensor)
     images = F.avg_pool2d(data.images.float(), 2)
     return _Loaded((images - MEAN) / DEVIATION, data.labels, data.is_test)

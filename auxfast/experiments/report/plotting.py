@@ -273,8 +273,14 @@ def _scores_height(section: Section) -> float:
 
 def _panel_rows(section: Section) -> int:
     """Rows of panels below the scores: held-out scores and cost; and weights of each learned method, and residuals."""
-    learned = sum(method.learned for method in methods(section))
-    return 1 + -(-(learned + 1) // _COLUMNS) * (learned > 0)
+    panels = len(_weighing(section)) + any(method.learned for method in methods(section))
+    return 1 + -(-panels // _COLUMNS)
+
+
+def _weighing(section: Section) -> list[Method]:
+    """Learned methods whose outer steps move the weights of the losses: those of labels may leave them alone."""
+    moved = {run.method for run in section.runs if len({record.loss_weights for record in run.records}) > 1}
+    return [method for method in methods(section) if method.learned and (method in moved or not method.labels)]
 
 
 def _draw_section(part: Any, section: Section) -> None:
@@ -286,12 +292,12 @@ def _draw_section(part: Any, section: Section) -> None:
     _draw_scores(above.subplots(), section, made)
     _draw_held_out(curves, section, made)
     _draw_cost(cost, made)
-    learned = [row.method for row in made if row.method.learned]
-    for axes, method in zip(others, learned, strict=False):
-        _draw_shares(axes, section, method)
-    if learned:
-        _draw_residuals(others[len(learned)], section, learned)
-    for axes in others[len(learned) + 1 :]:
+    weighing = _weighing(section)
+    for method in weighing:
+        _draw_shares(others.pop(0), section, method)
+    if learned := [row.method for row in made if row.method.learned]:
+        _draw_residuals(others.pop(0), section, learned)
+    for axes in others:
         axes.set_axis_off()
 
 
