@@ -263,6 +263,13 @@ def labelled():
     return LabelledNoisy(0, NoisyOptions(), hold_out=True)
 
 
+def second_loss():
+    task = labelled()
+    made = task.training_batch
+    task.training_batch = lambda generator: (b := made(generator))._replace(losses=b.losses[:, :1].expand(-1, 2))
+    return task
+
+
 def with_batch(**changes):
     task = labelled()
     made = task.training_batch
@@ -328,7 +335,7 @@ def test_the_trainer_tells_what_cannot_be_labelled(make, words):
     [
         (OneWeight, r"task.label_generator: there is none.*auxfast.nn.LabelGenerator"),
         (plain_batch, "task.training_batch: got Batch, must return a LabelBatch"),
-        (partial(with_batch, losses=torch.ones(16, 2, requires_grad=True)), "got losses that are not 0 in the column"),
+        (second_loss, "got losses that are not 0 in the column of the generated labels"),
         (partial(with_batch, mask=torch.ones(16, 2)), "a mask that is not 0 in the column of the generated labels"),
         (partial(with_batch, auxiliary_logits=torch.ones(16, 5)), r"labels of shape \(16, 7\), must be \(16, 5\)"),
         (shared_parameter, "task.label_generator: its parameter backbone.0.weight is one of task.model too"),
