@@ -86,9 +86,10 @@ class LabelGenerator(nn.Module):
 
     def _owners_on(self, device: torch.device) -> Tensor:
         """The main class of each auxiliary class, (num_auxiliary,) int64."""
-        if self._owners.device != device:
-            self._owners = _owners(self.hierarchy, device)
-        return self._owners
+        owners = self._owners  # another thread may replace it by that of its own device
+        if owners.device != device:
+            owners = self._owners = _owners(self.hierarchy, device)
+        return owners
 
     def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
