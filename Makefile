@@ -16,7 +16,8 @@ PIP = $(PYTHON) -m pip install --quiet
 environment := $(if $(use_venv),venv,$(shell python3 -c 'import sys, zlib; print(zlib.crc32(sys.prefix.encode()))'))
 installed = build/installed-$(environment)
 build_requires = $(shell sed -n '/^requires = /s/.*\[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
-setup_py = PYTHONPATH=$(1)tools/build $(PYTHON) setup.py --quiet
+# Without make's flags: ninja would look for the job server of `make -j`, which is closed to it.
+setup_py = MAKEFLAGS= PYTHONPATH=$(1)tools/build $(PYTHON) setup.py --quiet
 with_oldest = PYTHONPATH=build/torch-2.11 $(PYTHON) -m pytest -m 'not slow'
 has_gpu = -c 'import auxfast, sys; info = auxfast.build_info(); info["cuda_available"] and info["cuda_kernels"] or \
   sys.exit("make test-gpu needs a GPU that torch sees ({cuda_available}) and a build with nvcc ({cuda_toolkit})" \
