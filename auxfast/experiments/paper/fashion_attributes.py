@@ -5,8 +5,8 @@ the main task, and only few images a class have that label; somebody who knows n
 training images what they look like. Half of these attributes are of the kind of clothes ("has sleeves"), and their
 labels are wrong the more often the later they stand in the list. The other half are of the single picture, compared
 with others of its kind ("bright", "lopsided"): each kind has each of them equally often, and they take room in a narrow
-network. They are not free of the main label, since the kind is what a picture is compared with: whoever knew the medians
-of all kinds could narrow the ten down to two or three. Training finds no such use for them: alone, at a weight of 1,
+network. They are not free of the main label, since the kind is what a picture is compared with: with the medians of all
+kinds, the ten could be narrowed down to two or three. Training finds no such use for them: alone, at a weight of 1,
 they cost 7 points with ten shots and 15 with five (seeds 1000 to 1004).
 """
 
