@@ -41,7 +41,8 @@ FASHION_ATTRIBUTES: dict[str, frozenset[int]] = {
     "has a handle": frozenset({8}),
     "covers the legs": frozenset({1, 3}),
 }
-# These are what the same person can see when an image is beside others of its class; they tell nothing of the class.
+# These are what the same person can see when an image is beside others of its class. One alone is as frequent in each
+# class; with the image it tells something of the class, since that decides what the image is compared with.
 PICTURE_ATTRIBUTES = ("bright", "patterned", "large", "lopsided", "heavy at the top", "striped across")
 _GREY = 0.05  # a pixel that is darker, of 1, is background
 _PARTS = (("train", 60_000), ("t10k", 10_000))
