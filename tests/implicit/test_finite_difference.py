@@ -272,7 +272,7 @@ def train(inner: Callable[[], Tensor], params: list[Tensor], steps: int) -> None
 
 
 NETWORKS: list[tuple[Callable[[], nn.Module], tuple[int, ...], int]] = [
-    (Transformer, (12, 32), 30),
+    (Transformer, (12, 32), 20),
     (with_batch_norm, (10,), 30),
     (convolutional, (3, 8, 8), 30),
     (Recurrent, (6, 10), 30),

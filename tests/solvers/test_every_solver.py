@@ -414,7 +414,16 @@ def test_same_bits_on_every_run(solver):
 
 
 MATRIX_PRODUCTS = dict.fromkeys(
-    ("Neumann, auto", "Chebyshev, auto", "ConjugateGradient, Nystrom", "GMRES", "Nystrom", "Dense", "GradientFlow"),
+    (
+        "Neumann, auto",
+        "Chebyshev, auto",
+        "Chebyshev, Jacobi",
+        "ConjugateGradient, Nystrom",
+        "GMRES",
+        "Nystrom",
+        "Dense",
+        "GradientFlow",
+    ),
     "torch's matrix products add in an order that depends on the number of threads",
 )
 

@@ -65,7 +65,7 @@ def test_of_two_commands_on_one_folder_one_wins_and_the_other_says_who_holds_it(
         assert (code, failed) == (0, 1)
         assert re.fullmatch(
             rf"auxfast: {out}/illustrative/nonlinear/seed-3 (is being written by process \d+ on {HOST}: wait for it,|"
-            "holds a run already: --resume goes on with it;) or choose another --out",
+            r"holds a run already: --resume \(resume=True\) goes on with it;) or choose another --out",
             message,
         )
         assert "Traceback" not in errors
