@@ -185,12 +185,14 @@ def _network(pixels: int, attributes: int) -> nn.Module:
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Attributes help at all; learned weights against one common weight, and against combiners that stay."""
+    """Attributes help at all; learned weights against one common weight, and against combiners that stay: as far as
+    these methods were run."""
     pairs = [("equal", "stl")]
     for learned in COMBINERS:
         pairs += [(learned, other) for other in ("stl", "equal", f"{learned}-frozen")]
     ran = [setting for setting in SETTINGS if any(run.setting == setting for run in runs)]
-    return [better_everywhere(runs, method, baseline, ran) for method, baseline in pairs]
+    methods = {run.method.name for run in runs}
+    return [better_everywhere(runs, *pair, ran) for pair in pairs if methods.issuperset(pair)]
 
 
 SETTINGS = {f"{shots}-shot": {"task.shots": shots} for shots in (5, 10)}
