@@ -21,6 +21,7 @@ from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.kinks import is_at_kink
 from auxfast.implicit.losses import CheckedLoss
 from auxfast.implicit.one_step import StepDerivatives
+from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.implicit.symmetry import check_symmetry
 from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 from auxfast.solvers.known_solution import KnownSolution
@@ -34,6 +35,7 @@ class Adjoint:
 
     Attributes:
         mixed: gradient of `<x, d inner / d W>` in each of the outer parameters; `None` where there is no dependence.
+            Of a loss that is spread over ranks it is this rank's term of their sum.
         rhs, solution: b and x, one tensor for each inner parameter that is in the system.
         batched: whether `mixed`, `rhs` and `solution` have one more axis in front, of several right-hand sides.
         stats: how the solve went.
@@ -94,8 +96,9 @@ def solve_adjoint(
         masks: the free entries of `inner_params`; `None`: all are.
         batched: `outer_gradient` has one more axis in front, of several right-hand sides, and so has the result.
     """
-    if isinstance(derivatives, FreshCurvature):
-        derivatives.check(solver)
+    part = derivatives.part if isinstance(derivatives, SummedCurvature) else derivatives
+    if isinstance(part, FreshCurvature):
+        part.check(solver)
     product = operator_of(derivatives, masks)
     if masks is not None:
         outer_gradient = project(outer_gradient, masks)
@@ -116,7 +119,8 @@ def solve_adjoint(
         if isinstance(derivatives, FiniteDifference):
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
         elif (
-            isinstance(derivatives, (Hessian, MeanCurvature))
+            isinstance(derivatives, (Hessian, MeanCurvature, SummedCurvature))
+            and not isinstance(part, FreshCurvature)
             and not isinstance(solver, KnownSolution)
             and not (inner is None or direct_only)
         ):

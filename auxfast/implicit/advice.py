@@ -121,11 +121,11 @@ def warn_once(kind: str, text: str, state: SolverState | None) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=stacklevel())
 
 
-def missing_dependence(direct: Sequence[Tensor | None], mixed: Sequence[Tensor | None]) -> str | None:
-    """The problem where nothing depends on the outer parameters."""
-    if any(term is not None for term in mixed):
+def missing_dependence(outer_loss: bool, inner_loss: bool) -> str | None:
+    """The problem where one of the losses does not depend on the outer parameters."""
+    if inner_loss:
         return None
-    return "no part" if all(term is None for term in direct) else "no part in the inner loss"
+    return "no part in the inner loss" if outer_loss else "no part"
 
 
 def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:

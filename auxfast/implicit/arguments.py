@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auxfast.autograd.graph import graph_from
 from auxfast.implicit.distributed import is_distributed
+from auxfast.implicit.ranks import Ranks
 
 
 def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -77,8 +78,8 @@ def check_one_device(name: str, params: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} must be of one device, not of {' and '.join(sorted(map(str, devices)))}")
 
 
-def shares_of(name: str, weights: Sequence[Any]) -> list[float]:
-    """The weights divided by their sum.
+def shares_of(name: str, weights: Sequence[Any], ranks: Ranks | None = None) -> list[float]:
+    """The weights divided by their sum, over all ranks where there are several.
 
     Raises:
         TypeError: one is no number.
@@ -89,7 +90,7 @@ def shares_of(name: str, weights: Sequence[Any]) -> list[float]:
             raise TypeError(f"{name} must be numbers, but number {i} is a {type(weight).__name__}")
         if not 0 <= float(weight) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, but number {i} is {weight}")
-    total = math.fsum(weights)
+    total = math.fsum(weights) if ranks is None else ranks.total(math.fsum(weights))
     if not total:
         raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
     return [float(weight) / total for weight in weights]

@@ -15,7 +15,7 @@ from auxfast.implicit.curvature import Curvature, in_widest_dtype, on_one_dtype
 from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.free_entries import FreeCurvature, project
 from auxfast.implicit.hypergradient import hypergradient
-from auxfast.implicit.losses import Loss, LossFn, mean_gradient, mean_loss, mean_loss_and_gradient
+from auxfast.implicit.losses import Loss, LossFns, mean_gradient, mean_loss, mean_loss_and_gradient
 from auxfast.solvers import MINRES, Solver, SolveStats
 
 _NEWTON_STEPS = 20
@@ -37,8 +37,8 @@ class BilevelProblem:
 
     outer_loss: Loss
     inner_loss: Loss
-    outer_fns: list[LossFn]  # the same two, checked
-    inner_fns: list[LossFn]
+    outer_fns: LossFns  # the same two, checked
+    inner_fns: LossFns
     inner: list[Tensor]  # those with requires_grad
     outer: list[Tensor]  # those with requires_grad
     masks: list[Tensor | None]  # the entries of `inner` that move
@@ -91,7 +91,7 @@ class BilevelProblem:
         assign(self.inner, point)
         return change
 
-    def _gradient(self, loss_fns: list[LossFn]) -> list[Tensor]:
+    def _gradient(self, loss_fns: LossFns) -> list[Tensor]:
         return zeros_for_none(mean_gradient(loss_fns, self.inner), self.inner)
 
     def hessian(self) -> Callable[[Tensor], Tensor]:

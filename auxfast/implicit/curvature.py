@@ -21,6 +21,7 @@ from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
 from auxfast.implicit.losses import LossGraph, check_connected
+from auxfast.solvers.space import LOCAL
 
 _WAYS_OUT = {  # by a part of the name of autograd's node
     "Attention": "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
@@ -237,6 +238,7 @@ class _InWidestDtype:
     def __init__(self, curvature: Curvature) -> None:
         self._curvature = curvature
         self.in_system, self.params = curvature.in_system, curvature.params
+        self.space = getattr(curvature, "space", LOCAL)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return in_widest_dtype(self._curvature(in_dtypes_of(self.params, vectors)))

@@ -11,9 +11,10 @@ from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Reco
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
+from auxfast.implicit.summed_curvature import SummedCurvature
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
-LossDerivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference
+LossDerivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference | SummedCurvature
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
 
 
@@ -39,20 +40,28 @@ def derivatives_of(
     Raises:
         ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
     """
-    if isinstance(inner, LossGraph):
-        return _RECORDED[curvature](inner, params, retain_graph)
-    if any(loss_fn.is_fresh for loss_fn in inner):
-        if curvature == "finite-difference":
+    is_fresh = not isinstance(inner, LossGraph) and any(loss_fn.is_fresh for loss_fn in inner)
+    if curvature == "finite-difference" and not isinstance(inner, LossGraph):
+        if is_fresh:
             raise ValueError(
                 "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
             )
-        return FreshCurvature(_recorder(_RECORDED[curvature], inner[0]), params)
-    if curvature == "finite-difference":
         return FiniteDifference(inner, params, outer_params)
-    if len(inner) == 1:
-        return _RECORDED[curvature](inner[0](), params, retain_graph)
-    records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
-    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
+    share = 1.0
+    part: Hessian | MeanCurvature | FreshCurvature | None = None
+    if isinstance(inner, LossGraph):
+        share, part = inner.share, _RECORDED[curvature](inner, params, retain_graph)
+    elif is_fresh:
+        share, part = inner[0].share, FreshCurvature(_recorder(_RECORDED[curvature], inner[0]), params)
+    elif len(inner) == 1:
+        share, part = inner[0].share, _RECORDED[curvature](inner[0](), params, retain_graph)
+    elif inner:
+        records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
+        part = MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
+    if inner.ranks is not None:
+        return SummedCurvature(part, share, params, inner.ranks)
+    assert part is not None  # a loss of one process is not empty
+    return part
 
 
 def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:

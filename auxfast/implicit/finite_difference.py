@@ -24,7 +24,7 @@ from auxfast.implicit.central_difference import (
 )
 from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import check_finite
-from auxfast.implicit.losses import LossFn, add, check_connected, mean_gradient, times
+from auxfast.implicit.losses import LossFns, add, check_connected, mean_gradient, term_of_whole, times
 from auxfast.solvers.base import SolveStats, StopReason
 
 _GROWTH = 16.0  # A step that rounding spoils grows by this factor: agreement within that rounding vouches for no more.
@@ -75,9 +75,7 @@ class FiniteDifference:
         NotFiniteError: NaN or inf in `params` or in the gradient.
     """
 
-    def __init__(
-        self, loss_fns: Sequence[LossFn], params: Sequence[Tensor], outer_params: Sequence[Tensor] = ()
-    ) -> None:
+    def __init__(self, loss_fns: LossFns, params: Sequence[Tensor], outer_params: Sequence[Tensor] = ()) -> None:
         self._loss_fns = loss_fns
         before, self._eps = _gradient_and_precision(loss_fns, params)
         self._step = self._eps ** (1 / 3)  # relative to the size of what is moved, if that is its scale
@@ -129,7 +127,7 @@ class FiniteDifference:
                 distance = quotient(norm_of(add(found, times(-1.0, other))), size)
                 if distance > max(_DISAGREEMENT, 10 * error):
                     self.operator_error, self.disagrees = max(self.operator_error, distance), True
-        return mixed
+        return term_of_whole(mixed, self._loss_fns)
 
     def certify(self, stats: SolveStats, problem: str | None, tol: float | None) -> tuple[SolveStats, str | None]:
         """`stats` and the problem with the solve, after `mixed`: `operator_error` stands in the stats, and where it is
@@ -337,6 +335,7 @@ class FiniteDifference:
         """The product and the mixed product with the recorded second derivatives, or `None` where there are none."""
         product: Grads = [None] * len(self.params)
         mixed: Grads = [None] * len(outer_params)
+        is_missing, ranks = False, self._loss_fns.ranks
         try:
             for loss_fn in self._loss_fns:
                 hessian = Hessian(loss_fn(), self.params)
@@ -345,11 +344,16 @@ class FiniteDifference:
                 mixed = add(mixed, times(loss_fn.share, hessian.mixed(chosen, outer_params)))
                 del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
+            is_missing = True
+        if is_missing if ranks is None else any(ranks.any([is_missing])):
             return None
+        if ranks is not None:
+            terms = ranks.sum_where_any([*product, *mixed], [*self.params, *outer_params])
+            product, mixed = terms[: len(product)], terms[len(product) :]
         return product, mixed
 
 
-def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Grads, float]:
+def _gradient_and_precision(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[Grads, float]:
     """The gradient, and the coarsest machine precision of `params` and of what the graphs keep: under autocast, a
     gradient in float32 has the rounding of a narrower dtype."""
     dtypes = {w.dtype for w in params}
@@ -366,4 +370,5 @@ def _gradient_and_precision(loss_fns: Sequence[LossFn], params: Sequence[Tensor]
         if "saved tensor hooks" not in str(error):  # which transforms of torch.func refuse
             raise
         gradient = mean_gradient(loss_fns, params)
-    return gradient, max(torch.finfo(dtype).eps for dtype in dtypes)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return gradient, eps if loss_fns.ranks is None else max(row[0] for row in loss_fns.ranks.gather([eps]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auxfast.implicit.curvature import Curvature
+from auxfast.solvers.space import LOCAL
 
 Free = Iterable[Tensor | None]
 """One tensor of torch.bool for each of `inner_params`, of its shape, True where an entry moves with the outer
@@ -77,6 +78,7 @@ class FreeCurvature:
         self.in_system = curvature.in_system
         self.params = curvature.params
         self.exact = getattr(curvature, "exact", False)  # see `LinearOperator`
+        self.space = getattr(curvature, "space", LOCAL)
         self._curvature = curvature
         self._masks = list(compress(masks, curvature.in_system))
 

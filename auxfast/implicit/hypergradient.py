@@ -18,9 +18,10 @@ from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
-from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_call, check_connected, mean_gradient
+from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
+from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_connected, check_of, gradient_term
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
+from auxfast.implicit.ranks import ProcessGroup, ranks_of
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -48,6 +49,7 @@ def hypergradient(
     outputs: Tensor | Sequence[Tensor] | None = None,
     free: Free | None = None,
     state: SolverState | None = None,
+    process_group: ProcessGroup | None = None,
     retain_graph: bool = False,
     warn: bool = True,
 ) -> HypergradientResult:
@@ -92,6 +94,9 @@ def hypergradient(
             kink (a zero under an L1 penalty: `free=[w != 0]`) or at a bound. `None`: all entries of all are free.
         state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
             warnings were given.
+        process_group: ranks of `torch.distributed` that share the call, such as `torch.distributed.group.WORLD`: each
+            passes the losses of its own data, and all get the gradients of the whole losses. `None`: this process
+            alone. See `docs/scaling.md`.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
@@ -126,16 +131,17 @@ def hypergradient(
     check_solver(solver)
     if isinstance(solver, KnownSolution):
         check_losses(solver, outer_loss, inner_loss)
-    if isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
+    ranks = ranks_of(process_group, params.inner[0].device)
+    if ranks is not None:
+        check_same_call(ranks, params, solver, curvature, state)
+    elif isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
         refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state(warn=warn, check=check_call) if computes else nullcontext() as guard:
-        given_outer = given_loss("outer_loss", outer_loss, guard)
-        given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
-        outer_gradient = partial(
-            _outer_gradient, given_outer, given_inner, [*active_inner, *active_outer], retain_graph
-        )
+    with preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext() as guard:
+        given_outer = given_loss("outer_loss", outer_loss, guard, ranks=ranks)
+        given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
+        outer_gradient = partial(_outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph)
         recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
         if isinstance(solver, KnownSolution):
             outer_grads, derivatives = outer_gradient_and_derivatives(
@@ -157,12 +163,15 @@ def hypergradient(
         )
 
     grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
+    takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
+    if ranks is not None:
+        grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
     if not all_finite(grads):
         check_finite("The gradients of outer_loss in outer_params", direct)
         adjoint.check_finite()
         check_finite("The hypergradients", grads)
     if warn:
-        adjoint.warn(solver, state, missing_dependence(direct, adjoint.mixed))
+        adjoint.warn(solver, state, missing_dependence(*takes_part))
     return HypergradientResult(
         tuple(zeros_for_none(spread(grads, [phi.requires_grad for phi in params.outer]), params.outer)),
         adjoint.stats,
@@ -173,17 +182,26 @@ def hypergradient(
 def _outer_gradient(
     outer: CheckedLoss,
     inner: CheckedLoss,
-    params: Sequence[Tensor],
+    inner_params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
     retain_graph: bool,
 ) -> list[Tensor | None]:
-    if not isinstance(outer, LossGraph):
-        return mean_gradient(outer, params)
-    outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`
-    shared = isinstance(inner, LossGraph) and any(
-        node.next_functions
-        for node in outer.nodes & inner.nodes  # common leaves do not count
-    )
-    return outer.gradient(params, retain_graph=retain_graph or shared)
+    """The gradient of the outer loss in the inner parameters, and in the outer ones: of these it is this rank's term,
+    which is summed with that of the mixed product."""
+    params = [*inner_params, *outer_params]
+    if isinstance(outer, LossGraph):
+        outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`
+        shared = isinstance(inner, LossGraph) and any(
+            node.next_functions
+            for node in outer.nodes & inner.nodes  # common leaves do not count
+        )
+        term = gradient_term(outer, params, retain_graph=retain_graph or shared)
+    else:
+        term = gradient_term(outer, params)
+    if outer.ranks is None:
+        return term
+    num_inner = len(inner_params)
+    return [*outer.ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
 
 
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

@@ -27,7 +27,8 @@ from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
 from auxfast.implicit.jacobian import TransposedJacobian
-from auxfast.implicit.losses import CheckedLoss
+from auxfast.implicit.losses import CheckedLoss, times
+from auxfast.implicit.ranks import Ranks
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 OnSolve = Callable[[SolveStats], object]
@@ -70,6 +71,9 @@ class ImplicitFunction:
     def pull_back(self, cotangents: Sequence[Tensor | None], batched: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
         """`-(d F / d phi)^T x` for each of phi, zeros where it plays no part, and x with `(d F / d W)^T x =
         cotangents`. All tensors have one more axis in front where they are `batched`."""
+        ranks = None if self.inner is None else self.inner.ranks
+        if ranks is not None:
+            cotangents = self._mean_cotangents(ranks, cotangents, batched)
         if self._has_hooks():  # F has gone through them, as an outer loss of W itself would
             cotangents = [self._hooked(w, c, batched) for w, c in zip(self.params, cotangents, strict=True)]
         solve = partial(
@@ -90,6 +94,8 @@ class ImplicitFunction:
             phi.new_zeros(*lead, *phi.shape) if term is None else -term
             for phi, term in zip(self.outer_params, adjoint.mixed, strict=True)
         ]
+        if ranks is not None:
+            gradients = ranks.sum(gradients, gradients)
         if not all_finite(gradients):
             adjoint.check_finite()
             check_finite("The hypergradients", gradients)
@@ -98,6 +104,13 @@ class ImplicitFunction:
         if self.on_solve is not None:
             self.on_solve(adjoint.stats)
         return gradients, adjoint.solution
+
+    def _mean_cotangents(
+        self, ranks: Ranks, cotangents: Sequence[Tensor | None], batched: bool
+    ) -> Sequence[Tensor | None]:
+        lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
+        like = [w.expand(*lead, *w.shape) for w in self.params]
+        return ranks.sum_where_any(times(1 / ranks.size, cotangents), like)
 
     def _has_hooks(self) -> bool:
         return any(map(has_hook, self.params))

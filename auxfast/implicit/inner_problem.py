@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
-from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device, shares_of
 from auxfast.implicit.derivatives import check_curvature
 from auxfast.implicit.free_entries import Free, Masks, free_masks
 from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, as_loss_fns
+from auxfast.implicit.ranks import Ranks
+from auxfast.solvers.base import Solver, SolverState
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ def given_params(inner_params: Iterable[Tensor], outer_params: Iterable[Tensor],
     )
 
 
+def check_same_call(
+    ranks: Ranks, params: GivenParams, solver: Solver, curvature: str, state: SolverState | None
+) -> None:
+    """Raises ValueError, on all ranks, where they have passed what must be the same."""
+    setting = repr(solver)
+    facts = {
+        "solver": setting if " object at 0x" not in setting else type(solver).__name__,
+        "curvature": curvature,
+        "state": "None" if state is None else state.summary(),
+    }
+    ranks.check_same(facts, {"inner_params": params.inner, "outer_params": params.outer})
+
+
 def check_inner_loss(inner_loss: Loss, curvature: str, outputs: Any) -> None:
     """Raises ValueError or TypeError where the three do not fit together."""
     check_curvature(curvature)
@@ -61,12 +76,15 @@ def given_loss(
     guard: preserved_state | None,
     outputs: Tensor | Sequence[Tensor] | None = None,
     with_outputs: bool = False,
+    ranks: Ranks | None = None,
 ) -> CheckedLoss:
     """A loss with its graph, or functions that compute it anew and leave no trace.
 
     Args:
         guard: `None` where there are no functions.
+        ranks: those that have the other parts of the loss; `None`: it is whole.
     """
     if isinstance(loss, Tensor) or guard is None:
-        return LossGraph(name, loss, outputs)  # whatever it is: that checks
-    return as_loss_fns(name, loss, guard.replay, with_outputs)
+        (share,) = shares_of(name, [1], ranks)
+        return LossGraph(name, loss, outputs, ranks, share)  # whatever it is: that checks
+    return as_loss_fns(name, loss, guard.replay, with_outputs, ranks)

@@ -17,8 +17,9 @@ from auxfast.autograd.engine import vjp
 from auxfast.autograd.graph import function_class, functions_of, graph_from
 from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.arguments import shares_of
-from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls
+from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls, refuse_calls_of_rank
 from auxfast.implicit.fresh_batches import FreshBatches
+from auxfast.implicit.ranks import Ranks
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any] | tuple[float, Callable[[], Any]]]
 """A scalar, a function of no arguments that computes it, or a sequence of such functions or of pairs
@@ -36,12 +37,24 @@ _CHANGED = "modified by an inplace operation"  # autograd's words
 class LossGraph:
     """One computed loss with its graph.
 
+    Attributes:
+        loss, outputs: as given.
+        ranks: those whose losses this is one of; `None`: this process alone.
+        share: what the gradient of this loss is multiplied by in that of the whole one.
+
     Raises:
         TypeError: it is not a tensor. ValueError: it has more than one element, or no graph. RuntimeError: a transform
             of torch.func is under way.
     """
 
-    def __init__(self, name: str, loss: Loss, outputs: Tensor | Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        loss: Loss,
+        outputs: Tensor | Sequence[Tensor] | None = None,
+        ranks: Ranks | None = None,
+        share: float = 1.0,
+    ) -> None:
         given: Any = loss
         if not isinstance(given, Tensor):
             kind = type(given).__name__
@@ -64,6 +77,7 @@ class LossGraph:
         self.name = name
         self.loss: Tensor = given
         self.outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        self.ranks, self.share = ranks, share
 
     @cached_property
     def nodes(self) -> set[Any]:
@@ -121,9 +135,23 @@ def check_connected(name: str, grads: Sequence[Tensor | None]) -> None:
         )
 
 
+def check_of(ranks: Ranks | None) -> Callable[[nn.Module], None]:
+    """The check of modules that a loss calls, of one process or of several ranks."""
+    return check_call if ranks is None else _check_call_of_rank
+
+
 def check_call(module: nn.Module) -> None:
     """Raises RuntimeError where a loss calls a module whose gradients would be left out without a word."""
     refuse_calls(module)
+    _refuse_within_reentrant_checkpoint()
+
+
+def _check_call_of_rank(module: nn.Module) -> None:
+    refuse_calls_of_rank(module)
+    _refuse_within_reentrant_checkpoint()
+
+
+def _refuse_within_reentrant_checkpoint() -> None:
     if not torch.is_grad_enabled():  # the graph does not show a reentrant checkpoint whose inputs need no gradient
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
@@ -145,7 +173,7 @@ class LossFn:
     """Function that computes the loss of a micro-batch anew.
 
     Attributes:
-        share: the part that this loss has in the mean of all; the shares add up to 1.
+        share: the part that this loss has in the mean of all; the shares add up to 1, over all ranks.
         is_fresh: whether every call takes a batch of its own, so that no two give the same.
     """
 
@@ -157,35 +185,55 @@ class LossFn:
         return self.compute()
 
 
-CheckedLoss = LossGraph | list[LossFn]
+class LossFns(tuple[LossFn, ...]):
+    """The functions of all micro-batches of this process.
+
+    Attributes:
+        ranks: those that have others; `None`: no other process has any.
+    """
+
+    ranks: Ranks | None
+
+    def __new__(cls, loss_fns: Iterable[LossFn], ranks: Ranks | None = None) -> LossFns:
+        self = super().__new__(cls, loss_fns)
+        self.ranks = ranks
+        return self
+
+
+CheckedLoss = LossGraph | LossFns
 """A loss with its graph, or the functions that compute it anew."""
 
 
-def as_loss_fns(name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False) -> list[LossFn]:
+def as_loss_fns(
+    name: str, loss: Loss, replay: Callable[[Any], Any], with_outputs: bool = False, ranks: Ranks | None = None
+) -> LossFns:
     """Functions that compute the loss of each micro-batch anew, without those of weight 0. `loss` is not a tensor;
     `replay` wraps each function of the user, but for fresh batches, which draw fresh random numbers too.
 
     Raises:
         TypeError, ValueError: as `as_pairs` does.
     """
+    pairs = [(1.0, loss)] if isinstance(loss, FreshBatches) else as_pairs(name, loss, may_be_empty=ranks is not None)
+    shares = shares_of(f"weights of {name}", [weight for weight, _ in pairs], ranks)
+    names = [name] if len(pairs) == 1 else [f"{name}[{i}]" for i in range(len(pairs))]
     if isinstance(loss, FreshBatches):
-        return [LossFn(_checked(name, loss, with_outputs), is_fresh=True)]
-    pairs = as_pairs(name, loss)
-    shares = shares_of(f"weights of {name}", [weight for weight, _ in pairs])
-    names = [f"{name}[{i}]" for i in range(len(pairs))] if len(pairs) > 1 else [name]
-    return [
-        LossFn(_checked(each, replay(function), with_outputs), share)
-        for each, (_, function), share in zip(names, pairs, shares, strict=True)
-        if share
-    ]
+        return LossFns([LossFn(_checked(name, loss, with_outputs), shares[0], is_fresh=True)], ranks)
+    return LossFns(
+        [
+            LossFn(_checked(each, replay(function), with_outputs), share)
+            for each, (_, function), share in zip(names, pairs, shares, strict=True)
+            if share
+        ],
+        ranks,
+    )
 
 
-def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
+def as_pairs(name: str, loss: Loss, may_be_empty: bool = False) -> list[tuple[float, Callable[[], Any]]]:
     """The `(weight, function)` pairs of a loss that is not a tensor.
 
     Raises:
         TypeError: `loss` is neither a function nor a sequence of functions or of such pairs.
-        ValueError: the sequence is empty, or holds `FreshBatches`.
+        ValueError: the sequence is empty, and may not be, or holds `FreshBatches`.
     """
     given: Any = loss
     if callable(given):
@@ -195,7 +243,7 @@ def as_pairs(name: str, loss: Loss) -> list[tuple[float, Callable[[], Any]]]:
         raise TypeError(
             f"{name} must be a tensor, a function that returns one, or a list of such functions, not a {_what(given)}"
         )
-    if not pairs:
+    if not pairs and not may_be_empty:
         raise ValueError(f"{name} is empty: it must hold a function for each micro-batch")
     if any(isinstance(function, FreshBatches) for _, function in pairs):
         raise ValueError(
@@ -249,26 +297,38 @@ def _checked(name: str, function: Callable[[], Any], with_outputs: bool) -> Call
     return compute
 
 
-def mean_loss(loss_fns: Sequence[LossFn]) -> Tensor:
+def mean_loss(loss_fns: LossFns) -> Tensor:
     """Value of the mean loss."""
     return mean_loss_and_gradient(loss_fns, ())[0]
 
 
-def mean_loss_and_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """Value and gradient of the mean loss."""
+def mean_loss_and_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Value and gradient of the mean loss. One process has all of it."""
+    assert loss_fns.ranks is None
     losses, gradient = _losses_and_gradient(loss_fns, params)
     value: Any = sum(loss_fn.share * loss for loss_fn, loss in zip(loss_fns, losses, strict=True))
     return value, gradient
 
 
-def mean_gradient(loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradient of the mean loss."""
-    return _losses_and_gradient(loss_fns, params)[1] if params else []
+def mean_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradient of the mean loss, over all ranks."""
+    term = gradient_term(loss_fns, params)
+    return term if loss_fns.ranks is None else loss_fns.ranks.sum_where_any(term, params)
 
 
-def _losses_and_gradient(
-    loss_fns: Sequence[LossFn], params: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def gradient_term(loss: CheckedLoss, params: Sequence[Tensor], **retain_graph: bool) -> list[Tensor | None]:
+    """This process's term of the gradient of the whole loss, which is all of it where there are no others."""
+    if isinstance(loss, LossGraph):
+        return times(loss.share, loss.gradient(params, **retain_graph))
+    return _losses_and_gradient(loss, params)[1] if params else []
+
+
+def term_of_whole(whole: list[Tensor | None], loss_fns: LossFns) -> list[Tensor | None]:
+    """This process's term of what all ranks have the whole of: the first has it, and the others nothing."""
+    return whole if loss_fns.ranks is None or loss_fns.ranks.rank == 0 else [None] * len(whole)
+
+
+def _losses_and_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
     """The losses, and the gradient of their mean, accumulated one micro-batch after the other."""
     losses = []
     total: list[Tensor | None] = [None] * len(params)

@@ -19,8 +19,9 @@ from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
-from auxfast.implicit.inner_problem import check_inner_loss, given_loss, given_params
-from auxfast.implicit.losses import Loss, LossGraph, check_call
+from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
+from auxfast.implicit.losses import Loss, LossGraph, check_of
+from auxfast.implicit.ranks import ProcessGroup, ranks_of
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
 from auxfast.solvers.base import Solver, SolverState, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -41,6 +42,7 @@ def implicit_minimum(
     free: Free | None = ...,
     state: SolverState | None = ...,
     on_solve: OnSolve | None = ...,
+    process_group: ProcessGroup | None = ...,
     warn: bool = ...,
 ) -> dict[str, Tensor]: ...
 
@@ -57,6 +59,7 @@ def implicit_minimum(
     free: Free | None = ...,
     state: SolverState | None = ...,
     on_solve: OnSolve | None = ...,
+    process_group: ProcessGroup | None = ...,
     warn: bool = ...,
 ) -> list[Tensor]: ...
 
@@ -72,6 +75,7 @@ def implicit_minimum(
     free: Free | None = None,
     state: SolverState | None = None,
     on_solve: OnSolve | None = None,
+    process_group: ProcessGroup | None = None,
     warn: bool = True,
 ) -> Any:
     """The inner parameters `W*(phi)`, which minimise the inner loss, as tensors that are differentiable in `phi`.
@@ -106,6 +110,9 @@ def implicit_minimum(
             `dict(net.named_parameters())`.
         on_solve: called with the `SolveStats` of every solve, within the backward pass: `stats.append`, for a list
             `stats`.
+        process_group: see `hypergradient`. The gradients that arrive at the results are averaged over the ranks, with
+            equal weights, and what reaches `phi` through them is the same on all. Average `phi.grad` over the ranks, as
+            DistributedDataParallel does, where outer losses also depend on `phi` directly.
         warn: give a RuntimeWarning, in the backward pass, of what `hypergradient` warns of; and where the parameters
             are so far from a minimum that a Newton step would move them, along the outer loss's gradient, by more than
             a tenth of their length. That is seen where the inner loss is one graph.
@@ -130,14 +137,19 @@ def implicit_minimum(
         )
     if not params.active_inner:
         raise ValueError("inner_params have requires_grad=False, all of them: nothing would move with outer_params")
-    if isinstance(inner_loss, Tensor):
+    ranks = ranks_of(process_group, params.inner[0].device)
+    if ranks is not None:
+        check_same_call(ranks, params, solver, curvature, state)
+    elif isinstance(inner_loss, Tensor):
         refuse_params("inner_params", params.active_inner)
     refuse_transforms("implicit_minimum", params.outer)
     if not (torch.is_grad_enabled() and params.active_outer):
         solved: Sequence[Tensor] = [w.detach() for w in params.active_inner]
         return like_given(inner_params, params.inner, params.active_inner, solved)
-    with nullcontext() if isinstance(inner_loss, Tensor) else preserved_state(warn=warn, check=check_call) as guard:
-        inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton")
+    with (
+        nullcontext() if isinstance(inner_loss, Tensor) else preserved_state(warn=warn, check=check_of(ranks)) as guard
+    ):
+        inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
         derivatives = derivatives_of(curvature, inner, params.active_inner, params.active_outer, retain_graph=True)
     minimum = _Minimum(
         "implicit_minimum",

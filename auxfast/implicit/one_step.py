@@ -17,8 +17,19 @@ from auxfast.implicit.derivatives import LossDerivatives
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import Masks, project
-from auxfast.implicit.losses import CheckedLoss, Loss, LossFn, LossGraph, check_connected, mean_gradient, times
+from auxfast.implicit.losses import (
+    CheckedLoss,
+    Loss,
+    LossFns,
+    LossGraph,
+    check_connected,
+    mean_gradient,
+    term_of_whole,
+    times,
+)
+from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.solvers.known_solution import KnownSolution
+from auxfast.solvers.space import LOCAL
 
 _RADIUS = 0.01
 """How far a central difference moves the parameters to each side, in norm: DARTS's choice, and betty's."""
@@ -33,7 +44,7 @@ class StepDifference:
         params: tensors that are moved.
     """
 
-    def __init__(self, loss_fns: Sequence[LossFn], params: Sequence[Tensor]) -> None:
+    def __init__(self, loss_fns: LossFns, params: Sequence[Tensor]) -> None:
         self._loss_fns = loss_fns
         self.in_system = [True] * len(params)
         self.params = list(params)
@@ -48,7 +59,7 @@ class StepDifference:
         mixed = self._along(vectors, outer_params)
         if not any(term is not None and bool(term.any()) for term in mixed):  # rare, and the gradient costs a third
             check_connected("inner_loss", mean_gradient(self._loss_fns, self.params))
-        return mixed
+        return term_of_whole(mixed, self._loss_fns)
 
     def _along(self, vectors: Sequence[Tensor], wanted: Sequence[Tensor]) -> Grads:
         norm = norm_of(vectors)
@@ -66,11 +77,12 @@ class OnePass:
     """Recorded second derivatives for a `KnownSolution`: where it multiplies x, the mixed product is taken in the same
     backward pass."""
 
-    def __init__(self, derivatives: Hessian | MeanCurvature, outer_params: Sequence[Tensor]) -> None:
+    def __init__(self, derivatives: Hessian | MeanCurvature | SummedCurvature, outer_params: Sequence[Tensor]) -> None:
         self._derivatives = derivatives
         self._outer_params = outer_params
         self._mixed: list[Tensor | None] | None = None
         self.in_system, self.params = derivatives.in_system, derivatives.params
+        self.space = getattr(derivatives, "space", LOCAL)
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         product, self._mixed = self._derivatives.with_mixed(vectors, self._outer_params)
@@ -126,11 +138,11 @@ def outer_gradient_and_derivatives(
     if not solver.lookahead_lr:
         return outer_gradient(), _in_one_pass(derivatives(), outer_params)
     found = derivatives()
-    if isinstance(found, Hessian):
+    if isinstance(inner, LossGraph):
+        assert isinstance(found, (Hessian, SummedCurvature))
         gradient = found.gradient
     else:
-        assert not isinstance(inner, LossGraph)
-        gradient = mean_gradient(inner, params)
+        gradient = found.gradient if isinstance(found, Hessian) else mean_gradient(inner, params)
     moved = gradient if masks is None else project(gradient, masks)
     check_connected("inner_loss", moved)
     used = [w for w, grad in zip(params, moved, strict=True) if grad is not None]
@@ -143,6 +155,6 @@ def outer_gradient_and_derivatives(
 
 
 def _in_one_pass(derivatives: LossDerivatives | StepDifference, outer_params: Sequence[Tensor]) -> StepDerivatives:
-    if isinstance(derivatives, (Hessian, MeanCurvature)):
+    if isinstance(derivatives, (Hessian, MeanCurvature, SummedCurvature)):
         return OnePass(derivatives, outer_params)
     return derivatives

@@ -18,6 +18,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.losses import Loss
+from auxfast.implicit.ranks import ProcessGroup
 from auxfast.implicit.trust_region import sees, trust_region, whole_batch
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner, LabelGenerator
@@ -93,6 +94,7 @@ class HyperOptimizer:
             both signs are counted by their sizes, and may shrink. Learning then shapes the mix, and leaves the speed of
             inner training alone.
         project: modules whose `project_()` is called after each update.
+        process_group: see `hypergradient`; the updates are the same on all ranks.
 
     Attributes:
         optimizer: the one that was given. Learning rate schedulers take it.
@@ -123,6 +125,7 @@ class HyperOptimizer:
         max_weight_change: float | None = 0.15,
         keep_total: bool = False,
         project: Sequence[Projectable] = (),
+        process_group: ProcessGroup | None = None,
         warn: bool = True,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -145,6 +148,7 @@ class HyperOptimizer:
         self.optimizer = optimizer
         self.solver = solver
         self.curvature = curvature
+        self.process_group = process_group
         self.warn = warn
         self.state = SolverState()
         self.task_states: dict[int | str, SolverState] = {}
@@ -296,6 +300,7 @@ class HyperOptimizer:
                 outputs=outputs,
                 free=free,
                 state=state,
+                process_group=self.process_group,
                 retain_graph=retain_graph,
                 warn=self.warn,
             )

@@ -17,7 +17,7 @@ from auxfast.implicit.bilevel_problem import assign, flat, restored
 from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
-from auxfast.implicit.losses import Loss, LossFn, LossGraph, as_loss_fns, check_call, mean_gradient, mean_loss
+from auxfast.implicit.losses import Loss, LossFn, LossFns, LossGraph, as_loss_fns, check_call, mean_gradient, mean_loss
 from auxfast.implicit.retraining_report import Prediction, RetrainingReport
 from auxfast.solvers import MINRES, Solver, SolveStats
 from auxfast.solvers.base import check_positive, check_solver, check_steps
@@ -215,10 +215,10 @@ class _Trained:
             return float(flat(zeros_for_none(mean_gradient(fns, active), active)).norm())
 
 
-def _loss_fns(name: str, loss: Loss, guard: preserved_state, with_outputs: bool = False) -> list[LossFn]:
+def _loss_fns(name: str, loss: Loss, guard: preserved_state, with_outputs: bool = False) -> LossFns:
     if isinstance(loss, Tensor):
         graph = LossGraph(name, loss)
-        return [LossFn(lambda: graph)]
+        return LossFns([LossFn(lambda: graph)])
     return as_loss_fns(name, loss, guard.replay, with_outputs)
 
 

@@ -13,6 +13,7 @@ from auxfast.implicit.curvature import Hessian, in_dtypes_of
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import CheckedLoss, LossGraph
+from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.solvers.base import SolverState, SolveStats, StopReason
 
 
@@ -21,7 +22,7 @@ def check_symmetry(
     problem: str | None,
     state: SolverState | None,
     inner: CheckedLoss,
-    curvature: Hessian | MeanCurvature,
+    curvature: Hessian | MeanCurvature | SummedCurvature,
     params: Sequence[Tensor],
     solution: Sequence[Tensor],
 ) -> tuple[SolveStats, str | None]:

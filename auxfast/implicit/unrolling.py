@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.implicit.derivatives import CurvatureName, derivatives_of
-from auxfast.implicit.losses import LossFn, add, mean_gradient
+from auxfast.implicit.losses import LossFns, add, mean_gradient
 
 State = dict[str, Tensor]
 """What an optimizer keeps of a parameter."""
@@ -23,8 +23,8 @@ _SAME = 0.01
 
 
 def unrolled_gradient(
-    outer_fns: list[LossFn],
-    inner_fns: list[LossFn],
+    outer_fns: LossFns,
+    inner_fns: LossFns,
     inner: Sequence[Tensor],
     outer: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,

@@ -20,7 +20,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.kinks import find_kinks
-from auxfast.implicit.losses import Loss, LossFn, as_loss_fns, as_pairs, mean_loss
+from auxfast.implicit.losses import Loss, LossFns, as_loss_fns, as_pairs, mean_loss
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport, Unrolled
 from auxfast.implicit.unrolling import check_unrollable, unrolled_gradient
 from auxfast.solvers import MINRES, Dense, Solver
@@ -177,7 +177,7 @@ def _as_it_is(function: Any) -> Any:
     return function
 
 
-def _check_values(**losses: list[LossFn]) -> None:
+def _check_values(**losses: LossFns) -> None:
     """Raises ValueError where a loss is not finite, or differs between two calls by more than summation in another
     order could make it."""
     for name, loss_fns in losses.items():

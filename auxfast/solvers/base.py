@@ -22,7 +22,7 @@ one that also has batched products; without them a solver multiplies one vector 
 class LinearOperator(Protocol):
     """A square matrix H, known by its products.
 
-    Three attributes, here and of any `Matvec`, may say more of it, and need not be there:
+    Four attributes, here and of any `Matvec`, may say more of it, and need not be there:
 
     - `symmetric`, a bool: whether H is its own transpose. Without it, it is. `GMRES`, `NormalEquations`, `Dense` and
       `Identity` take other matrices too; the other solvers refuse them.
@@ -31,6 +31,8 @@ class LinearOperator(Protocol):
     - `exact = True`: all products are those of one matrix, up to rounding: nothing in them is random, estimated or
       computed anew from something that may have changed. A solver may then know a residual from a recurrence, without
       a product of its own.
+    - `space`, a `auxfast.solvers.space.VectorSpace`: how processes that solve the system together form dot products,
+      and agree on the numbers that they decide from. Without it, one process solves alone.
     """
 
     def __call__(self, vectors: Sequence[Tensor], /) -> Sequence[Tensor]:
@@ -212,6 +214,14 @@ class SolverState:
     blocks: int | None = None
     symmetry_error: float | None = None
     warned: set[str] = field(default_factory=set)
+
+    def summary(self) -> str:
+        """What of it decides how many products a solve takes: for ranks that must take as many to compare."""
+        numbers = self.largest_eigenvalue, self.smallest_eigenvalue, self.blocks, self.symmetry_error
+        return (
+            f"{'no ' if self.solution is None else ''}solution, eigenvalues, blocks and symmetry_error {numbers}, "
+            f"{type(self.preconditioner).__name__} of age {self.preconditioner_age}"
+        )
 
 
 class Solver(Protocol):

@@ -7,13 +7,12 @@ from copy import copy
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, batched_matvec, is_symmetric
 from auxfast.solvers.block_operator import BlockOperator
+from auxfast.solvers.space import LOCAL, Floats, VectorSpace
 
 MAX_BATCH = 32
 """Vectors in one batched product. More are hardly faster, and each holds all activations once more."""
@@ -39,6 +38,7 @@ class LinearSystem:
         symmetric: whether H does not say that it is not.
         has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
         exact: whether the operator says that its products are; see `LinearOperator`.
+        space: where the rows live, and with it the products `dots` and the numbers that are `read`.
         matvecs: vectors multiplied so far.
         params: the parameters themselves, where the operator knows them (`matvec.params`, as a curvature does); else
             None.
@@ -62,6 +62,7 @@ class LinearSystem:
         self.symmetric = is_symmetric(matvec)
         self.has_own_matrices = isinstance(matvec, BlockOperator)
         self.exact = bool(getattr(matvec, "exact", False))
+        self.space: VectorSpace = getattr(matvec, "space", LOCAL)
         self.matvecs = 0
         self._last: tuple[Tensor, list[_Call]] | None = None  # rows of the last product, and its calls
         self._scale: Tensor | None = None  # (k, 1), powers of two
@@ -77,8 +78,8 @@ class LinearSystem:
             self.rhs /= self._scale
             self.rhs_norms = self._norms()
 
-    def _norms(self) -> npt.NDArray[np.float64]:
-        norms: npt.NDArray[np.float64] = np.sqrt(row_dots(self.rhs, self.rhs).cpu().numpy())
+    def _norms(self) -> Floats:
+        norms: Floats = np.sqrt(self.space.read(self.space.dots(self.rhs, self.rhs)))
         return norms
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
