@@ -96,9 +96,9 @@ def solve_adjoint(
         masks: the free entries of `inner_params`; `None`: all are.
         batched: `outer_gradient` has one more axis in front, of several right-hand sides, and so has the result.
     """
-    part = derivatives.part if isinstance(derivatives, SummedCurvature) else derivatives
-    if isinstance(part, FreshCurvature):
-        part.check(solver)
+    is_fresh = inner is not None and inner.kind == "fresh"
+    if is_fresh:
+        FreshCurvature.check(solver)
     product = operator_of(derivatives, masks)
     if masks is not None:
         outer_gradient = project(outer_gradient, masks)
@@ -120,7 +120,7 @@ def solve_adjoint(
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
         elif (
             isinstance(derivatives, (Hessian, MeanCurvature, SummedCurvature))
-            and not isinstance(part, FreshCurvature)
+            and not is_fresh
             and not isinstance(solver, KnownSolution)
             and not (inner is None or direct_only)
         ):

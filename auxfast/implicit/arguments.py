@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxfast.autograd.graph import graph_from
 from auxfast.implicit.distributed import is_distributed
-from auxfast.implicit.ranks import Ranks
+from auxfast.implicit.ranks import Ranks, attempt
 
 
 def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -43,8 +43,8 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
         if is_distributed(item):
             raise ValueError(
                 f"{name} must hold tensors of this process, but number {i} is a {type(item).__name__}, a part of a "
-                "parameter that FSDP or tensor parallelism has spread over processes. auxfast does not work across "
-                "processes yet: a process group will come. Take a network that is not sharded."
+                "parameter that FSDP or tensor parallelism has spread over processes: take a network that is not "
+                "sharded, and process_group= where ranks have parts of the data"
             )
     if not items:
         raise ValueError(f"{name} is empty (a generator that was used up before also is)")
@@ -85,12 +85,18 @@ def shares_of(name: str, weights: Sequence[Any], ranks: Ranks | None = None) -> 
         TypeError: one is no number.
         ValueError: one is negative or not finite, or all are 0.
     """
+    total = attempt(ranks, lambda: _total(name, weights), 0.0)
+    if ranks is not None:
+        total = ranks.total(total)
+    if not total:
+        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
+    return attempt(ranks, lambda: [float(weight) / total for weight in weights], [0.0] * len(weights))
+
+
+def _total(name: str, weights: Sequence[Any]) -> float:
     for i, weight in enumerate(weights):
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"{name} must be numbers, but number {i} is a {type(weight).__name__}")
         if not 0 <= float(weight) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, but number {i} is {weight}")
-    total = math.fsum(weights) if ranks is None else ranks.total(math.fsum(weights))
-    if not total:
-        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
-    return [float(weight) / total for weight in weights]
+    return math.fsum(weights)

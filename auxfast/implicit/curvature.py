@@ -85,7 +85,7 @@ class Hessian:
     exact = True
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
-        inner.refuse_reentrant_checkpoints()
+        inner.refuse_functions()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
         self.kinked = leaves_into(inner.nodes, _KINKS)
         if any(map(is_compiled, inner.functions)):

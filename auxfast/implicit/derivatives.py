@@ -40,28 +40,42 @@ def derivatives_of(
     Raises:
         ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
     """
-    is_fresh = not isinstance(inner, LossGraph) and any(loss_fn.is_fresh for loss_fn in inner)
-    if curvature == "finite-difference" and not isinstance(inner, LossGraph):
-        if is_fresh:
+    if curvature == "finite-difference" and inner.kind != "tensor":
+        if inner.kind == "fresh":
             raise ValueError(
                 "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
             )
+        assert not isinstance(inner, LossGraph)
         return FiniteDifference(inner, params, outer_params)
-    share = 1.0
-    part: Hessian | MeanCurvature | FreshCurvature | None = None
-    if isinstance(inner, LossGraph):
-        share, part = inner.share, _RECORDED[curvature](inner, params, retain_graph)
-    elif is_fresh:
-        share, part = inner[0].share, FreshCurvature(_recorder(_RECORDED[curvature], inner[0]), params)
-    elif len(inner) == 1:
-        share, part = inner[0].share, _RECORDED[curvature](inner[0](), params, retain_graph)
-    elif inner:
-        records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
-        part = MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
     if inner.ranks is not None:
+        part = inner.ranks.attempt(lambda: _recorded(curvature, inner, params, retain_graph), None)
+        share = 1.0 if isinstance(part, MeanCurvature) else _share(inner)
         return SummedCurvature(part, share, params, inner.ranks)
+    part = _recorded(curvature, inner, params, retain_graph)
     assert part is not None  # a loss of one process is not empty
     return part
+
+
+def _recorded(
+    curvature: str, inner: CheckedLoss, params: Sequence[Tensor], retain_graph: bool
+) -> Hessian | MeanCurvature | FreshCurvature | None:
+    """That of this process's part of the loss, `None` if it is empty: a mean with the share of each micro-batch, a
+    single one without its share."""
+    kind = _RECORDED[curvature]
+    if isinstance(inner, LossGraph):
+        return kind(inner, params, retain_graph)
+    if not inner:
+        return None
+    if inner.kind == "fresh":
+        return FreshCurvature(_recorder(kind, inner[0]), params)
+    if len(inner) == 1:
+        return kind(inner[0](), params, retain_graph)
+    return MeanCurvature([_recorder(kind, each) for each in inner], [each.share for each in inner], params)
+
+
+def _share(inner: CheckedLoss) -> float:
+    """That of a part that is one."""
+    return inner.share if isinstance(inner, LossGraph) else inner[0].share if inner else 0.0
 
 
 def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:

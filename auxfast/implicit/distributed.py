@@ -1,4 +1,5 @@
-"""Networks that are spread over processes: hypergradients cannot be taken through them yet, and say so."""
+"""Networks that are spread over processes: which calls and graphs give the derivatives of this process's part of a
+loss, and which are refused."""
 
 from __future__ import annotations
 
@@ -9,11 +10,42 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-_WHY = (
+from auxfast.autograd.data_parallel import pass_by, wakes_reducer
+from auxfast.autograd.graph import function_class
+
+_ROLES = {
+    "DistributedDataParallel": "data parallel",
+    "FullyShardedDataParallel": "sharded",
+    "FSDPModule": "sharded",
+    "SyncBatchNorm": "sync batch norm",
+    "OptimizedModule": "compiled",
+}
+"""What classes of torch do, by their names: they need not be imported, nor be there."""
+_JOINS = (
     "which joins gradients of all processes in backward() and not in the derivatives that a hypergradient is made of: "
-    "it would be that of this process's data alone. auxfast does not work across processes yet: a process group will "
-    "come."
+    "it would be that of this process's data alone."
+)
+_REMEDY = (
+    "hypergradient, implicit_minimum and HyperOptimizer take process_group=torch.distributed.group.WORLD, and give the "
+    "hypergradient of all data."
+)
+_SYNC_BATCH_NORM = (
+    "SyncBatchNorm in training mode, whose statistics join the processes, so that no loss is the sum of their parts, "
+    "and which has no second derivatives: call its eval(), or take BatchNorm, for the losses of a hypergradient"
+)
+_MIXED_PRECISION = (
+    "DistributedDataParallel with mixed_precision, which exchanges the parameters within its calls: take "
+    "torch.autocast, or call the module that it wraps"
+)
+_COMPILED = (
+    "torch.compile of a module that holds a DistributedDataParallel: call what was compiled, or compile the module "
+    "that DistributedDataParallel wraps"
+)
+_SHARDED = "whose parameters are spread over processes: take a network that is not sharded"
+_NO_SWITCH = "DistributedDataParallel, which this torch does not let pass by: call the module that it wraps"
+_STATIC_GRAPH = (
+    "was computed by DistributedDataParallel with static_graph, which takes the first backward pass, and so that of a "
+    "hypergradient, for one of training: pass it as a function"
 )
 
 
@@ -28,14 +60,42 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def refuse_calls(module: nn.Module) -> None:
     """Raises SpreadOverProcesses if the module, which is called, joins gradients of several processes."""
-    kind: Any = type(module)
-    if _is_wrapper(kind) and distributed.is_initialized() and distributed.get_world_size() > 1:
+    role = _role_of(module)
+    if role is None:
+        return
+    if not _is_of_several():
+        if role == "data parallel":
+            pass_by(module)
+        return
+    _refuse_sync_batch_norm(module, role)
+    if role in ("data parallel", "sharded") or _is_compiled_around_wrapper(module, role):
         way_out = " If that is what you want, call the module that it wraps." if hasattr(module, "module") else ""
-        raise SpreadOverProcesses(f"{type(module).__name__}, {_WHY}{way_out}")
+        raise SpreadOverProcesses(f"{type(module).__name__}, {_JOINS} {_REMEDY}{way_out}")
 
 
 def refuse_calls_of_rank(module: nn.Module) -> None:
-    """The same where hypergradients are summed over ranks."""
+    """The same where hypergradients are summed over ranks. A call of DistributedDataParallel becomes that of the module
+    that it wraps, so that what training asks of it stays as it is."""
+    role = _role_of(module)
+    if role is None:
+        return
+    _refuse_sync_batch_norm(module, role)
+    if role == "sharded":
+        raise SpreadOverProcesses(f"{type(module).__name__}, {_SHARDED}")
+    if _is_compiled_around_wrapper(module, role):
+        raise SpreadOverProcesses(_COMPILED)
+    if role == "data parallel":
+        if getattr(module, "mixed_precision", None) is not None:
+            raise SpreadOverProcesses(_MIXED_PRECISION)
+        if not pass_by(module):
+            raise SpreadOverProcesses(_NO_SWITCH)
+
+
+def fault_of(functions: Sequence[Any]) -> str | None:
+    """What makes a graph unfit whose nodes that belong to a `torch.autograd.Function` are given; `None`: nothing."""
+    if any(_role(function_class(node)) == "sync batch norm" for node in functions):
+        return f"went through {_SYNC_BATCH_NORM}"
+    return _STATIC_GRAPH if wakes_reducer(functions) else None
 
 
 def refuse_params(name: str, params: Sequence[Tensor]) -> None:
@@ -44,18 +104,32 @@ def refuse_params(name: str, params: Sequence[Tensor]) -> None:
     The graph of a loss does not show whether it went through such a module. Python's garbage collector knows all that
     there are; it is asked, for some 10 ms, only by programs of several processes.
     """
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not _is_of_several():
         return
     wrapped = {id(param) for module in _wrappers() for param in module.parameters()}
     if any(id(param) in wrapped for param in params):
         raise RuntimeError(
-            f"{name} belong to a DistributedDataParallel or FSDP module, {_WHY} If that is what you want, pass the "
-            "losses as functions that call the module that DistributedDataParallel wraps."
+            f"{name} belong to a DistributedDataParallel or FSDP module, {_JOINS} {_REMEDY} If that of this process's "
+            "data is what you want, pass the losses as functions that call the module that DistributedDataParallel "
+            "wraps."
         )
 
 
+def _is_of_several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _refuse_sync_batch_norm(module: nn.Module, role: str) -> None:
+    if role == "sync batch norm" and module.training:
+        raise SpreadOverProcesses(_SYNC_BATCH_NORM)
+
+
+def _is_compiled_around_wrapper(module: nn.Module, role: str) -> bool:
+    return role == "compiled" and any(_role_of(part) in ("data parallel", "sharded") for part in module.modules())
+
+
 def _wrappers() -> list[Any]:
-    classes = [kind for kind in _all_subclasses(nn.Module) if _is_wrapper(kind)]
+    classes = [kind for kind in _all_subclasses(nn.Module) if _role(kind) in ("data parallel", "sharded")]
     return [found for found in gc.get_referrers(*classes) if isinstance(found, tuple(classes))]
 
 
@@ -63,6 +137,14 @@ def _all_subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(_all_subclasses, kind.__subclasses__()))
 
 
+def _role_of(module: nn.Module) -> str | None:
+    kind: Any = type(module)
+    return _role(kind)
+
+
 @cache
-def _is_wrapper(kind: type) -> bool:
-    return any(base.__name__ in _WRAPPERS and base.__module__.startswith("torch.") for base in kind.__mro__)
+def _role(kind: Any) -> str | None:
+    for base in getattr(kind, "__mro__", ()):
+        if base.__name__ in _ROLES and base.__module__.startswith("torch."):
+            return _ROLES[base.__name__]
+    return None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import solve_adjoint
 from auxfast.implicit.advice import missing_dependence
-from auxfast.implicit.derivatives import CurvatureName, derivatives_of
+from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
 from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_connected, check_of, gradient_term
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
-from auxfast.implicit.ranks import ProcessGroup, ranks_of
+from auxfast.implicit.ranks import ProcessGroup, attempt, ranks_of, together
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -127,10 +128,8 @@ def hypergradient(
     """
     params = given_params(inner_params, outer_params, free)
     active_inner, active_outer = params.active_inner, params.active_outer
-    check_inner_loss(inner_loss, curvature, outputs)
+    check_curvature(curvature)
     check_solver(solver)
-    if isinstance(solver, KnownSolution):
-        check_losses(solver, outer_loss, inner_loss)
     ranks = ranks_of(process_group, params.inner[0].device)
     if ranks is not None:
         check_same_call(ranks, params, solver, curvature, state)
@@ -138,7 +137,9 @@ def hypergradient(
         refuse_params("inner_params", active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext() as guard:
+    state_guard = preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext()
+    with together(ranks), state_guard as guard:
+        attempt(ranks, partial(_check_losses, solver, outer_loss, inner_loss, curvature, outputs), None)
         given_outer = given_loss("outer_loss", outer_loss, guard, ranks=ranks)
         given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
         outer_gradient = partial(_outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph)
@@ -161,15 +162,14 @@ def hypergradient(
             solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
-
-    grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
-    takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
-    if ranks is not None:
-        grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
-    if not all_finite(grads):
-        check_finite("The gradients of outer_loss in outer_params", direct)
-        adjoint.check_finite()
-        check_finite("The hypergradients", grads)
+        grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
+        takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
+        if ranks is not None:
+            grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
+        if not all_finite(grads):
+            check_finite("The gradients of outer_loss in outer_params", direct)
+            adjoint.check_finite()
+            check_finite("The hypergradients", grads)
     if warn:
         adjoint.warn(solver, state, missing_dependence(*takes_part))
     return HypergradientResult(
@@ -177,6 +177,12 @@ def hypergradient(
         adjoint.stats,
         adjoint.direct_only,
     )
+
+
+def _check_losses(solver: Solver, outer_loss: Loss, inner_loss: Loss, curvature: str, outputs: Any) -> None:
+    check_inner_loss(inner_loss, curvature, outputs)
+    if isinstance(solver, KnownSolution):
+        check_losses(solver, outer_loss, inner_loss)
 
 
 def _outer_gradient(
@@ -190,7 +196,7 @@ def _outer_gradient(
     which is summed with that of the mixed product."""
     params = [*inner_params, *outer_params]
     if isinstance(outer, LossGraph):
-        outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`
+        attempt(outer.ranks, outer.refuse_functions, None)  # the curvature looks at `inner`
         shared = isinstance(inner, LossGraph) and any(
             node.next_functions
             for node in outer.nodes & inner.nodes  # common leaves do not count

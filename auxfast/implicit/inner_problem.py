@@ -10,10 +10,9 @@ from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device, shares_of
-from auxfast.implicit.derivatives import check_curvature
 from auxfast.implicit.free_entries import Free, Masks, free_masks
-from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, as_loss_fns
-from auxfast.implicit.ranks import Ranks
+from auxfast.implicit.losses import CheckedLoss, Loss, LossFns, LossGraph, agreed_kind, as_loss_fns
+from auxfast.implicit.ranks import Ranks, attempt
 from auxfast.solvers.base import Solver, SolverState
 
 
@@ -55,13 +54,21 @@ def check_same_call(
         "solver": setting if " object at 0x" not in setting else type(solver).__name__,
         "curvature": curvature,
         "state": "None" if state is None else state.summary(),
+        "free": "None" if params.masks is None else str([_positions(mask) for mask in params.masks]),
     }
     ranks.check_same(facts, {"inner_params": params.inner, "outer_params": params.outer})
 
 
+def _positions(mask: Tensor | None) -> str:
+    """A text that differs between most masks."""
+    if mask is None:
+        return "all"
+    places = mask.flatten().nonzero()
+    return f"{len(places)} entries of {mask.numel()}, a sum of {int(places.square().sum())} of their squared places"
+
+
 def check_inner_loss(inner_loss: Loss, curvature: str, outputs: Any) -> None:
     """Raises ValueError or TypeError where the three do not fit together."""
-    check_curvature(curvature)
     if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
         raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
     if outputs is not None and curvature != "gauss-newton":
@@ -86,5 +93,9 @@ def given_loss(
     """
     if isinstance(loss, Tensor) or guard is None:
         (share,) = shares_of(name, [1], ranks)
-        return LossGraph(name, loss, outputs, ranks, share)  # whatever it is: that checks
+        kind = agreed_kind(name, "tensor", ranks)
+        failed: CheckedLoss = LossFns((), ranks, kind)
+        return attempt(
+            ranks, lambda: LossGraph(name, loss, outputs, ranks, share), failed
+        )  # whatever it is: that checks
     return as_loss_fns(name, loss, guard.replay, with_outputs, ranks)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,12 +17,18 @@ from auxfast.solvers.space import LOCAL, Floats, VectorSpace
 ProcessGroup = Any
 """A `torch.distributed.ProcessGroup`, a name that not every build of torch has."""
 
+Result = TypeVar("Result")
+
 _SAME = 1e-5
 """Relative distance up to which norms of the same parameters on different ranks may be rounding."""
 
 
 class Ranks:
     """Collectives over a process group, on flat buffers. Every rank must make the same calls in the same order.
+
+    What one rank computes alone may raise on that rank alone, which must not leave while others wait for it. So it
+    computes within `attempt`, goes on with NaN in its place in all sums, which soon ends every solver, and all ranks
+    raise where `together` ends.
 
     Args:
         group: of two ranks or more.
@@ -30,7 +37,39 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
+        self._failure: Exception | None = None
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises at the end what an `attempt` on this rank has raised, or a RuntimeError with what another rank has."""
+        self._failure = None
+        try:
+            yield
+        except Exception:
+            self._raise_failure()  # which goes before what has come of it
+            raise
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failed = self.any_rank(self._failure is not None)
+        if not failed:
+            return
+        texts = self.texts("" if self._failure is None else f"{type(self._failure).__name__}: {self._failure}")
+        if self._failure is not None:
+            raise self._failure
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+        raise RuntimeError(f"Rank {rank} of process_group has raised, and this one stops with it: {text}") from None
+
+    def attempt(self, compute: Callable[[], Result], otherwise: Result) -> Result:
+        """What `compute` returns; `otherwise` where it raises, or something before it in the same call has."""
+        if self._failure is not None:
+            return otherwise
+        try:
+            return compute()
+        except Exception as error:
+            self._failure = error
+            return otherwise
 
     def sum(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
         """The sums over ranks, by one all-reduce of the widest of the dtypes, float32 at least.
@@ -42,6 +81,8 @@ class Ranks:
         if not like:
             return []
         flat = self._flat(terms, like)
+        if self._failure is not None:
+            flat.fill_(torch.nan)
         self._all_reduce(flat)
         pieces = flat.split([tensor.numel() for tensor in like])
         return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)]
@@ -58,9 +99,19 @@ class Ranks:
         """For each flag, whether some rank has it."""
         return [any(column) for column in zip(*self.gather([*map(float, flags)]), strict=True)]
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether some rank has the flag."""
+        return self.any([flag])[0]
+
     def total(self, number: float) -> float:
         """The sum over ranks."""
         return sum(row[0] for row in self.gather([number]))
+
+    def texts(self, text: str) -> list[str]:
+        """The text of each rank."""
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, text, group=self._group)
+        return found
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each rank, as many on each."""
@@ -76,15 +127,14 @@ class Ranks:
         return numbers
 
     def check_same(self, facts: Mapping[str, str], params: Mapping[str, Sequence[Tensor]]) -> None:
-        """Raises ValueError, on all ranks, where they differ in one of the facts, which have the names of arguments, or in
-        the values of parameters."""
+        """Raises ValueError, on all ranks, where they differ in one of the facts, which have the names of arguments, or
+        in the values of parameters."""
         named = {**facts, **{name: _description(tensors) for name, tensors in params.items()}}
         norms = [sum(norms_of(tensors)) for tensors in params.values()]
         rows = self.gather([*(float(zlib.crc32(text.encode())) for text in named.values()), *norms])
         for i, name in enumerate(named):
             if len({row[i] for row in rows}) > 1:
-                texts: list[Any] = [None] * self.size
-                distributed.all_gather_object(texts, named[name], group=self._group)
+                texts = self.texts(named[name])
                 other = next(k for k, text in enumerate(texts) if text != texts[0])
                 raise ValueError(
                     f"{name} must be the same on all ranks: on rank 0 of process_group: {texts[0]}; on rank {other}: "
@@ -123,6 +173,16 @@ class Replicated(VectorSpace):
 
     def read(self, numbers: Tensor) -> Floats:
         return LOCAL.read(self._ranks.of_first(numbers.contiguous()))
+
+
+def together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """See `Ranks.together`; one process needs no such care."""
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def attempt(ranks: Ranks | None, compute: Callable[[], Result], otherwise: Result) -> Result:
+    """See `Ranks.attempt`; one process raises at once."""
+    return compute() if ranks is None else ranks.attempt(compute, otherwise)
 
 
 def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks | None:

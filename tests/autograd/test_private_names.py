@@ -73,6 +73,9 @@ NAMES = {
     "_current_graph_task_id": Name(
         "batched passes within a backward pass", "the engine goes through vectors one by one, from the same answers"
     ),
+    "_use_python_reducer": Name(
+        "a call of DistributedDataParallel is that of its module", "an error: call the module that it wraps"
+    ),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
 }
 # Names without which nothing works, or that lead to those above.
