@@ -459,7 +459,8 @@ class Combined:
 
     def steps(self, inner: Part, outer: Part, count: int, group: Any = None) -> dict[str, Any]:
         """The state after some steps, which a second optimizer has finished from the first one's state_dict."""
-        for half in range(2):
+        saved: dict[str, Any] = {}
+        for _ in range(2):
             hyper = auxfast.HyperOptimizer(
                 torch.optim.Adam(self.combiner.parameters(), lr=0.3),
                 solver=Neumann(4, 0.1),
@@ -469,7 +470,7 @@ class Combined:
                 process_group=group,
                 warn=False,
             )
-            if half:
+            if saved:
                 hyper.load_state_dict(saved)
             for _ in range(count):
                 for task in range(2):
