@@ -121,8 +121,10 @@ def hypergradient(
             `outputs` or `free` that do not fit.
         RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
-            `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,
-            DistributedDataParallel or FSDP.
+            `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint, FSDP,
+            SyncBatchNorm in training mode or, without `process_group`, DistributedDataParallel of several processes.
+        ValueError: ranks of the process group that pass different settings, parameters or kinds of losses.
+        RuntimeError: another rank has raised, and the message says what.
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """

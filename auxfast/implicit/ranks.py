@@ -32,11 +32,13 @@ class Ranks:
 
     Args:
         group: of two ranks or more.
-        device: of the inner parameters, where numbers are exchanged.
+        device: of the inner parameters.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
+        self._group = group
+        # Numbers are on the host, and gloo gathers nothing else.
+        self._device = torch.device("cpu") if distributed.get_backend(group) == "gloo" else device
         self._failure: Exception | None = None
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
 

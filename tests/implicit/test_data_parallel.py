@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,18 +46,20 @@ SPLITS: dict[str, tuple[list[Part], list[Part]]] = {  # of the inner and of the 
 
 
 class Problem:
-    """Logistic regression, convex, for each of some tasks, whose samples have learned weights."""
+    """Logistic regression, convex, for each of some tasks, whose samples have learned weights. `branch` is used by some
+    samples alone."""
 
     def __init__(self, dtypes: Sequence[torch.dtype] = (D, D), tasks: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
         random = partial(torch.randn, generator=generator, dtype=D)
         self.weight = nn.Parameter(random(tasks, 3, 5).to(dtypes[0]))
         self.bias = nn.Parameter(random(tasks, 1, 3).to(dtypes[1]))
+        self.branch = nn.Parameter(random(tasks))
         self.frozen = nn.Parameter(torch.ones(2, dtype=D), requires_grad=False)
         self.phi, self.unused = random(5).requires_grad_(), torch.ones(2, dtype=D, requires_grad=True)
         self.decay = torch.tensor(-3.0, dtype=D, requires_grad=True)
         self.x, self.y = random(INNER + OUTER, 5), torch.randint(3, (INNER + OUTER,), generator=generator)
-        self.inner_params = [self.weight, self.frozen, self.bias]
+        self.inner_params = [self.weight, self.frozen, self.bias, self.branch]
         self.outer_params = [self.phi, self.unused, self.decay]
 
     def outputs(self, x: Tensor) -> Tensor:
@@ -67,24 +69,29 @@ class Problem:
         return nn.functional.cross_entropy(outputs.mT, y.expand(len(outputs), -1), reduction="none").sum(0)
 
     def inner(self, start: int = 0, end: int = INNER, with_outputs: bool = False) -> Any:
-        return self.inner_of(slice(start, end), with_outputs)
+        return self.inner_of(torch.arange(start, end), with_outputs)
 
-    def inner_of(self, samples: Any, with_outputs: bool = False) -> Any:
+    def inner_of(self, samples: Tensor, with_outputs: bool = False) -> Any:
         outputs = self.outputs(self.x[samples])
         loss = (4 * self.losses(outputs, self.y[samples]) * torch.sigmoid(self.x[samples] @ self.phi)).mean()
         loss = loss + self.decay.exp() * sum(w.to(D).square().sum() for w in (self.weight, self.bias))
+        share = (samples < 10).double().mean()
+        if share:  # a rank may have no such sample, and one may have no others
+            loss = loss + share * (self.branch - self.phi[0]).square().sum() / 2
         return (loss, outputs) if with_outputs else loss
 
     def outer(self, start: int = 0, end: int = OUTER) -> Tensor:
         x, y = self.x[INNER + start : INNER + end], self.y[INNER + start : INNER + end]
-        return self.losses(self.outputs(x), y).mean() + 0.1 * self.decay.square()
+        share = max(0, end - max(start, 8)) / (end - start)
+        rest = share * self.branch.square().sum() if share else 0.0
+        return self.losses(self.outputs(x), y).mean() + 0.1 * self.decay.square() + rest
 
     def adam(self) -> torch.optim.Adam:
         """That has trained for some steps, with gradients of all data, as every rank has."""
-        optimizer = torch.optim.Adam([self.weight, self.bias], lr=0.1)
+        optimizer = torch.optim.Adam([self.weight, self.bias, self.branch], lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            self.inner().backward(inputs=[self.weight, self.bias])
+            self.inner().backward(inputs=[self.weight, self.bias, self.branch])
             optimizer.step()
         return optimizer
 
@@ -140,13 +147,14 @@ class Case:
         return [(last - first, partial(loss, first, last)) for first, last in ends]
 
 
-# Krylov vectors lose their orthogonality, and rounding grows with every step, up to what the solver's tol leaves.
-_AMPLIFIES = {"ConjugateGradient, Nystrom": 1e-10, "NormalEquations": 1e-8}
-HALF = {"free": [torch.arange(15).view(1, 3, 5) % 2 == 0, None, None]}
+# The vectors of Krylov methods lose their orthogonality, and rounding grows with every step, up to what tol leaves.
+_AMPLIFIES = "MINRES, Jacobi", "ConjugateGradient, Nystrom", "NormalEquations"
+_SETTINGS = {"Neumann": {"steps": 50}, **{name: {"tol": 1e-12} for name in _AMPLIFIES}}
+HALF = {"free": [torch.arange(15).view(1, 3, 5) % 2 == 0, None, None, None]}
 DTYPES = torch.float32, torch.bfloat16
 STEPPERS = {"OneStep": OneStep(0.1), "SAMA": lambda problem: SAMA(problem.adam(), mixed="exact")}
 CASES = {
-    **{name: Case(solver, tolerance=_AMPLIFIES.get(name, 1e-12)) for name, solver in SOLVERS.items()},
+    **{name: Case(replace(solver, **_SETTINGS.get(name, {}))) for name, solver in SOLVERS.items()},
     **{name: Case(SOLVERS["MINRES"], split) for name, split in zip(SPLITS, SPLITS, strict=True)},
     "micro-batches": Case(SOLVERS["MINRES"], micro=3),
     "micro-batches, no data on one": Case(SOLVERS["ConjugateGradient"], "no data on one", micro=6),
@@ -162,8 +170,8 @@ CASES = {
         SOLVERS["MINRES"], "no data on one", settings={"curvature": "finite-difference"}, tolerance=1e-7
     ),
     "several dtypes": Case(MINRES(tol=1e-3), dtypes=(torch.float32, D), tolerance=1e-5),
-    "narrow dtypes": Case(Dense(), dtypes=DTYPES, tolerance=0.02),
-    "FromOptimizer": Case(lambda problem: ConjugateGradient(tol=1e-8, preconditioner=FromOptimizer(problem.adam()))),
+    "narrow dtypes": Case(Dense(tol=0.1), dtypes=DTYPES, tolerance=0.02),
+    "FromOptimizer": Case(lambda problem: ConjugateGradient(tol=1e-12, preconditioner=FromOptimizer(problem.adam()))),
     "BlockDiagonal": Case(BlockDiagonal(MINRES(tol=1e-12)), tasks=2),
     "fresh batches": Case(Neumann(4, 0.5, certify=False), "equal parts", fresh=True),
     "OneStep, look-ahead": Case(OneStep(0.1, lookahead=True), micro=6),
@@ -172,7 +180,7 @@ CASES = {
     "SAMA": Case(lambda problem: SAMA(problem.adam(), mixed="exact")),
     "SAMA, difference": Case(lambda problem: SAMA(problem.adam()), tolerance=1e-9),
     "three ranks, Neumann": Case(SOLVERS["Neumann"], "three ranks"),
-    "three ranks, Nystrom": Case(SOLVERS["ConjugateGradient, Nystrom"], "three ranks", tolerance=1e-10),
+    "three ranks, Nystrom": Case(SOLVERS["ConjugateGradient, Nystrom"], "three ranks", tolerance=1e-9),
     "three ranks, finite differences": Case(
         SOLVERS["MINRES"], "three ranks", settings={"curvature": "finite-difference"}, tolerance=1e-7
     ),
@@ -203,7 +211,7 @@ def check(names: Sequence[str], size: int) -> None:
             error = float((found - expected).norm() / max(expected.norm(), 1e-3))
             assert error <= tolerance, name
         assert stats.stop_reason == whole.stats.stop_reason, name
-        assert stats.matvecs == whole.stats.matvecs or tolerance > 1e-10, name
+        assert abs(stats.matvecs - whole.stats.matvecs) <= 1, name  # rounding may decide on a step
         for grads_of_other, stats_of_other in others:
             assert repr(stats_of_other) == repr(stats), name
             assert all(map(torch.equal, grads_of_other, grads)), name
@@ -368,7 +376,7 @@ DIFFERENT: dict[str, Callable[[Problem, int], Any]] = {
     ),
     "state must be the same": lambda p, rank: hypergradient(p, p.outer, p.inner, state=state_with_eigenvalues(rank)),
     "free must be the same": lambda p, rank: hypergradient(
-        p, p.outer, p.inner, free=[torch.arange(15).view(1, 3, 5) > rank, None, None]
+        p, p.outer, p.inner, free=[torch.arange(15).view(1, 3, 5) > rank, None, None, None]
     ),
     "inner_loss must be of one kind": lambda p, rank: hypergradient(p, p.outer, [p.inner, p.inner()][rank]),
     "outer_loss must be of one kind": lambda p, rank: hypergradient(p, [p.outer(), p.outer][rank], p.inner),
@@ -426,11 +434,11 @@ def counted(rank: int, name: str) -> tuple[list[int], list[int]]:
 def test_what_ranks_exchange(name):
     """|W| for a product, and for the outer gradient; |phi| once; and numbers."""
     (grads, stats), *_ = on_ranks(of_rank, [name])[0]
-    inner, outer = 15 + 3, sum(grad.numel() for grad in grads)
+    inner, outer = 15 + 3 + 1, sum(grad.numel() for grad in grads)
     lookahead = name.startswith("OneStep")
     for sums, others in on_ranks(counted, name):
         flags = 3  # `None` on all ranks, for each parameter
-        gradients = [inner + 2] * (2 if lookahead else 1)
+        gradients = [inner + flags] * (2 if lookahead else 1)
         assert sums == [*gradients, *[inner] * stats.matvecs, outer], sums
         assert max(others) <= 10 + flags + len(grads)
         assert len(others) <= 10 + stats.matvecs
@@ -503,6 +511,12 @@ def test_outer_steps_are_those_of_one_process(split):
     assert first["watch"]["first_total"] == pytest.approx(whole["watch"]["first_total"])
 
 
+def far_from_the_minimum() -> Problem:
+    problem = Problem()
+    problem.weight.data *= 4
+    return problem
+
+
 def rows_of(solved: Sequence[Tensor], phi: Tensor) -> Tensor:
     """The derivative of the solved bias in phi, by one batched backward pass."""
     (rows,) = torch.autograd.grad(
@@ -512,14 +526,14 @@ def rows_of(solved: Sequence[Tensor], phi: Tensor) -> Tensor:
 
 
 def outer_of(problem: Problem, solved: Sequence[Tensor], start: int, end: int) -> Tensor:
-    weight, _, bias = solved
+    weight, _, bias, branch = solved
     x, y = problem.x[INNER + start : INNER + end], problem.y[INNER + start : INNER + end]
-    return problem.losses(x @ weight.mT + bias, y).mean()
+    return problem.losses(x @ weight.mT + bias, y).mean() + branch.square().sum()
 
 
 def solved_minimum(rank: int) -> list[Any]:
     """Gradients through `implicit_minimum`, and what is said of them."""
-    problem, stats, found = Problem(), [], []
+    problem, stats, found = far_from_the_minimum(), [], []
     (start, end), (first, last) = (parts[rank] for parts in SPLITS["equal parts"])
     inner = [partial(problem.inner, start, end)]
     on_solve = stats.append if rank == 0 else None
@@ -542,7 +556,7 @@ def solved_minimum(rank: int) -> list[Any]:
 
 
 def test_the_minimum_is_that_of_all_data():
-    problem = Problem()
+    problem = far_from_the_minimum()
     group = {"process_group": None, "solver": SOLVERS["MINRES"]}
     solved = minimum(problem, problem.inner, **group)
     whole = torch.autograd.grad(outer_of(problem, solved, 0, 12), [problem.phi, problem.decay], retain_graph=True)
