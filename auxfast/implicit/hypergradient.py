@@ -96,7 +96,9 @@ def hypergradient(
         state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
             warnings were given.
         process_group: ranks of `torch.distributed` that share the call, such as `torch.distributed.group.WORLD`: each
-            passes the losses of its own data, and all get the gradients of the whole losses. `None`: this process
+            passes the losses of its own data, and all get the gradients of the whole losses, the means over all
+            weights: pass `MicroBatches`, or pairs `(number of samples, function)`, where parts are unequal, and `[]`
+            on a rank without data. A tensor, and a function without a weight, has weight 1. `None`: this process
             alone. See `docs/scaling.md`.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product

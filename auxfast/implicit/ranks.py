@@ -37,7 +37,7 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group = group
-        # Numbers are on the host, and gloo gathers nothing else.
+        # What is exchanged beside sums are numbers on the host; NCCL takes those of its devices alone.
         self._device = torch.device("cpu") if distributed.get_backend(group) == "gloo" else device
         self._failure: Exception | None = None
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
