@@ -109,6 +109,8 @@ def solve_adjoint(
     b = in_widest_dtype([w.new_zeros(*lead, *w.shape) if grad is None else grad for grad, w in pairs])
     with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
         solution, stats = solve_system(solver, product, b, state, batched)
+        if inner is not None and inner.ranks is not None:
+            inner.ranks.check_same_solution(solution)
         direct_only = found_nothing(stats, solution)
         problem = problem_of(solver, stats, product, hardest(b, stats, batched), direct_only)
         mixed = (

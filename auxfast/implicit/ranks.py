@@ -143,13 +143,23 @@ class Ranks:
                     f"{texts[other]}"
                 )
         for i, name in enumerate(params, len(named)):
-            column = [row[i] for row in rows]
-            if max(column) - min(column) > _SAME * max(map(abs, column)):
-                other = max(range(self.size), key=[abs(norm - column[0]) for norm in column].__getitem__)
+            unlike = _unlike([row[i] for row in rows])
+            if unlike is not None:
                 raise ValueError(
-                    f"{name} must have the same values on all ranks, but those of rank 0 and rank {other} of "
+                    f"{name} must have the same values on all ranks, but those of rank 0 and rank {unlike} of "
                     "process_group differ: broadcast them from one rank before training, as DistributedDataParallel "
                     "does, and make the same updates on all"
+                )
+
+    def check_same_solution(self, solution: Sequence[Tensor]) -> None:
+        """Raises RuntimeError, on all ranks, where they have found different ones."""
+        for column in zip(*self.gather(norms_of(solution)), strict=True):
+            other = _unlike(column)
+            if other is not None:
+                raise RuntimeError(
+                    f"The solutions of rank 0 and rank {other} of process_group differ. Does the solver read an "
+                    "optimizer (SAMA, FromOptimizer) whose state, or whose gradients, are not the same on all ranks? "
+                    "If not, the machines round differently."
                 )
 
     def _flat(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
@@ -203,6 +213,13 @@ def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks 
     if distributed.get_rank(process_group) < 0:
         raise ValueError("process_group must be one that this process belongs to")
     return Ranks(process_group, device) if distributed.get_world_size(process_group) > 1 else None
+
+
+def _unlike(norms: Sequence[float]) -> int | None:
+    """The rank whose norm differs most from that of the first, if that is more than rounding."""
+    if not max(norms) - min(norms) > _SAME * max(map(abs, norms)):
+        return None
+    return max(range(len(norms)), key=[abs(norm - norms[0]) for norm in norms].__getitem__)
 
 
 def _description(tensors: Sequence[Tensor]) -> str:

@@ -399,6 +399,20 @@ def test_ranks_that_differ_are_told_so():
             assert "all ranks" in error
 
 
+def sama_of_own_gradients(rank: int) -> str:
+    problem = Problem()
+    optimizer = problem.adam()
+    optimizer.zero_grad()
+    problem.inner(10 * rank, 10 * rank + 10).backward()
+    return error_of(partial(hypergradient, problem, problem.outer, problem.inner, solver=SAMA(optimizer)))
+
+
+def test_optimizers_that_differ_are_found_in_the_solution():
+    """`SAMA` reads `.grad`, which is the rank's own unless DistributedDataParallel has joined it."""
+    for error in on_ranks(sama_of_own_gradients):
+        assert error.startswith("RuntimeError: The solutions of rank 0 and rank 1 of process_group differ. Does the")
+
+
 # ---------------------------------------------------------------------------------------------------------- collectives
 
 
@@ -458,7 +472,9 @@ class Combined:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
 
     def inner(self, start: int = 0, end: int = INNER) -> Tensor:
-        combined: Tensor = self.combiner((self.net(self.x[start:end]) - self.x[start:end, :2]).square())
+        mask = torch.ones(end - start, 2, dtype=torch.bool)
+        mask[:, 1] = self.x[start:end, 3] > 0
+        combined: Tensor = self.combiner((self.net(self.x[start:end]) - self.x[start:end, :2]).square(), mask)
         return combined
 
     def outer(self, start: int = 0, end: int = OUTER) -> Tensor:
