@@ -54,12 +54,12 @@ class Ranks:
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        failed = self.any_rank(self._failure is not None)
-        if not failed:
+        failure, self._failure = self._failure, None  # whose traceback holds graphs
+        if not self.any_rank(failure is not None):
             return
-        texts = self.texts("" if self._failure is None else f"{type(self._failure).__name__}: {self._failure}")
-        if self._failure is not None:
-            raise self._failure
+        texts = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         raise RuntimeError(f"Rank {rank} of process_group has raised, and this one stops with it: {text}") from None
 
