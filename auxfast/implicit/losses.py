@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from auxfast.autograd.engine import vjp
+from auxfast.autograd.grad_scaler import UnknownScaleError, scale_of
 from auxfast.autograd.graph import function_class, functions_of, graph_from
 from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.arguments import shares_of
@@ -32,6 +33,10 @@ _REENTRANT = (
     "went through a reentrant torch.utils.checkpoint, which hides the parameters inside of it from "
     "torch.autograd.grad: pass use_reentrant=False to checkpoint()"
 )
+_SCALED = (
+    "was multiplied by the scale of a torch.amp.GradScaler in a part of it, or as one of a list of losses, or by a "
+    "number equal to the scale: pass it without, or as scaler.scale(loss) of the whole loss, which is recognised"
+)
 _CHANGED = "modified by an inplace operation"  # autograd's words
 
 
@@ -47,10 +52,12 @@ class LossGraph:
         loss, outputs: as given.
         ranks: those whose losses this is one of; `None`: this process alone.
         share: what the gradient of this loss is multiplied by in that of the whole one.
+        scale: what a `torch.amp.GradScaler` has multiplied the loss by; 1 where none has. Backward passes keep it, for
+            the sake of float16, and what comes out of them is divided by it.
 
     Raises:
-        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph. RuntimeError: a transform
-            of torch.func is under way.
+        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph, or was scaled in parts.
+            RuntimeError: a transform of torch.func is under way, or the graph was freed.
     """
 
     kind: LossKind = "tensor"
@@ -86,6 +93,18 @@ class LossGraph:
         self.loss: Tensor = given
         self.outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         self.ranks, self.share = ranks, share
+        try:
+            self.scale = scale_of(given)
+        except UnknownScaleError:
+            raise ValueError(f"{name} {_SCALED}") from None
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    @property
+    def value(self) -> Tensor:
+        """The loss as it is without a scale, and without its graph."""
+        return self.loss.detach() if self.scale == 1 else self.loss.detach() / self.scale
 
     @cached_property
     def nodes(self) -> set[Any]:
@@ -100,6 +119,13 @@ class LossGraph:
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor | None]:
         """Gradients of the loss in each of `params`, `None` where it does not depend on it."""
+        scaled = self.scaled_gradient(params, retain_graph=retain_graph, create_graph=create_graph)
+        return times(1 / self.scale, scaled)
+
+    def scaled_gradient(
+        self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The gradients times `scale`."""
         if not params:
             return []
         try:
@@ -365,7 +391,7 @@ def _losses_and_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[l
     total: list[Tensor | None] = [None] * len(params)
     for loss_fn in loss_fns:
         graph = loss_fn()
-        losses.append(graph.loss.detach())
+        losses.append(graph.value)
         total = add(total, times(loss_fn.share, graph.gradient(params)))
         del graph  # it goes before the next one is made
     return losses, total

@@ -17,7 +17,7 @@ from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
-from auxfast.implicit.losses import Loss
+from auxfast.implicit.losses import Loss, LossGraph
 from auxfast.implicit.ranks import ProcessGroup, Ranks, ranks_of
 from auxfast.implicit.trust_region import mean_weights, sees, trust_region
 from auxfast.implicit.watch import TEXTS, Watch
@@ -59,11 +59,11 @@ class _Accumulated:
     reason: str | None = None
     _outer_losses: list[tuple[float, Tensor | None]] = field(default_factory=list)
 
-    def add(self, result: HypergradientResult, outer_loss: Loss, weight: float) -> None:
+    def add(self, result: HypergradientResult, outer_loss: Tensor | None, weight: float) -> None:
         grads = result.grads if weight == 1 else [weight * grad for grad in result.grads]
         self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
         self.stats.append(result.stats)
-        self._outer_losses.append((weight, outer_loss.detach() if isinstance(outer_loss, Tensor) else None))
+        self._outer_losses.append((weight, outer_loss))
 
     def leave_out(self, stats: SolveStats, reason: str) -> None:
         self.stats.append(stats)
@@ -296,6 +296,7 @@ class HyperOptimizer:
         accumulated = self._accumulated
         state = self._state_of(len(accumulated.stats) if task is None else task)
         before = vars(state).copy()
+        value = LossGraph("outer_loss", outer_loss).value if isinstance(outer_loss, Tensor) else None
         try:
             result = hypergradient(
                 outer_loss,
@@ -321,7 +322,7 @@ class HyperOptimizer:
             vars(state).update(before, warned=state.warned)
             accumulated.leave_out(result.stats, "the solver has found nothing better than x = 0")
         else:
-            accumulated.add(result, outer_loss, weight)
+            accumulated.add(result, value, weight)
         return result.stats
 
     def _params(self) -> list[Tensor]:
