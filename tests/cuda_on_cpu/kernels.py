@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +26,7 @@ MODES = {
     "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], ["-DCUDA_ON_CPU_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DCUDA_ON_CPU_TSAN"]),
 }
+MAP_NORESERVE = 0x4000  # of Linux; module mmap has the name from Python 3.13 on
 MODE = os.environ.get("AUXFAST_CUDA_ON_CPU", "plain")
 
 
@@ -111,6 +115,24 @@ def launches(run: Callable[[], object]) -> int:
     before: int = count()
     run()
     return count() - before
+
+
+@contextmanager
+def window(blocks: int) -> Iterator[None]:
+    """In it only the first and the last `blocks` blocks along each axis of a grid run, in a workspace of zeros."""
+    library().set_window(ctypes.c_int64(blocks))
+    try:
+        yield
+    finally:
+        library().set_window(ctypes.c_int64(0))
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of any size, in memory that gets a page when something is written there."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # or a number that is written would take 2 MB
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def network_numbers(packed: str) -> list[int]:

@@ -7,13 +7,15 @@
 
 #include "common/kernel_tables.h"
 #include "common/kernels.h"
+#include "engine.hpp"
 
 namespace auxfast {
 
-// Runs the kernel in a workspace of NaNs of its own; returns nullptr or what was wrong.
+// Runs the kernel in a workspace of NaNs of its own; returns nullptr or what was wrong. In a window the workspace is of
+// zeros: blocks that do not run add nothing to a sum.
 template <class Params>
 const char* run(const CudaKernel<Params>& kernel, Params& params) {
-  std::vector<unsigned char> workspace(size_t(kernel.workspace_bytes(params)), 0xFF);
+  std::vector<unsigned char> workspace(size_t(kernel.workspace_bytes(params)), cuda_on_cpu::window() ? 0 : 0xFF);
   params.workspace = workspace.data();
   return kernel.launch(params, nullptr);
 }

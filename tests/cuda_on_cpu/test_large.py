@@ -1,0 +1,269 @@
+"""The CUDA kernels at sizes and offsets beyond 2^31. Only the ends of each grid run, and only the pages that they touch
+exist: numbers that a 32-bit index would look for elsewhere are missing in the results, or the process crashes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops import combiner_cases, loss_image_cases
+from ops.combiner_cases import assert_agree, normal
+from ops.krylov_cases import DiagonalSystems, assert_same_solves, coefficients_for, rows
+from torch import Tensor
+
+from auxfast.ops.krylov import (
+    WHOLE,
+    conjugate_gradient_step_reference_,
+    linear_combination_reference_,
+    minres_step_reference_,
+    row_dots_reference,
+)
+from auxfast.ops.network import CombinerNetwork, LossImageNetwork
+from auxfast.ops.neumann import neumann_step_reference_
+
+from .kernels import MODE, call, network_numbers, sparse, unwritten, window
+
+pytestmark = pytest.mark.skipif(
+    MODE == "tsan", reason="ThreadSanitizer looks for races, and none of them depends on how large an index is"
+)
+
+BLOCK = 2048  # elements of a row that a block of the Krylov kernels takes
+HALF, WHOLE_RANGE = 2**31, 2**32
+
+
+# ------------------------------------------------------------------------------------------------------------- Neumann
+
+
+def test_neumann_step_behind_four_billion_elements():
+    sizes, first, last = [130, WHOLE_RANGE + 12_345], 62 * 128, 57 + 32 * 128
+    huge = [[sparse(size) for size in sizes] for _ in range(3)]  # v, hv, p
+    compact = []
+    for i, tensors in enumerate(huge):
+        ends = [normal(size, seed=3 * i + k, dtype=torch.float32) for k, size in enumerate((sizes[0], first, last))]
+        for part, end in zip(parts(tensors, first, last), ends, strict=True):
+            part.copy_(end)
+        compact.append([end.double() for end in ends])
+    squares = torch.empty(1, dtype=torch.float64)
+    with window(1):
+        call("neumann_step", False, 2, *huge, sizes, 0.3, squares)
+    wanted = neumann_step_reference_(*compact, 0.3)
+    for tensors, ends in zip((huge[0], huge[2]), (compact[0], compact[2]), strict=True):
+        for part, end in zip(parts(tensors, first, last), ends, strict=True):
+            torch.testing.assert_close(part.double(), end, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(squares[0], wanted, rtol=1e-6, atol=0)
+
+
+def parts(tensors: list[Tensor], first: int, last: int) -> list[Tensor]:
+    """What the first and the last block have of two tensors: all of the small one, and the ends of the other."""
+    return [tensors[0], tensors[1][:first], tensors[1][-last:]]
+
+
+# -------------------------------------------------------------------------------------------------------------- Krylov
+
+
+def spread(compact: Tensor, n: int) -> Tensor:
+    """Two rows of n elements, the first of which begins like the first row of `compact`, and the other ends like it."""
+    huge = sparse(2, n, dtype=compact.dtype)
+    ends(huge).copy_(compact)
+    return huge
+
+
+def ends(huge: Tensor) -> Tensor:
+    """The view of what `spread` filled."""
+    return huge.as_strided((2, BLOCK), (huge.numel() - BLOCK, 1))
+
+
+N = HALF + BLOCK  # so that the second row begins, and both end, beyond
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_combination_of_rows_of_two_billion(dtype):
+    out, *terms = rows((2, BLOCK), 3, dtype, "cpu")
+    coefficients = coefficients_for(out, 2)
+    huge, squares = spread(out, N), torch.empty(2, dtype=torch.float64)
+    with window(1):
+        call("linear_combination", dtype == torch.float64, 2, N, huge, 2, [spread(t, N) for t in terms], coefficients,
+             squares)  # fmt: skip
+    wanted = out.double()
+    wanted_squares = linear_combination_reference_(wanted, [term.double() for term in terms], coefficients)
+    torch.testing.assert_close(ends(huge).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares, wanted_squares, rtol=1e-5, atol=0)
+
+
+def test_dots_of_rows_of_two_billion():
+    a, b = rows((2, BLOCK), 2, torch.float32, "cpu")
+    dots = torch.empty(2, dtype=torch.float64)
+    with window(1):
+        call("row_dots", False, 2, N, spread(a, N), spread(b, N), dots)
+    torch.testing.assert_close(dots, row_dots_reference(a, b), rtol=1e-12, atol=1e-10)
+
+
+def huge_step(function: str, *arguments: Tensor | int | None) -> None:
+    *vectors, numbers, part = arguments if isinstance(arguments[-1], int) else (*arguments, WHOLE)
+    huge = {id(vector): spread(vector, N) for vector in vectors if vector is not None}
+    with window(1):
+        call(function, False, 2, N, *(None if v is None else huge[id(v)] for v in vectors), numbers, part)
+    for vector in vectors:
+        if vector is not None:
+            vector.copy_(ends(huge[id(vector)]))
+
+
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
+def test_steps_on_rows_of_two_billion(preconditioned):
+    systems = DiagonalSystems((2, BLOCK), torch.float32, "cpu")
+    systems.diagonal = systems.diagonal.abs()  # both rows go on
+    for solve, name, reference_ in (
+        (systems.conjugate_gradients, "conjugate_gradient_step", conjugate_gradient_step_reference_),
+        (systems.minres, "minres_step", minres_step_reference_),
+    ):
+        results = solve(lambda *arguments, name=name: huge_step(name, *arguments), 1, preconditioned)
+        assert_same_solves(results, solve(reference_, 1, preconditioned), torch.float32)
+
+
+def test_as_many_rows_as_a_grid_has_blocks():
+    count, n = HALF - 1, 3
+    compact, compact_terms = rows((2, n), 2, torch.float32, "cpu")
+    coefficients = coefficients_for(compact, 1)
+    out, term = (sparse(count, n) for _ in range(2))
+    huge_coefficients, squares = sparse(2, count, dtype=torch.float64), sparse(count, dtype=torch.float64)
+    for at, row in ((0, 0), (-1, 1)):
+        out[at], term[at], huge_coefficients[:, at] = compact[row], compact_terms[row], coefficients[:, row]
+    dots = sparse(count, dtype=torch.float64)
+    with window(1):
+        call("row_dots", False, count, n, out, term, dots)
+        call("linear_combination", False, count, n, out, 1, [term], huge_coefficients, squares)
+    torch.testing.assert_close(dots[[0, -1]], row_dots_reference(compact, compact_terms))
+    wanted = linear_combination_reference_(compact, [compact_terms], coefficients)
+    torch.testing.assert_close(out[[0, -1]], compact)
+    torch.testing.assert_close(squares[[0, -1]], wanted)
+
+
+@pytest.mark.parametrize("count", [HALF, WHOLE_RANGE + 5])  # 2^32 + 5 is 5, in 32 bits
+def test_more_rows_than_a_grid_has_blocks_are_refused(count):
+    nothing = torch.zeros(1)
+    for function, arguments in (
+        ("linear_combination", (nothing, 1, [nothing], nothing, nothing)),
+        ("row_dots", (nothing,) * 3),
+        ("conjugate_gradient_step", (*(nothing,) * 7, WHOLE)),
+        ("minres_step", (*(nothing,) * 10, WHOLE)),
+    ):
+        with pytest.raises(RuntimeError, match=r"more than 2\^31 - 1 blocks, of which each row takes one"):
+            call(function, False, count, 1, *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------ combiner
+
+# With 1024 blocks, each of which has every 1024th tile of 32 samples, the last tile is the last block's. The first
+# network runs with lanes along its losses, the other stages them, and its units take `saved` beyond 2^31 too.
+COMBINERS = {
+    "losses": (CombinerNetwork(1000, (2,), main=999, reduction="none"), 67 * 1024 * 32 - 5, False),
+    "saved": (CombinerNetwork(32, (11,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "batch", "saves"), COMBINERS.values(), ids=COMBINERS.keys())
+def test_combiner_behind_two_billion(network, batch, saves):
+    first, last, num_losses = 32, 27, network.num_losses
+    compact = combiner_cases.inputs(network, first + last, torch.float32)
+    tangents = torch.stack([compact[3], compact[3] + 1])
+    losses, phi, grad = sparse(batch, num_losses), compact[1], sparse(batch)
+    huge_tangents = sparse(2, batch, num_losses)
+
+    def of(huge: Tensor) -> Tensor:
+        """What the first and the last tile have of a tensor (batch, ...)."""
+        return torch.cat([huge[:first], huge[-last:]])
+
+    for huge, given in ((losses, compact[0]), (grad, compact[2]), *zip(huge_tangents, tangents, strict=True)):
+        huge[:first], huge[-last:] = given[:first], given[first:]
+
+    saved = sparse(network.saved_size(batch)) if saves else None
+    given = False, [batch, num_losses, 1], network_numbers(network.packed), losses, phi, saved
+    value, weights, hessian = sparse(batch), sparse(batch, num_losses), sparse(2, batch, num_losses)
+    grad_phi, mixed = (unwritten(*shape, *network.phi_shape, dtype=torch.float32) for shape in ((), (2,)))
+    with window(1):
+        call("combiner_forward", *given, value, weights)
+        call("combiner_backward_phi", *given, grad, grad_phi)
+        call("combiner_second_order", *given, grad, 2, huge_tangents, hessian, mixed)
+    for i, tangent in enumerate(tangents):
+        wanted = combiner_cases.of_reference(network, *compact[:3], tangent)
+        actual = {
+            "value": of(value),
+            "weights": compact[2].view(-1, 1) * of(weights),
+            "phi": grad_phi,
+            "hessian product": of(hessian[i]),
+            "mixed product": mixed[i],
+        }
+        for key in ("phi", "mixed product"):  # the sums' last launch has ends, too
+            written = ~actual[key].isnan()
+            assert written[0] if i == 0 else written[-1]
+            actual[key], wanted[key] = actual[key][written], wanted[key][written]
+        assert_agree(actual, wanted, combiner_cases.TOLERANCES[torch.float32])
+
+
+# ---------------------------------------------------------------------------------------------------------- loss image
+
+
+def images_of(network: LossImageNetwork, num_tangents: int) -> int:
+    """Images of a tile each, more than 2^31 pixels: whole chunks, of kChunkBytes in the workspace, and eight images more.
+    They are few enough for each to have a block of its own in the sums of their chunk."""
+    z, h = (sum(side**2 >> 2 * layer for layer in range(len(network.channels))) for side in (32, 16))
+    images = (64 << 20) // 4 // (3 * z + 2 * h if num_tangents else z + h)
+    return (HALF // (64 * 32 * 32) // images + 1) * images + 8
+
+
+# A second convolution has its sums for phi where the first one had its own, and those of the blocks that do not run are
+# still there: so phi's gradients are those of a network of one.
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "num_tangents"), [((1,), 0), ((1,), 1), ((1, 1), 0), ((1, 1), 2)], ids=str)
+def test_images_of_two_billion_pixels(channels, num_tangents):
+    network = LossImageNetwork(64, channels, main=63, reduction="none")
+    batch = images_of(network, num_tangents)
+    shape = batch, 64, 32, 32
+    compact = loss_image_cases.inputs(network, 2, 32, 32, torch.float32)
+    wanted = loss_image_cases.of_reference(network, *compact)
+    losses, grad = sparse(*shape), sparse(batch)
+    losses[[0, -1]], grad[[0, -1]] = compact[0], compact[2]
+    given = False, [*shape, len(channels)], network_numbers(network.packed), losses, compact[1]
+    with_phi = len(channels) == 1
+    of_losses, of_phi = sparse(max(1, num_tangents), *shape), torch.zeros(max(1, num_tangents), *network.phi_shape)
+    with window(1):
+        if num_tangents:
+            tangents = sparse(num_tangents, *shape)
+            tangents[-1][[0, -1]] = compact[3]
+            call(
+                "loss_image_second_order", *given, grad, num_tangents, tangents, of_losses, of_phi if with_phi else None
+            )
+        elif with_phi:
+            call("loss_image_backward_phi", *given, grad, of_phi)
+        else:
+            value = sparse(batch)
+            call("loss_image_forward", *given, None, value, of_losses)
+            assert_agree({"value": value[[0, -1]]}, wanted, loss_image_cases.TOLERANCES[torch.float32])
+    names = ("hessian product", "mixed product") if num_tangents else ("weights", "phi")
+    if with_phi:  # the first and the last losses, biases, and output weights
+        known = torch.tensor([*range(9), *range(63 * 9, *network.phi_shape)])
+        actual, wanted_entries = of_phi[-1][known], wanted[names[1]][known]
+    else:  # the first and the last panel of four losses
+        known = torch.tensor([0, 1, 2, 3, 60, 61, 62, 63])
+        actual, wanted_entries = of_losses[-1][[0, -1]][:, known], wanted[names[0]][:, known]
+        if not num_tangents:
+            actual *= compact[2].view(-1, 1, 1, 1)
+    assert_agree(
+        {names[with_phi]: actual}, {names[with_phi]: wanted_entries}, loss_image_cases.TOLERANCES[torch.float32]
+    )
+
+
+@pytest.mark.slow
+def test_image_of_two_billion_pixels():
+    """In bands, of which the last three tiles run, and one of two channels lies beyond 2^31."""
+    network, height = LossImageNetwork(2, (1,), reduction="none"), 2**26 + 64
+    losses, weights, value = sparse(1, 2, height, 32), sparse(1, 2, height, 32), torch.empty(1)
+    compact = loss_image_cases.inputs(network, 1, 64, 32, torch.float32)
+    losses[:, :, -64:] = compact[0]
+    with window(3):
+        call("loss_image_forward", False, [*losses.shape, 1], network_numbers(network.packed), losses, compact[1],
+             None, value, weights)  # fmt: skip
+    wanted = loss_image_cases.of_reference(network, *compact)["weights"] / compact[2].double()
+    known = slice(-32, None)  # rows that do not depend on those of other tiles
+    actual = weights[:, :, known] * (height / 64)  # the output is the mean over positions
+    assert_agree({"weights": actual}, {"weights": wanted[:, :, known]}, loss_image_cases.TOLERANCES[torch.float32])
