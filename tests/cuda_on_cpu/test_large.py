@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 BLOCK = 2048  # elements of a row that a block of the Krylov kernels takes
-HALF, WHOLE_RANGE = 2**31, 2**32
+SIGNED, UNSIGNED = 2**31, 2**32  # what an index of 32 bits counts up to
 
 
 # ------------------------------------------------------------------------------------------------------------- Neumann
 
 
 def test_neumann_step_behind_four_billion_elements():
-    sizes, first, last = [130, WHOLE_RANGE + 12_345], 62 * 128, 57 + 32 * 128
+    sizes, first, last = [130, UNSIGNED + 12_345], 62 * 128, 57 + 32 * 128
     huge = [[sparse(size) for size in sizes] for _ in range(3)]  # v, hv, p
     compact = []
     for i, tensors in enumerate(huge):
@@ -72,11 +72,11 @@ def ends(huge: Tensor) -> Tensor:
     return huge.as_strided((2, BLOCK), (huge.numel() - BLOCK, 1))
 
 
-N = HALF + BLOCK  # so that the second row begins, and both end, beyond
+N = UNSIGNED + BLOCK  # so that the second row begins, and both end, beyond
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_combination_of_rows_of_two_billion(dtype):
+def test_combination_of_rows_of_four_billion(dtype):
     out, *terms = rows((2, BLOCK), 3, dtype, "cpu")
     coefficients = coefficients_for(out, 2)
     huge, squares = spread(out, N), torch.empty(2, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_combination_of_rows_of_two_billion(dtype):
     torch.testing.assert_close(squares, wanted_squares, rtol=1e-5, atol=0)
 
 
-def test_dots_of_rows_of_two_billion():
+def test_dots_of_rows_of_four_billion():
     a, b = rows((2, BLOCK), 2, torch.float32, "cpu")
     dots = torch.empty(2, dtype=torch.float64)
     with window(1):
@@ -108,7 +108,7 @@ def huge_step(function: str, *arguments: Tensor | int | None) -> None:
 
 
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
-def test_steps_on_rows_of_two_billion(preconditioned):
+def test_steps_on_rows_of_four_billion(preconditioned):
     systems = DiagonalSystems((2, BLOCK), torch.float32, "cpu")
     systems.diagonal = systems.diagonal.abs()  # both rows go on
     for solve, name, reference_ in (
@@ -120,7 +120,7 @@ def test_steps_on_rows_of_two_billion(preconditioned):
 
 
 def test_as_many_rows_as_a_grid_has_blocks():
-    count, n = HALF - 1, 3
+    count, n = SIGNED - 1, 3
     compact, compact_terms = rows((2, n), 2, torch.float32, "cpu")
     coefficients = coefficients_for(compact, 1)
     out, term = (sparse(count, n) for _ in range(2))
@@ -137,7 +137,7 @@ def test_as_many_rows_as_a_grid_has_blocks():
     torch.testing.assert_close(squares[[0, -1]], wanted)
 
 
-@pytest.mark.parametrize("count", [HALF, WHOLE_RANGE + 5])  # 2^32 + 5 is 5, in 32 bits
+@pytest.mark.parametrize("count", [SIGNED, UNSIGNED + 5])  # 2^32 + 5 is 5, in 32 bits
 def test_more_rows_than_a_grid_has_blocks_are_refused(count):
     nothing = torch.zeros(1)
     for function, arguments in (
@@ -155,19 +155,19 @@ def test_more_rows_than_a_grid_has_blocks_are_refused(count):
 # With 1024 blocks, each of which has every 1024th tile of 32 samples, the last tile is the last block's. The first
 # network runs with lanes along its losses, the other stages them, and its units take `saved` beyond 2^31 too.
 COMBINERS = {
-    "losses": (CombinerNetwork(1000, (2,), main=999, reduction="none"), 67 * 1024 * 32 - 5, False),
-    "saved": (CombinerNetwork(32, (11,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True),
+    "losses": (CombinerNetwork(4000, (2,), main=3999, reduction="none"), 33 * 1024 * 32 - 5, False, 1),
+    "saved": (CombinerNetwork(32, (11,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True, 2),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "batch", "saves"), COMBINERS.values(), ids=COMBINERS.keys())
-def test_combiner_behind_two_billion(network, batch, saves):
+@pytest.mark.parametrize(("network", "batch", "saves", "num_tangents"), COMBINERS.values(), ids=COMBINERS.keys())
+def test_combiner_behind_billions_of_numbers(network, batch, saves, num_tangents):
     first, last, num_losses = 32, 27, network.num_losses
     compact = combiner_cases.inputs(network, first + last, torch.float32)
-    tangents = torch.stack([compact[3], compact[3] + 1])
+    tangents = torch.stack([compact[3] + i for i in range(num_tangents)])
     losses, phi, grad = sparse(batch, num_losses), compact[1], sparse(batch)
-    huge_tangents = sparse(2, batch, num_losses)
+    huge_tangents = sparse(num_tangents, batch, num_losses)
 
     def of(huge: Tensor) -> Tensor:
         """What the first and the last tile have of a tensor (batch, ...)."""
@@ -178,12 +178,12 @@ def test_combiner_behind_two_billion(network, batch, saves):
 
     saved = sparse(network.saved_size(batch)) if saves else None
     given = False, [batch, num_losses, 1], network_numbers(network.packed), losses, phi, saved
-    value, weights, hessian = sparse(batch), sparse(batch, num_losses), sparse(2, batch, num_losses)
-    grad_phi, mixed = (unwritten(*shape, *network.phi_shape, dtype=torch.float32) for shape in ((), (2,)))
+    value, weights, hessian = sparse(batch), sparse(batch, num_losses), sparse(num_tangents, batch, num_losses)
+    grad_phi, mixed = (unwritten(*shape, *network.phi_shape, dtype=torch.float32) for shape in ((), (num_tangents,)))
     with window(1):
         call("combiner_forward", *given, value, weights)
         call("combiner_backward_phi", *given, grad, grad_phi)
-        call("combiner_second_order", *given, grad, 2, huge_tangents, hessian, mixed)
+        call("combiner_second_order", *given, grad, num_tangents, huge_tangents, hessian, mixed)
     for i, tangent in enumerate(tangents):
         wanted = combiner_cases.of_reference(network, *compact[:3], tangent)
         actual = {
@@ -195,7 +195,7 @@ def test_combiner_behind_two_billion(network, batch, saves):
         }
         for key in ("phi", "mixed product"):  # the sums' last launch has ends, too
             written = ~actual[key].isnan()
-            assert written[0] if i == 0 else written[-1]
+            assert written[0 if i == 0 else -1]
             actual[key], wanted[key] = actual[key][written], wanted[key][written]
         assert_agree(actual, wanted, combiner_cases.TOLERANCES[torch.float32])
 
@@ -204,18 +204,19 @@ def test_combiner_behind_two_billion(network, batch, saves):
 
 
 def images_of(network: LossImageNetwork, num_tangents: int) -> int:
-    """Images of a tile each, more than 2^31 pixels: whole chunks, of kChunkBytes in the workspace, and eight images more.
-    They are few enough for each to have a block of its own in the sums of their chunk."""
+    """Images of a tile each, more than 2^31 pixels or, where the work allows it, 2^32: whole chunks, of kChunkBytes in
+    the workspace, and eight images more, which are so few that each has a block of its own in the sums of its chunk."""
     z, h = (sum(side**2 >> 2 * layer for layer in range(len(network.channels))) for side in (32, 16))
     images = (64 << 20) // 4 // (3 * z + 2 * h if num_tangents else z + h)
-    return (HALF // (64 * 32 * 32) // images + 1) * images + 8
+    pixels = SIGNED if len(network.channels) == 1 else UNSIGNED
+    return (pixels // (64 * 32 * 32) // images + 1) * images + 8
 
 
 # A second convolution has its sums for phi where the first one had its own, and those of the blocks that do not run are
 # still there: so phi's gradients are those of a network of one.
 @pytest.mark.slow
 @pytest.mark.parametrize(("channels", "num_tangents"), [((1,), 0), ((1,), 1), ((1, 1), 0), ((1, 1), 2)], ids=str)
-def test_images_of_two_billion_pixels(channels, num_tangents):
+def test_images_of_billions_of_pixels(channels, num_tangents):
     network = LossImageNetwork(64, channels, main=63, reduction="none")
     batch = images_of(network, num_tangents)
     shape = batch, 64, 32, 32
