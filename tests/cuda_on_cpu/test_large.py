@@ -1,4 +1,4 @@
-"""The CUDA kernels at sizes and offsets beyond 2^31. Only the ends of each grid run, and only the pages that they touch
+"""The kernels at sizes and offsets beyond 2^31. Only the ends of each grid run, and only the pages that they touch
 exist: numbers that a 32-bit index would look for elsewhere are missing in the results, or the process crashes."""
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ pytestmark = pytest.mark.skipif(
     MODE == "tsan", reason="ThreadSanitizer looks for races, and none of them depends on how large an index is"
 )
 
-BLOCK = 2048  # elements of a row that a block of the Krylov kernels takes
 SIGNED, UNSIGNED = 2**31, 2**32  # what an index of 32 bits counts up to
 
 
 # ------------------------------------------------------------------------------------------------------------- Neumann
 
 
-def test_neumann_step_behind_four_billion_elements():
-    sizes, first, last = [130, UNSIGNED + 12_345], 62 * 128, 57 + 32 * 128
+DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+@DEVICES
+def test_neumann_step_behind_four_billion_elements(device):
+    sizes, chunk = [130, UNSIGNED + 12_345], {"cuda": 64, "cpu": 256}[device]  # tiles of 128 elements
+    before, tiles = 2, 2 + -(-sizes[1] // 128)
+    first, last = (chunk - before) * 128, sizes[1] - ((tiles - 1) // chunk * chunk - before) * 128
     huge = [[sparse(size) for size in sizes] for _ in range(3)]  # v, hv, p
     compact = []
     for i, tensors in enumerate(huge):
@@ -43,7 +48,7 @@ def test_neumann_step_behind_four_billion_elements():
             part.copy_(end)
         compact.append([end.double() for end in ends])
     squares = torch.empty(1, dtype=torch.float64)
-    with window(1):
+    with window(1, device):
         call("neumann_step", False, 2, *huge, sizes, 0.3, squares)
     wanted = neumann_step_reference_(*compact, 0.3)
     for tensors, ends in zip((huge[0], huge[2]), (compact[0], compact[2]), strict=True):
@@ -60,80 +65,89 @@ def parts(tensors: list[Tensor], first: int, last: int) -> list[Tensor]:
 # -------------------------------------------------------------------------------------------------------------- Krylov
 
 
-def spread(compact: Tensor, n: int) -> Tensor:
-    """Two rows of n elements, the first of which begins like the first row of `compact`, and the other ends like it."""
-    huge = sparse(2, n, dtype=compact.dtype)
-    ends(huge).copy_(compact)
+def spread(compact: Tensor) -> Tensor:
+    """Two rows of N elements, of which the first begins with the first row of `compact`, and the other ends with the
+    second one."""
+    huge = sparse(2, N, dtype=compact.dtype)
+    ends(huge, compact.shape[1]).copy_(compact)
     return huge
 
 
-def ends(huge: Tensor) -> Tensor:
-    """The view of what `spread` filled."""
-    return huge.as_strided((2, BLOCK), (huge.numel() - BLOCK, 1))
+def ends(huge: Tensor, count: int) -> Tensor:
+    """The view of what `spread` filled with rows of `count` elements."""
+    return huge.as_strided((2, count), (huge.numel() - count, 1))
 
 
-N = UNSIGNED + BLOCK  # so that the second row begins, and both end, beyond
+N = UNSIGNED + 32_768  # so that the second row begins, and both end, beyond; whole chunks on each device
+CHUNKS = {"cuda": 2048, "cpu": 32_768}
 
 
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_combination_of_rows_of_four_billion(dtype):
-    out, *terms = rows((2, BLOCK), 3, dtype, "cpu")
+def test_combination_of_rows_of_four_billion(dtype, device):
+    out, *terms = rows((2, CHUNKS[device]), 3, dtype, "cpu")
     coefficients = coefficients_for(out, 2)
-    huge, squares = spread(out, N), torch.empty(2, dtype=torch.float64)
-    with window(1):
-        call("linear_combination", dtype == torch.float64, 2, N, huge, 2, [spread(t, N) for t in terms], coefficients,
+    huge, squares = spread(out), torch.empty(2, dtype=torch.float64)
+    with window(1, device):
+        call("linear_combination", dtype == torch.float64, 2, N, huge, 2, [spread(t) for t in terms], coefficients,
              squares)  # fmt: skip
     wanted = out.double()
     wanted_squares = linear_combination_reference_(wanted, [term.double() for term in terms], coefficients)
-    torch.testing.assert_close(ends(huge).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ends(huge, CHUNKS[device]).double(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(squares, wanted_squares, rtol=1e-5, atol=0)
 
 
-def test_dots_of_rows_of_four_billion():
-    a, b = rows((2, BLOCK), 2, torch.float32, "cpu")
+@DEVICES
+def test_dots_of_rows_of_four_billion(device):
+    a, b = rows((2, CHUNKS[device]), 2, torch.float32, "cpu")
     dots = torch.empty(2, dtype=torch.float64)
-    with window(1):
-        call("row_dots", False, 2, N, spread(a, N), spread(b, N), dots)
+    with window(1, device):
+        call("row_dots", False, 2, N, spread(a), spread(b), dots)
     torch.testing.assert_close(dots, row_dots_reference(a, b), rtol=1e-12, atol=1e-10)
 
 
-def huge_step(function: str, *arguments: Tensor | int | None) -> None:
+def huge_step(device: str, function: str, *arguments: Tensor | int | None) -> None:
     *vectors, numbers, part = arguments if isinstance(arguments[-1], int) else (*arguments, WHOLE)
-    huge = {id(vector): spread(vector, N) for vector in vectors if vector is not None}
-    with window(1):
+    huge = {id(vector): spread(vector) for vector in vectors if vector is not None}
+    with window(1, device):
         call(function, False, 2, N, *(None if v is None else huge[id(v)] for v in vectors), numbers, part)
     for vector in vectors:
         if vector is not None:
-            vector.copy_(ends(huge[id(vector)]))
+            vector.copy_(ends(huge[id(vector)], vector.shape[1]))
 
 
+@pytest.mark.slow
+@DEVICES
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
-def test_steps_on_rows_of_four_billion(preconditioned):
-    systems = DiagonalSystems((2, BLOCK), torch.float32, "cpu")
+def test_steps_on_rows_of_four_billion(preconditioned, device):
+    systems = DiagonalSystems((2, CHUNKS[device]), torch.float32, "cpu")
     systems.diagonal = systems.diagonal.abs()  # both rows go on
     for solve, name, reference_ in (
         (systems.conjugate_gradients, "conjugate_gradient_step", conjugate_gradient_step_reference_),
         (systems.minres, "minres_step", minres_step_reference_),
     ):
-        results = solve(lambda *arguments, name=name: huge_step(name, *arguments), 1, preconditioned)
+        results = solve(lambda *arguments, name=name: huge_step(device, name, *arguments), 1, preconditioned)
         assert_same_solves(results, solve(reference_, 1, preconditioned), torch.float32)
 
 
-def test_as_many_rows_as_a_grid_has_blocks():
+@DEVICES
+def test_as_many_rows_as_a_grid_has_blocks(device):
     count, n = SIGNED - 1, 3
-    compact, compact_terms = rows((2, n), 2, torch.float32, "cpu")
-    coefficients = coefficients_for(compact, 1)
-    out, term = (sparse(count, n) for _ in range(2))
-    huge_coefficients, squares = sparse(2, count, dtype=torch.float64), sparse(count, dtype=torch.float64)
+    compact = rows((2, n), 3, torch.float32, "cpu")  # out and two terms
+    coefficients = coefficients_for(compact[0], 2)
+    out, *terms = huge = [sparse(count, n) for _ in compact]
+    huge_coefficients = sparse(3, count, dtype=torch.float64)
+    dots, squares = (sparse(count, dtype=torch.float64) for _ in range(2))
     for at, row in ((0, 0), (-1, 1)):
-        out[at], term[at], huge_coefficients[:, at] = compact[row], compact_terms[row], coefficients[:, row]
-    dots = sparse(count, dtype=torch.float64)
-    with window(1):
-        call("row_dots", False, count, n, out, term, dots)
-        call("linear_combination", False, count, n, out, 1, [term], huge_coefficients, squares)
-    torch.testing.assert_close(dots[[0, -1]], row_dots_reference(compact, compact_terms))
-    wanted = linear_combination_reference_(compact, [compact_terms], coefficients)
-    torch.testing.assert_close(out[[0, -1]], compact)
+        huge_coefficients[:, at] = coefficients[:, row]
+        for tensor, given in zip(huge, compact, strict=True):
+            tensor[at] = given[row]
+    with window(1, device):
+        call("row_dots", False, count, n, *terms, dots)
+        call("linear_combination", False, count, n, out, 2, terms, huge_coefficients, squares)
+    torch.testing.assert_close(dots[[0, -1]], row_dots_reference(*compact[1:]))
+    wanted = linear_combination_reference_(compact[0], compact[1:], coefficients)
+    torch.testing.assert_close(out[[0, -1]], compact[0])
     torch.testing.assert_close(squares[[0, -1]], wanted)
 
 
@@ -256,12 +270,12 @@ def test_images_of_billions_of_pixels(channels, num_tangents):
 
 @pytest.mark.slow
 def test_image_of_two_billion_pixels():
-    """In bands, of which the last three tiles run, and one of two channels lies beyond 2^31."""
+    """In bands, of which the last two tiles run; the second channel lies beyond 2^31."""
     network, height = LossImageNetwork(2, (1,), reduction="none"), 2**26 + 64
     losses, weights, value = sparse(1, 2, height, 32), sparse(1, 2, height, 32), torch.empty(1)
     compact = loss_image_cases.inputs(network, 1, 64, 32, torch.float32)
     losses[:, :, -64:] = compact[0]
-    with window(3):
+    with window(2):
         call("loss_image_forward", False, [*losses.shape, 1], network_numbers(network.packed), losses, compact[1],
              None, value, weights)  # fmt: skip
     wanted = loss_image_cases.of_reference(network, *compact)["weights"] / compact[2].double()

@@ -20,6 +20,30 @@ const char* run(const CudaKernel<Params>& kernel, Params& params) {
   return kernel.launch(params, nullptr);
 }
 
+// Whether wrappers that know kernels of both kinds run those for the CPU. Then a window holds for their chunks.
+extern "C" void set_on_cpu(int64_t whether);
+extern "C" int64_t on_cpu();
+
+// Runs one or the other kernel.
+template <class Params>
+const char* run(const CpuKernel<Params>& cpu, const CudaKernel<Params>& cuda, Params& params) {
+  if (!on_cpu()) return run(cuda, params);
+  constexpr Executor kExecutor{[](int64_t count, void (*task)(void*, int64_t), void* context) {
+                                 const int64_t window = cuda_on_cpu::window();
+                                 for (int64_t index = 0; index < count; ++index) {
+                                   if (window > 0 && index == window && index < count - window) index = count - window;
+                                   task(context, index);
+                                 }
+                               },
+                               [](size_t bytes) -> void* {
+                                 static std::vector<unsigned char> memory;
+                                 memory.assign(bytes, 0);
+                                 return memory.data();
+                               }};
+  cpu(params, kExecutor);
+  return nullptr;
+}
+
 // Calls function(T()) with the element type.
 template <class Function>
 const char* by_dtype(int64_t is_double, const Function& function) {
