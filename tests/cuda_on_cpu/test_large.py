@@ -214,6 +214,13 @@ def test_combiner_behind_billions_of_numbers(network, batch, saves, num_tangents
         assert_agree(actual, wanted, combiner_cases.TOLERANCES[torch.float32])
 
 
+def test_more_losses_than_a_tile_can_index_are_refused():
+    network, nothing = CombinerNetwork(2**26 + 1, (1,)), torch.zeros(1)
+    given = False, [1, network.num_losses, 1], network_numbers(network.packed), nothing, nothing, None
+    with pytest.raises(RuntimeError, match=r"more than 2\^26 losses"):
+        call("combiner_forward", *given, nothing, nothing)
+
+
 # ---------------------------------------------------------------------------------------------------------- loss image
 
 

@@ -7,9 +7,13 @@
 
 #include "common/kernel_tables.h"
 #include "common/kernels.h"
+#include "common/launch.cuh"
 #include "engine.hpp"
 
 namespace auxfast {
+
+static_assert(grid_of(kMostBlocks).x == 0x7fffffff && grid_of(kMostBlocks + 1).x == 0, "the last launch, and none");
+static_assert(grid_of((int64_t(1) << 32) + 5).x == 0, "none instead of one of 5 blocks");
 
 // Runs the kernel in a workspace of NaNs of its own; returns nullptr or what was wrong. In a window the workspace is of
 // zeros: blocks that do not run add nothing to a sum.
