@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from auxfast.implicit import HyperOptimizer
 from auxfast.solvers import OneStep
+from auxfast.train.averaging import scale_of, total
 from auxfast.train.task import LabelBatch
 from auxfast.train.training_loss import GeneratedLabelsLoss, main_loss, with_decay
 
@@ -32,8 +33,9 @@ def maxl_step(
     generator: torch.Generator,
     weight_decay: float = 0.0,
 ) -> Tensor | None:
-    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar; or None, without a step,
-    where there is nothing to learn from: no sample of the batch has the main loss, or `lr` is 0.
+    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar (of several ranks, this
+    one's term, see `main_loss`); or None, without a step, where there is nothing to learn from: no sample of the batch
+    has the main loss, or `lr` is 0.
 
     Args:
         draw: the student's losses on a batch that the random generator chooses.
@@ -44,7 +46,7 @@ def maxl_step(
     start = generator.get_state()
     reached: list[Tensor] = []
     first = draw(generator)
-    if lr == 0 or not first.mask[:, loss.main].any():
+    if lr == 0 or not any(total(loss.ranks, [float(first.mask[:, loss.main].any())])):
         return None
 
     def batch() -> LabelBatch:
@@ -53,9 +55,12 @@ def maxl_step(
 
     def outer_loss() -> Tensor:
         ahead = batch()
-        reached[:] = [main_loss(ahead, loss.main)]
+        reached[:] = [main_loss(ahead, loss.main, loss.ranks)]
         return reached[0] + loss.entropy_term(ahead)
 
     outer.solver = OneStep(lr, lookahead=True)
-    outer.step(outer_loss, with_decay(loss(*first), parameters, weight_decay), parameters)
+    inner_loss = loss(*first)
+    if loss.ranks is not None:
+        inner_loss = inner_loss * scale_of(loss.ranks, len(first.losses))
+    outer.step(outer_loss, with_decay(inner_loss, parameters, weight_decay), parameters)
     return reached[0].detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auxfast.implicit.ranks import Ranks
 from auxfast.nn import (
     Combiner,
     ConvCombiner,
@@ -21,6 +23,7 @@ from auxfast.nn import (
     soft_cross_entropy,
 )
 from auxfast.ops.inputs import full_precision
+from auxfast.train.averaging import averaged_losses, scale_of, total
 from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig
 from auxfast.train.methods import LABELS, OWN, Method
 from auxfast.train.task import Batch, LabelBatch, Task
@@ -34,9 +37,11 @@ class TrainingLoss(nn.Module, ABC):
     """Maps a batch, called as `loss(*batch)`, to a scalar, a mean over its samples (and pixels).
 
     `learned`: whether outer steps move its parameters.
+    `ranks`: processes that share each batch. Called with a part of it, the scalar is that part's mean.
     """
 
     learned = False
+    ranks: Ranks | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Outer parameters that require gradients, as groups for the outer optimizer."""
@@ -48,7 +53,7 @@ class TrainingLoss(nn.Module, ABC):
     @abstractmethod
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """The weight of each loss in the training loss: d (training loss of a sample) / d (its loss j), as a mean over
-        the samples that have loss j. In images, the samples are the pixels."""
+        the samples that have loss j, of all ranks. In images, the samples are the pixels."""
 
 
 class CombinedLoss(TrainingLoss):
@@ -93,7 +98,11 @@ class CombinedLoss(TrainingLoss):
         mask = torch.ones_like(losses) if batch.mask is None else batch.mask
         samples = losses[:, 0].numel()
         sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (gradient, mask))
-        return tuple((sums * samples / counts.clamp(min=1)).tolist())
+        if self.ranks is None:
+            return tuple((sums * samples / counts.clamp(min=1)).tolist())
+        numbers = total(self.ranks, [*(sums * samples).tolist(), *counts.tolist()])
+        pairs = zip(numbers[: len(sums)], numbers[len(sums) :], strict=True)
+        return tuple(weight / max(count, 1) for weight, count in pairs)
 
 
 class WeightedLoss(TrainingLoss):
@@ -114,7 +123,10 @@ class WeightedLoss(TrainingLoss):
     def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         means = mean_losses(losses, mask)
         if self._last is None or not self._constant:
-            self._last = self.weighting(means, self._parameters_of_model)
+            whole = means
+            if self.ranks is not None:  # what a weighting learns, it learns of the whole batch
+                whole = averaged_losses(self.ranks, means, len(losses), self._parameters_of_model)
+            self._last = self.weighting(whole, self._parameters_of_model)
         return torch.dot(self._last, means)
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
@@ -187,6 +199,8 @@ class GeneratedLabelsLoss(TrainingLoss):
         weight = self.config.entropy_weight if self.with_lookahead else self.config.outer_entropy_weight
         soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
         known = soft_labels[batch.mask[:, self.main].bool()]
+        if self.ranks is not None:
+            return weight * _negative_entropy_of_all(self.ranks, known)
         return weight * negative_entropy(known) if len(known) else known.sum()
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
@@ -202,10 +216,28 @@ def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
     return full_precision(losses).mean(dim=[0, *range(2, losses.dim())])
 
 
-def main_loss(batch: Batch | LabelBatch, main: int) -> Tensor:
-    """Mean of the main loss over the samples (pixels) that have it: a scalar."""
+def main_loss(batch: Batch | LabelBatch, main: int, ranks: Ranks | None = None) -> Tensor:
+    """Mean of the main loss over the samples (pixels) that have it: a scalar. With ranks, this rank's term, such that
+    the mean over ranks is that mean over the samples of all."""
     losses = full_precision(batch.losses[:, main])
-    return losses.mean() if batch.mask is None else losses[batch.mask[:, main].bool()].mean()
+    if batch.mask is not None:
+        losses = losses[batch.mask[:, main].bool()]
+    if ranks is None:
+        return losses.mean()
+    (count,) = total(ranks, [losses.numel()])
+    return losses.sum() * (ranks.size / count if count else math.nan)
+
+
+def _negative_entropy_of_all(ranks: Ranks, soft_labels: Tensor) -> Tensor:
+    """This rank's term of the negative entropy of all ranks' labels, of which it has (n, classes): a scalar. The mean
+    over ranks has its value and its gradient, which is that of (log y + 1) . m in m, the mean label of all, at m = y.
+    """
+    own = soft_labels.mean(dim=0) if len(soft_labels) else soft_labels.sum(dim=0)
+    scale = scale_of(ranks, len(soft_labels))
+    (summed,) = ranks.sum([scale * own], [own])
+    mean = summed / ranks.size
+    slope = mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + 1
+    return negative_entropy(mean[None]) + scale * torch.dot(slope, own - own.detach())
 
 
 def with_decay(training_loss: Tensor, parameters: Sequence[Tensor], weight_decay: float) -> Tensor:
