@@ -83,17 +83,17 @@ def _run_shared(options: argparse.Namespace, launched: Launch) -> int:
 
 def _end(error: BaseException, reason: object, code: int, launched: Launch | None) -> int:
     """Prints why the command failed, and returns the exit code. Of several processes, the others are told; where it is
-    one of them that has ended, this says which. 0 where no process has: then all were interrupted."""
+    one of them that has ended, this says which. 0, and nothing is printed, where all were interrupted alike."""
     if launched is None:
         return _fail(reason, code)
     ends_itself = not (isinstance(error, KeyboardInterrupt) or is_from_collective(error))
     if not ends_itself and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all where one has ended
     lost = launched.end(one_line(reason) if ends_itself else "")
-    if ends_itself:
-        return _fail(f"rank {launched.rank}: {one_line(reason)}", code)
-    if not lost:
+    if not lost and isinstance(error, KeyboardInterrupt):
         return 0
+    if not lost:
+        return _fail(f"rank {launched.rank}: {one_line(reason)}", code)
     kept = "what was saved is kept, and the same command with --resume goes on from there"
     return _fail(f"rank {launched.rank} ends, since {lost}; {kept}", 1)
 
@@ -118,7 +118,8 @@ def _sigterm_raises() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ def average_buffers(ranks: Ranks, modules: Iterable[nn.Module]) -> None:
         buffer.copy_(summed / ranks.size)
     for buffer in buffers:
         if not buffer.is_floating_point():
-            ranks.of_first(buffer)
+            buffer.copy_(ranks.of_first(buffer.contiguous()))
 
 
 def share_random_state(ranks: Ranks, device: torch.device) -> None:
@@ -79,7 +79,7 @@ def start_alike(ranks: Ranks, facts: Mapping[str, str], modules: Mapping[str, nn
     ranks.check_same(facts, {name: list(module.parameters()) for name, module in modules.items()})
     for module in modules.values():
         for tensor in (*module.parameters(), *module.buffers()):
-            ranks.of_first(tensor.data)
+            tensor.copy_(ranks.of_first(tensor.detach().contiguous()))
 
 
 class _AveragedLosses(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from auxfast.cli import main
-from auxfast.train import find_runs
+from auxfast.train import RunError, find_runs
 from auxfast.train.launch import Launch
 
 distributed = pytest.importorskip("torch.distributed")
@@ -56,6 +57,15 @@ def torchrun(*arguments: str, ends: str = "-1 0 no") -> subprocess.CompletedProc
     )
 
 
+def test_what_several_processes_cannot_do_is_refused(monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "auxfast: info is for one process, and 2 were started\n"
+    with pytest.raises(RunError, match=r"train.device: got 'cuda:1', must be 'cpu' or 'cuda' with 2 processes: each"):
+        Launch(1, 2, 1).join(["cpu", "cuda:1"])
+
+
 @pytest.mark.slow
 def test_processes_that_end_are_named_and_the_run_goes_on_to_the_same_numbers(tmp_path):
     (tmp_path / "task.py").write_text(TASK)
@@ -69,9 +79,9 @@ def test_processes_that_end_are_named_and_the_run_goes_on_to_the_same_numbers(tm
         (["--resume"], "1 17 raises", 0, "rank 1 has ended: .*OSError: the disk with the data is gone"),
     ):
         run = torchrun(*shared, *more, ends=ends)
-        print(run.stderr)
         assert run.returncode != 0
-        assert f"auxfast: rank {survivor} ends, since {message}; what was saved is kept" in run.stderr
+        told = rf"auxfast: rank {survivor} ends, since {message}.*; what was saved is kept"
+        assert re.search(told, run.stderr), run.stderr
         (unfinished,) = find_runs([tmp_path / "shared"])
         assert unfinished.result is None
         assert 0 < len(unfinished.records) < 12
