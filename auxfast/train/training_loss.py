@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,17 @@ from auxfast.train.task_check import label_generator, own_training_loss
 from auxfast.weighting import Equal, SingleTask, make_weighting
 
 _IMAGE = (64, 64)  # pixels in which a convolutional combiner's weight is measured: 256 x 256 would give 5% more
+
+
+class LabelsOfAll(NamedTuple):
+    """The mean label of all ranks' samples.
+
+    mean: (classes,).
+    scale: see `scale_of`; of this rank's samples that have labels.
+    """
+
+    mean: Tensor
+    scale: float
 
 
 class TrainingLoss(nn.Module, ABC):
@@ -193,15 +204,37 @@ class GeneratedLabelsLoss(TrainingLoss):
         combined: Tensor = self.combination(losses, mask)
         return combined
 
-    def entropy_term(self, batch: LabelBatch) -> Tensor:
+    def entropy_term(self, batch: LabelBatch, of_all: LabelsOfAll | None = None) -> Tensor:
         """The entropy term of the outer loss, a scalar with a graph to the generator alone. Labels of samples (points)
-        without the main loss play no part: their main class may be any."""
+        without the main loss play no part: their main class may be any.
+
+        of_all: what `labels_of_all` returns for this batch; None: it is found here, by a collective of all ranks.
+        """
         weight = self.config.entropy_weight if self.with_lookahead else self.config.outer_entropy_weight
-        soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
-        known = soft_labels[batch.mask[:, self.main].bool()]
-        if self.ranks is not None:
-            return weight * _negative_entropy_of_all(self.ranks, known)
+        known = self._known_labels(batch)
+        of_all = of_all or self._labels_of_all(known)
+        if of_all is not None:
+            return weight * _negative_entropy_of_all(known, of_all)
         return weight * negative_entropy(known) if len(known) else known.sum()
+
+    @torch.no_grad()
+    def labels_of_all(self, batch: LabelBatch) -> LabelsOfAll | None:
+        """The mean label of all ranks, of which this one has a part of the batch; None for one process."""
+        return None if self.ranks is None else self._labels_of_all(self._known_labels(batch))
+
+    @torch.no_grad()
+    def _labels_of_all(self, known: Tensor) -> LabelsOfAll | None:
+        if self.ranks is None:
+            return None
+        scale = scale_of(self.ranks, len(known))
+        own = known.sum(dim=0) * (scale / max(len(known), 1))
+        (summed,) = self.ranks.sum([own], [own])
+        return LabelsOfAll(summed / self.ranks.size, scale)
+
+    def _known_labels(self, batch: LabelBatch) -> Tensor:
+        """Labels of the samples (points) that have the main loss, (n, classes)."""
+        soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
+        return soft_labels[batch.mask[:, self.main].bool()]
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """See `TrainingLoss`. They are those of the last call, since a batch lacks the generated loss."""
@@ -219,25 +252,31 @@ def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
 def main_loss(batch: Batch | LabelBatch, main: int, ranks: Ranks | None = None) -> Tensor:
     """Mean of the main loss over the samples (pixels) that have it: a scalar. With ranks, this rank's term, such that
     the mean over ranks is that mean over the samples of all."""
-    losses = full_precision(batch.losses[:, main])
-    if batch.mask is not None:
-        losses = losses[batch.mask[:, main].bool()]
+    losses = known_main_losses(batch, main)
     if ranks is None:
         return losses.mean()
+    return losses.sum() * (factor_of_main(ranks, losses) or math.nan)
+
+
+def known_main_losses(batch: Batch | LabelBatch, main: int) -> Tensor:
+    """The main loss of the samples (pixels) that have it."""
+    losses = full_precision(batch.losses[:, main])
+    return losses if batch.mask is None else losses[batch.mask[:, main].bool()]
+
+
+def factor_of_main(ranks: Ranks | None, losses: Tensor) -> float:
+    """What the sum of this rank's known main losses is multiplied by in `main_loss`; 0 where no rank has any."""
     (count,) = total(ranks, [losses.numel()])
-    return losses.sum() * (ranks.size / count if count else math.nan)
+    return (1 if ranks is None else ranks.size) / count if count else 0.0
 
 
-def _negative_entropy_of_all(ranks: Ranks, soft_labels: Tensor) -> Tensor:
+def _negative_entropy_of_all(soft_labels: Tensor, of_all: LabelsOfAll) -> Tensor:
     """This rank's term of the negative entropy of all ranks' labels, of which it has (n, classes): a scalar. The mean
     over ranks has its value and its gradient, which is that of (log y + 1) . m in m, the mean label of all, at m = y.
     """
-    own = soft_labels.mean(dim=0) if len(soft_labels) else soft_labels.sum(dim=0)
-    scale = scale_of(ranks, len(soft_labels))
-    (summed,) = ranks.sum([scale * own], [own])
-    mean = summed / ranks.size
-    slope = mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + 1
-    return negative_entropy(mean[None]) + scale * torch.dot(slope, own - own.detach())
+    own = soft_labels.sum(dim=0) * (of_all.scale / max(len(soft_labels), 1))
+    slope = of_all.mean.clamp(min=torch.finfo(own.dtype).tiny).log() + 1
+    return negative_entropy(of_all.mean[None]) + torch.dot(slope, own - own.detach())
 
 
 def with_decay(training_loss: Tensor, parameters: Sequence[Tensor], weight_decay: float) -> Tensor:
