@@ -35,37 +35,44 @@ IN_A_ROW = 5  # all-reduces in one timed stretch
 
 
 def timed(ways: Ways, rounds: int) -> dict[str, Row]:
-    """For each way the median and the least seconds of a call on the first rank, in alternating rounds, after one that
-    is not counted. All ranks make this call, and those that a way does not need wait."""
+    """For each way the seconds of a call on the first rank, in alternating rounds after one that is not counted: the
+    median, the least, and the median of the CPU's, of the rank that took most. All ranks make this call, and those that
+    a way does not need wait."""
     rank = distributed.get_rank()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
+    on_cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
         for name, (size, function) in ways.items():
             distributed.barrier()
-            start = time.perf_counter()
+            start, start_on_cpu = time.perf_counter(), time.process_time()
             if rank < size:
                 function()
-            seconds[name].append(time.perf_counter() - start)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+                on_cpu[name].append(time.process_time() - start_on_cpu)
+    most = torch.tensor([statistics.median(each) for each in on_cpu.values()])
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
     return {
-        name: {"median": statistics.median(each[1:]), "least": min(each[1:]), "seconds": each[1:]}
-        for name, each in seconds.items()
+        name: {"median": statistics.median(each), "least": min(each), "cpu": cpu}
+        for (name, each), cpu in zip(seconds.items(), most.tolist(), strict=True)
     }
 
 
 def speeds(groups: dict[int, Any], widths: Sequence[int], batches: Sequence[int], rounds: int) -> list[Row]:
-    """Whole hypergradients of each number of ranks and of samples; of one rank also those of its part of them."""
-    rank, problem = distributed.get_rank(), Problem(widths, max(batches))
-    grid = [(size, batch) for size in groups for batch in batches]
-    grid += [(1, batch // size) for size in groups for batch in batches if batch // size not in batches]
+    """Whole hypergradients of each number of ranks and of samples, of `rounds` in all for the largest number of samples
+    and more for others; of one rank also those of its part of them."""
+    rank, problem, rows = distributed.get_rank(), Problem(widths, max(batches)), []
 
     def call(size: int, batch: int) -> Callable[[], Any]:
         group = groups[size] if size > 1 else None
         return lambda: problem.hypergradient(rank, size, batch, group)
 
-    found = timed({f"{size} {batch}": (size, call(size, batch)) for size, batch in dict.fromkeys(grid)}, rounds)
-    return [
-        {**dict(zip(("ranks", "batch"), map(int, name.split()), strict=True)), **row} for name, row in found.items()
-    ]
+    parts = {batch // size for size in groups for batch in batches}
+    for batch in sorted({*batches, *parts}):
+        sizes = groups if batch in batches else [1]
+        found = timed({str(size): (size, call(size, batch)) for size in sizes}, rounds * max(batches) // batch)
+        rows += [{"ranks": int(size), "batch": batch, **row} for size, row in found.items()]
+    return rows
 
 
 def overhead_of_one_rank(groups: dict[int, Any], rounds: int) -> dict[str, Row]:
@@ -115,16 +122,9 @@ def products(networks: dict[str, Callable[[], Network]], rounds: int) -> list[Ro
             "product": (1, lambda: hessian.matvec(vectors)),  # noqa: B023
         }
         found = timed(ways, rounds)
-        medians = {way: row["median"] for way, row in found.items()}
-        rows.append(
-            {
-                "network": name,
-                "parameters": sum(w.numel() for w in params),
-                **medians,
-                "ratio": medians["product"] / medians["gradient"],
-                "tail": _tail(hessian, params, vectors),
-            }
-        )
+        gradient, product = (found[way]["least"] for way in ways)
+        numbers = {"gradient": gradient, "product": product, "tail": _tail(hessian, params, vectors)}
+        rows.append({"network": name, "parameters": sum(w.numel() for w in params), **numbers})
     return rows
 
 

@@ -89,7 +89,7 @@ def fit(rows: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float]]:
     found = {}
     for ranks in sorted({row["ranks"] for row in rows}):
         chosen = [row for row in rows if row["ranks"] == ranks]
-        seconds = np.array([row["median"] for row in chosen])
+        seconds = np.array([row["least"] for row in chosen])
         sent = np.array([2 * (ranks - 1) / ranks * row["bytes"] for row in chosen])
         slope, latency = np.polyfit(sent, seconds, 1, w=1 / seconds)
         found[ranks] = float(latency), 1 / float(slope)
@@ -99,21 +99,22 @@ def fit(rows: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float]]:
 def foretold(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Hypergradients on several ranks: those of one rank's part by one rank, which take longer where ranks share cores,
     and an all-reduce of W for every product and for the outer gradient."""
-    alone = {row["batch"]: row["median"] for row in figures["speeds"] if row["ranks"] == 1}
+    alone = {row["batch"]: row for row in figures["speeds"] if row["ranks"] == 1}
     fitted, cores = fit(figures["all-reduces"]), figures["cores"]
     rows = []
     for row in figures["speeds"]:
         if (ranks := row["ranks"]) > 1:
-            compute = alone[row["batch"] // ranks] * max(1, ranks / cores)
+            whole, part = alone[row["batch"]], alone[row["batch"] // ranks]
+            compute = part["least"] * max(1, ranks / cores)
             wire = (figures["steps"] + 1) * all_reduce(ranks, BYTES * figures["parameters"], *fitted[ranks])
-            times = {"one rank": alone[row["batch"]], "alone": alone[row["batch"] // ranks]}
-            rows.append({**row, **times, "compute": compute, "wire": wire})
+            rows.append({**row, "whole": whole, "part": part, "model": compute + wire})
     return rows
 
 
 def tables(figures: dict[str, Any]) -> str:
-    """Markdown: what was measured, the check of the model, and the model of GPUs."""
-    ratios = {row["network"]: row["ratio"] for row in figures["products"]}
+    """Markdown: what was measured, the check of the model, and the model of GPUs. Seconds are the least of all rounds,
+    ratios in parentheses those of medians."""
+    ratios = {row["network"]: row["product"] / row["gradient"] for row in figures["products"]}
     parts = [
         ("Whole hypergradients", _speeds(foretold(figures))),
         ("One rank", _overhead(figures["overhead"])),
@@ -132,16 +133,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _speeds(rows: list[dict[str, Any]]) -> str:
     return _table(
-        ("ranks", "batch", "s", "one rank, s", "speed-up", "by the model", "weak efficiency"),
+        ("ranks", "batch", "one rank, s", "ranks, s", "speed-up", "by the model", "of CPU time", "weak efficiency"),
         (
             (
-                str(row["ranks"]),
-                str(row["batch"]),
-                f"{row['median']:.3f}",
-                f"{row['one rank']:.3f}",
-                f"{row['one rank'] / row['median']:.2f}",
-                f"{row['one rank'] / (row['compute'] + row['wire']):.2f}",
-                f"{row['alone'] / row['median']:.2f}",
+                *(str(row["ranks"]), str(row["batch"]), f"{row['whole']['least']:.2f}", f"{row['least']:.2f}"),
+                f"{row['whole']['least'] / row['least']:.2f} ({row['whole']['median'] / row['median']:.2f})",
+                f"{row['whole']['least'] / row['model']:.2f}",
+                f"{row['whole']['cpu'] / row['cpu']:.2f}",
+                f"{row['part']['least'] / row['least']:.0%}",
             )
             for row in rows
         ),
@@ -149,11 +148,17 @@ def _speeds(rows: list[dict[str, Any]]) -> str:
 
 
 def _overhead(ways: dict[str, Any]) -> str:
-    none = ways["none"]["median"]
     return _table(
-        ("process_group", "ms", "of none"),
-        ((name, f"{way['median'] * 1e3:.3f}", f"{way['median'] / none:.3f}") for name, way in ways.items()),
+        ("process_group", "median ms", "of none", "CPU ms", "of none"),
+        (
+            (name, *(text for key in ("median", "cpu") for text in _beside(way[key], ways["none"][key])))
+            for name, way in ways.items()
+        ),
     )
+
+
+def _beside(seconds: float, others: float) -> tuple[str, str]:
+    return f"{seconds * 1e3:.3f}", f"{seconds / others:.3f}"
 
 
 def _all_reduces(rows: list[dict[str, Any]]) -> str:
@@ -164,7 +169,7 @@ def _all_reduces(rows: list[dict[str, Any]]) -> str:
             (
                 str(row["ranks"]),
                 str(row["bytes"]),
-                f"{row['median'] * 1e3:.2f}",
+                f"{row['least'] * 1e3:.2f}",
                 f"{all_reduce(row['ranks'], row['bytes'], *fitted[row['ranks']]) * 1e3:.2f}",
             )
             for row in rows
@@ -186,7 +191,7 @@ def _products(rows: list[dict[str, Any]]) -> str:
                 f"{row['parameters'] / 1e6:.1f} M",
                 f"{row['gradient']:.3f}",
                 f"{row['product']:.3f}",
-                f"{row['ratio']:.2f}",
+                f"{row['product'] / row['gradient']:.2f}",
                 f"{row['tail']:.0%}",
             )
             for row in rows
