@@ -23,7 +23,9 @@ SIZES = tuple(4096 * 4**i for i in range(7))  # bytes, up to 16 MiB
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small sizes and one round; nothing is kept")
-    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each large hypergradient (7)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed calls of the largest hypergradients, and more of others (3)"
+    )
     parser.add_argument("--results", type=Path, default=model.RESULTS, help="folder of the figures")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -34,6 +36,7 @@ def main() -> None:
     rounds = 1 if given.smoke else given.rounds
     figures = {
         "speeds": measure.speeds(groups, widths, batches, rounds),
+        "waits": measure.waits(groups[2], widths, (batches[0], batches[-1]), rounds) if rank < 2 else [],
         "overhead": measure.overhead_of_one_rank(groups, 3 if given.smoke else 300),
         "all-reduces": measure.all_reduces(groups, SIZES[:2] if given.smoke else SIZES, 3 if given.smoke else 20),
         "products": measure.products(networks(given.smoke), rounds),

@@ -75,6 +75,34 @@ def speeds(groups: dict[int, Any], widths: Sequence[int], batches: Sequence[int]
     return rows
 
 
+def waits(group: Any, widths: Sequence[int], batches: Sequence[int], rounds: int) -> list[Row]:
+    """Where the time of a call goes, median seconds on the first rank: in waiting for the other ranks to come to an
+    all-reduce, which a barrier before it tells, and in all-reduces."""
+    rank, size, rows = distributed.get_rank(), distributed.get_world_size(group), []
+    problem, all_reduce = Problem(widths, max(batches)), distributed.all_reduce
+    spent = {"waiting": 0.0, "all-reduces": 0.0}
+
+    def watched(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        distributed.barrier(group)
+        middle = time.perf_counter()
+        all_reduce(*args, **options)
+        spent["waiting"] += middle - start
+        spent["all-reduces"] += time.perf_counter() - middle
+
+    for batch in batches:
+        found = []
+        for _ in range(1 + rounds * max(batches) // batch):
+            spent.update(dict.fromkeys(spent, 0.0))
+            distributed.barrier(group)
+            start = time.perf_counter()
+            with _replaced({"all_reduce": watched}):
+                problem.hypergradient(rank, size, batch, group)
+            found.append({"call": time.perf_counter() - start, **spent})
+        rows.append({"batch": batch, **{key: statistics.median(row[key] for row in found[1:]) for key in found[0]}})
+    return rows
+
+
 def overhead_of_one_rank(groups: dict[int, Any], rounds: int) -> dict[str, Row]:
     """A call of milliseconds without `process_group`, with a group of one rank, and without one again: what the third
     differs from the first is noise."""
@@ -197,10 +225,18 @@ def _counted() -> Iterator[list[int]]:
 
         return call
 
-    for name in plain:
-        setattr(distributed, name, counting(name))
-    try:
+    with _replaced({name: counting(name) for name in plain}):
         yield sent
+
+
+@contextmanager
+def _replaced(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Functions of torch.distributed are others meanwhile."""
+    plain = {name: getattr(distributed, name) for name in functions}
+    for name, function in functions.items():
+        setattr(distributed, name, function)
+    try:
+        yield
     finally:
         for name, function in plain.items():
             setattr(distributed, name, function)

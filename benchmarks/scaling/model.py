@@ -117,6 +117,7 @@ def tables(figures: dict[str, Any]) -> str:
     ratios = {row["network"]: row["product"] / row["gradient"] for row in figures["products"]}
     parts = [
         ("Whole hypergradients", _speeds(foretold(figures))),
+        ("Where the time of two ranks goes", _waits(figures["waits"])),
         ("One rank", _overhead(figures["overhead"])),
         ("All-reduce", _all_reduces(figures["all-reduces"])),
         ("Products", _products(figures["products"])),
@@ -145,6 +146,12 @@ def _speeds(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ),
     )
+
+
+def _waits(rows: list[dict[str, Any]]) -> str:
+    names = ("call", "all-reduces", "waiting")
+    header = ("batch", "call, s", "all-reduces, s", "waiting for the other, s")
+    return _table(header, ((str(row["batch"]), *(f"{row[name]:.3f}" for name in names)) for row in rows))
 
 
 def _overhead(ways: dict[str, Any]) -> str:
