@@ -21,8 +21,8 @@ from auxfast.solvers import MINRES, Solver, SolverState
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks of pytest import their neighbours so
 from networks import mlp
 
-# A program of several processes looks for DistributedDataParallel where it passes no group, for some 10 ms. One process,
-# which calls on a single rank stand for here, does not.
+# A program of several processes that passes no group is searched for DistributedDataParallel, for some 10 ms. A call on
+# a single rank stands for one process here, which is not.
 sys.modules["auxfast.implicit.hypergradient"].refuse_params = lambda *_: None  # type: ignore[attr-defined]
 STEPS = 10
 SOLVER = MINRES(steps=STEPS, tol=None)
