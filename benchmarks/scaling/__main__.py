@@ -37,7 +37,7 @@ def main() -> None:
     figures = {
         "speeds": measure.speeds(groups, widths, batches, rounds),
         "waits": measure.waits(groups[2], widths, (batches[0], batches[-1]), rounds) if rank < 2 else [],
-        "overhead": measure.overhead_of_one_rank(groups, 3 if given.smoke else 300),
+        "small calls": measure.small_calls(groups, 3 if given.smoke else 300),
         "all-reduces": measure.all_reduces(groups, SIZES[:2] if given.smoke else SIZES, 3 if given.smoke else 20),
         "products": measure.products(networks(given.smoke), rounds),
         "communication": measure.communication(groups[2]) if rank < 2 else [],

@@ -103,15 +103,16 @@ def waits(group: Any, widths: Sequence[int], batches: Sequence[int], rounds: int
     return rows
 
 
-def overhead_of_one_rank(groups: dict[int, Any], rounds: int) -> dict[str, Row]:
-    """A call of milliseconds without `process_group`, with a group of one rank, and without one again: what the third
-    differs from the first is noise."""
-    problem, batch = Problem((64, 128, 128, 10), 64), 64
-    ways = {"none": None, "one rank": groups[1], "none again": None}
-    return timed(
-        {name: (1, lambda group=group: problem.hypergradient(0, 1, batch, group)) for name, group in ways.items()},
-        rounds,
-    )
+def small_calls(groups: dict[int, Any], rounds: int) -> dict[str, Row]:
+    """Calls of milliseconds: without `process_group`, with a group of one rank, without one again, which differs from the
+    first by noise, and on two ranks with half of the samples each."""
+    rank, problem, batch = distributed.get_rank(), Problem((64, 128, 128, 10), 64), 64
+    ways = {"none": (1, None), "one rank": (1, groups[1]), "none again": (1, None), "two ranks": (2, groups[2])}
+
+    def call(size: int, group: Any) -> Callable[[], Any]:
+        return lambda: problem.hypergradient(rank, size, batch, group)
+
+    return timed({name: (size, call(size, group)) for name, (size, group) in ways.items()}, rounds)
 
 
 def all_reduces(groups: dict[int, Any], sizes: Sequence[int], rounds: int) -> list[Row]:

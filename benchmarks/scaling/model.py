@@ -118,7 +118,7 @@ def tables(figures: dict[str, Any]) -> str:
     parts = [
         ("Whole hypergradients", _speeds(foretold(figures))),
         ("Where the time of two ranks goes", _waits(figures["waits"])),
-        ("One rank", _overhead(figures["overhead"])),
+        ("Small calls", _small_calls(figures["small calls"])),
         ("All-reduce", _all_reduces(figures["all-reduces"])),
         ("Products", _products(figures["products"])),
         ("Communication of a call", _communication(figures["communication"])),
@@ -154,7 +154,7 @@ def _waits(rows: list[dict[str, Any]]) -> str:
     return _table(header, ((str(row["batch"]), *(f"{row[name]:.3f}" for name in names)) for row in rows))
 
 
-def _overhead(ways: dict[str, Any]) -> str:
+def _small_calls(ways: dict[str, Any]) -> str:
     return _table(
         ("process_group", "median ms", "of none", "CPU ms", "of none"),
         (
