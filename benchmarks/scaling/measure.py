@@ -104,8 +104,8 @@ def waits(group: Any, widths: Sequence[int], batches: Sequence[int], rounds: int
 
 
 def small_calls(groups: dict[int, Any], rounds: int) -> dict[str, Row]:
-    """Calls of milliseconds: without `process_group`, with a group of one rank, without one again, which differs by noise
-    from the first, and on two ranks with half of the samples each."""
+    """Calls of milliseconds: without `process_group`, with a group of one rank, without one again, which differs from
+    the first by noise, and on two ranks with half of the samples each."""
     rank, problem, batch = distributed.get_rank(), Problem((64, 128, 128, 10), 64), 64
     ways = {"none": (1, None), "one rank": (1, groups[1]), "none again": (1, None), "two ranks": (2, groups[2])}
 
