@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -124,19 +125,39 @@ def test_the_hypergradient_of_a_transformer_agrees_with_differences_through_inne
     assert (mixed - exact).norm() < 0.05 * exact.norm()
 
 
+def test_weights_learned_by_processes_find_the_harmful_loss():
+    found = example("distributed").main()  # in one process
+    assert found["harmful"] < 0.2 < 2 < found["helpful"]
+    assert found["error"] < 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(capfd):
+    example("distributed").main()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, together = capfd.readouterr().out, output_of([*command, str(EXAMPLES / "distributed.py")])
+    assert figures_in(together) == pytest.approx(figures_in(alone), rel=0.01)
+
+
+def figures_in(text: str) -> list[float]:
+    return [float(figure) for figure in re.findall(r"\d+\.\d+", text)]
+
+
 def test_each_example_has_a_test_here_and_is_about_sixty_lines():
     losses = {"auxiliary_losses", "usefulness"}
-    tested = losses | {"weight_decay", "data_weights", "custom_solver", "imaml", "kfac", "lora_reweighting"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    tested = {"weight_decay", "data_weights", "custom_solver", "imaml", "kfac", "lora_reweighting", "distributed"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == losses | tested
     assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.slow
 def test_an_example_runs_as_a_program():
-    command = [sys.executable, str(EXAMPLES / "custom_solver.py")]
+    assert "SteepestDescent" in output_of([sys.executable, str(EXAMPLES / "custom_solver.py")])
+
+
+def output_of(command: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "SteepestDescent" in done.stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120).stdout
 
 
 def test_the_picture_is_drawn_from_the_first_example(tmp_path):
