@@ -10,17 +10,19 @@ from torch import Tensor
 from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.forward_over_reverse import ForwardOverReverse
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
 from auxfast.implicit.summed_curvature import SummedCurvature
 
-CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
+CurvatureName = Literal["hessian", "gauss-newton", "hessian-jvp", "finite-difference"]
 LossDerivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference | SummedCurvature
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
+COMPUTED_ANEW = ("hessian-jvp", "finite-difference")  # they need functions for inner_loss
 
 
 def check_curvature(curvature: str) -> None:
     """Raises ValueError where `curvature` is none that there is."""
-    names = [*_RECORDED, "finite-difference"]
+    names = [*_RECORDED, *COMPUTED_ANEW]
     if curvature not in names:
         raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
 
@@ -52,11 +54,11 @@ def derivatives_of(
     if isinstance(inner, LossGraph):
         share, part = inner.share, _RECORDED[curvature](inner, params, retain_graph)
     elif is_fresh:
-        share, part = inner[0].share, FreshCurvature(_recorder(_RECORDED[curvature], inner[0]), params)
-    elif len(inner) == 1:
+        share, part = inner[0].share, FreshCurvature(_recorder(curvature, inner[0], params, outer_params), params)
+    elif len(inner) == 1 and curvature in _RECORDED:
         share, part = inner[0].share, _RECORDED[curvature](inner[0](), params, retain_graph)
     elif inner:
-        records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
+        records = [_recorder(curvature, loss_fn, params, outer_params) for loss_fn in inner]
         part = MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
     if inner.ranks is not None:
         return SummedCurvature(part, share, params, inner.ranks)
@@ -64,5 +66,10 @@ def derivatives_of(
     return part
 
 
-def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
+def _recorder(
+    curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor]
+) -> Record:
+    if curvature == "hessian-jvp":
+        return ForwardOverReverse(loss_fn, params, outer_params).record
+    kind = _RECORDED[curvature]
     return lambda params: kind(loss_fn(), params)
