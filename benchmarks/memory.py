@@ -125,7 +125,9 @@ def main() -> None:
     print("| batches | curvature | checkpoints | peak (MB) | seconds |\n|---|---|---|---|---|")
     for batches, checkpointed in product((1, 8), (False, True)):
         problem = Problem(batches, checkpointed)
-        calls: dict[str, Callable[[], object]] = {"(one gradient)": lambda p=problem: gradient(p)} if batches == 1 else {}
+        calls: dict[str, Callable[[], object]] = (
+            {"(one gradient)": lambda p=problem: gradient(p)} if batches == 1 else {}
+        )
         for curvature in ("hessian", "hessian-jvp"):
             calls[curvature] = lambda p=problem, c=curvature: p.hypergradient(c)
         for name, call in calls.items():

@@ -1,10 +1,10 @@
-"""Forward-mode AD for functions that read their parameters from elsewhere: tangents are put on the tensors themselves."""
+"""Forward-mode AD for functions that find their parameters themselves: tangents are put on the tensors in place."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 _without_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+_is_view: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
 _one_at_a_time = threading.RLock()
 
 
@@ -44,15 +45,18 @@ class _WithoutGraph(TorchFunctionMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tangent = tangent_of(tensor)
-                if tangent is not None and tangent.requires_grad and not tangent._is_view():
-                    tangent.detach_()
+                if tangent is not None and tangent.requires_grad and _is_view is not None and not _is_view(tangent):
+                    tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
 
 
 def _dual(tensor: Tensor, tangent: Tensor) -> Tensor:
-    with warnings.catch_warnings():  # the first call of a process loads decompositions, by a part of torch it deprecates
+    with (
+        warnings.catch_warnings()
+    ):  # the first call of a process loads decompositions, by a part of torch it deprecates
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-        return forward_ad.make_dual(tensor, tangent)
+        dual: Tensor = forward_ad.make_dual(tensor, tangent)
+        return dual
 
 
 def tangent_of(tensor: Tensor | None) -> Tensor | None:

@@ -66,9 +66,7 @@ def derivatives_of(
     return part
 
 
-def _recorder(
-    curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor]
-) -> Record:
+def _recorder(curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor]) -> Record:
     if curvature == "hessian-jvp":
         return ForwardOverReverse(loss_fn, params, outer_params).record
     kind = _RECORDED[curvature]

@@ -178,8 +178,7 @@ class _Cycle:
     ) -> None:
         self._system = system
         self._devices = [r.device for r in residual]
-        like = {"dtype": dtype, "device": device}
-        self._v = [(r.to(system.wide) / norm).to(**like) for r in residual]
+        self._v = [(r.to(system.wide) / norm).to(device or r.device, dtype) for r in residual]
         self._v_old, self._w, self._w_old, self._d = ([torch.zeros_like(v) for v in self._v] for _ in range(4))
         self._beta = self._dbar = self._epsln = self._sn = 0.0
         self._cs, self.phibar, self._pivot, self.negative = -1.0, norm, 0.0, False

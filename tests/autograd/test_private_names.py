@@ -74,6 +74,8 @@ NAMES = {
         "batched passes within a backward pass", "the engine goes through vectors one by one, from the same answers"
     ),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
+    "_unsafe_preserve_version_counter": Name("tangents on parameters of graphs made before", "those graphs go stale"),
+    "_is_view": Name("no graph of tangents, which would take as much memory again", "that graph"),
 }
 # Names without which nothing works, or that lead to those above.
 LASTING = {

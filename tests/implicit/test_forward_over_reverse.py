@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import cycle
 from typing import Any
 
@@ -49,7 +48,9 @@ class Reweighted:
             return LossGraph("inner_loss", self.loss())
 
     def both(self) -> tuple[Hessian, ForwardOverReverse]:
-        return Hessian(self.graph(), self.params, retain_graph=True), ForwardOverReverse(LossFn(self.graph), self.params, [self.phi])
+        return Hessian(self.graph(), self.params, retain_graph=True), ForwardOverReverse(
+            LossFn(self.graph), self.params, [self.phi]
+        )
 
 
 class Checkpointed(nn.Sequential):
@@ -121,7 +122,9 @@ def test_the_system_has_the_parameters_of_the_recorded_one():
     assert found.mixed([torch.ones(3), torch.ones(3)], [w.detach().requires_grad_()]) == [None]
 
 
-@pytest.mark.parametrize("solver", [Dense(), MINRES(tol=1e-14), OneStep(0.1, lookahead=True), SingleLoop(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Dense(), MINRES(tol=1e-14), OneStep(0.1, lookahead=True), SingleLoop(0.1)], ids=repr
+)
 def test_hypergradients_and_minima_are_those_of_the_hessian(solver):
     ridge = Ridge()
     args = (ridge.outer_loss, ridge.inner_loss, [ridge.w], [ridge.decay, ridge.weights])
@@ -182,10 +185,17 @@ def test_parameters_keep_bits_versions_and_graphs_that_were_made_before():
     before = [w.detach().clone() for w in problem.params]
     earlier, versions = problem.loss(), [w._version for w in problem.params]
     auxfast.hypergradient(
-        lambda: problem.net(problem.x).sum(), problem.loss, problem.params, [problem.phi], curvature="hessian-jvp", warn=False
+        lambda: problem.net(problem.x).sum(),
+        problem.loss,
+        problem.params,
+        [problem.phi],
+        curvature="hessian-jvp",
+        warn=False,
     )
     assert [w._version for w in problem.params] == versions
-    assert all(torch.equal(w.view(torch.int64), b.view(torch.int64)) for w, b in zip(problem.params, before, strict=True))
+    assert all(
+        torch.equal(w.view(torch.int64), b.view(torch.int64)) for w, b in zip(problem.params, before, strict=True)
+    )
     earlier.backward()
     with torch.autograd.forward_ad.dual_level():
         assert all(torch.autograd.forward_ad.unpack_dual(w).tangent is None for w in problem.params)
@@ -243,9 +253,7 @@ def attention(x: Tensor) -> Tensor:
 def test_what_has_no_forward_mode_is_named_with_the_remedy(function, message):
     w, phi = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match=f"inner_loss .*{message}"):
-        auxfast.hypergradient(
-            lambda: w.sum(), lambda: (phi * function(w)).sum(), [w], [phi], curvature="hessian-jvp"
-        )
+        auxfast.hypergradient(lambda: w.sum(), lambda: (phi * function(w)).sum(), [w], [phi], curvature="hessian-jvp")
 
 
 def test_a_tensor_is_refused():

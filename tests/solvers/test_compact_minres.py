@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from benchmarks.memory import peak_bytes
 from torch import Tensor, nn
 
 import auxfast
 from auxfast.solvers import MINRES, CompactMINRES, StopReason
+from benchmarks.memory import peak_bytes
 
 SIZES = [300, 100]
 
@@ -93,7 +93,7 @@ def test_it_keeps_18_bytes_a_parameter_and_minres_64():
         return peak_bytes(lambda: solver.solve(matvec, rhs)) / 100_000
 
     assert 17 < bytes_of(CompactMINRES(4, tol=None)) < 21  # what one parameter's arithmetic needs is on top
-    assert 21 < bytes_of(CompactMINRES(20, tol=None)) < 25
+    assert 21 < bytes_of(CompactMINRES(50, tol=None)) < 25
     assert 60 < bytes_of(MINRES(4, tol=None)) < 66
 
 
@@ -107,7 +107,7 @@ def test_a_hypergradient_by_it_is_that_of_minres():
             lambda: ((net(x) - y).square() * phi.exp()).mean(),
             net.parameters(),
             [phi],
-            solver=solver(200, tol=1e-5, damping=0.1),
+            solver=solver(200, tol=1e-5, damping=1.0),
             warn=False,
         )
         for solver in (MINRES, CompactMINRES)
