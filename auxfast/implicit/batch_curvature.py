@@ -11,11 +11,12 @@ from torch import Tensor
 
 from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.implicit.curvature import Hessian
+from auxfast.implicit.forward_over_reverse import ForwardOverReverse
 from auxfast.implicit.losses import add, times
 from auxfast.solvers import Neumann
 from auxfast.solvers.base import Solver
 
-Record = Callable[[Sequence[Tensor]], Hessian]
+Record = Callable[[Sequence[Tensor]], Hessian | ForwardOverReverse]
 """Records the curvature of a batch in the parameters that it is given."""
 
 
@@ -40,7 +41,7 @@ class MeanCurvature:
         self.in_system = [any(which) for which in zip(*in_system, strict=True)]
         self.params = list(compress(params, self.in_system))
 
-    def _inspect(self, curvature: Hessian) -> list[bool]:
+    def _inspect(self, curvature: Hessian | ForwardOverReverse) -> list[bool]:
         self.unproven += [name for name in curvature.unproven if name not in self.unproven]
         self.kinked += curvature.kinked
         return curvature.in_system

@@ -29,7 +29,7 @@ _WAYS_OUT = {  # by a part of the name of autograd's node
     "EmbeddingBag": "take torch.nn.Embedding, and the sum or mean of its rows, for EmbeddingBag",
     "Cdist": "compute distances as (a[:, None] - b[None]).norm(dim=-1)",
 }
-_KINKS = ("AbsBackward0", "ReluBackward0")
+KINKS = ("AbsBackward0", "ReluBackward0")
 _LAST_WAY_OUT = "pass inner_loss as a function and curvature='finite-difference'"
 
 _Pull = Callable[[Pullback, Sequence[Tensor]], Gradients]
@@ -87,7 +87,7 @@ class Hessian:
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
         inner.refuse_functions()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
-        self.kinked = leaves_into(inner.nodes, _KINKS)
+        self.kinked = leaves_into(inner.nodes, KINKS)
         if any(map(is_compiled, inner.functions)):
             raise RuntimeError(
                 f"{inner.name} was computed with torch.compile, which has no second derivatives: compute it without, "
@@ -283,10 +283,15 @@ def slope(vectors: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
 
 def _missing_derivative(name: str, nodes: Sequence[str]) -> RuntimeError:
     nodes = [*dict.fromkeys(nodes)]
-    known = [way for operator, way in _WAYS_OUT.items() if any(operator in node for node in nodes)]
-    ways_out = f"{' and '.join(known)}, or {_LAST_WAY_OUT}" if known else _LAST_WAY_OUT
+    ways_out = " and ".join(known_ways_out(nodes))
+    ways_out = f"{ways_out}, or {_LAST_WAY_OUT}" if ways_out else _LAST_WAY_OUT
     verb = "have" if len(nodes) > 1 else "has"
     return RuntimeError(
         f"{name} went through {' and '.join(nodes)}, which {verb} no second derivatives. "
         f"{ways_out[0].upper()}{ways_out[1:]}."
     )
+
+
+def known_ways_out(operators: Sequence[str]) -> list[str]:
+    """What to do about those of the operators, named as autograd's nodes are, for which it is known."""
+    return [way for operator, way in _WAYS_OUT.items() if any(operator in name for name in operators)]

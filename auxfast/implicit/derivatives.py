@@ -10,17 +10,19 @@ from torch import Tensor
 from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Record
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
+from auxfast.implicit.forward_over_reverse import ForwardOverReverse
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
 from auxfast.implicit.summed_curvature import SummedCurvature
 
-CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
+CurvatureName = Literal["hessian", "gauss-newton", "hessian-jvp", "finite-difference"]
 LossDerivatives = Hessian | MeanCurvature | FreshCurvature | FiniteDifference | SummedCurvature
 _RECORDED: dict[str, type[Hessian]] = {"hessian": Hessian, "gauss-newton": GaussNewton}
+COMPUTED_ANEW = ("hessian-jvp", "finite-difference")  # they need functions for inner_loss
 
 
 def check_curvature(curvature: str) -> None:
     """Raises ValueError where `curvature` is none that there is."""
-    names = [*_RECORDED, "finite-difference"]
+    names = [*_RECORDED, *COMPUTED_ANEW]
     if curvature not in names:
         raise ValueError(f"curvature must be one of {', '.join(names)}, not {curvature!r}")
 
@@ -48,29 +50,34 @@ def derivatives_of(
         assert not isinstance(inner, LossGraph)
         return FiniteDifference(inner, params, outer_params)
     if inner.ranks is not None:
-        part = inner.ranks.attempt(lambda: _recorded(curvature, inner, params, retain_graph), None)
+        part = inner.ranks.attempt(lambda: _recorded(curvature, inner, params, outer_params, retain_graph), None)
         share = 1.0 if isinstance(part, MeanCurvature) else _share(inner)
         return SummedCurvature(part, share, params, inner.ranks)
-    part = _recorded(curvature, inner, params, retain_graph)
+    part = _recorded(curvature, inner, params, outer_params, retain_graph)
     assert part is not None  # a loss of one process is not empty
     return part
 
 
 def _recorded(
-    curvature: str, inner: CheckedLoss, params: Sequence[Tensor], retain_graph: bool
+    curvature: str,
+    inner: CheckedLoss,
+    params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
+    retain_graph: bool,
 ) -> Hessian | MeanCurvature | FreshCurvature | None:
     """That of this process's part of the loss, `None` if it is empty: a mean with the share of each micro-batch, a
     single one without its share."""
-    kind = _RECORDED[curvature]
     if isinstance(inner, LossGraph):
-        return kind(inner, params, retain_graph)
+        return _RECORDED[curvature](inner, params, retain_graph)
     if not inner:
         return None
-    if inner.kind == "fresh":
-        return FreshCurvature(_recorder(kind, inner[0]), params)
-    if len(inner) == 1:
-        return kind(inner[0](), params, retain_graph)
-    return MeanCurvature([_recorder(kind, each) for each in inner], [each.share for each in inner], params)
+    if len(inner) == 1 and inner.kind != "fresh" and curvature in _RECORDED:
+        return _RECORDED[curvature](inner[0](), params, retain_graph)
+    is_fresh = inner.kind == "fresh"
+    records = [_recorder(curvature, loss_fn, params, outer_params, is_fresh) for loss_fn in inner]
+    if is_fresh:
+        return FreshCurvature(records[0], params)
+    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
 
 
 def _share(inner: CheckedLoss) -> float:
@@ -78,5 +85,10 @@ def _share(inner: CheckedLoss) -> float:
     return inner.share if isinstance(inner, LossGraph) else inner[0].share if inner else 0.0
 
 
-def _recorder(kind: type[Hessian], loss_fn: LossFn) -> Record:
+def _recorder(
+    curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool
+) -> Record:
+    if curvature == "hessian-jvp":
+        return ForwardOverReverse(loss_fn, params, outer_params, is_fresh).record
+    kind = _RECORDED[curvature]
     return lambda params: kind(loss_fn(), params)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device, shares_of
+from auxfast.implicit.derivatives import COMPUTED_ANEW
 from auxfast.implicit.free_entries import Free, Masks, free_masks
 from auxfast.implicit.losses import CheckedLoss, Loss, LossFns, LossGraph, agreed_kind, as_loss_fns
 from auxfast.implicit.ranks import Ranks, attempt
@@ -69,8 +70,8 @@ def _positions(mask: Tensor | None) -> str:
 
 def check_inner_loss(inner_loss: Loss, curvature: str, outputs: Any) -> None:
     """Raises ValueError or TypeError where the three do not fit together."""
-    if curvature == "finite-difference" and isinstance(inner_loss, Tensor):
-        raise TypeError("inner_loss must be a function for curvature='finite-difference', which evaluates it again")
+    if curvature in COMPUTED_ANEW and isinstance(inner_loss, Tensor):
+        raise TypeError(f"inner_loss must be a function for curvature={curvature!r}, which evaluates it again")
     if outputs is not None and curvature != "gauss-newton":
         raise ValueError(f"outputs are for curvature='gauss-newton', not for {curvature!r}")
     if outputs is not None and not isinstance(inner_loss, Tensor):

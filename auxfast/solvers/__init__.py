@@ -6,6 +6,7 @@ from torch.serialization import add_safe_globals
 from auxfast.solvers.base import LinearOperator, Matvec, Solver, SolverState, SolveStats, StopReason
 from auxfast.solvers.block_diagonal import BlockDiagonal
 from auxfast.solvers.chebyshev import Chebyshev
+from auxfast.solvers.compact_minres import CompactMINRES
 from auxfast.solvers.conjugate_gradient import ConjugateGradient
 from auxfast.solvers.dense import Dense
 from auxfast.solvers.gmres import GMRES
@@ -35,6 +36,7 @@ __all__ = [
     "SAMA",
     "BlockDiagonal",
     "Chebyshev",
+    "CompactMINRES",
     "ConjugateGradient",
     "Dense",
     "FromOptimizer",

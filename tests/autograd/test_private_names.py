@@ -80,6 +80,8 @@ NAMES = {
     "_scale": Name("a GradScaler's scale is told from a number like it", "an error asks for a loss without it"),
     "_refresh_per_optimizer_state": Name("no search for a GradScaler where there is none, 20 ms", "the search"),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
+    "_unsafe_preserve_version_counter": Name("tangents on parameters of graphs made before", "those graphs go stale"),
+    "_is_view": Name("no graph of tangents, which would take as much memory again", "that graph"),
 }
 # Names without which nothing works, or that lead to those above.
 LASTING = {
