@@ -70,7 +70,7 @@ class SAMA(KnownSolution):
             ValueError: a parameter that the optimizer does not have, or parameters of other shapes than `rhs`; an
                 Adam that has made no step; or see `LinearSystem`.
         """
-        stats = without_certificate(rhs, batched)
+        stats = without_certificate(matvec, rhs, batched)
         params = getattr(matvec, "params", None)
         if params is None:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
