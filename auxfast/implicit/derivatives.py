@@ -11,6 +11,8 @@ from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature, Reco
 from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
+from auxfast.implicit.sharded_curvature import ShardedCurvature
+from auxfast.implicit.sharded_params import Shards
 from auxfast.implicit.summed_curvature import SummedCurvature
 
 CurvatureName = Literal["hessian", "gauss-newton", "finite-difference"]
@@ -31,11 +33,13 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    shards: Shards | None = None,
 ) -> LossDerivatives:
     """The second derivatives of the inner loss that `curvature` names.
 
     Args:
         retain_graph: whether to keep the graph of a loss that is a tensor.
+        shards: how the parameters are cut, which are whole here; `None`: they are not.
 
     Raises:
         ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
@@ -58,6 +62,8 @@ def derivatives_of(
     elif inner:
         records = [_recorder(_RECORDED[curvature], loss_fn) for loss_fn in inner]
         part = MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
+    if shards is not None:
+        return ShardedCurvature(part, share, params, shards)
     if inner.ranks is not None:
         return SummedCurvature(part, share, params, inner.ranks)
     assert part is not None  # a loss of one process is not empty

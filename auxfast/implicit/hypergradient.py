@@ -18,10 +18,17 @@ from auxfast.implicit.derivatives import CurvatureName, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
+from auxfast.implicit.inner_problem import (
+    check_call_of_shards,
+    check_inner_loss,
+    check_same_call,
+    given_loss,
+    given_params,
+)
 from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_connected, check_of, gradient_term
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
 from auxfast.implicit.ranks import ProcessGroup, ranks_of
+from auxfast.implicit.sharded_params import Shards, shards_of, whole_params
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -125,24 +132,32 @@ def hypergradient(
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
-    params = given_params(inner_params, outer_params, free)
-    active_inner, active_outer = params.active_inner, params.active_outer
+    params = given_params(inner_params, outer_params, free, may_be_sharded=True)
+    active_outer = params.active_outer
     check_inner_loss(inner_loss, curvature, outputs)
     check_solver(solver)
     if isinstance(solver, KnownSolution):
         check_losses(solver, outer_loss, inner_loss)
-    ranks = ranks_of(process_group, params.inner[0].device)
+    shards = shards_of(params.active_inner, process_group)
+    if shards is not None:
+        check_call_of_shards(outer_loss, inner_loss, free, solver, curvature)
+    ranks = ranks_of(process_group, params.inner[0].device) if shards is None else shards.ranks
     if ranks is not None:
-        check_same_call(ranks, params, solver, curvature, state)
+        check_same_call(ranks, params, solver, curvature, state, is_sharded=shards is not None)
     elif isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
-        refuse_params("inner_params", active_inner)
+        refuse_params("inner_params", params.active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext() as guard:
+    with (
+        whole_params(shards, params.active_inner) as active_inner,
+        preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext() as guard,
+    ):
         given_outer = given_loss("outer_loss", outer_loss, guard, ranks=ranks)
         given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
-        outer_gradient = partial(_outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph)
-        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
+        outer_gradient = partial(
+            _outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph, shards
+        )
+        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph, shards)
         if isinstance(solver, KnownSolution):
             outer_grads, derivatives = outer_gradient_and_derivatives(
                 solver, outer_gradient, recorded, given_inner, active_inner, active_outer, params.masks
@@ -151,6 +166,8 @@ def hypergradient(
             outer_grads, derivatives = outer_gradient(), None
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
+        if shards is not None:
+            rhs = shards.zeros_for_none(rhs, active_inner)
         adjoint = solve_adjoint(
             derivatives or recorded(),
             given_inner,
@@ -185,8 +202,9 @@ def _outer_gradient(
     inner_params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    shards: Shards | None,
 ) -> list[Tensor | None]:
-    """The gradient of the outer loss in the inner parameters, and in the outer ones: of these it is this rank's term,
+    """The gradient of the outer loss in the inner parameters, in pieces if these are in pieces, and in the outer ones: of these it is this rank's term,
     which is summed with that of the mixed product."""
     params = [*inner_params, *outer_params]
     if isinstance(outer, LossGraph):
@@ -201,7 +219,8 @@ def _outer_gradient(
     if outer.ranks is None:
         return term
     num_inner = len(inner_params)
-    return [*outer.ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
+    ranks = outer.ranks if shards is None else shards
+    return [*ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
 
 
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

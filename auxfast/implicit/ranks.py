@@ -124,6 +124,9 @@ class Replicated(VectorSpace):
     def read(self, numbers: Tensor) -> Floats:
         return LOCAL.read(self._ranks.of_first(numbers.contiguous()))
 
+    def all(self, flag: bool) -> bool:
+        return not self._ranks.any([not flag])[0]
+
 
 def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks | None:
     """`None` for no group, and for one of a single rank.
