@@ -10,6 +10,7 @@ from typing import Any
 
 _FSDP = "torch.distributed.fsdp"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_plain: set[int] = set()  # ids of the modules of `as_plain_modules`
 
 
 def modules_of_fully_shard() -> list[Any]:
@@ -36,6 +37,7 @@ def as_plain_modules(modules: Sequence[Any]) -> Iterator[None]:
     try:
         for module in modules:
             module.unshard()
+            _plain.add(id(module))
         with ExitStack() as stack:
             for module in modules:
                 for name in _HOOKS:
@@ -43,7 +45,13 @@ def as_plain_modules(modules: Sequence[Any]) -> Iterator[None]:
             yield
     finally:
         for module in modules:
+            _plain.discard(id(module))
             module.reshard()
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `as_plain_modules` is active for the module."""
+    return id(module) in _plain
 
 
 @contextmanager

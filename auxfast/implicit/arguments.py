@@ -43,9 +43,9 @@ def as_tuple(name: str, params: Iterable[Tensor], may_be_sharded: bool = False) 
         if is_distributed(item) and not may_be_sharded:
             raise ValueError(
                 f"{name} must hold tensors that this process has whole, but number {i} is a {type(item).__name__}, a "
-                "piece of a parameter that is spread over processes. Parameters of fully_shard are taken as inner_params "
-                "of hypergradient and HyperOptimizer alone, with their process_group; else take a network that is not "
-                "sharded"
+                "piece of a parameter that is spread over processes. Parameters of fully_shard are taken as the "
+                "inner_params of hypergradient and HyperOptimizer alone, with their process_group; else take a network "
+                "that is not sharded"
             )
     if not items:
         raise ValueError(f"{name} is empty (a generator that was used up before also is)")

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
+from auxfast.autograd.fsdp import is_plain
+
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_FSDP1 = "FullyShardedDataParallel (FSDP1), which is not supported: apply torch.distributed.fsdp.fully_shard (FSDP2)"
 _WHY = (
     "which joins gradients of all processes in backward() and not in the derivatives that a hypergradient is made of: "
     "it would be that of this process's data alone. auxfast does not work across processes yet: a process group will "
@@ -35,7 +38,23 @@ def refuse_calls(module: nn.Module) -> None:
 
 
 def refuse_calls_of_rank(module: nn.Module) -> None:
-    """The same where hypergradients are summed over ranks."""
+    """The same where hypergradients are summed over ranks, of modules in pieces that no inner parameter belongs to."""
+    names = _names_of(type(module))
+    if "FullyShardedDataParallel" in names:
+        raise SpreadOverProcesses(_FSDP1)
+    if "FSDPModule" in names and not is_plain(module):
+        raise SpreadOverProcesses(
+            f"{type(module).__name__}, a module of fully_shard of which inner_params has no parameter: its ranks would "
+            "wait for each other's forward passes. Leave fully_shard out for it"
+        )
+
+
+def refuse_flat(name: str, params: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if parameters are pieces of the flat ones of FSDP1."""
+    ids = {id(param) for param in params}
+    for module in _wrappers():
+        if type(module).__name__ == "FullyShardedDataParallel" and ids & {id(param) for param in module.parameters()}:
+            raise RuntimeError(f"{name} are of {_FSDP1}")
 
 
 def refuse_params(name: str, params: Sequence[Tensor]) -> None:
@@ -65,4 +84,10 @@ def _all_subclasses(kind: type) -> set[type]:
 
 @cache
 def _is_wrapper(kind: type) -> bool:
-    return any(base.__name__ in _WRAPPERS and base.__module__.startswith("torch.") for base in kind.__mro__)
+    return not _names_of(kind).isdisjoint(_WRAPPERS)
+
+
+@cache
+def _names_of(kind: type) -> set[str]:
+    """The names of those of its bases that are torch's."""
+    return {base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.")}

@@ -204,8 +204,8 @@ def _outer_gradient(
     retain_graph: bool,
     shards: Shards | None,
 ) -> list[Tensor | None]:
-    """The gradient of the outer loss in the inner parameters, in pieces if these are in pieces, and in the outer ones: of these it is this rank's term,
-    which is summed with that of the mixed product."""
+    """The gradient of the outer loss in the inner parameters, in pieces if `shards` says how, and in the outer ones: of
+    these it is this rank's term, which is summed with that of the mixed product."""
     params = [*inner_params, *outer_params]
     if isinstance(outer, LossGraph):
         outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`

@@ -11,6 +11,7 @@ from torch import Tensor
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device, shares_of
 from auxfast.implicit.derivatives import check_curvature
+from auxfast.implicit.distributed import refuse_flat
 from auxfast.implicit.free_entries import Free, Masks, free_masks
 from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, as_loss_fns
 from auxfast.implicit.ranks import Ranks
@@ -70,18 +71,20 @@ def check_same_call(
         "state": "None" if state is None else state.summary(),
     }
     inner = {} if is_sharded else {"inner_params": params.inner}
-    ranks.check_same(facts, {**inner, "outer_params": params.outer})
+    try:
+        ranks.check_same(facts, {**inner, "outer_params": params.outer})
+    except ValueError:
+        refuse_flat("inner_params", params.inner)
+        raise
 
 
-def check_call_of_shards(
-    outer_loss: Loss, inner_loss: Loss, free: Free | None, solver: Solver, curvature: str
-) -> None:
+def check_call_of_shards(outer_loss: Loss, inner_loss: Loss, free: Free | None, solver: Solver, curvature: str) -> None:
     """Raises TypeError or NotImplementedError for what does not go with inner parameters of `fully_shard`."""
     for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
         if isinstance(loss, Tensor):
             raise TypeError(
-                f"{name} must be a function for inner_params of fully_shard, which are whole within the call alone, not "
-                "a tensor"
+                f"{name} must be a function for inner_params of fully_shard, which are whole within the call alone, "
+                "not a tensor"
             )
     if curvature == "finite-difference" or getattr(solver, "mixed", "exact") == "difference":
         raise NotImplementedError(

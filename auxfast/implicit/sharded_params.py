@@ -111,7 +111,10 @@ class Shards:
         rows = own.new_empty(self._size, *own.shape)
         _collective("all_gather_single", "all_gather_into_tensor")(rows.view(-1), own.view(-1), group=self.group)
         parts = [
-            [part.reshape(*lead, *shape) for part, shape in zip(self._split(row, rank), self._shapes(rank), strict=True)]
+            [
+                part.reshape(*lead, *shape)
+                for part, shape in zip(self._split(row, rank), self._shapes(rank), strict=True)
+            ]
             for rank, row in enumerate(rows)
         ]
         return [
@@ -230,8 +233,9 @@ def shards_of(params: Sequence[Tensor], process_group: ProcessGroup | None) -> S
         NotImplementedError: they are cut by something else than `fully_shard`.
     """
     cut = [is_distributed(param) for param in params]
-    if not any(cut):
+    if not all(cut):
         _refuse_unsharded(params)
+    if not any(cut):
         return None
     if not all(cut):
         raise ValueError(
@@ -309,9 +313,7 @@ def _check_group(mesh: Any, process_group: ProcessGroup) -> None:
         )
     wanted, given = sorted(mesh.mesh.flatten().tolist()), sorted(distributed.get_process_group_ranks(process_group))
     if wanted != given:
-        raise ValueError(
-            f"process_group must be the ranks that have pieces of inner_params, {wanted}, and not {given}"
-        )
+        raise ValueError(f"process_group must be the ranks that have pieces of inner_params, {wanted}, and not {given}")
 
 
 def _cut_of(i: int, param: Any, size: int, rank: int) -> _Cut:
