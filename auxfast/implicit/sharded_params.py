@@ -242,11 +242,6 @@ def shards_of(params: Sequence[Tensor], process_group: ProcessGroup | None) -> S
             f"inner_params must all be of fully_shard, or none: number {cut.index(True)} is a DTensor, and number "
             f"{cut.index(False)} is not"
         )
-    if process_group is None:
-        raise ValueError(
-            f"process_group must be given for inner_params of fully_shard (number 0 is a {type(params[0]).__name__}): "
-            "the ranks that have the other pieces, such as torch.distributed.group.WORLD"
-        )
     modules = modules_of_fully_shard()
     owners = _owners(params, modules)
     if any(id(param) not in owners for param in params):
@@ -259,6 +254,11 @@ def shards_of(params: Sequence[Tensor], process_group: ProcessGroup | None) -> S
                 f"inner_params[{i}] is a DTensor of no module that fully_shard was applied to: parameters that tensor "
                 "parallelism (parallelize_module, distribute_tensor) has cut are not supported"
             )
+    if process_group is None:
+        raise ValueError(
+            f"process_group must be given for inner_params of fully_shard (number 0 is a {type(params[0]).__name__}): "
+            "the ranks that have the other pieces, such as torch.distributed.group.WORLD"
+        )
     mesh: Any = params[0].device_mesh  # type: ignore[attr-defined]
     others = [i for i, param in enumerate(params) if param.device_mesh != mesh]  # type: ignore[attr-defined]
     if others:

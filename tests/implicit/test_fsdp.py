@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -62,12 +64,14 @@ class Problem:
         fully_shard(self.net, **settings)
         return self
 
-    def inner(self, start: int = 0, end: int = 20) -> Callable[[], Any]:
+    def inner(self, start: int = 0, end: int = 20, penalised: bool = True) -> Callable[[], Any]:
         x, y = (t[start:end] for t in self.data["inner"])
 
         def loss() -> Tensor:
-            errors = (self.net(x) - y).square()
-            return (errors * self.phi.exp()).mean() + 0.5 * self.decay()
+            self.last = self.net(x)
+            errors = (self.last - y).square()
+            loss = (errors * self.phi.exp()).mean()
+            return loss + 0.5 * self.decay() if penalised else loss
 
         return loss
 
@@ -126,6 +130,94 @@ def test_pieces_give_the_hypergradient_of_the_whole_network_on_all_data():
 @pytest.mark.slow
 def test_every_solver_works_with_pieces_of_vectors():
     check_solvers(OTHERS)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """MINRES that notes how many numbers this rank has of each vector."""
+
+    sizes: list[int] = field(default_factory=list, repr=False)
+
+    def solve(self, matvec: Any, rhs: Any, **settings: Any) -> Any:
+        solution, stats = solvers.MINRES(20).solve(matvec, rhs, **settings)
+        self.sizes.extend(sum(t.numel() for t in tensors) for tensors in (rhs, solution, matvec(rhs)))
+        return solution, stats
+
+
+def variants(rank: int) -> dict[str, Any]:
+    """The gradient, by micro-batches, Gauss-Newton products, two axes of the mesh and offloaded pieces."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.tensor import init_device_mesh
+
+    found = {}
+    halves = [(7, 7), (7, 7)] if rank == 0 else [(3, 3), (3, 3)]
+    start = 0 if rank == 0 else 14
+    for name, settings in {
+        "plain": {},
+        "micro-batches": {},
+        "replicas": {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))},
+        "pieces of replicas": {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))},
+        "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    }.items():
+        problem, solver = Problem().shard(**settings), Watched()
+        outer, inner = problem.losses_of_rank(rank)
+        if name == "micro-batches":
+            count = halves[0][0]
+            inner = [(count, problem.inner(start + i * count, start + (i + 1) * count)) for i in range(2)]
+        found[name] = problem.hypergradient(outer, inner, solver, process_group=group()).grads[0], solver.sizes
+    gauss_newton = problem.hypergradient(
+        outer,
+        [(n, lambda f=f: (f(), problem.last)) for n, f in inner],
+        solvers.MINRES(20),
+        curvature="gauss-newton",
+        process_group=group(),
+    )
+    return {**found, "gauss-newton": (gauss_newton.grads[0], [])}
+
+
+def test_micro_batches_meshes_and_offloaded_pieces_change_nothing_and_a_rank_has_half_of_each_vector():
+    problem = Problem()
+    whole = problem.hypergradient(problem.outer(), problem.inner(), solvers.MINRES(20)).grads[0]
+    gauss_newton = problem.hypergradient(
+        problem.outer(), lambda f=problem.inner(): (f(), problem.last), solvers.MINRES(20), curvature="gauss-newton"
+    ).grads[0]
+    for rank, found in enumerate(on_ranks(variants)):
+        for name, (grad, sizes) in found.items():
+            expected = gauss_newton if name == "gauss-newton" else whole
+            assert grad == pytest.approx(expected, rel=1e-10, abs=1e-12), name
+            if sizes:  # 69 numbers that require gradients, of which the first rank has the larger halves
+                assert set(sizes) == {69} if name == "replicas" else {41, 28}, (rank, name)
+
+
+def trained(problem: Problem, rank: int | None) -> list[Tensor]:
+    """Inner and outer steps in turn: the parameters after them."""
+    inner = torch.optim.Adam([p for p in problem.net.parameters() if p.requires_grad], lr=0.01)
+    outer = auxfast.HyperOptimizer(
+        torch.optim.SGD([problem.phi], lr=0.1), warn=False, process_group=None if rank is None else group()
+    )
+    start, end = (0, 20) if rank is None else (10 * rank, 10 * rank + 10)
+    for _ in range(3):
+        inner.zero_grad()
+        problem.inner(start, end, penalised=False)().backward()
+        inner.step()
+        outer.step(problem.outer(), problem.inner(start, end), problem.net.parameters())
+    return [problem.phi.detach(), *(p.detach() for p in problem.net.parameters())]
+
+
+def trained_in_pieces(rank: int) -> list[Tensor]:
+    problem = Problem().shard()
+    params, hooks = list(problem.net.parameters()), [list(m._forward_pre_hooks.items()) for m in problem.net.modules()]
+    phi, *pieces = trained(problem, rank)
+    assert all(map(operator.is_, params, problem.net.parameters()))
+    assert hooks == [list(m._forward_pre_hooks.items()) for m in problem.net.modules()]
+    return [phi, *(piece.full_tensor() for piece in pieces)]
+
+
+def test_training_goes_on_as_before_after_outer_steps():
+    expected = trained(Problem(), None)
+    for found in on_ranks(trained_in_pieces):
+        for tensor, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-8, atol=1e-10)
 
 
 def refusals(rank: int) -> None:
