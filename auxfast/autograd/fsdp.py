@@ -21,7 +21,7 @@ def modules_of_fully_shard() -> list[Any]:
     return [found for found in gc.get_referrers(*classes) if isinstance(found, kind)] if classes else []
 
 
-def _subclasses(kind: type) -> list[type]:
+def _subclasses(kind: Any) -> list[type]:
     return [each for child in kind.__subclasses__() for each in (child, *_subclasses(child))]
 
 

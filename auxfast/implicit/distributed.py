@@ -39,7 +39,8 @@ def refuse_calls(module: nn.Module) -> None:
 
 def refuse_calls_of_rank(module: nn.Module) -> None:
     """The same where hypergradients are summed over ranks, of modules in pieces that no inner parameter belongs to."""
-    names = _names_of(type(module))
+    kind: Any = type(module)
+    names = _names_of(kind)
     if "FullyShardedDataParallel" in names:
         raise SpreadOverProcesses(_FSDP1)
     if "FSDPModule" in names and not is_plain(module):
@@ -88,6 +89,6 @@ def _is_wrapper(kind: type) -> bool:
 
 
 @cache
-def _names_of(kind: type) -> set[str]:
+def _names_of(kind: Any) -> set[str]:
     """The names of those of its bases that are torch's."""
     return {base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.")}

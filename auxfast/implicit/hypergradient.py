@@ -103,7 +103,9 @@ def hypergradient(
             warnings were given.
         process_group: ranks of `torch.distributed` that share the call, such as `torch.distributed.group.WORLD`: each
             passes the losses of its own data, and all get the gradients of the whole losses. `None`: this process
-            alone. See `docs/scaling.md`.
+            alone. See `docs/scaling.md`. `inner_params` may then be those of a network that
+            `torch.distributed.fsdp.fully_shard` was applied to: losses are functions that call it, its parameters are
+            whole within this call, and each rank has a piece of each of the solver's vectors.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
@@ -123,8 +125,10 @@ def hypergradient(
             something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
-            `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
-            `outputs` or `free` that do not fit.
+            `torch.inference_mode()`, or (the inner ones) of several devices; DTensors but for inner ones with
+            `process_group`; an unknown `curvature`, or `outputs` or `free` that do not fit.
+        NotImplementedError: inner parameters that something else than `fully_shard` has cut, or that have another dtype
+            in forward passes; or a solver (`NotSharded`), `free` or finite differences that do not go with pieces.
         RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
             `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,

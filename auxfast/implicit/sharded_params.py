@@ -72,8 +72,12 @@ class Shards:
 
     def only(self, chosen: Sequence[bool]) -> Shards:
         """Those of some of the parameters."""
-        params, cuts, owners = (list(compress(each, chosen)) for each in (self.params, self.cuts, self.owners))
-        return replace(self, params=params, cuts=cuts, owners=owners)
+        return replace(
+            self,
+            params=list(compress(self.params, chosen)),
+            cuts=list(compress(self.cuts, chosen)),
+            owners=list(compress(self.owners, chosen)),
+        )
 
     @contextmanager
     def whole_params(self) -> Iterator[list[Tensor]]:
@@ -158,7 +162,7 @@ class Shards:
         pieces = self.sum(terms, [w.new_empty(shape) for w, shape in zip(whole, shapes, strict=True)])
         return [piece if some else None for piece, some in zip(pieces, present, strict=True)]
 
-    def zeros_for_none(self, pieces: Sequence[Tensor | None], whole: Sequence[Tensor]) -> list[Tensor]:
+    def zeros_for_none(self, pieces: Sequence[Tensor | None], whole: Sequence[Tensor]) -> list[Tensor | None]:
         shapes = self._shapes(self.piece)
         triples = zip(pieces, whole, shapes, strict=True)
         return [w.new_zeros(shape) if piece is None else piece for piece, w, shape in triples]

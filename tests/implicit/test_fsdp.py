@@ -75,6 +75,9 @@ class Problem:
 
         return loss
 
+    def with_outputs(self, loss: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: (loss(), self.last)
+
     def decay(self) -> Tensor:
         terms = [(p * p).sum() for p in self.net.parameters()]
         return torch.stack(terms).sum()
@@ -167,7 +170,7 @@ def variants(rank: int) -> dict[str, Any]:
         found[name] = problem.hypergradient(outer, inner, solver, process_group=group()).grads[0], solver.sizes
     gauss_newton = problem.hypergradient(
         outer,
-        [(n, lambda f=f: (f(), problem.last)) for n, f in inner],
+        [(n, problem.with_outputs(f)) for n, f in inner],
         solvers.MINRES(20),
         curvature="gauss-newton",
         process_group=group(),
@@ -179,7 +182,7 @@ def test_micro_batches_meshes_and_offloaded_pieces_change_nothing_and_a_rank_has
     problem = Problem()
     whole = problem.hypergradient(problem.outer(), problem.inner(), solvers.MINRES(20)).grads[0]
     gauss_newton = problem.hypergradient(
-        problem.outer(), lambda f=problem.inner(): (f(), problem.last), solvers.MINRES(20), curvature="gauss-newton"
+        problem.outer(), problem.with_outputs(problem.inner()), solvers.MINRES(20), curvature="gauss-newton"
     ).grads[0]
     for rank, found in enumerate(on_ranks(variants)):
         for name, (grad, sizes) in found.items():
