@@ -126,10 +126,7 @@ def solve_adjoint(
             and not (inner is None or direct_only)
         ):
             one = hardest(solution, stats, batched)
-            params = product.params
-            if isinstance(derivatives, SummedCurvature):  # a difference of gradients takes whole vectors
-                params, one = derivatives.whole_params, derivatives.join(one)
-            stats, problem = check_symmetry(stats, problem, state, inner, derivatives, params, one)
+            stats, problem = check_symmetry(stats, problem, state, inner, derivatives, product.params, one)
             if derivatives.kinked and is_at_kink(derivatives.kinked, inner_params, masks or [None] * len(inner_params)):
                 problem = "kink"
     return Adjoint(mixed, b, solution, stats, problem, direct_only, batched)
