@@ -151,7 +151,7 @@ class GradientFlow:
         while any(row.stop_reason is None for row in rows):
             process.step()
             if process.taken % check_every == 0 or process.taken == self.steps:
-                table = system.space.read(process.coefficients[:, : process.taken + 1].contiguous())
+                table = system.space.read(process.coefficients[:, : process.taken + 1])
                 for i, row in enumerate(rows):
                     row.read(table[:, :, i])
         weights = torch.from_numpy(np.stack([row.weights[row.steps] for row in rows])[:, None])  # (k, 1, steps + 1)
