@@ -15,8 +15,8 @@ from auxfast.implicit.distributed import is_distributed
 from auxfast.implicit.ranks import Ranks, attempt
 
 
-def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of an argument.
+def as_tuple(name: str, params: Iterable[Tensor], may_be_sharded: bool = False) -> tuple[Tensor, ...]:
+    """The tensors of an argument, DTensors too where it `may_be_sharded`.
 
     Raises:
         TypeError: it is no iterable of tensors. ValueError: it is empty, or holds a tensor that cannot be one of the
@@ -40,11 +40,12 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
                 f"{name} must hold tensors that autograd can use, but number {i} was made under "
                 "torch.inference_mode(): make it outside of it, or take a clone()"
             )
-        if is_distributed(item):
+        if is_distributed(item) and not may_be_sharded:
             raise ValueError(
-                f"{name} must hold tensors of this process, but number {i} is a {type(item).__name__}, a part of a "
-                "parameter that FSDP or tensor parallelism has spread over processes: take a network that is not "
-                "sharded, and process_group= where ranks have parts of the data"
+                f"{name} must hold tensors that this process has whole, but number {i} is a {type(item).__name__}, a "
+                "piece of a parameter that is spread over processes. Parameters of fully_shard are taken as the "
+                "inner_params of hypergradient and HyperOptimizer alone, with their process_group; else take a network "
+                "that is not sharded"
             )
     if not items:
         raise ValueError(f"{name} is empty (a generator that was used up before also is)")

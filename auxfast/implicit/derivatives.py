@@ -12,6 +12,8 @@ from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.forward_over_reverse import ForwardOverReverse
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
+from auxfast.implicit.sharded_curvature import ShardedCurvature
+from auxfast.implicit.sharded_params import Shards
 from auxfast.implicit.summed_curvature import SummedCurvature
 
 CurvatureName = Literal["hessian", "gauss-newton", "hessian-jvp", "finite-difference"]
@@ -33,11 +35,13 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    shards: Shards | None = None,
 ) -> LossDerivatives:
     """The second derivatives of the inner loss that `curvature` names.
 
     Args:
         retain_graph: whether to keep the graph of a loss that is a tensor.
+        shards: how the parameters are cut, which are whole here; `None`: they are not.
 
     Raises:
         ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
@@ -52,6 +56,8 @@ def derivatives_of(
     if inner.ranks is not None:
         part = inner.ranks.attempt(lambda: _recorded(curvature, inner, params, outer_params, retain_graph), None)
         share = 1.0 if isinstance(part, MeanCurvature) else _share(inner)
+        if shards is not None:
+            return ShardedCurvature(part, share, params, shards)
         return SummedCurvature(part, share, params, inner.ranks)
     part = _recorded(curvature, inner, params, outer_params, retain_graph)
     assert part is not None  # a loss of one process is not empty

@@ -11,16 +11,18 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from auxfast.autograd.data_parallel import pass_by, wakes_reducer
+from auxfast.autograd.fsdp import is_plain
 from auxfast.autograd.graph import function_class
 
 _ROLES = {
     "DistributedDataParallel": "data parallel",
-    "FullyShardedDataParallel": "sharded",
-    "FSDPModule": "sharded",
+    "FullyShardedDataParallel": "FSDP1",
+    "FSDPModule": "fully_shard",
     "SyncBatchNorm": "sync batch norm",
     "OptimizedModule": "compiled",
 }
 """What classes of torch do, by their names: they need not be imported, nor be there."""
+_WRAPPERS = {"data parallel", "FSDP1", "fully_shard"}
 _JOINS = (
     "which joins gradients of all processes in backward() and not in the derivatives that a hypergradient is made of: "
     "it would be that of this process's data alone."
@@ -41,7 +43,7 @@ _COMPILED = (
     "torch.compile of a module that holds a DistributedDataParallel: call what was compiled, or compile the module "
     "that DistributedDataParallel wraps"
 )
-_SHARDED = "whose parameters are spread over processes: take a network that is not sharded"
+_FSDP1 = "FullyShardedDataParallel (FSDP1), which is not supported: apply torch.distributed.fsdp.fully_shard (FSDP2)"
 _NO_SWITCH = "DistributedDataParallel, which this torch does not let pass by: call the module that it wraps"
 _STATIC_GRAPH = (
     "was computed by DistributedDataParallel with static_graph, which takes the first backward pass, and so that of a "
@@ -60,15 +62,15 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def refuse_calls(module: nn.Module) -> None:
     """Raises SpreadOverProcesses if the module, which is called, joins gradients of several processes."""
-    role = _role_of(module)
-    if role is None:
+    roles = _roles_of(module)
+    if not roles:
         return
     if not _is_of_several():
-        if role == "data parallel":
+        if "data parallel" in roles:
             pass_by(module)
         return
-    _refuse_sync_batch_norm(module, role)
-    if role in ("data parallel", "sharded") or _is_compiled_around_wrapper(module, role):
+    _refuse_sync_batch_norm(module, roles)
+    if roles & _WRAPPERS or _is_compiled_around_wrapper(module, roles):
         way_out = " If that is what you want, call the module that it wraps." if hasattr(module, "module") else ""
         raise SpreadOverProcesses(f"{type(module).__name__}, {_JOINS} {_REMEDY}{way_out}")
 
@@ -76,15 +78,20 @@ def refuse_calls(module: nn.Module) -> None:
 def refuse_calls_of_rank(module: nn.Module) -> None:
     """The same where hypergradients are summed over ranks. A call of DistributedDataParallel becomes that of the module
     that it wraps, so that what training asks of it stays as it is."""
-    role = _role_of(module)
-    if role is None:
+    roles = _roles_of(module)
+    if not roles:
         return
-    _refuse_sync_batch_norm(module, role)
-    if role == "sharded":
-        raise SpreadOverProcesses(f"{type(module).__name__}, {_SHARDED}")
-    if _is_compiled_around_wrapper(module, role):
+    _refuse_sync_batch_norm(module, roles)
+    if "FSDP1" in roles:
+        raise SpreadOverProcesses(_FSDP1)
+    if "fully_shard" in roles and not is_plain(module):
+        raise SpreadOverProcesses(
+            f"{type(module).__name__}, a module of fully_shard of which inner_params has no parameter: its ranks would "
+            "wait for each other's forward passes. Leave fully_shard out for it"
+        )
+    if _is_compiled_around_wrapper(module, roles):
         raise SpreadOverProcesses(_COMPILED)
-    if role == "data parallel":
+    if "data parallel" in roles:
         if getattr(module, "mixed_precision", None) is not None:
             raise SpreadOverProcesses(_MIXED_PRECISION)
         if not pass_by(module):
@@ -93,9 +100,17 @@ def refuse_calls_of_rank(module: nn.Module) -> None:
 
 def fault_of(functions: Sequence[Any]) -> str | None:
     """What makes a graph unfit whose nodes that belong to a `torch.autograd.Function` are given; `None`: nothing."""
-    if any(_role(function_class(node)) == "sync batch norm" for node in functions):
+    if any("sync batch norm" in _roles(function_class(node)) for node in functions):
         return f"went through {_SYNC_BATCH_NORM}"
     return _STATIC_GRAPH if wakes_reducer(functions) else None
+
+
+def refuse_flat(name: str, params: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if parameters are pieces of the flat ones of FSDP1."""
+    ids = {id(param) for param in params}
+    for module in _wrappers():
+        if "FSDP1" in _roles_of(module) and ids & {id(param) for param in module.parameters()}:
+            raise RuntimeError(f"{name} are of {_FSDP1}")
 
 
 def refuse_params(name: str, params: Sequence[Tensor]) -> None:
@@ -119,17 +134,17 @@ def _is_of_several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _refuse_sync_batch_norm(module: nn.Module, role: str) -> None:
-    if role == "sync batch norm" and module.training:
+def _refuse_sync_batch_norm(module: nn.Module, roles: frozenset[str]) -> None:
+    if "sync batch norm" in roles and module.training:
         raise SpreadOverProcesses(_SYNC_BATCH_NORM)
 
 
-def _is_compiled_around_wrapper(module: nn.Module, role: str) -> bool:
-    return role == "compiled" and any(_role_of(part) in ("data parallel", "sharded") for part in module.modules())
+def _is_compiled_around_wrapper(module: nn.Module, roles: frozenset[str]) -> bool:
+    return "compiled" in roles and any(_roles_of(part) & _WRAPPERS for part in module.modules())
 
 
 def _wrappers() -> list[Any]:
-    classes = [kind for kind in _all_subclasses(nn.Module) if _role(kind) in ("data parallel", "sharded")]
+    classes = [kind for kind in _all_subclasses(nn.Module) if _roles(kind) & _WRAPPERS]
     return [found for found in gc.get_referrers(*classes) if isinstance(found, tuple(classes))]
 
 
@@ -137,14 +152,12 @@ def _all_subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(_all_subclasses, kind.__subclasses__()))
 
 
-def _role_of(module: nn.Module) -> str | None:
+def _roles_of(module: nn.Module) -> frozenset[str]:
     kind: Any = type(module)
-    return _role(kind)
+    return _roles(kind)
 
 
 @cache
-def _role(kind: Any) -> str | None:
-    for base in getattr(kind, "__mro__", ()):
-        if base.__name__ in _ROLES and base.__module__.startswith("torch."):
-            return _ROLES[base.__name__]
-    return None
+def _roles(kind: Any) -> frozenset[str]:
+    bases = [base for base in getattr(kind, "__mro__", ()) if base.__module__.startswith("torch.")]
+    return frozenset(_ROLES[base.__name__] for base in bases if base.__name__ in _ROLES)

@@ -44,7 +44,7 @@ class ForwardOverReverse:
     """
 
     def __init__(
-        self, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool
+        self, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool = False
     ) -> None:
         self._loss_fn = loss_fn
         self.unproven: list[str] = []

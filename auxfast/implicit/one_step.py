@@ -93,7 +93,8 @@ class OnePass:
         return self._derivatives.batched(vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        if self._mixed is None or not any(bool(v.any()) for v in vectors):  # what was multiplied was not x = 0
+        is_zero = self.space.all(not any(bool(v.any()) for v in vectors))
+        if self._mixed is None or is_zero:  # what was multiplied was not x = 0
             return self._derivatives.mixed(vectors, outer_params)
         return self._mixed
 

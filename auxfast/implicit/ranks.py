@@ -63,6 +63,11 @@ class Ranks:
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         raise RuntimeError(f"Rank {rank} of process_group has raised, and this one stops with it: {text}") from None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an `attempt` on this rank has raised: what it adds to sums is then NaN."""
+        return self._failure is not None
+
     def attempt(self, compute: Callable[[], Result], otherwise: Result) -> Result:
         """What `compute` returns; `otherwise` where it raises, or something before it in the same call has."""
         if self._failure is not None:
@@ -83,7 +88,7 @@ class Ranks:
         if not like:
             return []
         flat = self._flat(terms, like)
-        if self._failure is not None:
+        if self.has_failed:
             flat.fill_(torch.nan)
         self._all_reduce(flat)
         pieces = flat.split([tensor.numel() for tensor in like])
@@ -185,6 +190,9 @@ class Replicated(VectorSpace):
 
     def read(self, numbers: Tensor) -> Floats:
         return LOCAL.read(self._ranks.of_first(numbers.contiguous()))
+
+    def all(self, flag: bool) -> bool:
+        return not self._ranks.any([not flag])[0]
 
 
 def together(ranks: Ranks | None) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.losses import times
 from auxfast.implicit.ranks import Ranks, Replicated
+from auxfast.solvers.space import VectorSpace
 
 
 class SummedCurvature:
@@ -26,6 +27,7 @@ class SummedCurvature:
         ranks: those that take part.
 
     Attributes:
+        whole_params: those in the system.
         unproven: see `Hessian`; of this rank's part, and not empty where another has any.
         kinked: see `Hessian`; of the parts of all ranks, as far as they are in `params`.
         has_slope: whether all parts have a recorded gradient.
@@ -53,33 +55,35 @@ class SummedCurvature:
         ]
         *found, some_unproven, some_inexact, some_anew = ranks.any(flags)
         self.in_system = found[:count]
-        self.params = list(compress(params, self.in_system))
+        self.whole_params = list(compress(params, self.in_system))
+        self.params = self.whole_params
         self._inside = list(compress(inside, self.in_system))
         self.unproven = unproven or (["a Function on another rank"] if some_unproven else [])
         self.kinked = list(compress(params, found[count:]))
         self.has_slope = not some_anew
         self.exact = not some_inexact
-        self.space = Replicated(ranks)
+        self.space: VectorSpace = Replicated(ranks)
 
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, d inner / d params>`, where `has_slope`."""
         part, own = self._part, 0.0
         if isinstance(part, Hessian) and part.params:
-            own = self._share * float(part.slope(self._chosen(vectors)))
+            own = self._share * float(part.slope(self._chosen(self.join(vectors))))
         return vectors[0].new_tensor(self._ranks.total(own))
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._sum(vectors, lambda part, chosen: part(chosen))
+        return self._product(vectors, lambda part, chosen: part(chosen))
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._sum(vectors, lambda part, chosen: part.batched(chosen))
+        return self._product(vectors, lambda part, chosen: part.batched(chosen))
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         """This rank's term of the mixed product, for the caller to sum."""
+        whole = self.join(vectors)
 
         def compute() -> list[Tensor | None]:
             assert self._part is not None
-            return times(self._share, self._part.mixed(self._chosen(vectors), outer_params))
+            return times(self._share, self._part.mixed(self._chosen(whole), outer_params))
 
         nothing: list[Tensor | None] = [None] * len(outer_params)
         return nothing if self._part is None else self._ranks.attempt(compute, nothing)
@@ -96,15 +100,24 @@ class SummedCurvature:
             products: list[Tensor] = found
             return products
 
-        return self._sum(vectors, product), mixed
+        return self._product(vectors, product), mixed
 
     @torch.no_grad()
-    def _sum(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
+    def _product(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
+        whole = self.join(vectors)
         part, terms = self._part, list[Tensor | None]([None] * len(vectors))
         if part is not None:
-            own = self._ranks.attempt(lambda: product(part, self._chosen(vectors)), None)
+            own = self._ranks.attempt(lambda: product(part, self._chosen(whole)), None)
             terms = terms if own is None else list(spread(times(self._share, own), self._inside))
-        return self._ranks.sum(terms, vectors)
+        return self._sum(terms, vectors)
+
+    def join(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The vectors as the curvature of this rank's part takes them."""
+        return vectors
+
+    def _sum(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over ranks, of the shapes of `like`, as the solver takes them."""
+        return self._ranks.sum(terms, like)
 
     def _chosen(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Those of the parameters that this rank's part depends on."""

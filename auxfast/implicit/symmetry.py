@@ -46,6 +46,8 @@ def check_symmetry(
         if stats.stop_reason is StopReason.TRIVIAL:
             return stats, problem
         assert not isinstance(inner, LossGraph)
+        if isinstance(curvature, SummedCurvature):  # it may have pieces
+            params, solution = curvature.whole_params, curvature.join(solution)
         try:
             differences = FiniteDifference(inner, params)
         except NotFiniteError:  # second derivatives may be finite where the gradient is not, and nothing tells

@@ -268,13 +268,16 @@ def test_distributed_data_parallel_of_one_process(group, process_group):
     torch.testing.assert_close(problem.hypergradient(wrapped(), wrapped(), **settings), expected)
 
 
-@pytest.mark.parametrize("name", ["inner_params", "outer_params"])
-def test_distributed_tensors(group, name):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("inner_params", "DTensor of no module that fully_shard"), ("outer_params", "number 0 is a DTensor, a piece")],
+)
+def test_distributed_tensors(group, name, text):
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
     spread = nn.Parameter(distribute_tensor(torch.ones(3), init_device_mesh("cpu", (1,))))
     params = {"inner_params": [torch.ones(1)], "outer_params": [torch.ones(1)], name: [spread]}
-    with pytest.raises(ValueError, match=f"{name}.* number 0 is a DTensor.*process_group="):
+    with pytest.raises((ValueError, NotImplementedError), match=f"{name}.*{text}"):
         auxfast.hypergradient(spread.sum(), spread.sum(), **params)
 
 

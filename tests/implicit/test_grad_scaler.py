@@ -1,4 +1,4 @@
-"""Losses that a `torch.amp.GradScaler` has multiplied: backward passes in float16 need it, hypergradients are without."""
+"""Losses that a `torch.amp.GradScaler` has multiplied: backward passes in float16 need it, hypergradients do not."""
 
 from __future__ import annotations
 
