@@ -40,6 +40,7 @@ class Ranks:
         # What is exchanged beside sums are numbers on the host; NCCL takes those of its devices alone.
         self._device = torch.device("cpu") if distributed.get_backend(group) == "gloo" else device
         self._failure: Exception | None = None
+        self._is_broken = False  # whether a collective has raised, after which none may follow
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
 
     @contextmanager
@@ -49,7 +50,8 @@ class Ranks:
         try:
             yield
         except Exception:
-            self._raise_failure()  # which goes before what has come of it
+            if not self._is_broken:
+                self._raise_failure()  # which goes before what has come of it
             raise
         self._raise_failure()
 
@@ -117,20 +119,20 @@ class Ranks:
     def texts(self, text: str) -> list[str]:
         """The text of each rank."""
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, text, group=self._group)
+        self._collective(distributed.all_gather_object, found, text)
         return found
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each rank, as many on each."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(rows, own, group=self._group)
+        self._collective(distributed.all_gather, rows, own)
         gathered: list[list[float]] = torch.stack(rows).tolist()
         return gathered
 
     def of_first(self, numbers: Tensor) -> Tensor:
         """Those of the first rank, in place: what is decided from them is decided alike."""
-        distributed.broadcast(numbers, group=self._group, group_src=0)
+        self._collective(distributed.broadcast, numbers, group_src=0)
         return numbers
 
     def check_same(self, facts: Mapping[str, str], params: Mapping[str, Sequence[Tensor]]) -> None:
@@ -178,7 +180,14 @@ class Ranks:
         return torch.cat(parts)
 
     def _all_reduce(self, flat: Tensor) -> None:
-        distributed.all_reduce(flat, group=self._group)
+        self._collective(distributed.all_reduce, flat)
+
+    def _collective(self, call: Callable[..., Any], *args: Any, **settings: Any) -> None:
+        try:
+            call(*args, **settings, group=self._group)
+        except Exception:
+            self._is_broken = True
+            raise
 
 
 class Replicated(VectorSpace):
