@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -16,8 +17,7 @@ from torch.amp import GradScaler, grad_scaler
 # Every scaler holds this function, so that the number of references to it tells whether there may be one. To look for
 # scalers takes 20 ms in a process with 300,000 objects, and most processes have none.
 _held_by_scalers: Any = getattr(grad_scaler, "_refresh_per_optimizer_state", None)
-# Namespaces are plain dicts; a scaler holds it in a defaultdict, so that scalers from before this import do not count.
-_num_namespaces = sum(type(holder) is dict for holder in gc.get_referrers(_held_by_scalers))
+_num_namespaces = 0  # plain dicts of modules that hold it too, found when they were last counted
 _known: WeakSet[GradScaler] = WeakSet()  # found before; what they hold is looked at each time
 
 
@@ -49,7 +49,16 @@ def scale_of(loss: Tensor) -> float:
 
 
 def _may_be_alive() -> bool:
-    return _held_by_scalers is None or sys.getrefcount(_held_by_scalers) > _num_namespaces + 1  # that of the argument
+    global _num_namespaces
+    if _held_by_scalers is None:
+        return True
+    if sys.getrefcount(_held_by_scalers) <= _num_namespaces + 1:  # that of the argument
+        return False
+    holders = gc.get_referrers(_held_by_scalers)
+    if any(isinstance(holder, defaultdict) for holder in holders):  # in which scalers hold it
+        return True
+    _num_namespaces = sum(type(holder) is dict for holder in holders)
+    return False
 
 
 def _scalar_nodes(start: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Losses that a `torch.amp.GradScaler` has multiplied: backward passes in float16 need it, hypergradients are without."""
+"""Losses that a `torch.amp.GradScaler` has multiplied: backward passes in float16 need it, hypergradients do not."""
 
 from __future__ import annotations
 
@@ -218,6 +218,7 @@ def test_a_scale_keeps_small_gradients_in_the_range_of_float16():
 
 def test_nothing_is_searched_where_there_is_no_scaler(monkeypatch):
     gc.collect()  # of scalers of other tests
+    of_functions(Decay())  # the first call counts who else refers to what scalers refer to
 
     def fail(*objects: object) -> None:
         raise AssertionError("searched")
