@@ -35,7 +35,7 @@ def scale_of(loss: Tensor) -> float:
         UnknownScaleError: it is such a copy, or a number equal to it; or only a part of the loss was multiplied.
         RuntimeError: autograd's, where the graph was freed, or the scale has changed since.
     """
-    if not _may_be_alive():
+    if not (_known or _may_be_alive()):
         return 1.0
     scale = 1.0
     for node in _scalar_nodes(loss.grad_fn):
