@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -16,7 +17,7 @@ from torch.amp import GradScaler, grad_scaler
 # Every scaler holds this function, so that the number of references to it tells whether there may be one. To look for
 # scalers takes 20 ms in a process with 300,000 objects, and most processes have none.
 _held_by_scalers: Any = getattr(grad_scaler, "_refresh_per_optimizer_state", None)
-_REFERENCES_WITHOUT = 3  # those of torch's module, of this one, and of the argument of getrefcount
+_num_namespaces = 0  # plain dicts of modules that hold it too, found when they were last counted
 _known: WeakSet[GradScaler] = WeakSet()  # found before; what they hold is looked at each time
 
 
@@ -34,7 +35,7 @@ def scale_of(loss: Tensor) -> float:
         UnknownScaleError: it is such a copy, or a number equal to it; or only a part of the loss was multiplied.
         RuntimeError: autograd's, where the graph was freed, or the scale has changed since.
     """
-    if _held_by_scalers is not None and sys.getrefcount(_held_by_scalers) <= _REFERENCES_WITHOUT:
+    if not (_known or _may_be_alive()):
         return 1.0
     scale = 1.0
     for node in _scalar_nodes(loss.grad_fn):
@@ -47,10 +48,23 @@ def scale_of(loss: Tensor) -> float:
     return scale
 
 
+def _may_be_alive() -> bool:
+    global _num_namespaces
+    if _held_by_scalers is None:
+        return True
+    if sys.getrefcount(_held_by_scalers) <= _num_namespaces + 1:  # that of the argument
+        return False
+    holders = gc.get_referrers(_held_by_scalers)
+    if any(isinstance(holder, defaultdict) for holder in holders):  # in which scalers hold it
+        return True
+    _num_namespaces = sum(type(holder) is dict for holder in holders)
+    return False
+
+
 def _scalar_nodes(start: Any) -> Iterator[Any]:
     """The nodes from `start` on whose results are single numbers, without those behind others; all nodes where torch
     does not tell."""
-    found, seen = [start], {start, None}
+    found, seen = [] if start is None else [start], {start, None}
     for node in found:  # the list grows while the loop runs
         yield node
         for following, index in node.next_functions:

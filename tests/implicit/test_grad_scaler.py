@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,3 +214,14 @@ def test_a_scale_keeps_small_gradients_in_the_range_of_float16():
     exact = gradient(None, None)
     assert gradient(GradScaler("cpu")) == pytest.approx(exact, rel=0.02)
     assert gradient(None) != pytest.approx(exact, rel=0.1)
+
+
+def test_nothing_is_searched_where_there_is_no_scaler(monkeypatch):
+    gc.collect()  # of scalers of other tests
+    of_functions(Decay())  # the first call counts who else refers to what scalers refer to
+
+    def fail(*objects: object) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(gc, "get_referrers", fail)
+    of_functions(Decay(torch.tensor(3.0), torch.tensor(3.0)))
