@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nonlinear-frozen": {},
     "own": {"outer_optimizer": ADAM},
     "auxilearn-labels": {},
-    "maxl": {"warmup": 0.3},
+    "maxl": {"warmup": 0.3, "outer_optimizer": ADAM},
     "maxl-f": {},
 }
 
