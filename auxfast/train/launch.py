@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from auxfast.implicit.ranks import ProcessGroup
 from auxfast.train.files import RunError
@@ -97,6 +95,9 @@ class Launch:
     def _open_store(self) -> Any:
         """The store that torchrun keeps, or the first process where there is no torchrun."""
         if self._store is None:
+            from torch.distributed.distributed_c10d import PrefixStore  # not every build of torch has these two
+            from torch.distributed.rendezvous import rendezvous
+
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=TIMEOUT))
             self._store = PrefixStore("auxfast", store)
         return self._store

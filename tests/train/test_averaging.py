@@ -47,9 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
     "nonlinear": {"patience": 2},
     "polynomial": {"outer_set": "training", "cooldown": 0.3},
     "nonlinear-frozen": {},
+    "deep-linear": {"max_weight_change": 0.05, "keep_total": True},
     "own": {"outer_optimizer": ADAM},
     "auxilearn-labels": {},
-    "maxl": {"warmup": 0.3},
+    "maxl": {"warmup": 0.3, "outer_optimizer": ADAM},
     "maxl-f": {},
 }
 
