@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from auxfast.experiments import command, demo, grid
 from auxfast.experiments.data.catalogue import DATASETS
 from auxfast.experiments.data.extras import MissingExtraError
 from auxfast.experiments.data.files import DatasetError
+from auxfast.train.averaging import is_from_collective
 from auxfast.train.environment import environment
-from auxfast.train.files import RunError, one_line
+from auxfast.train.files import RunError, described, one_line
+from auxfast.train.launch import Launch, launch
 
 _MOST_SEEDS = 10_000  # each is a run of every method, and a folder
 _LARGEST_SEED = 2**63 - 1  # torch's generators take no larger one
@@ -35,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argparse refuses raise SystemExit with 2.
     """
     options = _parser().parse_args(arguments)
+    launched = launch()
     try:
         with _sigterm_raises():
-            return _run(options)
+            return _run(options) if launched is None else _run_shared(options, launched)
     except KeyboardInterrupt as error:
         kept = "no results were written"
         if options.command == "train":
@@ -63,6 +68,42 @@ def _run(options: argparse.Namespace) -> int:
     return _demo(options.seeds, options.out, options.experiment)
 
 
+def _run_shared(options: argparse.Namespace, launched: Launch) -> int:
+    """Runs the command as one of several processes."""
+    if options.command != "train" or options.list:
+        return _fail(f"{options.command} is for one process, and {launched.size} were started", 2)
+    try:
+        with nullcontext() if launched.rank == 0 else _silent_stdout():
+            return _train(options, launched)
+    except BaseException as error:
+        if code := _end(error, described(error), 1, launched):
+            return code
+        raise
+
+
+def _end(error: BaseException, reason: object, code: int, launched: Launch | None) -> int:
+    """Prints why the command failed, and returns the exit code. Of several processes, the others are told; where it is
+    one of them that has ended, this says which. 0, and nothing is printed, where all were interrupted alike."""
+    if launched is None:
+        return _fail(reason, code)
+    ends_itself = not (isinstance(error, KeyboardInterrupt) or is_from_collective(error))
+    if not ends_itself and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all where one has ended
+    lost = launched.end(one_line(reason) if ends_itself else "")
+    if not lost and isinstance(error, KeyboardInterrupt):
+        return 0
+    if not lost:
+        return _fail(f"rank {launched.rank}: {one_line(reason)}", code)
+    kept = "what was saved is kept, and the same command with --resume goes on from there"
+    return _fail(f"rank {launched.rank} ends, since {lost}; {kept}", 1)
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """Lets SIGTERM raise an exception, unless there is a handler for it already."""
@@ -77,7 +118,8 @@ def _sigterm_raises() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -211,7 +253,7 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace, launched: Launch | None = None) -> int:
     if options.list:
         command.list_experiments()
         return 0
@@ -227,21 +269,27 @@ def _train(options: argparse.Namespace) -> int:
             changes=options.set,
             out=options.out,
             resume=options.resume,
+            processes=1 if launched is None else launched.size,
         )
     except OSError as error:
-        return _fail(f"cannot read {error.filename}: {error.strerror}", 2)
+        return _end(error, f"cannot read {error.filename}: {error.strerror}", 2, launched)
     except ValueError as error:
-        return _fail(error, 2)
+        return _end(error, error, 2, launched)
     except (MissingExtraError, RunError) as error:
-        return _fail(error, 1)
+        return _end(error, error, 1, launched)
     try:
+        if launched is not None:
+            group = launched.join(plan.config.train.device for plan in comparison.plans)
+            comparison = replace(comparison, process_group=group)
         if options.grid is not None:
             comparison = grid.search(comparison, options.grid)
         command.run_comparison(comparison)
     except ValueError as error:
-        return _fail(error, 2)
+        return _end(error, error, 2, launched)
     except RunError as error:
-        return _fail(error, 1)
+        return _end(error, error, 1, launched)
+    if launched is not None:
+        launched.leave()
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from pages import DOCS, ROOT
 
 import auxfast.solvers
+from auxfast.solvers import MINRES
 
 EXAMPLES = ROOT / "examples"
 
@@ -82,18 +85,79 @@ def test_kfacs_inverse_saves_nearly_all_products_where_it_is_exact():
     assert results["KFAC"].grads[0].item() == pytest.approx(results["none"].grads[0].item(), rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_weights_of_training_sequences_find_the_corrupted_ones():
+    pytest.importorskip("transformers")
+    history = example("lora_reweighting").main()
+    assert len(history) == 21
+    assert history[-1][0] < 0.4 * history[0][0]
+    assert all(clean > 1 > corrupted for _, clean, corrupted in history[1:])
+    assert history[-1][2] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_the_hypergradient_of_a_transformer_agrees_with_differences_through_inner_problems_solved_anew():
+    pytest.importorskip("transformers")
+    task = example("lora_reweighting").Reweighting()
+    model = task.model.double()
+    model.transformer.h = model.transformer.h[:1]
+    task.adapters = [w for name, w in model.named_parameters() if name.endswith("up")]
+    task.training, task.held_out, task.decay = task.training[9:15], task.held_out[:6], 0.2  # three are corrupted
+    task.logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    lbfgs = torch.optim.LBFGS(task.adapters, max_iter=100, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        lbfgs.zero_grad()
+        loss = task.inner_loss()
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    args = task.outer_loss, task.inner_loss, task.adapters, [task.logits]
+    report = auxfast.verify_hypergradient(*args, max_directions=2, max_dense=0)
+    assert report.verdict.startswith("right")
+    (exact,) = auxfast.hypergradient(*args, solver=MINRES(tol=1e-5)).grads
+    for name, w in model.named_parameters():  # the same numbers in bfloat16, adapters in float32 apart
+        w.data = w.data.to(torch.float32 if name.endswith(("down", "up")) else torch.bfloat16)
+    (mixed,) = auxfast.hypergradient(*args, solver=MINRES(), warn=False).grads
+    assert (mixed - exact).norm() < 0.05 * exact.norm()
+
+
+def test_weights_learned_by_processes_find_the_harmful_loss():
+    found = example("distributed").main()  # in one process
+    assert found["harmful"] < 0.2 < 2 < found["helpful"]
+    assert found["error"] < 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(capfd):
+    example("distributed").main()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, together = capfd.readouterr().out, output_of([*command, str(EXAMPLES / "distributed.py")])
+    assert figures_in(together) == pytest.approx(figures_in(alone), rel=0.01)
+
+
+def figures_in(text: str) -> list[float]:
+    return [float(figure) for figure in re.findall(r"\d+\.\d+", text)]
+
+
 def test_each_example_has_a_test_here_and_is_about_sixty_lines():
-    tested = {"auxiliary_losses", "weight_decay", "data_weights", "usefulness", "custom_solver", "imaml", "kfac"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    losses = {"auxiliary_losses", "usefulness"}
+    tested = {"weight_decay", "data_weights", "custom_solver", "imaml", "kfac", "lora_reweighting", "distributed"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == losses | tested
     assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.slow
 def test_an_example_runs_as_a_program():
-    command = [sys.executable, str(EXAMPLES / "custom_solver.py")]
+    assert "SteepestDescent" in output_of([sys.executable, str(EXAMPLES / "custom_solver.py")])
+
+
+def output_of(command: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "SteepestDescent" in done.stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120).stdout
 
 
 def test_the_picture_is_drawn_from_the_first_example(tmp_path):

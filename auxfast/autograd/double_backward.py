@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from auxfast.autograd.data_parallel import is_sink
 from auxfast.autograd.graph import function_class, graph_from, reaches
 
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
@@ -19,8 +20,12 @@ _ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every func
 
 
 def unproven_functions(functions: Iterable[Any]) -> list[Any]:
-    """The nodes of those Functions whose class does not say `twice_differentiable = True`."""
-    return [node for node in functions if not getattr(function_class(node), "twice_differentiable", False)]
+    """The nodes of those Functions whose class does not say `twice_differentiable = True`, nor is known to be."""
+    return [
+        node
+        for node in functions
+        if not (getattr(function_class(node), "twice_differentiable", False) or is_sink(node))
+    ]
 
 
 def wrong_double_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:

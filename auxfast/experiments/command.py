@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from auxfast.experiments.base import Experiment, plan_run, run_config
 from auxfast.experiments.data.extras import import_extra
 from auxfast.experiments.data.files import DatasetError
@@ -18,6 +20,8 @@ from auxfast.experiments.report.notes import NoteTaker, notes
 from auxfast.experiments.report.page import write_report
 from auxfast.experiments.report.rows import Results, results_of
 from auxfast.experiments.report.text import describe
+from auxfast.implicit.ranks import ProcessGroup
+from auxfast.train.averaging import of_first
 from auxfast.train.methods import OWN, parse_method
 from auxfast.train.recording import RunPlan, check_plans, draw_task, record_run
 from auxfast.train.run import Run, find_runs
@@ -33,6 +37,7 @@ class Comparison:
 
     mains: index of the main loss, for each setting.
     overrides: changes of the configuration that were asked for.
+    process_group: processes that share each run, and call everything here alike; the first one shows the progress.
     """
 
     experiment: Experiment
@@ -40,6 +45,7 @@ class Comparison:
     resume: bool
     mains: Mapping[str, int]
     overrides: Mapping[str, Any]
+    process_group: ProcessGroup | None = None
 
 
 def plan_comparison(
@@ -52,6 +58,7 @@ def plan_comparison(
     changes: Sequence[str] = (),
     out: Path,
     resume: bool = False,
+    processes: int = 1,
 ) -> Comparison:
     """The runs to make. No methods, no settings: all of the experiment's.
 
@@ -59,6 +66,7 @@ def plan_comparison(
         name: name of the experiment, or its place, see `get_experiment`.
         config: a TOML file of overrides.
         changes: further overrides, which come last, each "key=value" with a TOML value; a bare word is a string.
+        processes: see `plan_runs`.
 
     Raises:
         ValueError, MissingExtraError, RunError: see `get_experiment` and `plan_runs`.
@@ -73,6 +81,7 @@ def plan_comparison(
         overrides=_overrides(config, changes),
         out=out,
         resume=resume,
+        processes=processes,
     )
 
 
@@ -85,8 +94,12 @@ def plan_runs(
     overrides: Mapping[str, Any] | None = None,
     out: Path,
     resume: bool = False,
+    processes: int = 1,
 ) -> Comparison:
     """The runs to make. No methods, no settings: all of the experiment's. A task of each setting is drawn and checked.
+
+    Args:
+        processes: how many will share each run, which not every task can bear.
 
     Raises:
         ValueError: there is no such method, setting or entry of the configuration, and says which there are; the
@@ -114,12 +127,12 @@ def plan_runs(
     mains = {}
     for setting in configs:
         own_plans = [plan for plan in plans if plan.setting == setting]
-        task = _checked_task(own_plans, experiment.loss_names)
+        task = _checked_task(own_plans, experiment.loss_names, processes)
         experiment, mains[setting] = replace(experiment, loss_names=tuple(task.loss_names)), task.main
     return Comparison(experiment, plans, resume, mains, overrides or {})
 
 
-def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
+def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str], processes: int) -> Task:
     """The task of a setting, which was checked with each of the plans' methods, and thereby spent.
 
     Raises:
@@ -133,6 +146,7 @@ def _checked_task(plans: Sequence[RunPlan], expected: Sequence[str]) -> Task:
             task,
             own=any(method.family == OWN for method in methods),
             labels=any(method.labels for method in methods),
+            processes=processes,
         )
         for method, plan in methods.items():
             check_method(method, plan.config, len(task.loss_names))
@@ -229,12 +243,14 @@ def train_all(comparison: Comparison, *, tell: bool = True) -> list[Run]:
     Args:
         tell: whether there are such lines, which say the test score.
     """
-    plans, names = comparison.plans, comparison.experiment.loss_names
+    plans, names, group = comparison.plans, comparison.experiment.loss_names, comparison.process_group
     tqdm = import_extra("tqdm", "tqdm").tqdm
-    check_plans(plans, resume=comparison.resume)
+    of_first(group, lambda: check_plans(plans, resume=comparison.resume))
     runs: list[Run] = []
     total = sum(plan.config.train.outer_steps for plan in plans)
-    with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=None) as bar:  # None: unless in a terminal
+    shows = group is None or distributed.get_rank(group) == 0
+    quiet = None if shows else True  # None: unless in a terminal
+    with tqdm(total=total, unit="outer step", dynamic_ncols=True, disable=quiet) as bar:
         done = 0
         for plan in plans:
             taker = NoteTaker(comparison.mains[plan.setting])
@@ -245,10 +261,10 @@ def train_all(comparison: Comparison, *, tell: bool = True) -> list[Run]:
                 bar.update(done + record.step + 1 - bar.n)
 
             bar.set_description(plan.title, refresh=False)
-            runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show))
+            runs.append(record_run(plan, resume=comparison.resume, on_outer_step=show, process_group=group))
             done += plan.config.train.outer_steps
             bar.update(done - bar.n)
-            if tell and (bar.disable or notes(runs[-1])):
+            if tell and shows and (bar.disable or notes(runs[-1])):
                 bar.write(f"[{len(runs)}/{len(plans)}] {plan.title}: {outcome(runs[-1])}", file=sys.stderr)
     return runs
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from auxfast.experiments.base import Experiment, plan_run
 from auxfast.experiments.command import Comparison, train_all
+from auxfast.train.averaging import of_first
 from auxfast.train.config import RunConfig
 from auxfast.train.files import RunError
 from auxfast.train.methods import Method
@@ -41,9 +43,9 @@ def search(comparison: Comparison, seeds: Sequence[int]) -> Comparison:
         RunError: see `record_run`; or training diverged with all combinations of a method.
     """
     candidates = plan_search(comparison, seeds)
-    check_plans(comparison.plans, resume=comparison.resume)
     searched = [plan for own in candidates.values() for candidate in own for plan in candidate.plans]
-    check_plans(searched, resume=comparison.resume)
+    for plans in (comparison.plans, searched):
+        of_first(comparison.process_group, partial(check_plans, plans, resume=comparison.resume))
     print(f"grid: {len(searched)} runs from seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", flush=True)
     chosen, trained, total = {}, 0, sum(len(own) for own in candidates.values() if len(own) > 1)
     for (setting, method), own in candidates.items():

@@ -14,7 +14,7 @@ from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
 from auxfast.implicit.central_difference import norm_of, quotient
 from auxfast.implicit.curvature import Curvature, Hessian, in_widest_dtype, on_one_dtype
 from auxfast.implicit.derivatives import LossDerivatives
-from auxfast.implicit.finite import check_finite
+from auxfast.implicit.finite import NotFiniteError, check_finite
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.free_entries import FreeCurvature, Masks, project
 from auxfast.implicit.jacobian import TransposedJacobian
@@ -23,8 +23,9 @@ from auxfast.implicit.losses import CheckedLoss
 from auxfast.implicit.one_step import StepDerivatives
 from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.implicit.symmetry import check_symmetry
-from auxfast.solvers.base import TRIVIAL, Solver, SolverState, SolveStats, checked_solve
+from auxfast.solvers.base import RHS_NOT_FINITE, TRIVIAL, Solver, SolverState, SolveStats, checked_solve
 from auxfast.solvers.known_solution import KnownSolution
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 Derivatives = LossDerivatives | StepDerivatives | TransposedJacobian
 
@@ -96,9 +97,9 @@ def solve_adjoint(
         masks: the free entries of `inner_params`; `None`: all are.
         batched: `outer_gradient` has one more axis in front, of several right-hand sides, and so has the result.
     """
-    part = derivatives.part if isinstance(derivatives, SummedCurvature) else derivatives
-    if isinstance(part, FreshCurvature):
-        part.check(solver)
+    is_fresh = inner is not None and inner.kind == "fresh"
+    if is_fresh:
+        FreshCurvature.check(solver)
     product = operator_of(derivatives, masks)
     if masks is not None:
         outer_gradient = project(outer_gradient, masks)
@@ -109,7 +110,10 @@ def solve_adjoint(
     b = in_widest_dtype([w.new_zeros(*lead, *w.shape) if grad is None else grad for grad, w in pairs])
     with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
         solution, stats = solve_system(solver, product, b, state, batched)
-        direct_only = found_nothing(stats, solution)
+        space: VectorSpace = getattr(product, "space", LOCAL)
+        if inner is not None and inner.ranks is not None and space.is_whole:
+            inner.ranks.check_same_solution(solution)
+        direct_only = found_nothing(stats, solution, space)
         problem = problem_of(solver, stats, product, hardest(b, stats, batched), direct_only)
         mixed = (
             _mixed_of_rows(derivatives, product, solution, outer_params)
@@ -120,7 +124,7 @@ def solve_adjoint(
             stats, problem = derivatives.certify(stats, problem, getattr(solver, "tol", None))
         elif (
             isinstance(derivatives, (Hessian, MeanCurvature, SummedCurvature))
-            and not isinstance(part, FreshCurvature)
+            and not is_fresh
             and not isinstance(solver, KnownSolution)
             and not (inner is None or direct_only)
         ):
@@ -176,6 +180,8 @@ def solve_system(
     """
     try:
         return checked_solve(solver, product, rhs, state, batched)
-    except ValueError:
+    except ValueError as error:
         check_finite("The gradients of outer_loss in inner_params", rhs)
+        if RHS_NOT_FINITE in str(error):  # by the piece of another rank
+            raise NotFiniteError(str(error)) from None
         raise

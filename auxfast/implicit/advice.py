@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from auxfast._callers import stacklevel
-from auxfast.implicit.finite import check_finite
+from auxfast.implicit.finite import NotFiniteError, check_finite
 from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
 from auxfast.solvers.known_solution import KnownSolution
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -128,12 +129,14 @@ def missing_dependence(outer_loss: bool, inner_loss: bool) -> str | None:
     return "no part in the inner loss" if outer_loss else "no part"
 
 
-def found_nothing(stats: SolveStats, solution: Sequence[Tensor]) -> bool:
+def found_nothing(stats: SolveStats, solution: Sequence[Tensor], space: VectorSpace = LOCAL) -> bool:
     """Whether the solver returned x = 0 for a right-hand side that is not 0. Neumann(certify=False), whose residual is
     NaN, does so only where it diverged."""
     if math.isnan(stats.residual) and stats.stop_reason is StopReason.STEPS:
         return False
-    return not stats.residual < 1 and not any(bool(x.any()) for x in sorted(solution, key=Tensor.numel))
+    if stats.residual < 1:
+        return False
+    return space.all(not any(bool(x.any()) for x in sorted(solution, key=Tensor.numel)))
 
 
 def problem_of(
@@ -145,10 +148,15 @@ def problem_of(
         NotFiniteError: x = 0 was returned because the products are not finite.
     """
     if nothing:
-        largest = max(float(b.abs().max()) for b in rhs if b.numel())
+        space: VectorSpace = getattr(curvature, "space", LOCAL)
+        largest = float(space.largest_entries(_as_row(rhs))[0])
         product = curvature([b / largest for b in rhs])
-        check_finite("The second derivatives of inner_loss in inner_params", product)
-        if not any(bool(p.any()) for p in product):
+        size = float(space.largest_entries(_as_row(product))[0])
+        if not math.isfinite(size):
+            name = "The second derivatives of inner_loss in inner_params"
+            check_finite(name, product)
+            raise NotFiniteError(f"{name} hold NaN or inf, in the piece of another rank")
+        if not size:
             return "no curvature"
     if stats.stop_reason in (StopReason.DIVERGED, StopReason.NOT_SYMMETRIC):
         return str(stats.stop_reason)
@@ -162,6 +170,11 @@ def problem_of(
         stagnated = stats.stop_reason is StopReason.STAGNATED
         return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
     return None
+
+
+def _as_row(tensors: Sequence[Tensor]) -> Tensor:
+    """(1, n), a copy."""
+    return torch.cat([tensor.reshape(1, -1) for tensor in tensors], dim=1)
 
 
 def _is_as_meant(solver: Solver, stats: SolveStats) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from auxfast.autograd.graph import graph_from
 from auxfast.implicit.distributed import is_distributed
-from auxfast.implicit.ranks import Ranks
+from auxfast.implicit.ranks import Ranks, attempt
 
 
-def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of an argument.
+def as_tuple(name: str, params: Iterable[Tensor], may_be_sharded: bool = False) -> tuple[Tensor, ...]:
+    """The tensors of an argument, DTensors too where it `may_be_sharded`.
 
     Raises:
         TypeError: it is no iterable of tensors. ValueError: it is empty, or holds a tensor that cannot be one of the
@@ -40,11 +40,12 @@ def as_tuple(name: str, params: Iterable[Tensor]) -> tuple[Tensor, ...]:
                 f"{name} must hold tensors that autograd can use, but number {i} was made under "
                 "torch.inference_mode(): make it outside of it, or take a clone()"
             )
-        if is_distributed(item):
+        if is_distributed(item) and not may_be_sharded:
             raise ValueError(
-                f"{name} must hold tensors of this process, but number {i} is a {type(item).__name__}, a part of a "
-                "parameter that FSDP or tensor parallelism has spread over processes. auxfast does not work across "
-                "processes yet: a process group will come. Take a network that is not sharded."
+                f"{name} must hold tensors that this process has whole, but number {i} is a {type(item).__name__}, a "
+                "piece of a parameter that is spread over processes. Parameters of fully_shard are taken as the "
+                "inner_params of hypergradient and HyperOptimizer alone, with their process_group; else take a network "
+                "that is not sharded"
             )
     if not items:
         raise ValueError(f"{name} is empty (a generator that was used up before also is)")
@@ -85,12 +86,18 @@ def shares_of(name: str, weights: Sequence[Any], ranks: Ranks | None = None) -> 
         TypeError: one is no number.
         ValueError: one is negative or not finite, or all are 0.
     """
+    total = attempt(ranks, lambda: _total(name, weights), 0.0)
+    if ranks is not None:
+        total = ranks.total(total)
+    if not total:
+        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
+    return attempt(ranks, lambda: [float(weight) / total for weight in weights], [0.0] * len(weights))
+
+
+def _total(name: str, weights: Sequence[Any]) -> float:
     for i, weight in enumerate(weights):
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"{name} must be numbers, but number {i} is a {type(weight).__name__}")
         if not 0 <= float(weight) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, but number {i} is {weight}")
-    total = math.fsum(weights) if ranks is None else ranks.total(math.fsum(weights))
-    if not total:
-        raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
-    return [float(weight) / total for weight in weights]
+    return math.fsum(weights)

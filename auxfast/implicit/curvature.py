@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import compress
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from auxfast.autograd.engine import vjp, zeros_for_none
 from auxfast.autograd.graph import graph_from, is_compiled, leaves_into
 from auxfast.autograd.pullback import Gradients, Pullback
 from auxfast.implicit.arguments import check_independent
-from auxfast.implicit.losses import LossGraph, check_connected
+from auxfast.implicit.losses import LossGraph, check_connected, times
 from auxfast.solvers.space import LOCAL
 
 _WAYS_OUT = {  # by a part of the name of autograd's node
@@ -85,7 +85,7 @@ class Hessian:
     exact = True
 
     def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
-        inner.refuse_reentrant_checkpoints()
+        inner.refuse_functions()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
         self.kinked = leaves_into(inner.nodes, KINKS)
         if any(map(is_compiled, inner.functions)):
@@ -100,13 +100,14 @@ class Hessian:
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
             )
         with DetachedFunctionDetector(inner.functions) as detached:
-            grads = inner.gradient(params, retain_graph=True, create_graph=True)
+            grads = inner.scaled_gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
         check_connected(inner.name, grads)
         self.in_system = [grad is not None and grad.requires_grad for grad in grads]
         self.params = list(compress(params, self.in_system))
-        self.gradient = grads
+        self._unscaled = partial(times, 1 / inner.scale)
+        self.gradient = self._unscaled(grads)
         self._grads = [grad for grad in grads if grad is not None and grad.requires_grad]
         self._inner = inner
         self._retain_graph = retain_graph
@@ -114,7 +115,7 @@ class Hessian:
 
     def slope(self, vectors: Sequence[Tensor]) -> Tensor:
         """`<v, d inner / d params>`."""
-        return slope(vectors, self._grads)
+        return slope(vectors, self._grads) / self._inner.scale
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, Pullback.__call__)
@@ -123,20 +124,20 @@ class Hessian:
         return self._product(vectors, Pullback.batched)
 
     def _product(self, vectors: Sequence[Tensor], pull: _Pull) -> list[Tensor]:
-        return zeros_for_none(self._named(pull, self.pullback, vectors), vectors)
+        return zeros_for_none(self._unscaled(self._named(pull, self.pullback, vectors)), vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         if not outer_params or not self._grads:
             return [None] * len(outer_params)
-        return list(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
+        return self._unscaled(self._named(vjp, self._grads, outer_params, vectors, retain_graph=self._retain_graph))
 
     def with_mixed(
         self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """`H v` and the mixed product with v, by one backward pass. It keeps the graph."""
-        found = self._named(vjp, self._grads, [*self.params, *outer_params], vectors)
+        found = self._unscaled(self._named(vjp, self._grads, [*self.params, *outer_params], vectors))
         count = len(self.params)
-        return zeros_for_none(found[:count], vectors), list(found[count:])
+        return zeros_for_none(found[:count], vectors), found[count:]
 
     def _named(self, pass_back: Callable[..., Gradients], *args: Any, **options: Any) -> Gradients:
         """What `pass_back` returns. Where an operator has no second derivatives, the error names it."""
@@ -175,7 +176,7 @@ class GaussNewton(Hessian):
         )
         self._reaches = [grad is not None for grad in pulled]
         self._jacobian = Pullback([grad for grad in pulled if grad is not None], self._cotangents)
-        head = inner.gradient(outputs, retain_graph=True, create_graph=True)
+        head = inner.scaled_gradient(outputs, retain_graph=True, create_graph=True)
         partial = [*head, *_direct_gradient(inner, outputs, self.params)]
         self._curved = [grad is not None and grad.requires_grad for grad in partial]
         self.pullback = Pullback([grad for grad in partial if grad is not None and grad.requires_grad], self.params)
@@ -186,12 +187,13 @@ class GaussNewton(Hessian):
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
         tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
-        return zeros_for_none(self._named(pull, self.pullback, list(compress(tangents, self._curved))), vectors)
+        found = self._named(pull, self.pullback, list(compress(tangents, self._curved)))
+        return zeros_for_none(self._unscaled(found), vectors)
 
     def with_mixed(
         self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        return self(vectors), list(self._named(vjp, self._grads, outer_params, vectors))
+        return self(vectors), self._unscaled(self._named(vjp, self._grads, outer_params, vectors))
 
 
 def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -209,7 +211,7 @@ def _direct_gradient(inner: LossGraph, outputs: Sequence[Tensor], params: Sequen
 
     handles = [node.register_prehook(stop_at(indices)) for node, indices in ends.items()]
     try:
-        return inner.gradient(params, retain_graph=True, create_graph=True)
+        return inner.scaled_gradient(params, retain_graph=True, create_graph=True)
     finally:
         for handle in handles:
             handle.remove()

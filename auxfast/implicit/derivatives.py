@@ -12,6 +12,8 @@ from auxfast.implicit.curvature import GaussNewton, Hessian
 from auxfast.implicit.finite_difference import FiniteDifference
 from auxfast.implicit.forward_over_reverse import ForwardOverReverse
 from auxfast.implicit.losses import CheckedLoss, LossFn, LossGraph
+from auxfast.implicit.sharded_curvature import ShardedCurvature
+from auxfast.implicit.sharded_params import Shards
 from auxfast.implicit.summed_curvature import SummedCurvature
 
 CurvatureName = Literal["hessian", "gauss-newton", "hessian-jvp", "finite-difference"]
@@ -33,41 +35,66 @@ def derivatives_of(
     params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    shards: Shards | None = None,
 ) -> LossDerivatives:
     """The second derivatives of the inner loss that `curvature` names.
 
     Args:
         retain_graph: whether to keep the graph of a loss that is a tensor.
+        shards: how the parameters are cut, which are whole here; `None`: they are not.
 
     Raises:
         ValueError: finite differences of `FreshBatches`. RuntimeError: see `Hessian`.
     """
-    is_fresh = not isinstance(inner, LossGraph) and any(loss_fn.is_fresh for loss_fn in inner)
-    if curvature == "finite-difference" and not isinstance(inner, LossGraph):
-        if is_fresh:
+    if curvature == "finite-difference" and inner.kind != "tensor":
+        if inner.kind == "fresh":
             raise ValueError(
                 "curvature='finite-difference' compares gradients of the same loss: inner_loss must not be FreshBatches"
             )
+        assert not isinstance(inner, LossGraph)
         return FiniteDifference(inner, params, outer_params)
-    share = 1.0
-    part: Hessian | MeanCurvature | FreshCurvature | None = None
-    if isinstance(inner, LossGraph):
-        share, part = inner.share, _RECORDED[curvature](inner, params, retain_graph)
-    elif is_fresh:
-        share, part = inner[0].share, FreshCurvature(_recorder(curvature, inner[0], params, outer_params), params)
-    elif len(inner) == 1 and curvature in _RECORDED:
-        share, part = inner[0].share, _RECORDED[curvature](inner[0](), params, retain_graph)
-    elif inner:
-        records = [_recorder(curvature, loss_fn, params, outer_params) for loss_fn in inner]
-        part = MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
     if inner.ranks is not None:
+        part = inner.ranks.attempt(lambda: _recorded(curvature, inner, params, outer_params, retain_graph), None)
+        share = 1.0 if isinstance(part, MeanCurvature) else _share(inner)
+        if shards is not None:
+            return ShardedCurvature(part, share, params, shards)
         return SummedCurvature(part, share, params, inner.ranks)
+    part = _recorded(curvature, inner, params, outer_params, retain_graph)
     assert part is not None  # a loss of one process is not empty
     return part
 
 
-def _recorder(curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor]) -> Record:
+def _recorded(
+    curvature: str,
+    inner: CheckedLoss,
+    params: Sequence[Tensor],
+    outer_params: Sequence[Tensor],
+    retain_graph: bool,
+) -> Hessian | MeanCurvature | FreshCurvature | None:
+    """That of this process's part of the loss, `None` if it is empty: a mean with the share of each micro-batch, a
+    single one without its share."""
+    if isinstance(inner, LossGraph):
+        return _RECORDED[curvature](inner, params, retain_graph)
+    if not inner:
+        return None
+    if len(inner) == 1 and inner.kind != "fresh" and curvature in _RECORDED:
+        return _RECORDED[curvature](inner[0](), params, retain_graph)
+    is_fresh = inner.kind == "fresh"
+    records = [_recorder(curvature, loss_fn, params, outer_params, is_fresh) for loss_fn in inner]
+    if is_fresh:
+        return FreshCurvature(records[0], params)
+    return MeanCurvature(records, [loss_fn.share for loss_fn in inner], params)
+
+
+def _share(inner: CheckedLoss) -> float:
+    """That of a part that is one."""
+    return inner.share if isinstance(inner, LossGraph) else inner[0].share if inner else 0.0
+
+
+def _recorder(
+    curvature: str, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool
+) -> Record:
     if curvature == "hessian-jvp":
-        return ForwardOverReverse(loss_fn, params, outer_params).record
+        return ForwardOverReverse(loss_fn, params, outer_params, is_fresh).record
     kind = _RECORDED[curvature]
     return lambda params: kind(loss_fn(), params)

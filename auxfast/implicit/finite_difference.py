@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 
 import torch
@@ -25,6 +26,7 @@ from auxfast.implicit.central_difference import (
 from auxfast.implicit.curvature import Hessian, one_by_one
 from auxfast.implicit.finite import check_finite
 from auxfast.implicit.losses import LossFns, add, check_connected, mean_gradient, term_of_whole, times
+from auxfast.implicit.ranks import attempt
 from auxfast.solvers.base import SolveStats, StopReason
 
 _GROWTH = 16.0  # A step that rounding spoils grows by this factor: agreement within that rounding vouches for no more.
@@ -145,12 +147,12 @@ class FiniteDifference:
         scales = self._scales(used)
         largest, generator = max(scales), torch.Generator().manual_seed(0)
         varies = [False] * len(params)
-        for attempt in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
-            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, attempt, strict=True)]
+        for lengths in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
+            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, lengths, strict=True)]
             with moved_by(used, moves, self._step):
                 after = mean_gradient(self._loss_fns, params)
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
-                if a is not None and b is not None and (attempt is scales or bool(b.isfinite().all())):
+                if a is not None and b is not None and (lengths is scales or bool(b.isfinite().all())):
                     varies[i] |= not torch.equal(a, b)
             if sum(varies) == len(used):
                 return varies
@@ -333,9 +335,19 @@ class FiniteDifference:
 
     def _recorded(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[Grads, Grads] | None:
         """The product and the mixed product with the recorded second derivatives, or `None` where there are none."""
+        ranks = self._loss_fns.ranks
+        found = attempt(ranks, partial(self._recorded_terms, vectors, outer_params), None)
+        if ranks is None:
+            return found
+        if ranks.any_rank(found is None) or found is None:
+            return None
+        terms = ranks.sum_where_any([*found[0], *found[1]], [*self.params, *outer_params])
+        return terms[: len(self.params)], terms[len(self.params) :]
+
+    def _recorded_terms(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> tuple[Grads, Grads] | None:
+        """This process's terms of them."""
         product: Grads = [None] * len(self.params)
         mixed: Grads = [None] * len(outer_params)
-        is_missing, ranks = False, self._loss_fns.ranks
         try:
             for loss_fn in self._loss_fns:
                 hessian = Hessian(loss_fn(), self.params)
@@ -344,12 +356,7 @@ class FiniteDifference:
                 mixed = add(mixed, times(loss_fn.share, hessian.mixed(chosen, outer_params)))
                 del hessian  # its graph goes before the next one is made
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
-            is_missing = True
-        if is_missing if ranks is None else any(ranks.any([is_missing])):
             return None
-        if ranks is not None:
-            terms = ranks.sum_where_any([*product, *mixed], [*self.params, *outer_params])
-            product, mixed = terms[: len(product)], terms[len(product) :]
         return product, mixed
 
 

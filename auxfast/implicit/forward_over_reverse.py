@@ -29,9 +29,10 @@ class ForwardOverReverse:
     made: what is in memory are the activations and their tangents, and the backward pass frees them on its way.
 
     Args:
-        loss_fn: computes the loss, the same at each call unless it is fresh.
+        loss_fn: computes the loss.
         params: tensors that it is differentiated in.
         outer_params: tensors that the gradient may depend on, too.
+        is_fresh: whether every call takes a batch of its own, and else they give the same loss.
 
     Attributes:
         unproven, kinked: see `Hessian`.
@@ -42,13 +43,15 @@ class ForwardOverReverse:
             forward-mode derivatives.
     """
 
-    def __init__(self, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool = False
+    ) -> None:
         self._loss_fn = loss_fn
         self.unproven: list[str] = []
         self.kinked: list[Tensor] = []
         self.params = list(params)
         self.in_system = [True] * len(self.params)
-        if not loss_fn.is_fresh:  # one batch does not tell of the others
+        if not is_fresh:  # one batch does not tell of the others
             self._inspect([*params, *outer_params])
 
     def _inspect(self, moved: Sequence[Tensor]) -> None:

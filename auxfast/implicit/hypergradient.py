@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,21 @@ from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import solve_adjoint
 from auxfast.implicit.advice import missing_dependence
-from auxfast.implicit.derivatives import CurvatureName, derivatives_of
+from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Free
-from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
+from auxfast.implicit.inner_problem import (
+    check_call_of_shards,
+    check_inner_loss,
+    check_same_call,
+    given_loss,
+    given_params,
+)
 from auxfast.implicit.losses import CheckedLoss, Loss, LossGraph, check_connected, check_of, gradient_term
 from auxfast.implicit.one_step import check_losses, outer_gradient_and_derivatives
-from auxfast.implicit.ranks import ProcessGroup, ranks_of
+from auxfast.implicit.ranks import ProcessGroup, attempt, ranks_of, together
+from auxfast.implicit.sharded_params import Shards, shards_of, whole_params
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -95,8 +103,12 @@ def hypergradient(
         state: what the solver keeps from one call for the next of a slowly changing problem. It also holds which
             warnings were given.
         process_group: ranks of `torch.distributed` that share the call, such as `torch.distributed.group.WORLD`: each
-            passes the losses of its own data, and all get the gradients of the whole losses. `None`: this process
-            alone. See `docs/scaling.md`.
+            passes the losses of its own data, and all get the gradients of the whole losses, the means over all
+            weights: pass `MicroBatches`, or pairs `(number of samples, function)`, where parts are unequal, and `[]`
+            on a rank without data. A tensor, and a function without a weight, has weight 1. `None`: this process
+            alone. `inner_params` may then be those of a network that `torch.distributed.fsdp.fully_shard` was applied
+            to: losses are functions that call it, its parameters are whole within this call, and each rank has a piece
+            of each of the solver's vectors. See `docs/scaling.md`.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
@@ -116,33 +128,42 @@ def hypergradient(
             something else than `Solver.solve` says.
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
-            `torch.inference_mode()`, DTensors, or (the inner ones) of several devices; an unknown `curvature`, or
-            `outputs` or `free` that do not fit.
+            `torch.inference_mode()`, or (the inner ones) of several devices; DTensors but for inner ones with
+            `process_group`; an unknown `curvature`, or `outputs` or `free` that do not fit.
+        NotImplementedError: inner parameters that something else than `fully_shard` has cut, or that have another dtype
+            in forward passes; or a solver (`NotSharded`), `free` or finite differences that do not go with pieces.
         RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
-            `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint,
-            DistributedDataParallel or FSDP.
+            `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint, FSDP,
+            SyncBatchNorm in training mode or, without `process_group`, DistributedDataParallel of several processes.
+        ValueError: ranks of the process group that pass different settings, parameters or kinds of losses.
+        RuntimeError: another rank has raised, and the message says what.
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """
-    params = given_params(inner_params, outer_params, free)
-    active_inner, active_outer = params.active_inner, params.active_outer
-    check_inner_loss(inner_loss, curvature, outputs)
+    params = given_params(inner_params, outer_params, free, may_be_sharded=True)
+    active_outer = params.active_outer
+    check_curvature(curvature)
     check_solver(solver)
-    if isinstance(solver, KnownSolution):
-        check_losses(solver, outer_loss, inner_loss)
-    ranks = ranks_of(process_group, params.inner[0].device)
+    shards = shards_of(params.active_inner, process_group)
+    if shards is not None:
+        check_call_of_shards(outer_loss, inner_loss, free, solver, curvature)
+    ranks = ranks_of(process_group, params.inner[0].device) if shards is None else shards.ranks
     if ranks is not None:
-        check_same_call(ranks, params, solver, curvature, state)
+        check_same_call(ranks, params, solver, curvature, state, is_sharded=shards is not None)
     elif isinstance(outer_loss, Tensor) or isinstance(inner_loss, Tensor):
-        refuse_params("inner_params", active_inner)
+        refuse_params("inner_params", params.active_inner)
 
     computes = not (isinstance(outer_loss, Tensor) and isinstance(inner_loss, Tensor))
-    with preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext() as guard:
+    state_guard = preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext()
+    with whole_params(shards, params.active_inner) as active_inner, together(ranks), state_guard as guard:
+        attempt(ranks, partial(_check_losses, solver, outer_loss, inner_loss, curvature, outputs), None)
         given_outer = given_loss("outer_loss", outer_loss, guard, ranks=ranks)
         given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
-        outer_gradient = partial(_outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph)
-        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph)
+        outer_gradient = partial(
+            _outer_gradient, given_outer, given_inner, active_inner, active_outer, retain_graph, shards
+        )
+        recorded = partial(derivatives_of, curvature, given_inner, active_inner, active_outer, retain_graph, shards)
         if isinstance(solver, KnownSolution):
             outer_grads, derivatives = outer_gradient_and_derivatives(
                 solver, outer_gradient, recorded, given_inner, active_inner, active_outer, params.masks
@@ -151,6 +172,8 @@ def hypergradient(
             outer_grads, derivatives = outer_gradient(), None
         rhs, direct = outer_grads[: len(active_inner)], outer_grads[len(active_inner) :]
         check_connected("outer_loss", rhs)
+        if shards is not None:
+            rhs = shards.zeros_for_none(rhs, active_inner)
         adjoint = solve_adjoint(
             derivatives or recorded(),
             given_inner,
@@ -161,15 +184,14 @@ def hypergradient(
             solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
-
-    grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
-    takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
-    if ranks is not None:
-        grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
-    if not all_finite(grads):
-        check_finite("The gradients of outer_loss in outer_params", direct)
-        adjoint.check_finite()
-        check_finite("The hypergradients", grads)
+        grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
+        takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
+        if ranks is not None:
+            grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
+        if not all_finite(grads):
+            check_finite("The gradients of outer_loss in outer_params", direct)
+            adjoint.check_finite()
+            check_finite("The hypergradients", grads)
     if warn:
         adjoint.warn(solver, state, missing_dependence(*takes_part))
     return HypergradientResult(
@@ -179,18 +201,25 @@ def hypergradient(
     )
 
 
+def _check_losses(solver: Solver, outer_loss: Loss, inner_loss: Loss, curvature: str, outputs: Any) -> None:
+    check_inner_loss(inner_loss, curvature, outputs)
+    if isinstance(solver, KnownSolution):
+        check_losses(solver, outer_loss, inner_loss)
+
+
 def _outer_gradient(
     outer: CheckedLoss,
     inner: CheckedLoss,
     inner_params: Sequence[Tensor],
     outer_params: Sequence[Tensor],
     retain_graph: bool,
+    shards: Shards | None,
 ) -> list[Tensor | None]:
-    """The gradient of the outer loss in the inner parameters, and in the outer ones: of these it is this rank's term,
-    which is summed with that of the mixed product."""
+    """The gradient of the outer loss in the inner parameters, in pieces if `shards` says how, and in the outer ones: of
+    these it is this rank's term, which is summed with that of the mixed product."""
     params = [*inner_params, *outer_params]
     if isinstance(outer, LossGraph):
-        outer.refuse_reentrant_checkpoints()  # the curvature looks at `inner`
+        attempt(outer.ranks, outer.refuse_functions, None)  # the curvature looks at `inner`
         shared = isinstance(inner, LossGraph) and any(
             node.next_functions
             for node in outer.nodes & inner.nodes  # common leaves do not count
@@ -201,7 +230,8 @@ def _outer_gradient(
     if outer.ranks is None:
         return term
     num_inner = len(inner_params)
-    return [*outer.ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
+    ranks = outer.ranks if shards is None else shards
+    return [*ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
 
 
 def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

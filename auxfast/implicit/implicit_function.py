@@ -28,7 +28,8 @@ from auxfast.implicit.finite import all_finite, check_finite
 from auxfast.implicit.free_entries import Masks
 from auxfast.implicit.jacobian import TransposedJacobian
 from auxfast.implicit.losses import CheckedLoss, times
-from auxfast.implicit.ranks import Ranks
+from auxfast.implicit.ranks import Ranks, together
+from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.solvers.base import Solver, SolverState, SolveStats
 
 OnSolve = Callable[[SolveStats], object]
@@ -63,6 +64,11 @@ class ImplicitFunction:
     warn: bool
     on_solve: OnSolve | None
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that have parts of F; `None`: this process has all of it."""
+        return None if self.inner is None else self.inner.ranks
+
     def solved_params(self) -> tuple[Tensor, ...]:
         """W as tensors with a graph to phi: the same numbers, in the same memory."""
         solved: tuple[Tensor, ...] = _Solved.apply(self, *self.outer_params)  # type: ignore[no-untyped-call]
@@ -71,7 +77,11 @@ class ImplicitFunction:
     def pull_back(self, cotangents: Sequence[Tensor | None], batched: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
         """`-(d F / d phi)^T x` for each of phi, zeros where it plays no part, and x with `(d F / d W)^T x =
         cotangents`. All tensors have one more axis in front where they are `batched`."""
-        ranks = None if self.inner is None else self.inner.ranks
+        with together(self.ranks):
+            return self._pull_back(cotangents, batched)
+
+    def _pull_back(self, cotangents: Sequence[Tensor | None], batched: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
+        ranks = self.ranks
         if ranks is not None:
             cotangents = self._mean_cotangents(ranks, cotangents, batched)
         if self._has_hooks():  # F has gone through them, as an outer loss of W itself would
@@ -99,8 +109,10 @@ class ImplicitFunction:
         if not all_finite(gradients):
             adjoint.check_finite()
             check_finite("The hypergradients", gradients)
+        # Ranks look together, whichever of them warn.
+        problem = self.own_problem(adjoint) if self.warn or ranks is not None else None
         if self.warn:
-            adjoint.warn(self.solver, self.state, self.own_problem(adjoint))
+            adjoint.warn(self.solver, self.state, problem)
         if self.on_solve is not None:
             self.on_solve(adjoint.stats)
         return gradients, adjoint.solution
@@ -128,7 +140,7 @@ class ImplicitFunction:
         """What to warn of before all that a solve tells; a key of the texts in `advice`."""
         raise NotImplementedError
 
-    def is_far(self, adjoint: Adjoint, derivatives: Hessian | TransposedJacobian) -> bool:
+    def is_far(self, adjoint: Adjoint, derivatives: Hessian | SummedCurvature | TransposedJacobian) -> bool:
         """Whether the parameters are far from where F is 0, along the right-hand side."""
         if adjoint.problem is not None or not adjoint.stats.residual < _UNSOLVED:
             return False

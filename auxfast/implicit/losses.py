@@ -6,20 +6,22 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from auxfast.autograd.engine import vjp
+from auxfast.autograd.grad_scaler import UnknownScaleError, scale_of
 from auxfast.autograd.graph import function_class, functions_of, graph_from
 from auxfast.autograd.transforms import in_transform_of_torch_func
 from auxfast.implicit.arguments import shares_of
-from auxfast.implicit.distributed import SpreadOverProcesses, refuse_calls, refuse_calls_of_rank
+from auxfast.implicit.distributed import SpreadOverProcesses, fault_of, refuse_calls, refuse_calls_of_rank
 from auxfast.implicit.fresh_batches import FreshBatches
-from auxfast.implicit.ranks import Ranks
+from auxfast.implicit.ranks import Ranks, attempt
 
 Loss = Tensor | Callable[[], Any] | Sequence[Callable[[], Any] | tuple[float, Callable[[], Any]]]
 """A scalar, a function of no arguments that computes it, or a sequence of such functions or of pairs
@@ -31,21 +33,34 @@ _REENTRANT = (
     "went through a reentrant torch.utils.checkpoint, which hides the parameters inside of it from "
     "torch.autograd.grad: pass use_reentrant=False to checkpoint()"
 )
+_SCALED = (
+    "was multiplied by the scale of a torch.amp.GradScaler in a part of it, or as one of a list of losses, or by a "
+    "number equal to the scale: pass it without, or as scaler.scale(loss) of the whole loss, which is recognised"
+)
 _CHANGED = "modified by an inplace operation"  # autograd's words
+
+
+LossKind = Literal["tensor", "functions", "fresh"]
+_KINDS: dict[LossKind, str] = {"tensor": "a tensor", "functions": "functions", "fresh": "FreshBatches"}
 
 
 class LossGraph:
     """One computed loss with its graph.
 
     Attributes:
+        kind: see `LossFns`.
         loss, outputs: as given.
         ranks: those whose losses this is one of; `None`: this process alone.
         share: what the gradient of this loss is multiplied by in that of the whole one.
+        scale: what a `torch.amp.GradScaler` has multiplied the loss by; 1 where none has. Backward passes keep it, for
+            the sake of float16, and what comes out of them is divided by it.
 
     Raises:
-        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph. RuntimeError: a transform
-            of torch.func is under way.
+        TypeError: it is not a tensor. ValueError: it has more than one element, or no graph, or was scaled in parts.
+            RuntimeError: a transform of torch.func is under way, or the graph was freed.
     """
+
+    kind: LossKind = "tensor"
 
     def __init__(
         self,
@@ -78,6 +93,18 @@ class LossGraph:
         self.loss: Tensor = given
         self.outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         self.ranks, self.share = ranks, share
+        try:
+            self.scale = scale_of(given)
+        except UnknownScaleError:
+            raise ValueError(f"{name} {_SCALED}") from None
+        except RuntimeError as error:
+            self.explain(error)
+            raise
+
+    @property
+    def value(self) -> Tensor:
+        """The loss as it is without a scale, and without its graph."""
+        return self.loss.detach() if self.scale == 1 else self.loss.detach() / self.scale
 
     @cached_property
     def nodes(self) -> set[Any]:
@@ -92,6 +119,13 @@ class LossGraph:
         self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor | None]:
         """Gradients of the loss in each of `params`, `None` where it does not depend on it."""
+        scaled = self.scaled_gradient(params, retain_graph=retain_graph, create_graph=create_graph)
+        return times(1 / self.scale, scaled)
+
+    def scaled_gradient(
+        self, params: Sequence[Tensor], *, retain_graph: bool = False, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The gradients times `scale`."""
         if not params:
             return []
         try:
@@ -120,9 +154,11 @@ class LossGraph:
                 "it records second derivatives: pass sparse=False to the embedding"
             ) from error
 
-    def refuse_reentrant_checkpoints(self) -> None:
-        """Raises RuntimeError where a part of the graph is a checkpoint whose inside autograd does not see: gradients
-        in its parameters would be left out without a word."""
+    def refuse_functions(self) -> None:
+        """Raises RuntimeError where the graph holds a checkpoint whose inside autograd does not see, so that gradients
+        in its parameters would be left out without a word; or what joins processes."""
+        if fault := fault_of(self.functions):
+            raise RuntimeError(f"{self.name} {fault}")
         if any(function_class(node) is CheckpointFunction for node in self.functions):
             raise RuntimeError(f"{self.name} {_REENTRANT}")
 
@@ -174,12 +210,10 @@ class LossFn:
 
     Attributes:
         share: the part that this loss has in the mean of all; the shares add up to 1, over all ranks.
-        is_fresh: whether every call takes a batch of its own, so that no two give the same.
     """
 
     compute: Callable[[], LossGraph]
     share: float = 1.0
-    is_fresh: bool = False
 
     def __call__(self) -> LossGraph:
         return self.compute()
@@ -190,13 +224,16 @@ class LossFns(tuple[LossFn, ...]):
 
     Attributes:
         ranks: those that have others; `None`: no other process has any.
+        kind: what the loss is on all ranks that have a part of it: "tensor"; "functions"; or "fresh", where every call
+            takes a batch of its own, so that no two give the same.
     """
 
     ranks: Ranks | None
+    kind: LossKind
 
-    def __new__(cls, loss_fns: Iterable[LossFn], ranks: Ranks | None = None) -> LossFns:
+    def __new__(cls, loss_fns: Iterable[LossFn], ranks: Ranks | None = None, kind: LossKind = "functions") -> LossFns:
         self = super().__new__(cls, loss_fns)
-        self.ranks = ranks
+        self.ranks, self.kind = ranks, kind
         return self
 
 
@@ -211,21 +248,37 @@ def as_loss_fns(
     `replay` wraps each function of the user, but for fresh batches, which draw fresh random numbers too.
 
     Raises:
-        TypeError, ValueError: as `as_pairs` does.
+        TypeError, ValueError: as `as_pairs` and `agreed_kind` do.
     """
-    pairs = [(1.0, loss)] if isinstance(loss, FreshBatches) else as_pairs(name, loss, may_be_empty=ranks is not None)
+    is_fresh = isinstance(loss, FreshBatches)
+    pairs: list[tuple[float, Any]] = attempt(
+        ranks, lambda: [(1.0, loss)] if is_fresh else [*as_pairs(name, loss, ranks is not None)], []
+    )
     shares = shares_of(f"weights of {name}", [weight for weight, _ in pairs], ranks)
+    kind = agreed_kind(name, "fresh" if is_fresh else "functions" if pairs else None, ranks)
     names = [name] if len(pairs) == 1 else [f"{name}[{i}]" for i in range(len(pairs))]
-    if isinstance(loss, FreshBatches):
-        return LossFns([LossFn(_checked(name, loss, with_outputs), shares[0], is_fresh=True)], ranks)
     return LossFns(
         [
-            LossFn(_checked(each, replay(function), with_outputs), share)
+            LossFn(_checked(each, function if is_fresh else replay(function), with_outputs), share)
             for each, (_, function), share in zip(names, pairs, shares, strict=True)
             if share
         ],
         ranks,
+        kind,
     )
+
+
+def agreed_kind(name: str, kind: LossKind | None, ranks: Ranks | None) -> LossKind:
+    """The kind of a loss of which this rank has a part of that `kind`; `None`: it has none.
+
+    Raises:
+        ValueError: ranks have parts of several kinds.
+    """
+    found = [kind] if ranks is None else [*compress(_KINDS, ranks.any([kind == each for each in _KINDS]))]
+    if len(found) > 1:
+        given = " and ".join(_KINDS[each] for each in found if each is not None)
+        raise ValueError(f"{name} must be of one kind on all ranks, not {given}")
+    return found[0] if found and found[0] is not None else "functions"
 
 
 def as_pairs(name: str, loss: Loss, may_be_empty: bool = False) -> list[tuple[float, Callable[[], Any]]]:
@@ -290,7 +343,7 @@ def _checked(name: str, function: Callable[[], Any], with_outputs: bool) -> Call
             raise TypeError(f"{name} must return (loss, outputs) for curvature='gauss-newton', not a {what}")
         graph = LossGraph(name, *result)
         if not checked:  # once is enough, and a walk through the graph costs a few percent of its gradient
-            graph.refuse_reentrant_checkpoints()
+            graph.refuse_functions()
             checked = True
         return graph
 
@@ -318,9 +371,13 @@ def mean_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> list[Tensor | 
 
 def gradient_term(loss: CheckedLoss, params: Sequence[Tensor], **retain_graph: bool) -> list[Tensor | None]:
     """This process's term of the gradient of the whole loss, which is all of it where there are no others."""
-    if isinstance(loss, LossGraph):
-        return times(loss.share, loss.gradient(params, **retain_graph))
-    return _losses_and_gradient(loss, params)[1] if params else []
+
+    def compute() -> list[Tensor | None]:
+        if isinstance(loss, LossGraph):
+            return times(loss.share, loss.gradient(params, **retain_graph))
+        return _losses_and_gradient(loss, params)[1] if params else []
+
+    return attempt(loss.ranks, compute, [None] * len(params))
 
 
 def term_of_whole(whole: list[Tensor | None], loss_fns: LossFns) -> list[Tensor | None]:
@@ -334,7 +391,7 @@ def _losses_and_gradient(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[l
     total: list[Tensor | None] = [None] * len(params)
     for loss_fn in loss_fns:
         graph = loss_fn()
-        losses.append(graph.loss.detach())
+        losses.append(graph.value)
         total = add(total, times(loss_fn.share, graph.gradient(params)))
         del graph  # it goes before the next one is made
     return losses, total

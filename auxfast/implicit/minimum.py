@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import compress
 from typing import Any, overload
 
@@ -15,13 +16,14 @@ from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
 from auxfast.implicit.advice import found_nothing, problem_of, warn_of
 from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
-from auxfast.implicit.derivatives import CurvatureName, derivatives_of
+from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.free_entries import Free, project
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.inner_problem import check_inner_loss, check_same_call, given_loss, given_params
 from auxfast.implicit.losses import Loss, LossGraph, check_of
-from auxfast.implicit.ranks import ProcessGroup, ranks_of
+from auxfast.implicit.ranks import ProcessGroup, attempt, ranks_of, together
+from auxfast.implicit.summed_curvature import SummedCurvature
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense
 from auxfast.solvers.base import Solver, SolverState, check_solver
 from auxfast.solvers.known_solution import KnownSolution
@@ -129,7 +131,7 @@ def implicit_minimum(
         NotImplementedError: by the backward pass, where there is no second derivative, or a third is asked for.
     """
     params = given_params(values_of(inner_params), outer_params, free)
-    check_inner_loss(inner_loss, curvature, outputs)
+    check_curvature(curvature)
     check_solver(solver)
     if isinstance(solver, KnownSolution) and solver.lookahead_lr:
         raise ValueError(
@@ -146,9 +148,9 @@ def implicit_minimum(
     if not (torch.is_grad_enabled() and params.active_outer):
         solved: Sequence[Tensor] = [w.detach() for w in params.active_inner]
         return like_given(inner_params, params.inner, params.active_inner, solved)
-    with (
-        nullcontext() if isinstance(inner_loss, Tensor) else preserved_state(warn=warn, check=check_of(ranks)) as guard
-    ):
+    state_guard = nullcontext() if isinstance(inner_loss, Tensor) else preserved_state(warn=warn, check=check_of(ranks))
+    with together(ranks), state_guard as guard:
+        attempt(ranks, partial(check_inner_loss, inner_loss, curvature, outputs), None)
         inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
         derivatives = derivatives_of(curvature, inner, params.active_inner, params.active_outer, retain_graph=True)
     minimum = _Minimum(
@@ -168,11 +170,13 @@ def implicit_minimum(
 
 class _Minimum(ImplicitFunction):
     def own_problem(self, adjoint: Adjoint) -> str | None:
-        if all(term is None for term in adjoint.mixed):
+        takes_part = any(term is not None for term in adjoint.mixed)
+        if not (takes_part if self.ranks is None else self.ranks.any_rank(takes_part)):
             return "no part in the inner loss"
-        if not isinstance(self.derivatives, Hessian):  # no gradient was recorded
-            return None
-        return "no minimum" if self.is_far(adjoint, self.derivatives) else None
+        derivatives = self.derivatives
+        if isinstance(derivatives, Hessian) or (isinstance(derivatives, SummedCurvature) and derivatives.has_slope):
+            return "no minimum" if self.is_far(adjoint, derivatives) else None
+        return None  # no gradient was recorded
 
     def pull_back_twice(
         self, solution: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -221,6 +225,8 @@ class _Minimum(ImplicitFunction):
         return solution
 
     def _loss_for_third_derivatives(self) -> LossGraph:
+        if self.ranks is not None:
+            self._refuse("has second derivatives in one process alone: leave out create_graph, or process_group")
         if self._has_hooks():
             self._refuse("has second derivatives where no hook is registered on inner_params")
         if type(self.derivatives) is not Hessian:

@@ -23,6 +23,7 @@ from auxfast.implicit.losses import (
     LossFns,
     LossGraph,
     check_connected,
+    gradient_term,
     mean_gradient,
     term_of_whole,
     times,
@@ -92,7 +93,8 @@ class OnePass:
         return self._derivatives.batched(vectors)
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
-        if self._mixed is None or not any(bool(v.any()) for v in vectors):  # what was multiplied was not x = 0
+        is_zero = self.space.all(not any(bool(v.any()) for v in vectors))
+        if self._mixed is None or is_zero:  # what was multiplied was not x = 0
             return self._derivatives.mixed(vectors, outer_params)
         return self._mixed
 
@@ -131,18 +133,20 @@ def outer_gradient_and_derivatives(
     """
 
     def derivatives() -> LossDerivatives | StepDifference:
-        if isinstance(inner, LossGraph) or solver.mixed == "exact" or any(loss_fn.is_fresh for loss_fn in inner):
+        if isinstance(inner, LossGraph) or solver.mixed == "exact" or inner.kind != "functions":
             return recorded()  # a difference of the gradients of two batches tells nothing; fresh ones are then refused
         return StepDifference(inner, params)
 
     if not solver.lookahead_lr:
         return outer_gradient(), _in_one_pass(derivatives(), outer_params)
     found = derivatives()
-    if isinstance(inner, LossGraph):
-        assert isinstance(found, (Hessian, SummedCurvature))
+    if inner.ranks is not None:
+        gradient = inner.ranks.sum_where_any(gradient_term(inner, params, retain_graph=True), params)
+    elif isinstance(found, Hessian):
         gradient = found.gradient
     else:
-        gradient = found.gradient if isinstance(found, Hessian) else mean_gradient(inner, params)
+        assert not isinstance(inner, LossGraph)
+        gradient = mean_gradient(inner, params)
     moved = gradient if masks is None else project(gradient, masks)
     check_connected("inner_loss", moved)
     used = [w for w, grad in zip(params, moved, strict=True) if grad is not None]

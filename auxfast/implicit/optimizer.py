@@ -17,9 +17,9 @@ from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
-from auxfast.implicit.losses import Loss
-from auxfast.implicit.ranks import ProcessGroup
-from auxfast.implicit.trust_region import sees, trust_region, whole_batch
+from auxfast.implicit.losses import Loss, LossGraph
+from auxfast.implicit.ranks import ProcessGroup, Ranks, ranks_of
+from auxfast.implicit.trust_region import mean_weights, sees, trust_region
 from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner, LabelGenerator
 from auxfast.nn.combiner_base import combiners_of, unprojected
@@ -59,19 +59,26 @@ class _Accumulated:
     reason: str | None = None
     _outer_losses: list[tuple[float, Tensor | None]] = field(default_factory=list)
 
-    def add(self, result: HypergradientResult, outer_loss: Loss, weight: float) -> None:
+    def add(self, result: HypergradientResult, outer_loss: Tensor | None, weight: float) -> None:
         grads = result.grads if weight == 1 else [weight * grad for grad in result.grads]
         self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
         self.stats.append(result.stats)
-        self._outer_losses.append((weight, outer_loss.detach() if isinstance(outer_loss, Tensor) else None))
+        self._outer_losses.append((weight, outer_loss))
 
     def leave_out(self, stats: SolveStats, reason: str) -> None:
         self.stats.append(stats)
         self.left_out += 1
         self.reason = reason
 
-    def outer_loss(self) -> float | None:
-        """The weighted mean of the outer losses, where all are tensors."""
+    def outer_loss(self, ranks: Ranks | None) -> float | None:
+        """The weighted mean of the outer losses, where all are tensors; over ranks the mean of theirs."""
+        own = self._own_outer_loss()
+        if ranks is None:
+            return own
+        found = [value for is_there, value in ranks.gather([own is not None, own or 0.0]) if is_there]
+        return sum(found) / len(found) if found else None
+
+    def _own_outer_loss(self) -> float | None:
         values = [(weight, float(loss)) for weight, loss in self._outer_losses if loss is not None]
         if len(values) < len(self._outer_losses):
             return None
@@ -249,7 +256,7 @@ class HyperOptimizer:
         accumulated, self._accumulated = self._accumulated, _Accumulated()
         self._count(accumulated)
         if accumulated.grads is not None:
-            self._update(accumulated.grads, accumulated.outer_loss())
+            self._update(accumulated)
         return max(accumulated.stats, key=lambda stats: math.inf if math.isnan(stats.residual) else stats.residual)
 
     def accumulate(
@@ -289,6 +296,7 @@ class HyperOptimizer:
         accumulated = self._accumulated
         state = self._state_of(len(accumulated.stats) if task is None else task)
         before = vars(state).copy()
+        value = LossGraph("outer_loss", outer_loss).value if isinstance(outer_loss, Tensor) else None
         try:
             result = hypergradient(
                 outer_loss,
@@ -314,7 +322,7 @@ class HyperOptimizer:
             vars(state).update(before, warned=state.warned)
             accumulated.leave_out(result.stats, "the solver has found nothing better than x = 0")
         else:
-            accumulated.add(result, outer_loss, weight)
+            accumulated.add(result, value, weight)
         return result.stats
 
     def _params(self) -> list[Tensor]:
@@ -340,8 +348,9 @@ class HyperOptimizer:
         if self.warn:
             warn_once(kind, f"{text}: {accumulated.reason}", self.state)
 
-    def _update(self, grads: Sequence[Tensor], outer_loss: float | None) -> None:
-        params = self._params()
+    def _update(self, accumulated: _Accumulated) -> None:
+        params, grads = self._params(), accumulated.grads
+        assert grads is not None
         if len(params) != len(grads):
             raise RuntimeError(
                 f"optimizer holds {len(params)} parameters at the step, and held {len(grads)} when gradients were "
@@ -349,19 +358,28 @@ class HyperOptimizer:
             )
         for param, grad in zip(params, self._clipped(grads), strict=True):
             param.grad = grad if param.requires_grad else None
-        watched = next(filter(sees, combiners_of(params)), None)
+        ranks = ranks_of(self.process_group, params[0].device)
+        combiners = list(combiners_of(params))
+        seen = [combiner for combiner in combiners if sees(combiner, ranks)]
+        watched = seen[0] if seen else None
         if watched is not None and self.watch.first_total is None:  # it may be this step after which they have grown
-            self.watch.first_total = float(watched.mean_weights(whole_batch(watched)).abs().sum())
-        with trust_region(params, self.max_weight_change, self._totals) as reached:
+            self.watch.first_total = float(mean_weights(watched, ranks, whole=True).abs().sum())
+        with trust_region(params, self.max_weight_change, self._totals, ranks) as reached:
             self.optimizer.step()
             for module in self.project:
                 module.project_()
         is_limited = self.max_weight_change is not None or self._totals is not None
-        if self.warn and is_limited and any(not sees(c) and _has_gradient(c) for c in combiners_of(params)):
+        if self.warn and is_limited and any(c not in seen and _has_gradient(c) for c in combiners):
             warn_once("unseen", _UNSEEN, self.state)
-        self._observe(outer_loss, watched, reached)
+        self._observe(accumulated.outer_loss(ranks), watched, reached, ranks)
 
-    def _observe(self, outer_loss: float | None, combiner: Combiner | None, reached: Mapping[Combiner, Tensor]) -> None:
+    def _observe(
+        self,
+        outer_loss: float | None,
+        combiner: Combiner | None,
+        reached: Mapping[Combiner, Tensor],
+        ranks: Ranks | None,
+    ) -> None:
         """Warns of what is noticed for the first time.
 
         Args:
@@ -370,9 +388,10 @@ class HyperOptimizer:
             reached: mean weights after the step, as far as they are known; those of whole batches are without a mask.
         """
         weights: list[float] = []
-        if combiner is not None and combiner.last_call is not None:
-            known = combiner in reached and combiner.last_call[1] is None
-            weights = (reached[combiner] if known else combiner.mean_weights(whole_batch(combiner))).tolist()
+        if combiner is not None:
+            has_mask = combiner.last_call is None or combiner.last_call[1] is not None
+            known = None if has_mask or ranks is not None else reached.get(combiner)
+            weights = (mean_weights(combiner, ranks, whole=True) if known is None else known).tolist()
         for kind in self.watch.observe(outer_loss, weights, None if combiner is None else combiner.main):
             if self.warn:
                 warn_once(kind, TEXTS[kind], self.state)

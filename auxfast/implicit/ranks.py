@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,6 +17,8 @@ from auxfast.solvers.space import LOCAL, Floats, VectorSpace
 ProcessGroup = Any
 """A `torch.distributed.ProcessGroup`, a name that not every build of torch has."""
 
+Result = TypeVar("Result")
+
 _SAME = 1e-5
 """Relative distance up to which norms of the same parameters on different ranks may be rounding."""
 
@@ -23,14 +26,59 @@ _SAME = 1e-5
 class Ranks:
     """Collectives over a process group, on flat buffers. Every rank must make the same calls in the same order.
 
+    What one rank computes alone may raise on that rank alone, which must not leave while others wait for it. So it
+    computes within `attempt`, goes on with NaN in its place in all sums, which soon ends every solver, and all ranks
+    raise where `together` ends.
+
     Args:
         group: of two ranks or more.
-        device: of the inner parameters, where numbers are exchanged.
+        device: of the inner parameters.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
+        self._group = group
+        # What is exchanged beside sums are numbers on the host; NCCL takes those of its devices alone.
+        self._device = torch.device("cpu") if distributed.get_backend(group) == "gloo" else device
+        self._failure: Exception | None = None
+        self._is_broken = False  # whether a collective has raised, after which none may follow
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises at the end what an `attempt` on this rank has raised, or a RuntimeError with what another rank has."""
+        self._failure = None
+        try:
+            yield
+        except Exception:
+            if not self._is_broken:
+                self._raise_failure()  # which goes before what has come of it
+            raise
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None  # whose traceback holds graphs
+        if not self.any_rank(failure is not None):
+            return
+        texts = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+        raise RuntimeError(f"Rank {rank} of process_group has raised, and this one stops with it: {text}") from None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an `attempt` on this rank has raised: what it adds to sums is then NaN."""
+        return self._failure is not None
+
+    def attempt(self, compute: Callable[[], Result], otherwise: Result) -> Result:
+        """What `compute` returns; `otherwise` where it raises, or something before it in the same call has."""
+        if self._failure is not None:
+            return otherwise
+        try:
+            return compute()
+        except Exception as error:
+            self._failure = error
+            return otherwise
 
     def sum(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
         """The sums over ranks, by one all-reduce of the widest of the dtypes, float32 at least.
@@ -42,6 +90,8 @@ class Ranks:
         if not like:
             return []
         flat = self._flat(terms, like)
+        if self.has_failed:
+            flat.fill_(torch.nan)
         self._all_reduce(flat)
         pieces = flat.split([tensor.numel() for tensor in like])
         return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)]
@@ -58,46 +108,65 @@ class Ranks:
         """For each flag, whether some rank has it."""
         return [any(column) for column in zip(*self.gather([*map(float, flags)]), strict=True)]
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether some rank has the flag."""
+        return self.any([flag])[0]
+
     def total(self, number: float) -> float:
         """The sum over ranks."""
         return sum(row[0] for row in self.gather([number]))
+
+    def texts(self, text: str) -> list[str]:
+        """The text of each rank."""
+        found: list[Any] = [None] * self.size
+        self._collective(distributed.all_gather_object, found, text)
+        return found
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each rank, as many on each."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(rows, own, group=self._group)
+        self._collective(distributed.all_gather, rows, own)
         gathered: list[list[float]] = torch.stack(rows).tolist()
         return gathered
 
     def of_first(self, numbers: Tensor) -> Tensor:
         """Those of the first rank, in place: what is decided from them is decided alike."""
-        distributed.broadcast(numbers, group=self._group, group_src=0)
+        self._collective(distributed.broadcast, numbers, group_src=0)
         return numbers
 
     def check_same(self, facts: Mapping[str, str], params: Mapping[str, Sequence[Tensor]]) -> None:
-        """Raises ValueError, on all ranks, where they differ in one of the facts, which have the names of arguments, or in
-        the values of parameters."""
+        """Raises ValueError, on all ranks, where they differ in one of the facts, which have the names of arguments, or
+        in the values of parameters."""
         named = {**facts, **{name: _description(tensors) for name, tensors in params.items()}}
         norms = [sum(norms_of(tensors)) for tensors in params.values()]
         rows = self.gather([*(float(zlib.crc32(text.encode())) for text in named.values()), *norms])
         for i, name in enumerate(named):
             if len({row[i] for row in rows}) > 1:
-                texts: list[Any] = [None] * self.size
-                distributed.all_gather_object(texts, named[name], group=self._group)
+                texts = self.texts(named[name])
                 other = next(k for k, text in enumerate(texts) if text != texts[0])
                 raise ValueError(
                     f"{name} must be the same on all ranks: on rank 0 of process_group: {texts[0]}; on rank {other}: "
                     f"{texts[other]}"
                 )
         for i, name in enumerate(params, len(named)):
-            column = [row[i] for row in rows]
-            if max(column) - min(column) > _SAME * max(map(abs, column)):
-                other = max(range(self.size), key=[abs(norm - column[0]) for norm in column].__getitem__)
+            unlike = _unlike([row[i] for row in rows])
+            if unlike is not None:
                 raise ValueError(
-                    f"{name} must have the same values on all ranks, but those of rank 0 and rank {other} of "
+                    f"{name} must have the same values on all ranks, but those of rank 0 and rank {unlike} of "
                     "process_group differ: broadcast them from one rank before training, as DistributedDataParallel "
                     "does, and make the same updates on all"
+                )
+
+    def check_same_solution(self, solution: Sequence[Tensor]) -> None:
+        """Raises RuntimeError, on all ranks, where they have found different ones."""
+        for column in zip(*self.gather(norms_of(solution)), strict=True):
+            other = _unlike(column)
+            if other is not None:
+                raise RuntimeError(
+                    f"The solutions of rank 0 and rank {other} of process_group differ. Does the solver read an "
+                    "optimizer (SAMA, FromOptimizer) whose state, or whose gradients, are not the same on all ranks? "
+                    "If not, the machines round differently."
                 )
 
     def _flat(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
@@ -111,7 +180,14 @@ class Ranks:
         return torch.cat(parts)
 
     def _all_reduce(self, flat: Tensor) -> None:
-        distributed.all_reduce(flat, group=self._group)
+        self._collective(distributed.all_reduce, flat)
+
+    def _collective(self, call: Callable[..., Any], *args: Any, **settings: Any) -> None:
+        try:
+            call(*args, **settings, group=self._group)
+        except Exception:
+            self._is_broken = True
+            raise
 
 
 class Replicated(VectorSpace):
@@ -123,6 +199,19 @@ class Replicated(VectorSpace):
 
     def read(self, numbers: Tensor) -> Floats:
         return LOCAL.read(self._ranks.of_first(numbers.contiguous()))
+
+    def all(self, flag: bool) -> bool:
+        return not self._ranks.any([not flag])[0]
+
+
+def together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """See `Ranks.together`; one process needs no such care."""
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def attempt(ranks: Ranks | None, compute: Callable[[], Result], otherwise: Result) -> Result:
+    """See `Ranks.attempt`; one process raises at once."""
+    return compute() if ranks is None else ranks.attempt(compute, otherwise)
 
 
 def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks | None:
@@ -141,6 +230,13 @@ def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks 
     if distributed.get_rank(process_group) < 0:
         raise ValueError("process_group must be one that this process belongs to")
     return Ranks(process_group, device) if distributed.get_world_size(process_group) > 1 else None
+
+
+def _unlike(norms: Sequence[float]) -> int | None:
+    """The rank whose norm differs most from that of the first, if that is more than rounding."""
+    if not max(norms) - min(norms) > _SAME * max(map(abs, norms)):
+        return None
+    return max(range(len(norms)), key=[abs(norm - norms[0]) for norm in norms].__getitem__)
 
 
 def _description(tensors: Sequence[Tensor]) -> str:

@@ -12,6 +12,7 @@ from auxfast.autograd.graph import reaches
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import Adjoint
 from auxfast.implicit.arguments import as_tuple, check_independent, check_one_device
+from auxfast.implicit.distributed import SpreadOverProcesses
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.implicit_function import ImplicitFunction, OnSolve, like_given, refuse_transforms, values_of
 from auxfast.implicit.jacobian import TransposedJacobian
@@ -126,7 +127,11 @@ def implicit_root(
     if not (torch.is_grad_enabled() and active_outer):
         return like_given(params, values, values, [w.detach() for w in values])
     with preserved_state(warn=warn, check=check_call):
-        equations = _like_params(function(), params, values)
+        try:
+            found = function()
+        except SpreadOverProcesses as error:
+            raise RuntimeError(f"function went through {error}") from None
+        equations = _like_params(found, params, values)
     root = _Root(
         "implicit_root",
         TransposedJacobian(equations, values),

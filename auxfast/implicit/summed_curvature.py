@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from auxfast.implicit.batch_curvature import FreshCurvature, MeanCurvature
 from auxfast.implicit.curvature import Hessian
 from auxfast.implicit.losses import times
 from auxfast.implicit.ranks import Ranks, Replicated
+from auxfast.solvers.space import VectorSpace
 
 
 class SummedCurvature:
@@ -25,8 +27,10 @@ class SummedCurvature:
         ranks: those that take part.
 
     Attributes:
-        part: as given.
-        unproven, kinked: see `Hessian`; of this rank's part, and the first also says whether another has any.
+        whole_params: those in the system.
+        unproven: see `Hessian`; of this rank's part, and not empty where another has any.
+        kinked: see `Hessian`; of the parts of all ranks, as far as they are in `params`.
+        has_slope: whether all parts have a recorded gradient.
         exact, space: see `LinearOperator`.
     """
 
@@ -37,52 +41,84 @@ class SummedCurvature:
         params: Sequence[Tensor],
         ranks: Ranks,
     ) -> None:
-        self.part = part
-        self._share, self._ranks = share, ranks
-        inside = [False] * len(params) if part is None else part.in_system
+        self._part, self._share, self._ranks = part, share, ranks
+        count = len(params)
+        inside = [False] * count if part is None else part.in_system
+        kinks = {id(tensor) for tensor in getattr(part, "kinked", [])}
         unproven: list[str] = getattr(part, "unproven", [])
-        inexact = part is not None and not getattr(part, "exact", False)
-        *self.in_system, some_unproven, some_inexact = ranks.any([*inside, bool(unproven), inexact])
-        self.params = list(compress(params, self.in_system))
+        flags = [
+            *inside,
+            *(id(w) in kinks for w in params),
+            bool(unproven),
+            not (part is None or getattr(part, "exact", False)),
+            not (part is None or isinstance(part, Hessian)),
+        ]
+        *found, some_unproven, some_inexact, some_anew = ranks.any(flags)
+        self.in_system = found[:count]
+        self.whole_params = list(compress(params, self.in_system))
+        self.params = self.whole_params
         self._inside = list(compress(inside, self.in_system))
         self.unproven = unproven or (["a Function on another rank"] if some_unproven else [])
-        self.kinked: list[Tensor] = getattr(part, "kinked", [])
+        self.kinked = list(compress(params, found[count:]))
+        self.has_slope = not some_anew
         self.exact = not some_inexact
-        self.space = Replicated(ranks)
+        self.space: VectorSpace = Replicated(ranks)
 
-    @property
-    def gradient(self) -> list[Tensor | None]:
-        """That of the whole loss in each of `params`; `None` where it does not depend on it. The part is a Hessian."""
-        assert not isinstance(self.part, (MeanCurvature, FreshCurvature))
-        inside = [] if self.part is None else [grad for grad in self.part.gradient if grad is not None]
-        return list(self._ranks.sum(self._spread(times(self._share, inside)), self.params))
+    def slope(self, vectors: Sequence[Tensor]) -> Tensor:
+        """`<v, d inner / d params>`, where `has_slope`."""
+        part, own = self._part, 0.0
+        if isinstance(part, Hessian) and part.params:
+            own = self._share * float(part.slope(self._chosen(self.join(vectors))))
+        return vectors[0].new_tensor(self._ranks.total(own))
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._sum(vectors, lambda part, chosen: part(chosen))
+        return self._product(vectors, lambda part, chosen: part(chosen))
 
     def batched(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._sum(vectors, lambda part, chosen: part.batched(chosen))
+        return self._product(vectors, lambda part, chosen: part.batched(chosen))
 
     def mixed(self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]) -> list[Tensor | None]:
         """This rank's term of the mixed product, for the caller to sum."""
-        if self.part is None:
-            return [None] * len(outer_params)
-        return times(self._share, self.part.mixed(list(compress(vectors, self._inside)), outer_params))
+        whole = self.join(vectors)
+
+        def compute() -> list[Tensor | None]:
+            assert self._part is not None
+            return times(self._share, self._part.mixed(self._chosen(whole), outer_params))
+
+        nothing: list[Tensor | None] = [None] * len(outer_params)
+        return nothing if self._part is None else self._ranks.attempt(compute, nothing)
 
     def with_mixed(
         self, vectors: Sequence[Tensor], outer_params: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """`H v`, and this rank's term of the mixed product."""
-        if self.part is None:
-            return self._ranks.sum([None] * len(vectors), vectors), [None] * len(outer_params)
-        assert not isinstance(self.part, FreshCurvature)
-        product, mixed = self.part.with_mixed(list(compress(vectors, self._inside)), outer_params)
-        return self._ranks.sum(self._spread(times(self._share, product)), vectors), times(self._share, mixed)
+        mixed: list[Tensor | None] = [None] * len(outer_params)
+
+        def product(part: Any, chosen: Sequence[Tensor]) -> list[Tensor]:
+            found, terms = part.with_mixed(chosen, outer_params)
+            mixed[:] = times(self._share, terms)
+            products: list[Tensor] = found
+            return products
+
+        return self._product(vectors, product), mixed
 
     @torch.no_grad()
-    def _sum(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
-        terms = [] if self.part is None else product(self.part, list(compress(vectors, self._inside)))
-        return self._ranks.sum(self._spread(times(self._share, terms)), vectors)
+    def _product(self, vectors: Sequence[Tensor], product: Callable[..., list[Tensor]]) -> list[Tensor]:
+        whole = self.join(vectors)
+        part, terms = self._part, list[Tensor | None]([None] * len(vectors))
+        if part is not None:
+            own = self._ranks.attempt(lambda: product(part, self._chosen(whole)), None)
+            terms = terms if own is None else list(spread(times(self._share, own), self._inside))
+        return self._sum(terms, vectors)
 
-    def _spread(self, terms: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        return spread(terms, self._inside)
+    def join(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The vectors as the curvature of this rank's part takes them."""
+        return vectors
+
+    def _sum(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over ranks, of the shapes of `like`, as the solver takes them."""
+        return self._ranks.sum(terms, like)
+
+    def _chosen(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the parameters that this rank's part depends on."""
+        return list(compress(vectors, self._inside))

@@ -38,13 +38,16 @@ def check_symmetry(
         params, solution: the inner parameters that are in the system, and the solution of it.
     """
     known = None if state is None else state.symmetry_error
-    if isinstance(inner, LossGraph):
+    if inner.kind == "tensor":
         return stats, problem or ("unproven" if curvature.unproven else None)
     if known is None and state is None and not curvature.unproven:
         return stats, problem
     if known is None:
         if stats.stop_reason is StopReason.TRIVIAL:
             return stats, problem
+        assert not isinstance(inner, LossGraph)
+        if isinstance(curvature, SummedCurvature):  # it may have pieces
+            params, solution = curvature.whole_params, curvature.join(solution)
         try:
             differences = FiniteDifference(inner, params)
         except NotFiniteError:  # second derivatives may be finite where the gradient is not, and nothing tells

@@ -82,7 +82,7 @@ def auxiliary_usefulness(
     auxiliaries = _auxiliaries(aux_losses)
     outer, main = _graph("outer_loss", outer_loss), _graph("main_loss", main_loss)
     for graph in (outer, LossGraph("aux_losses", torch.stack([a.reshape(()) for a in auxiliaries]).sum())):
-        graph.refuse_reentrant_checkpoints()  # Hessian looks at `main`
+        graph.refuse_functions()  # Hessian looks at `main`
     rhs = outer.gradient(active, retain_graph=True)
     check_connected("outer_loss", rhs)
     hessian = FreeCurvature(on_one_dtype(Hessian(main, active, retain_graph=True)), masks)

@@ -20,7 +20,7 @@ from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free, free_masks, project
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.kinks import find_kinks
-from auxfast.implicit.losses import Loss, LossFns, as_loss_fns, as_pairs, mean_loss
+from auxfast.implicit.losses import Loss, LossFns, as_loss_fns, as_pairs, check_call, mean_loss
 from auxfast.implicit.report import RIGHT, Agreement, HypergradientReport, Unrolled
 from auxfast.implicit.unrolling import check_unrollable, unrolled_gradient
 from auxfast.solvers import MINRES, Dense, Solver
@@ -120,7 +120,7 @@ def verify_hypergradient(
     if step is None:
         step = coarsest_eps(active) ** (1 / 3)
     check_positive("step", step)
-    with preserved_state() as guard, restored([*active, *outer]):
+    with preserved_state(check=check_call) as guard, restored([*active, *outer]):
         replayed_outer = [(weight, guard.replay(function)) for weight, function in outer_pairs]
         replayed_inner = [(weight, guard.replay(function)) for weight, function in inner_pairs]
         outer_fns = as_loss_fns("outer_loss", replayed_outer, _as_it_is)

@@ -6,7 +6,7 @@ Every row is a system of its own with its own coefficients, which stay on the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ LANCZOS_STEPS = 32
 LANCZOS = len(_MINRES)
 """First row of the Lanczos matrix: diagonal and off-diagonal entry of each step in turn."""
 NUMBERS = LANCZOS + 2 * LANCZOS_STEPS
+
+Total = Callable[[Tensor], Tensor]
+"""From sums over the entries of rows to those over all entries, where each of several processes has a piece of the
+rows; of the same shape."""
 
 _NULL = 0.1  # curvature, in machine epsilons of the largest one, up to which a residual counts as a null vector of H
 _MOST_TERMS = 3
@@ -198,15 +202,24 @@ def conjugate_gradient_step_(
 
 
 def conjugate_gradient_step_reference_(
-    x: Tensor, best: Tensor, r: Tensor, p: Tensor, z: Tensor | None, product: Tensor, numbers: Tensor, part: int = WHOLE
+    x: Tensor,
+    best: Tensor,
+    r: Tensor,
+    p: Tensor,
+    z: Tensor | None,
+    product: Tensor,
+    numbers: Tensor,
+    part: int = WHOLE,
+    total: Total = Tensor.detach,
 ) -> None:
     """`conjugate_gradient_step_` in PyTorch operations; Saad, Iterative Methods for Sparse Linear Systems (2003),
-    algorithm 9.1. csrc/krylov/conjugate_gradient_math.h has the derivation."""
+    algorithm 9.1. csrc/krylov/conjugate_gradient_math.h has the derivation. With `total` the rows are pieces, of
+    which other processes have the rest."""
     _check_conjugate_gradient_step(x, best, r, p, z, product, numbers, part)
     of = _Numbers(numbers, _CONJUGATE_GRADIENT, torch.finfo(r.dtype).eps)
     if part != AFTER_PRECONDITIONER:
         of.start()
-        pq, zq = row_dots_reference(p, product), row_dots_reference(r if z is None else z, product)
+        pq, zq = total(torch.stack([row_dots_reference(row, product) for row in (p, r if z is None else z)]))
         curvature = pq / of["pp"]
         of.stop(~curvature.isfinite(), BROKEN)
         of.set(largest=torch.maximum(of["largest"], curvature.abs()))
@@ -219,13 +232,13 @@ def conjugate_gradient_step_reference_(
         of.set(alpha=of["rz"] / pq)
 
         of.write(r, r - of["alpha"][:, None] * product)
-        square = row_dots_reference(r, r)
+        square = total(row_dots_reference(r, r))
         of.stop(~square.isfinite(), BROKEN)
         leaves = (of["square"] <= of["best_square"]) & (square > of["square"])
         of.set(leaves=leaves.double(), best_square=torch.where(leaves, of["square"], of["best_square"]), square=square)
     if part != BEFORE_PRECONDITIONER:
         z = r if z is None else z
-        rz = row_dots_reference(r, z) if part == AFTER_PRECONDITIONER else of["square"]
+        rz = total(row_dots_reference(r, z)) if part == AFTER_PRECONDITIONER else of["square"]
         alpha, beta = of["alpha"], rz / of["rz"]
         if part == WHOLE:
             of.record(1 / alpha + of["beta_by_alpha"], beta.sqrt() / alpha)
@@ -236,7 +249,7 @@ def conjugate_gradient_step_reference_(
         of.write(best, torch.where(of["leaves"][:, None] != 0, x, best))
         of.write(x, x + of["alpha"][:, None] * p)
         of.write(p, of["beta"][:, None] * p + z)
-        of.set(pp_before=of["pp"], pp=row_dots_reference(p, p))
+        of.set(pp_before=of["pp"], pp=total(row_dots_reference(p, p)))
 
 
 def minres_step_(
@@ -299,18 +312,21 @@ def minres_step_reference_(
     product: Tensor,
     numbers: Tensor,
     part: int = WHOLE,
+    total: Total = Tensor.detach,
 ) -> None:
-    """`minres_step_` in PyTorch operations; csrc/krylov/minres_math.h has the derivation."""
+    """`minres_step_` in PyTorch operations; csrc/krylov/minres_math.h has the derivation. `total`: as for
+    `conjugate_gradient_step_reference_`."""
     _check_minres_step(x, w, w_old, v, u, u_old, r, z, product, numbers, part)
     of = _Numbers(numbers, _MINRES, torch.finfo(r.dtype).eps)
     if part != AFTER_PRECONDITIONER:
         of.start()
-        of.set(alfa=row_dots_reference(v, product))
+        of.set(alfa=total(row_dots_reference(v, product)))
         of_u, of_u_old = (of["alfa"] / of["beta"])[:, None], of["beta_ratio"][:, None]
         of.write(product, product - of_u * u - of_u_old * u_old)
     if part != BEFORE_PRECONDITIONER:
         z = product if z is None else z
-        _rotate(of, row_dots_reference(product, z).sqrt(), row_dots_reference(u_old, z), part)
+        square, overlap = total(torch.stack([row_dots_reference(row, z) for row in (product, u_old)]))
+        _rotate(of, square.sqrt(), overlap, part)
         gamma, beta = of["gamma"], of["beta"]
         new_w = (v.double() - of["delta"][:, None] * w - of["epsilon_before"][:, None] * w_old) / gamma[:, None]
         of.write(w_old, new_w)
@@ -318,11 +334,11 @@ def minres_step_reference_(
         of_r, of_u = of["s"].square(), -of["c"] * of["phibar_before"] / gamma
         of.write(r, of_r[:, None] * r + of_u[:, None] * product)
         of.set(steps=of["steps"] + 1)
+        of_w, square = total(torch.stack([row_dots_reference(rows, rows) for rows in (w_old, r)]))
         before = of["phibar_before"]
         if part == WHOLE:
-            rounding = of.eps * of["largest"] * of["phi"].abs() * torch.linalg.vector_norm(w_old, dim=1)
+            rounding = of.eps * of["largest"] * of["phi"].abs() * of_w.sqrt()
             of.stop(~(rounding < torch.maximum(of.eps**0.5 * before, before - of["phibar"])), SINGULAR)
-        square = row_dots_reference(r, r)
         of.set(square=square)
         of.stop(square.sqrt() <= of["tolerance"], REACHED, moves=1)
         of.write(x, x + of["phi"][:, None] * w_old)

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import SolverState, SolveStats, StopReason, are_alike
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.symmetry import check_pair
@@ -75,7 +74,8 @@ class BestIterate:
         product = self.system.product(x, index) if product is None else product
         rhs = self.system.rhs if len(rows) == len(self.solution) else self.system.rhs.index_select(0, index)
         residual = rhs - product
-        norms: Floats = np.sqrt(row_dots(residual, residual).cpu().numpy())
+        space = self.system.space
+        norms: Floats = np.sqrt(space.read(space.dots(residual, residual)))
         taken = self._take(rows, x, norms)
         if len(taken) == len(self.solution):
             self.residual = residual
@@ -114,7 +114,7 @@ class BestIterate:
         and is better than 0."""
         if state is None or state.solution is None:
             return
-        if are_alike(state.solution, self.system.unflatten(self.solution)):
+        if self.system.space.all(are_alike(state.solution, self.system.unflatten(self.solution))):
             rows = self.unsolved()
             self.update(rows, self.system.flatten(state.solution)[torch.from_numpy(rows).to(self.solution.device)])
 
@@ -133,8 +133,8 @@ class BestIterate:
         failed = np.flatnonzero(diverged & (self.norms == self.rhs_norms))
         if len(failed):
             index = torch.from_numpy(failed).to(self.solution.device)
-            finite = self.system.product(self.system.rhs.index_select(0, index), index).isfinite().all(dim=1).tolist()
-            for row in failed[~np.array(finite)]:
+            product = self.system.product(self.system.rhs.index_select(0, index), index)
+            for row in failed[~self.system.space.are_finite(product)]:
                 self.stop_reasons[row] = StopReason.NOT_FINITE
 
     def result(self, iterations: int, **more: Any) -> tuple[list[Tensor], SolveStats]:

@@ -19,6 +19,7 @@ from auxfast.solvers.linear_system import check_rhs
 from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
 from auxfast.solvers.normal_equations import NormalEquations
+from auxfast.solvers.space import LOCAL, refuse_pieces
 
 _BY_ROWS = (MINRES, ConjugateGradient, GMRES, NormalEquations, Neumann, Chebyshev, Identity)
 _SCALES, _SCALES_OF_HALF = 32, 8  # powers of two that tell problems apart: more would leave the range of the dtype
@@ -79,6 +80,7 @@ class BlockDiagonal:
                 problems that depend on each other; or see `solver`.
             RuntimeError: see `solver`.
         """
+        refuse_pieces(getattr(matvec, "space", LOCAL), "BlockDiagonal", "take the solver itself")
         check_rhs(rhs, batched)
         blocks = _number_of_blocks(rhs, batched)
         operator = BlockOperator(matvec, blocks)
@@ -111,7 +113,7 @@ def _refuse_dependent(operator: BlockOperator, vectors: Sequence[Tensor], blocks
         vectors: each tensor has `blocks` entries along its first axis.
     """
     largest = max((float(v.abs().max()) for v in vectors if v.numel()), default=0.0)
-    if not 0 < largest < math.inf:
+    if not operator.space.all(0 < largest < math.inf):
         return
     vectors = [v / largest for v in vectors]
     products = operator.batched([v.clone() for v in vectors])
@@ -125,7 +127,8 @@ def _refuse_dependent(operator: BlockOperator, vectors: Sequence[Tensor], blocks
         found = max((float((s.detach() / c - p.detach()).abs().max()) for p, s, c in pairs if p.numel()), default=0.0)
         changes, stride = max(changes, found), stride * num_scales
     size = max((float(p.detach().abs().max()) for p in products if p.numel()), default=0.0)
-    if math.isfinite(changes) and changes > math.sqrt(torch.finfo(vectors[0].dtype).eps) * size:
+    rounding = math.sqrt(torch.finfo(vectors[0].dtype).eps) * size
+    if not operator.space.all(not rounding < changes < math.inf):
         raise ValueError(
             f"the {blocks} problems of BlockDiagonal depend on each other: second derivatives mix entries of the first "
             f"axis of inner_params (by {changes / size:.1e} of the largest product). Statistics over all of them do "

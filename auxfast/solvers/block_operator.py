@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from auxfast.solvers.base import Matvec, batched_matvec, is_symmetric
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 
 class BlockOperator:
@@ -20,7 +21,7 @@ class BlockOperator:
 
     Attributes:
         products: products with H or its transpose so far.
-        symmetric, exact: see `LinearOperator`.
+        symmetric, exact, space: see `LinearOperator`.
     """
 
     def __init__(self, matvec: Matvec, blocks: int) -> None:
@@ -28,6 +29,7 @@ class BlockOperator:
         self._count = [0]  # shared with the transpose
         self.symmetric = is_symmetric(matvec)
         self.exact = bool(getattr(matvec, "exact", False))
+        self.space: VectorSpace = getattr(matvec, "space", LOCAL)
 
     @property
     def products(self) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import linear_combination_, row_dots
+from auxfast.ops.krylov import linear_combination_
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
@@ -179,7 +179,8 @@ class _Cycle:
             image = self._preconditioned()
             linear_combination_(self.direction, [image], turn)
         self.taken += count
-        self.norms = squares.sqrt().cpu().numpy()
+        space = self.best.system.space
+        self.norms = np.sqrt(space.read(space.sum(squares)))
         self.sizes = self._sizes(image)
 
     def _preconditioned(self) -> Tensor:
@@ -189,8 +190,9 @@ class _Cycle:
         """The residuals (k,) in the norm in which the bounds promise something: the preconditioner's."""
         if self.precondition is None:
             return self.norms
-        squares: Floats = row_dots(self.residual, image).clamp(min=0).cpu().numpy()
-        return np.sqrt(squares)
+        space = self.best.system.space
+        sizes: Floats = np.sqrt(space.read(space.dots(self.residual, image)).clip(min=0))
+        return sizes
 
     def _coefficients(self, pairs: list[tuple[float, float]]) -> Tensor:
         """(number of pairs, 2, k): each pair for all rows alike, in one transfer to the device."""

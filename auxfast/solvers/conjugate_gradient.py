@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from auxfast.ops.krylov import (
     BROKEN,
     CONJUGATE_GRADIENT_NUMBERS,
     conjugate_gradient_step_,
-    row_dots,
+    conjugate_gradient_step_reference_,
 )
 from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.krylov import KrylovSolver, Recurrence
 from auxfast.solvers.preconditioners import Apply
+from auxfast.solvers.space import VectorSpace
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,28 @@ class ConjugateGradient(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
-        return _ConjugateGradient(x, residual, norms, tolerances, precondition)
+        return _ConjugateGradient(x, residual, norms, tolerances, precondition, space)
 
 
 class _ConjugateGradient(Recurrence):
     names = CONJUGATE_GRADIENT_NUMBERS
 
     def __init__(
-        self, x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norms: Floats,
+        tolerances: Floats,
+        precondition: Apply | None,
+        space: VectorSpace,
     ) -> None:
         squares = norms**2
-        super().__init__(x, norms, tolerances, precondition, rz=squares, pp=squares, best_square=squares)
+        self._step: Callable[..., None] = (
+            conjugate_gradient_step_ if space.is_whole else partial(conjugate_gradient_step_reference_, total=space.sum)
+        )
+        super().__init__(x, norms, tolerances, precondition, space, rz=squares, pp=squares, best_square=squares)
         self.r, self.z = residual, None
         self.best_x = x.clone()
         if precondition is None:
@@ -60,19 +72,19 @@ class _ConjugateGradient(Recurrence):
             return
         self.z = precondition(residual)
         self.direction = self.z.clone()
-        rz = row_dots(residual, self.z)
+        rz = space.dots(residual, self.z)
         self.number("rz").copy_(rz)
-        self.number("pp").copy_(row_dots(self.z, self.z))
+        self.number("pp").copy_(space.dots(self.z, self.z))
         self.number("status").masked_fill_(~(rz > 0), BROKEN)
 
     def step(self, product: Tensor) -> None:
         vectors = self.x, self.best_x, self.r, self.direction
         if self.precondition is None:
-            conjugate_gradient_step_(*vectors, None, product, self.numbers)
+            self._step(*vectors, None, product, self.numbers)
             return
-        conjugate_gradient_step_(*vectors, self.z, product, self.numbers, BEFORE_PRECONDITIONER)
+        self._step(*vectors, self.z, product, self.numbers, BEFORE_PRECONDITIONER)
         self.z = self.precondition(self.r)
-        conjugate_gradient_step_(*vectors, self.z, product, self.numbers, AFTER_PRECONDITIONER)
+        self._step(*vectors, self.z, product, self.numbers, AFTER_PRECONDITIONER)
 
     def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
         square, best_square = numbers[self.names["square"]], numbers[self.names["best_square"]]

@@ -20,6 +20,7 @@ from auxfast.solvers.base import (
 )
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import MAX_BATCH, LinearSystem
+from auxfast.solvers.space import refuse_pieces
 from auxfast.solvers.symmetry import may_be_symmetric
 
 
@@ -63,6 +64,8 @@ class Dense:
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
         system = LinearSystem(matvec, rhs, self.damping, batched)
+        space = system.space
+        refuse_pieces(space, "Dense", "take MINRES(), which forms no matrix")
         n = system.rhs.shape[1]
         if n > self.max_size:
             raise ValueError(
@@ -74,13 +77,14 @@ class Dense:
         if len(rows) == 0:
             return best.result(iterations=0)
         matrix = _form(system).T
-        if not bool(matrix.isfinite().all()):
+        if not space.are_finite(matrix).all():
             best.set_stop_reason(StopReason.DIVERGED)
             return best.result(iterations=0)
         more: dict[str, Any] = {}
         if system.symmetric:
-            size = float(torch.linalg.vector_norm(matrix))
-            best.symmetry_error = float(torch.linalg.vector_norm(matrix - matrix.T)) / size if size else 0.0
+            sizes = torch.stack([torch.linalg.vector_norm(part) for part in (matrix - matrix.T, matrix)])
+            asymmetry, size = space.read(sizes).tolist()
+            best.symmetry_error = asymmetry / size if size else 0.0
             best.symmetric = may_be_symmetric(system, best.symmetry_error, None, matrix.T, matrix)
             values, left = torch.linalg.eigh(matrix / 2 + matrix.T / 2)
             right = left.T

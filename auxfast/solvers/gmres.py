@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import check_steps
 from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.linear_system import LinearSystem
@@ -85,11 +84,12 @@ class _Arnoldi(Cycle):
         j = self._across.shape[1] - 1
         basis = self.basis[:, : j + 1]
         vector = self.product(self._system, self.basis[:, j].contiguous())[..., None]  # (k, n, 1)
-        first = basis @ vector  # (k, j + 1, 1)
+        space = self._system.space
+        first = space.sum(basis @ vector)  # (k, j + 1, 1)
         vector = torch.baddbmm(vector, basis.mT, first, alpha=-1)
-        second = basis @ vector  # one Gram-Schmidt pass leaves what rounding put back
+        second = space.sum(basis @ vector)  # one Gram-Schmidt pass leaves what rounding put back
         vector = torch.baddbmm(vector, basis.mT, second, alpha=-1)[..., 0]
-        above, norm = (first + second)[..., 0].double(), row_dots(vector, vector).sqrt()
+        above, norm = (first + second)[..., 0].double(), space.dots(vector, vector).sqrt()
         column = torch.cat([above, norm[:, None]], dim=1)
         size = torch.linalg.vector_norm(column, dim=1)  # of the product
         taken = self.running & size.isfinite()
@@ -104,10 +104,12 @@ class _Arnoldi(Cycle):
         self.basis[:, j + 1] = torch.where(self.running[:, None], vector / norm[:, None].to(vector.dtype), 0)
 
     def correction(self) -> Tensor:
-        hessenberg, lengths, norms = (t.cpu().numpy() for t in (self.hessenberg, self.lengths, self.norms))
+        hessenberg, lengths, norms = (
+            self._system.space.read(t.double()) for t in (self.hessenberg, self.lengths, self.norms)
+        )
         weights = np.zeros(hessenberg.shape[:2])  # (k, steps + 1)
         of_products, of_sums = (torch.finfo(dtype).eps for dtype in (self._system.dtype, self.basis.dtype))
-        for row, (matrix, length, norm) in enumerate(zip(hessenberg, lengths.tolist(), norms, strict=True)):
+        for row, (matrix, length, norm) in enumerate(zip(hessenberg, lengths.astype(int).tolist(), norms, strict=True)):
             rounding = max(of_products, length * of_sums)  # singular values of this size may be 0
             start = np.zeros(length + 1)
             start[0] = norm

@@ -151,13 +151,13 @@ class GradientFlow:
         while any(row.stop_reason is None for row in rows):
             process.step()
             if process.taken % check_every == 0 or process.taken == self.steps:
-                table = process.coefficients[:, : process.taken + 1].cpu().numpy()
+                table = system.space.read(process.coefficients[:, : process.taken + 1])
                 for i, row in enumerate(rows):
                     row.read(table[:, :, i])
         weights = torch.from_numpy(np.stack([row.weights[row.steps] for row in rows])[:, None])  # (k, 1, steps + 1)
         x = (weights.to(system.rhs) @ process.basis)[:, 0]
         x = system.rounded(x, torch.arange(len(x), device=x.device))
-        usable = x.isfinite().all(dim=1)
+        usable = system.space.are_finite(x)
         for row, is_usable in zip(rows, usable.tolist(), strict=True):
             if not is_usable:
                 row.error, row.stop_reason = 1.0, StopReason.DIVERGED
@@ -177,7 +177,7 @@ class GradientFlow:
             residuals=tuple(row.error for row in rows),
             symmetry_error=symmetry_error,
         )
-        return system.unflatten(torch.where(usable[:, None], x, 0)), stats
+        return system.unflatten(torch.where(torch.from_numpy(usable)[:, None].to(x.device), x, 0)), stats
 
 
 class _Row:

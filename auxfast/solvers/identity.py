@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,16 +47,20 @@ class Identity:
         """
         system = LinearSystem(matvec, rhs, 0.0, batched)
         x = system.rounded(system.rhs * self.scale, torch.arange(len(system.rhs), device=system.rhs.device))
-        left = torch.linalg.vector_norm(system.rhs - system.product(x), dim=1, dtype=torch.float64)
-        norms = torch.from_numpy(system.rhs_norms).to(left.device)
-        residuals = torch.where(norms == 0, 0, left / norms)
-        usable = residuals.isfinite() & x.isfinite().all(dim=1)
-        x, residuals = torch.where(usable[:, None], x, 0), torch.where(usable, residuals, 1)
+        space, norms, left = system.space, system.rhs_norms, system.rhs - system.product(x)
+        lengths = np.sqrt(space.read(space.dots(left, left)))
+        residuals = np.divide(lengths, norms, out=np.zeros_like(norms), where=norms > 0)
+        usable = np.isfinite(residuals) & space.are_finite(x)
+        if not usable.all():
+            x, residuals = (
+                torch.where(torch.from_numpy(usable)[:, None].to(x.device), x, 0),
+                np.where(usable, residuals, 1),
+            )
         worst = int(residuals.argmax())
         residual = float(residuals[worst])
         if not usable[worst]:
             index = torch.tensor([worst], device=x.device)
-            finite = bool(system.product(system.rhs[worst : worst + 1], index).isfinite().all())
+            finite = space.are_finite(system.product(system.rhs[worst : worst + 1], index)).all()
             reason = StopReason.DIVERGED if finite else StopReason.NOT_FINITE
         elif residual == 0:
             reason = StopReason.CONVERGED if system.rhs_norms[worst] else StopReason.TRIVIAL

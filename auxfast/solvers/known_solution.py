@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, SolverState, SolveStats, StopReason
 from auxfast.solvers.linear_system import check_rhs
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 MixedProduct = Literal["exact", "difference"]
 """How to take the derivative of `<x, d inner / d W>` in the outer parameters: through the recorded gradient; or by the
@@ -52,14 +53,19 @@ def check_mixed(value: str) -> None:
         raise ValueError(f"mixed must be 'exact' or 'difference', not {value!r}")
 
 
-def without_certificate(rhs: Sequence[Tensor], batched: bool, step_size: float | None = None) -> SolveStats:
+def without_certificate(
+    matvec: Matvec, rhs: Sequence[Tensor], batched: bool, step_size: float | None = None
+) -> SolveStats:
     """The stats of a solve that has spent no product: residuals are unknown, but where the right-hand side is zero.
 
     Raises:
         ValueError: see `LinearSystem`.
     """
     check_rhs(rhs, batched)
+    space: VectorSpace = getattr(matvec, "space", LOCAL)
     sizes = _norms_of_rows(rhs) if batched else [_norm([b.detach() for b in rhs])]
+    if space is not LOCAL:
+        sizes = space.read(space.max(torch.tensor(sizes, dtype=torch.float64, device=rhs[0].device))).tolist()
     if not all(map(math.isfinite, sizes)):
         raise ValueError(RHS_NOT_FINITE)
     residuals = tuple(math.nan if size else 0.0 for size in sizes)

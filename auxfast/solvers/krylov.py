@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import BROKEN, LANCZOS, LANCZOS_STEPS, NUMBERS, REACHED, RUNNING, row_dots
+from auxfast.ops.krylov import BROKEN, LANCZOS, LANCZOS_STEPS, NUMBERS, REACHED, RUNNING
 from auxfast.solvers.base import SolverState, StopReason
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver, steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 _STOP_REASONS = (  # by the status of a row
     StopReason.STEPS,
@@ -38,6 +39,7 @@ class Recurrence(ABC):
         norms: (k,), of the residuals of x.
         tolerances: (k,), residual norms to stop at.
         precondition: see `Apply`.
+        space: that of the rows.
         first: (k,) each, what the method knows of the rows before the first step.
 
     Attributes:
@@ -50,9 +52,16 @@ class Recurrence(ABC):
     direction: Tensor
 
     def __init__(
-        self, x: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, **first: Floats
+        self,
+        x: Tensor,
+        norms: Floats,
+        tolerances: Floats,
+        precondition: Apply | None,
+        space: VectorSpace,
+        **first: Floats,
     ) -> None:
         self.x = x
+        self.space = space
         self.precondition = precondition
         numbers = np.zeros((NUMBERS, len(norms)))
         numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = np.nan
@@ -77,7 +86,8 @@ class Recurrence(ABC):
     def run(self, system: LinearSystem, rows: Rows, steps: int) -> int:
         """Takes at most `steps` steps, on these rows of the system; returns how many."""
         check_every, status = steps_per_check(self.x.device), self.number("status")
-        on_host = status.numpy() if check_every == 1 else None  # the same memory, which a look at costs nothing
+        is_free = check_every == 1 and self.space is LOCAL
+        on_host = status.numpy() if is_free else None  # the same memory, which a look at costs nothing
         index = None if len(rows) == len(system.rhs) else torch.from_numpy(rows).to(self.x.device)
         active, stopped = index, 0
         for step in range(1, steps + 1):
@@ -88,7 +98,7 @@ class Recurrence(ABC):
                 product[active] = system.product(self.direction[active], active if index is None else index[active])
             self.step(product)
             if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
-                active = (status == RUNNING).nonzero()[:, 0]  # waits for the device
+                active = torch.from_numpy(np.flatnonzero(self.space.read(status) == RUNNING)).to(self.x.device)
                 stopped = len(self.x) - len(active)
                 if not len(active):
                     break
@@ -141,8 +151,8 @@ class _Outcome:
         """
         system = best.system
         steps = self.number("steps")
-        shown = np.sqrt(self.x.shape[1] * self.number("noise") / np.maximum(steps - 1, 1))
-        lengths = np.sqrt(row_dots(self.x, self.x).cpu().numpy())
+        shown = np.sqrt(system.size * self.number("noise") / np.maximum(steps - 1, 1))
+        lengths = np.sqrt(system.space.read(system.space.dots(self.x, self.x)))
         error = np.maximum(torch.finfo(system.dtype).eps, 2 * shown)
         drift = error * self.number("largest") * np.sqrt(steps) * lengths
         norms = np.hypot(self.norms, drift)
@@ -187,10 +197,10 @@ class KrylovSolver(IterativeSolver):
     @staticmethod
     @abstractmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
         """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten; norms: (k,),
-        those of `residual`."""
+        those of `residual`; space: that of the rows."""
 
     def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
         rows = best.unsolved()
@@ -199,10 +209,10 @@ class KrylovSolver(IterativeSolver):
         while len(rows) and left > 0:
             before = best.norms[rows]
             tolerances = np.maximum(best.tolerances[rows], torch.finfo(best.residual.dtype).eps * before)
-            cycle = self._recurrence(*best.current(rows), before, tolerances, precondition)
+            cycle = self._recurrence(*best.current(rows), before, tolerances, precondition, best.system.space)
             taken = cycle.run(best.system, rows, left)
             iterations, left = iterations + taken, left - taken - 1
-            numbers = cycle.numbers.cpu().numpy()  # waits for the device
+            numbers = best.system.space.read(cycle.numbers)
             outcome = _Outcome(*cycle.best(numbers), numbers, cycle.names)
             self._take(best, rows, outcome, is_known=best.system.exact and precondition is None and taken == iterations)
             if largest is None and precondition is None and (ritz := outcome.largest_ritz_value()) is not None:

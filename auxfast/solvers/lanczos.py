@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply
 
@@ -60,7 +59,7 @@ class Lanczos:
         vector = self._system.product(self.images[:, j].contiguous(), self._index)
         negligible = self._rounding * self._norms_and_images(vector)[0]
         for _ in range(2):  # one Gram-Schmidt pass leaves what rounding put back
-            overlap = images @ vector[..., None]  # (k, j + 1, 1)
+            overlap = self._system.space.sum(images @ vector[..., None])  # (k, j + 1, 1)
             vector = vector - (basis.mT @ overlap)[..., 0]
             self._diagonal[j] += overlap[:, j, 0]
             if j == 1:
@@ -72,12 +71,12 @@ class Lanczos:
 
     def is_exhausted(self) -> bool:
         """Whether no row has a vector left to multiply; waits for the device."""
-        return not bool(self._beside[self.taken].any())
+        return not self._system.space.read(self._beside[self.taken]).any()
 
     def _norms_and_images(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """(k,) in the preconditioner's norm, and (k, n), the preconditioned vector."""
         image = vector if self._precondition is None else self._precondition(vector)
-        return row_dots(vector, image).clamp(min=0).sqrt(), image
+        return self._system.space.dots(vector, image).clamp(min=0).sqrt(), image
 
     def _append(self, vector: Tensor, image: Tensor, norms: Tensor, kept: Tensor) -> None:
         kept = kept & norms.isfinite()

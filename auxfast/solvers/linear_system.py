@@ -38,7 +38,7 @@ class LinearSystem:
         symmetric: whether H does not say that it is not.
         has_own_matrices: whether each row has a matrix of its own, the operator being a `BlockOperator`.
         exact: whether the operator says that its products are; see `LinearOperator`.
-        space: where the rows live, and with it the products `dots` and the numbers that are `read`.
+        space: where the rows live: in it dot products are formed, and read the numbers that decide.
         matvecs: vectors multiplied so far.
         params: the parameters themselves, where the operator knows them (`matvec.params`, as a curvature does); else
             None.
@@ -69,8 +69,8 @@ class LinearSystem:
         self.rhs = self.flatten(rhs)
         self.rhs_norms = self._norms()
         limit = torch.finfo(self.dtype).max ** 0.25
-        if not all(1 / limit < norm < limit for norm in self.rhs_norms.tolist()) and self.rhs.numel():
-            largest = self.rhs.abs().amax(dim=1, keepdim=True)
+        if not all(1 / limit < norm < limit for norm in self.rhs_norms.tolist()):
+            largest = torch.from_numpy(self.space.largest_entries(self.rhs))[:, None].to(self.rhs)
             if not bool(largest.isfinite().all()):
                 raise ValueError(RHS_NOT_FINITE)
             power = largest / (2 * torch.frexp(largest).mantissa)  # exact
@@ -146,6 +146,12 @@ class LinearSystem:
                     calls.append((self._matvec, self._cut(part[0], False), 1))
             self._last = rows, calls
         return self._last[1]
+
+    @cached_property
+    def size(self) -> int:
+        """The number of unknowns: n, and where processes have pieces of the rows, the sum over all of them."""
+        own = self.rhs.new_tensor(self.rhs.shape[1], dtype=torch.float64)
+        return self.rhs.shape[1] if self.space.is_whole else int(self.space.read(self.space.sum(own)))
 
     @cached_property
     def transposed(self) -> LinearSystem:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import AFTER_PRECONDITIONER, BEFORE_PRECONDITIONER, MINRES_NUMBERS, minres_step_, row_dots
+from auxfast.ops.krylov import (
+    AFTER_PRECONDITIONER,
+    BEFORE_PRECONDITIONER,
+    MINRES_NUMBERS,
+    minres_step_,
+    minres_step_reference_,
+)
 from auxfast.solvers.best_iterate import Floats
 from auxfast.solvers.krylov import KrylovSolver, Recurrence
 from auxfast.solvers.preconditioners import Apply
+from auxfast.solvers.space import VectorSpace
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,9 @@ class MINRES(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
-        return _MINRES(x, residual, norms, tolerances, precondition)
+        return _MINRES(x, residual, norms, tolerances, precondition, space)
 
 
 DEFAULT_SOLVER = MINRES(steps=10, warm_start=True)
@@ -52,28 +61,37 @@ class _MINRES(Recurrence):
     names = MINRES_NUMBERS
 
     def __init__(
-        self, x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norms: Floats,
+        tolerances: Floats,
+        precondition: Apply | None,
+        space: VectorSpace,
     ) -> None:
-        super().__init__(x, norms, tolerances, precondition, beta=norms, phibar=norms, c=-np.ones_like(norms))
+        super().__init__(x, norms, tolerances, precondition, space, beta=norms, phibar=norms, c=-np.ones_like(norms))
         self.u, self.u_old = residual, residual  # the first coefficient of u_old is 0
         self.r = residual.clone()
         z = residual
         if precondition is not None:
             z = precondition(residual)
-            beta = row_dots(residual, z).sqrt()
+            beta = space.dots(residual, z).sqrt()
             self.number("beta").copy_(beta)
             self.number("phibar").copy_(beta)
         self.direction = z / self.number("beta")[:, None].to(z.dtype)
         self.x = x.double()  # csrc/krylov/minres_math.h says why
         self.w, self.w_old = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self._step: Callable[..., None] = (
+            minres_step_ if space.is_whole else partial(minres_step_reference_, total=space.sum)
+        )
 
     def step(self, product: Tensor) -> None:
         vectors = self.x, self.w, self.w_old, self.direction, self.u, self.u_old, self.r
         if self.precondition is None:
-            minres_step_(*vectors, None, product, self.numbers)
+            self._step(*vectors, None, product, self.numbers)
         else:
-            minres_step_(*vectors, None, product, self.numbers, BEFORE_PRECONDITIONER)
-            minres_step_(*vectors, self.precondition(product), product, self.numbers, AFTER_PRECONDITIONER)
+            self._step(*vectors, None, product, self.numbers, BEFORE_PRECONDITIONER)
+            self._step(*vectors, self.precondition(product), product, self.numbers, AFTER_PRECONDITIONER)
         self.w, self.w_old = self.w_old, self.w
         self.u, self.u_old = product, self.u
 

@@ -25,6 +25,7 @@ from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.linear_system import LinearSystem, check_rhs
 from auxfast.solvers.series import GROWTH, ListProducts, Products, RowProducts, Series, run, without_graph
+from auxfast.solvers.space import LOCAL
 from auxfast.solvers.spectrum import SpectrumBounds
 
 _SERVED = 0.9
@@ -100,6 +101,7 @@ class Neumann(IterativeSolver):
         """
         refuse_not_symmetric(self, matvec)
         is_flat = batched or self.damping != 0 or torch.finfo(rhs[0].dtype).bits < 32 if rhs else True
+        is_flat = is_flat or getattr(matvec, "space", LOCAL) is not LOCAL
         if self.certify:
             if is_flat or self.step_size == "auto" or self.tol is not None or self.warm_start:
                 return super().solve(matvec, rhs, batched=batched, state=state)
@@ -108,7 +110,7 @@ class Neumann(IterativeSolver):
         check_rhs(rhs, batched)
         if is_flat:
             system = LinearSystem(matvec, rhs, self.damping, batched)
-            series = [Series([b], self.step_size, row=i) for i, b in enumerate(system.rhs)]
+            series = [Series([b], self.step_size, row=i, space=system.space) for i, b in enumerate(system.rhs)]
             stats = self._sum(series, RowProducts(system), system.limits())
             return system.unflatten(torch.stack([s.p[0] for s in series])), stats
         one = Series(without_graph(rhs), self.step_size)
@@ -181,7 +183,7 @@ class Neumann(IterativeSolver):
             rounding = torch.finfo(residual.dtype).eps * before
             tolerances = np.maximum(best.tolerances[rows], rounding if self.tol else 0).tolist()
             starts = zip(residual, tolerances, rows.tolist(), strict=True)
-            cycle = [Series([r], step_size, tolerance, row) for r, tolerance, row in starts]
+            cycle = [Series([r], step_size, tolerance, row, best.system.space) for r, tolerance, row in starts]
             iterations += run(cycle, products, self.steps - iterations)
             again = spectrum is not None and any(s.grew for s in cycle) and spectrum.should_retry()
             for s in cycle:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import SolverState
 from auxfast.solvers.best_iterate import BestIterate, Floats
 from auxfast.solvers.linear_system import LinearSystem
@@ -95,7 +94,7 @@ class _Bidiagonalization(Cycle):
         """The unit vectors along `A a - coefficient b`, and what they were divided by; zeros for rows that have stopped
         or stop here."""
         vector = torch.addcmul(self.product(system, a), _column(coefficient, a), b, value=-1)
-        norm = row_dots(vector, vector).sqrt()
+        norm = system.space.dots(vector, vector).sqrt()
         taken = self.running & norm.isfinite()
         self.broken |= self.running ^ taken
         self.running = taken

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import (
     Matvec,
     SolverState,
@@ -25,6 +24,7 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import prepare, private_generator
+from auxfast.solvers.space import refuse_pieces
 from auxfast.solvers.symmetry import may_be_symmetric
 
 
@@ -133,11 +133,12 @@ class Nystrom:
         index = torch.from_numpy(rows).to(b.device)
         x = system.rounded(inverse.solve(b), index)
         product = system.product(x)
-        scale = row_dots(product, b) / row_dots(product, product)  # this factor makes the residual smallest
+        dots = system.space.dots
+        scale = dots(product, b) / dots(product, product)  # this factor makes the residual smallest
         # Below 0.5, x = 0 would be better than x; below 0, a better solution would point the other way.
         scale = torch.where(scale < 0.5, scale.clamp(min=0), 1).to(x.dtype)[:, None]
         x = scale * x
-        exact = torch.equal(system.rounded(x, index), x)
+        exact = system.space.all(torch.equal(system.rounded(x, index), x))
         best.update(rows, x, scale * product if exact else None)
         return best.result(
             0, largest_eigenvalue=inverse.largest_eigenvalue, negative_curvature=inverse.negative_curvature
@@ -153,14 +154,17 @@ class Nystrom:
             raise ValueError(
                 f"damping must be left to the solver ({system.damping:g}), not given to its preconditioner"
             )
+        space = system.space
+        refuse_pieces(space, "Nystrom", "take Jacobi() as a preconditioner, or MINRES() as a solver")
         size, dtype = system.rhs.shape[1], torch.promote_types(system.rhs.dtype, torch.float32)
         tests = self._tests(size, system.rhs)  # (m, n), m <= rank, orthonormal rows
         image = system.product(tests).to(dtype)
         tests = tests.to(dtype)
         core = (tests @ image.T).double()  # (m, m)
-        if not bool(core.isfinite().all()):
+        if not space.are_finite(core).all():
             return None
-        norm, asymmetry = (float(torch.linalg.vector_norm(t, dtype=core.dtype)) for t in (image, core - core.T))
+        sizes = torch.stack([torch.linalg.vector_norm(t, dtype=core.dtype) for t in (image, core - core.T)])
+        norm, asymmetry = space.read(sizes).tolist()
         error = asymmetry / norm if norm else 0.0
         symmetric = may_be_symmetric(system, error, tests, image, core)
         # An eigenvalue of 0 may seem to be as large as this: by rounding; or by finite differences, which are not
@@ -177,7 +181,9 @@ class Nystrom:
     def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:
         """The inverse from the products `image` (m, n), overwritten, with `tests` (m, n), and their `core` (m, m)."""
         dtype = image.dtype
-        lowest = float(torch.linalg.eigvalsh((core + core.T) / 2)[0])  # a Rayleigh quotient of H + damping I
+        lowest = float(
+            system.space.read(torch.linalg.eigvalsh((core + core.T) / 2)[0])
+        )  # a Rayleigh quotient of H + damping I
         if len(tests) == image.shape[1]:
             return _indefinite(tests, image, system.damping, lowest, noise)
         image.sub_(tests, alpha=system.damping)  # H alone is nearer to low rank

@@ -72,5 +72,5 @@ class OneStep(KnownSolution):
                 "OneStep(lookahead=True) evaluates the outer loss, which only hypergradient and HyperOptimizer have: "
                 "take lookahead=False here"
             )
-        stats = without_certificate(rhs, batched, self.lr)
+        stats = without_certificate(matvec, rhs, batched, self.lr)
         return [*torch._foreach_mul([b.detach() for b in rhs], self.lr)], stats

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.param_groups import groups_of
 from auxfast.solvers.preconditioners import Apply, Diagonal, private_generator
+from auxfast.solvers.space import refuse_pieces
 
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
 """Names in `optimizer.state` of running squares of gradients: Adam's and its kin's, RMSprop's and Adagrad's."""
@@ -68,6 +68,7 @@ class FromOptimizer:
                 "FromOptimizer must know whose state to read: matvec must have `params`, the list of parameters, as "
                 "the curvature has that hypergradient solves with"
             )
+        refuse_pieces(system.space, "FromOptimizer", "take Jacobi()")
         groups = groups_of(self.optimizer, system.params)
         if isinstance(self.optimizer, torch.optim.LBFGS):
             return self._pairs(system, system.params)
@@ -108,8 +109,8 @@ class FromOptimizer:
         for w in held:
             starts[id(w)], start = start, start + w.numel()
         columns = [torch.arange(w.numel(), device=steps.device) + starts[id(w)] for w in params]
-        inner = row_dots(steps, changes)  # (m,), above 0, since LBFGS keeps no other pairs
-        scale = float(inner[-1] / row_dots(changes[-1:], changes[-1:])[0])
+        inner = system.space.dots(steps, changes)  # (m,), above 0, since LBFGS keeps no other pairs
+        scale = float(inner[-1] / system.space.dots(changes[-1:], changes[-1:])[0])
         return LimitedMemory(steps, changes, (1 / inner).to(steps.dtype), scale, torch.cat(columns))
 
 
@@ -134,7 +135,7 @@ def _fitted(pattern: Tensor, system: LinearSystem) -> Diagonal | None:
     if s < system.damping:  # H itself has no diagonal below 0 at a minimum
         s = torch.full_like(s, system.damping)
         c = (weight * pattern) @ (sample - s) / (weight @ pattern.square())
-    if not 0 < float(c) < float("inf"):
+    if not 0 < float(system.space.read(c)) < float("inf"):
         return None
     diagonal = c * pattern + s
     least = torch.finfo(system.rhs.dtype).eps ** 0.5 * diagonal.max()  # what has had no gradient is no more curved

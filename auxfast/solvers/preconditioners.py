@@ -67,7 +67,7 @@ def prepare(preconditioner: Preconditioner | None, system: LinearSystem, state: 
     if state is None or preconditioner.refresh == 1:  # none is held that no later solve can use
         return preconditioner.build(system)
     key = (preconditioner, system.damping, system.rhs.shape[1], system.rhs.dtype, system.rhs.device)
-    if state.preconditioner is not None and state.preconditioner[0] == key:
+    if system.space.all(state.preconditioner is not None and state.preconditioner[0] == key):
         state.preconditioner_age += 1
         if state.preconditioner_age < preconditioner.refresh:
             held: Apply = state.preconditioner[1]
@@ -131,11 +131,15 @@ class Jacobi:
             error = torch.zeros_like(diagonal)
         else:
             diagonal, error = self._estimate(system)
-        if not bool(diagonal.isfinite().all()):
+        if not system.space.are_finite(diagonal[None]).all():
             return None
         modulus = torch.maximum(diagonal.abs(), error)
-        certain = modulus > torch.finfo(system.rhs.dtype).eps * modulus.max()
-        least = torch.where(certain, modulus, math.inf).min()
+
+        def largest(values: Tensor) -> Tensor:
+            return system.space.max(torch.cat([values, values.new_full((1,), -math.inf)]).max())  # a piece may be empty
+
+        certain = modulus > torch.finfo(system.rhs.dtype).eps * largest(modulus)
+        least = -largest(torch.where(certain, -modulus, -math.inf))
         least = torch.where(least.isfinite(), least, 1)  # H is 0 if it is not
         inverse = torch.where(certain, modulus, least).reciprocal()
         return Diagonal(inverse.to(system.rhs.dtype))
@@ -147,7 +151,7 @@ class Jacobi:
         if given != wanted:
             raise ValueError(f"diagonal must have the shapes of the parameters, {wanted}, got {given}")
         diagonal = torch.cat([tensor.detach().reshape(-1) for tensor in self.diagonal]).to(system.rhs)
-        if not bool(diagonal.isfinite().all()):
+        if not system.space.are_finite(diagonal[None]).all():
             raise ValueError("diagonal is not finite")
         return diagonal + system.damping
 
@@ -155,10 +159,11 @@ class Jacobi:
         """The diagonal (n,) of `H + damping I`, and its standard error (n,)."""
         size, device = system.rhs.shape[1], system.rhs.device
         dtype = torch.promote_types(system.rhs.dtype, torch.float32)
-        if size <= self.probes:
+        if system.space.is_whole and size <= self.probes:
             diagonal = system.product(torch.eye(size, dtype=system.rhs.dtype, device=device)).diagonal().to(dtype)
             return diagonal, torch.zeros_like(diagonal)
-        coins = torch.randint(2, (self.probes, size), generator=private_generator(device, self.seed), device=device)
+        generator = private_generator(device, (self.seed + system.space.piece) % 2**64)  # each has signs of its own
+        coins = torch.randint(2, (self.probes, size), generator=generator, device=device)
         signs = (2 * coins - 1).to(system.rhs.dtype)  # (probes, n)
         samples = (signs * system.product(signs)).to(dtype)
         mean = samples.mean(dim=0)

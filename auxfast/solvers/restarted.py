@@ -47,7 +47,8 @@ class Cycle(ABC):
         for taken in range(1, steps + 1):
             self.step()
             if taken % check_every == 0:
-                self._running_rows = self.running.nonzero()[:, 0]  # waits for the device
+                running = self._system.space.read(self.running.double())
+                self._running_rows = torch.from_numpy(np.flatnonzero(running)).to(self._index.device)
                 if not len(self._running_rows):
                     break
         return taken
@@ -101,7 +102,7 @@ class RestartedSolver(IterativeSolver):
 def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Cycle, is_last: bool) -> Rows:
     """The rows for which another cycle makes sense; sets why the others have stopped."""
     again = []
-    running, broken = torch.stack([cycle.running, cycle.broken]).tolist()
+    running, broken = best.system.space.read(torch.stack([cycle.running, cycle.broken]).double()).tolist()
     for row, norm, runs, broke in zip(rows, before, running, broken, strict=True):
         if best.stop_reasons[row] != StopReason.STEPS or (runs and is_last):
             continue

@@ -70,18 +70,18 @@ class SAMA(KnownSolution):
             ValueError: a parameter that the optimizer does not have, or parameters of other shapes than `rhs`; an
                 Adam that has made no step; or see `LinearSystem`.
         """
-        stats = without_certificate(rhs, batched)
+        stats = without_certificate(matvec, rhs, batched)
         params = getattr(matvec, "params", None)
         if params is None:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
         shapes = [tuple(b.shape[1:] if batched else b.shape) for b in rhs]
-        if shapes != (wanted := [tuple(param.shape) for param in params]):
+        if shapes != (wanted := [tuple(_own_piece(param).shape) for param in params]):
             raise ValueError(f"rhs must have the shapes of the optimizer's parameters, {wanted}, not {shapes}")
         groups = groups_of(self.optimizer, params)
         if not isinstance(self.optimizer, torch.optim.SGD) and not any(map(self.optimizer.state.get, params)):
             raise ValueError("optimizer must have made a step of inner_params: its state is empty")
         triples = zip(rhs, params, groups, strict=True)
-        return [(b * self._derivative(param, group)).to(b.dtype) for b, param, group in triples], stats
+        return [(b * _own_piece(self._derivative(param, group))).to(b.dtype) for b, param, group in triples], stats
 
     def _derivative(self, param: Tensor, group: dict[str, Any]) -> Tensor | float:
         """The derivative of `param`'s update in its gradient, elementwise."""
@@ -91,6 +91,11 @@ class SAMA(KnownSolution):
             return float(group["lr"]) * (1 + momentum * of_buffer if group["nesterov"] else of_buffer)
         state = self.optimizer.state.get(param)
         return _derivative_of_adam(param, group, state) if state else 0.0
+
+
+def _own_piece(values: Any) -> Any:
+    """The entries that this rank has, of the state of a parameter of `fully_shard`; else the values themselves."""
+    return values.to_local() if hasattr(values, "to_local") else values
 
 
 def _derivative_of_adam(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:

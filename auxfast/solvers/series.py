@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from auxfast.ops.neumann import neumann_step_, squared_norm
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 GROWTH = 1.002  # factor by which a squared norm must rise to count as growing: less may be rounding
 
@@ -85,6 +87,7 @@ class Series:
         step_size: a.
         tolerance: the norm of the residual that is small enough.
         row: the index of the right-hand side, among those of a linear system.
+        space: that of b.
 
     Attributes:
         v, p: as above, one tensor per parameter.
@@ -95,9 +98,17 @@ class Series:
         curvature: a Rayleigh quotient of A in the growing direction, once there is one.
     """
 
-    def __init__(self, start: Sequence[Tensor], step_size: float, tolerance: float = 0.0, row: int = 0) -> None:
+    def __init__(
+        self,
+        start: Sequence[Tensor],
+        step_size: float,
+        tolerance: float = 0.0,
+        row: int = 0,
+        space: VectorSpace = LOCAL,
+    ) -> None:
         self.start = start
         self.row = row
+        self._space = space
         self.squares: list[float] = []
         self.best = 0
         self.reached = self.grew = False
@@ -109,10 +120,10 @@ class Series:
     def _begin(self) -> None:
         self.v, self.p = ([torch.zeros_like(tensor) for tensor in self.start] for _ in range(2))
         first = neumann_step_(self.v, self.start, self.p, -self._step_size)  # v and p are zeros: both become a b
-        self._pending = [first]
+        self._pending = [self._space.sum(first)]
 
     def step(self, product: Sequence[Tensor]) -> None:
-        self._pending.append(neumann_step_(self.v, product, self.p, self._step_size))
+        self._pending.append(self._space.sum(neumann_step_(self.v, product, self.p, self._step_size)))
 
     def should_continue(self, product: Sequence[Tensor]) -> bool:
         """Whether the series has neither reached its tolerance nor grown; `product` is that of the last step. Waits
@@ -123,13 +134,16 @@ class Series:
         self.grew = not (self.reached or last <= GROWTH * self.squares[self.best] < math.inf)  # a NaN has grown too
         before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
         if self.grew and math.isfinite(last) and before > 0:  # it may have underflowed
-            slope = (before - last) / (2 * a) + a / 2 * squared_norm(product).item()  # w . A w
+            of_product = float(self._space.read(self._space.sum(squared_norm(product))))
+            slope = (before - last) / (2 * a) + a / 2 * of_product  # w . A w
             self.curvature = slope / before
         return not (self.reached or self.grew)
 
     def _read_pending(self) -> None:
-        few = len(self._pending) < 3
-        squares = [square.item() for square in self._pending] if few else torch.stack(self._pending).tolist()
+        if len(self._pending) < 3 and self._space is LOCAL:
+            squares = [square.item() for square in self._pending]
+        else:
+            squares = self._space.read(torch.stack(self._pending)).tolist() if self._pending else []
         self._pending = []
         for square in squares:
             self.squares.append(square)
@@ -180,19 +194,24 @@ class Series:
         """
         self._read_pending()
         if not 0 < self.squares[0] < math.inf:
-            if not all(bool(tensor.isfinite().all()) for tensor in self.start):
+            largest = self._largest()
+            if not math.isfinite(largest):
                 raise ValueError(RHS_NOT_FINITE)
-            if not any(bool(tensor.any()) for tensor in self.start):
+            if not largest:
                 self._reset()
                 return StopReason.TRIVIAL
         if not sum(map(math.sqrt, self.squares)) <= limit:
             self._reset()
-            largest = max(float(tensor.abs().max()) for tensor in self.start if tensor.numel())
+            largest = self._largest()
             self.v = [tensor / largest for tensor in self.start]
             (product,) = products([self])
-            finite = all(bool(tensor.isfinite().all()) for tensor in product)
+            finite = self._space.are_finite(_as_row(product)).all()
             return StopReason.DIVERGED if finite else StopReason.NOT_FINITE
         return StopReason.STEPS if self.squares[-1] <= GROWTH * min(self.squares) else StopReason.DIVERGED
+
+    def _largest(self) -> float:
+        """The largest modulus of an entry of b."""
+        return float(self._space.largest_entries(_as_row(self.start))[0])
 
     def rewind(self, products: Products) -> None:
         """Makes `p` the solution of the smallest residual, by summing the series once more up to there: taking away
@@ -202,7 +221,7 @@ class Series:
         for _ in self.squares[2:]:  # the last term needs no product: what it leaves is known
             (product,) = products([self])
             self.step(product)
-        if self.best == 0 or not bool(torch.stack(self._pending).isfinite().all()):
+        if self.best == 0 or not np.isfinite(self._space.read(torch.stack(self._pending))).all():
             self._reset()
 
     def _reset(self) -> None:
@@ -214,6 +233,11 @@ class Series:
         if not sum(map(math.sqrt, self.squares)) <= torch.finfo(self.p[0].dtype).max:
             self.grew = True
             self._reset()
+
+
+def _as_row(tensors: Sequence[Tensor]) -> Tensor:
+    """(1, n), a copy."""
+    return torch.cat([tensor.reshape(1, -1) for tensor in tensors], dim=1)
 
 
 def run(series: Sequence[Series], products: Products, steps: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import (
     RHS_NOT_FINITE,
     Matvec,
@@ -22,6 +21,7 @@ from auxfast.solvers.base import (
 )
 from auxfast.solvers.known_solution import KnownSolution, without_certificate
 from auxfast.solvers.linear_system import check_product, check_rhs
+from auxfast.solvers.space import LOCAL, VectorSpace
 
 _USELESS = (StopReason.NOT_FINITE, StopReason.DIVERGED)
 
@@ -65,19 +65,20 @@ class SingleLoop(KnownSolution):
             RuntimeError: `matvec` returns other shapes or dtypes than it was given.
         """
         check_rhs(rhs, batched)
-        norms = _norms(rhs, batched)
+        space: VectorSpace = getattr(matvec, "space", LOCAL)
+        norms = _norms(rhs, batched, space)
         if not all(map(math.isfinite, norms)):
             raise ValueError(RHS_NOT_FINITE)
         if not any(norms):
-            return [torch.zeros_like(t) for t in rhs], without_certificate(rhs, batched, self.step_size)
-        carried = None if state is None or not are_alike(state.solution or (), rhs) else state.solution
+            return [torch.zeros_like(t) for t in rhs], without_certificate(matvec, rhs, batched, self.step_size)
+        carried = state.solution if state is not None and space.all(are_alike(state.solution or (), rhs)) else None
         x = torch._foreach_mul(list(rhs), self.step_size) if carried is None else carried
         product = (batched_matvec(matvec) if batched else matvec)(x)
         check_product(product, rhs)
         left = torch._foreach_sub(list(rhs), list(product))
-        lengths = _norms(left, batched)
+        lengths = _norms(left, batched, space)
         residuals = [length / norm if norm else 0.0 for length, norm in zip(lengths, norms, strict=True)]
-        curvatures = [0.0] * len(norms) if max(residuals) < 1 else _curvatures(x, product, batched)
+        curvatures = [0.0] * len(norms) if max(residuals) < 1 else _curvatures(x, product, batched, space)
         reasons = [*map(self._reason, norms, residuals, curvatures)]
         useless = [reason in _USELESS for reason in reasons]
         if state is not None:
@@ -113,21 +114,22 @@ class SingleLoop(KnownSolution):
         return StopReason.STEPS if residual else StopReason.CONVERGED
 
 
-def _norms(tensors: Sequence[Tensor], batched: bool) -> list[float]:
+def _norms(tensors: Sequence[Tensor], batched: bool, space: VectorSpace) -> list[float]:
     """The norms of k right-hand sides."""
-    if not batched and tensors[0].dtype.itemsize >= 4:
+    if space is LOCAL and not batched and tensors[0].dtype.itemsize >= 4:
         norm = math.hypot(*map(float, torch._foreach_norm(list(tensors))))
         if 1e-15 < norm < 1e15:  # else squares may have left the range of float32
             return [norm]
     rows = _rows(tensors, batched)
-    norms: list[float] = row_dots(rows, rows).sqrt_().tolist()
+    norms: list[float] = space.read(space.dots(rows, rows).sqrt_()).tolist()
     return norms
 
 
-def _curvatures(x: Sequence[Tensor], product: Sequence[Tensor], batched: bool) -> list[float]:
+def _curvatures(x: Sequence[Tensor], product: Sequence[Tensor], batched: bool, space: VectorSpace) -> list[float]:
     """`x . H x / x . x`, a bound of the eigenvalues of H from within; 0 where x is 0."""
     rows, products = _rows(x, batched), _rows(product, batched)
-    curvatures: list[float] = (row_dots(rows, products) / row_dots(rows, rows)).nan_to_num(0.0).tolist()
+    quotients = (space.dots(rows, products) / space.dots(rows, rows)).nan_to_num(0.0)
+    curvatures: list[float] = space.read(quotients).tolist()
     return curvatures
 
 

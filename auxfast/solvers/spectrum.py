@@ -14,6 +14,7 @@ from auxfast.solvers.best_iterate import BestIterate, Rows
 from auxfast.solvers.lanczos import Lanczos
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply
+from auxfast.solvers.space import VectorSpace
 
 _LANCZOS_STEPS = 8  # enough for the largest eigenvalue to a few per cent
 _MARGIN = 1.1  # upper bound relative to the largest Ritz value, which misses a few per cent of the largest eigenvalue
@@ -142,10 +143,13 @@ def lanczos(
         process.step()
         if residual.device.type == "cpu" and process.is_exhausted():
             break
-    return _solve(residual, process.basis, process.images, *process.coefficients.tolist())
+    return _solve(
+        system.space, residual, process.basis, process.images, *system.space.read(process.coefficients).tolist()
+    )
 
 
 def _solve(
+    space: VectorSpace,
     residual: Tensor,
     basis: Tensor,
     images: Tensor,
@@ -156,6 +160,7 @@ def _solve(
     """The eigenvalues of each row's tridiagonal matrix, and the solution of its least-squares problem.
 
     Args:
+        space: that of the rows.
         residual: (k, n).
         basis, images: (k, steps + 1, n), see `lanczos`.
         diagonal, beside: [steps + 1][k], the tridiagonal matrices; `beside[0]` holds the norms of the residuals.
@@ -183,8 +188,8 @@ def _solve(
         small[1, row, : steps + 1] = start - extended @ small[0, row, :steps]
     weights = small.to(basis.device, basis.dtype)[..., None, :]  # (2, k, 1, steps + 1)
     correction, remaining = (weights[0] @ images)[:, 0], (weights[1] @ basis)[:, 0]
-    before, after = (torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in (residual, remaining))
-    helps = ((after < before) & correction.isfinite().all(dim=1))[:, None]
+    before, after = (space.read(space.dots(r, r)) for r in (residual, remaining))
+    helps = torch.from_numpy((after < before) & space.are_finite(correction))[:, None].to(residual.device)
     values = torch.cat(ritz) if ritz else torch.tensor([torch.nan])
     return KrylovSpace(
         float(values.min()),

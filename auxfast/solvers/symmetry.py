@@ -26,7 +26,7 @@ def may_be_symmetric(
     Args:
         vectors: (m, n), orthonormal rows; None: the n unit vectors.
         products: (m, n), each of them times H.
-        core: (m, m) float64, `vectors products^T`.
+        core: (m, m) float64, `vectors products^T`, of whole vectors.
         index: (1,), the right-hand side that all of this belongs to; None: any.
     """
     if not _is_suspicious(system, error):
@@ -38,8 +38,9 @@ def may_be_symmetric(
     combined = combined.to(system.rhs.dtype)
     found = torch.cat([system.product(row, index) for row in combined.split(len(combined) if index is None else 1)])
     rounding = found.double() - weights @ products.double()
-    asymmetric = torch.linalg.vector_norm(weights @ (core - core.T)) > _CERTAIN * torch.linalg.vector_norm(rounding)
-    return not bool(asymmetric)
+    asymmetry = torch.linalg.vector_norm(weights @ (core - core.T))
+    of_rounding = system.space.sum(rounding.square().sum()).sqrt()
+    return bool(system.space.read(asymmetry - _CERTAIN * of_rounding) <= 0)
 
 
 def check_pair(system: LinearSystem, error: float) -> bool:
@@ -48,17 +49,21 @@ def check_pair(system: LinearSystem, error: float) -> bool:
     if not _is_suspicious(system, error):
         return True
     index = torch.tensor([int(system.rhs_norms.argmax())], device=system.rhs.device)
-    start = system.rhs[index[0]]
-    first = start / torch.linalg.vector_norm(start)
-    (image,) = system.product(first[None], index)
+    dots = system.space.dots
+
+    def unit(rows: Tensor) -> Tensor:
+        return rows / dots(rows, rows).sqrt()[:, None].to(rows.dtype)
+
+    first = unit(system.rhs.index_select(0, index))  # (1, n), as all vectors here
+    image = system.product(first, index)
     second = image
     for _ in range(2):  # once leaves what rounding put back
-        second = second - torch.dot(second, first) * first
-    second = second / torch.linalg.vector_norm(second)
-    (other,) = system.product(second[None], index)
-    vectors, products = torch.stack([first, second]), torch.stack([image, other])
-    core = vectors.double() @ products.double().T
-    error = float(torch.linalg.vector_norm(core - core.T) / torch.linalg.vector_norm(products, dtype=core.dtype))
+        second = second - dots(second, first)[:, None].to(first.dtype) * first
+    second = unit(second)
+    vectors, products = torch.cat([first, second]), torch.cat([image, system.product(second, index)])
+    core = system.space.sum(vectors.double() @ products.double().T)
+    size = dots(products, products).sum().sqrt()
+    error = float(system.space.read(torch.linalg.vector_norm(core - core.T) / size))
     return may_be_symmetric(system, error, vectors, products, core, index)
 
 

@@ -7,12 +7,13 @@ from auxfast.train.optimizers import Component
 from auxfast.train.recording import DivergedError, RunPlan, record_run
 from auxfast.train.run import Run, RunResult, find_runs, read_config, read_run
 from auxfast.train.serialization import override
-from auxfast.train.task import Batch, LabelBatch, Task
+from auxfast.train.task import WHOLE, Batch, LabelBatch, Part, Task
 from auxfast.train.task_check import check_task
 from auxfast.train.trainer import OuterRecord, Trainer
 from auxfast.train.training_loss import make_training_loss
 
 __all__ = [
+    "WHOLE",
     "Batch",
     "CombinerConfig",
     "Component",
@@ -21,6 +22,7 @@ __all__ = [
     "LabelsConfig",
     "Method",
     "OuterRecord",
+    "Part",
     "Run",
     "RunConfig",
     "RunError",

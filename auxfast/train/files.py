@@ -127,8 +127,9 @@ def save_checkpoint(path: Path, state: Any) -> None:
     write_bytes(path, content.getvalue())
 
 
-def load_checkpoint(path: Path, device: str | None = None) -> Any:
-    """The state that was saved, on `device` or, if that is None, where it was. No code from the file is run.
+def load_checkpoint(path: Path, device: str | dict[str, str] | None = None) -> Any:
+    """The state that was saved, on `device` or, if that is None, where it was; a dict says which device stands for
+    which. No code from the file is run.
 
     Raises:
         RunError: the file is missing or corrupt.

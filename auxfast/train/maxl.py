@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
 from auxfast.solvers import OneStep
+from auxfast.train.averaging import scale_of
 from auxfast.train.task import LabelBatch
-from auxfast.train.training_loss import GeneratedLabelsLoss, main_loss, with_decay
+from auxfast.train.training_loss import GeneratedLabelsLoss, factor_of_main, known_main_losses, with_decay
 
 
 def maxl_step(
@@ -32,8 +34,9 @@ def maxl_step(
     generator: torch.Generator,
     weight_decay: float = 0.0,
 ) -> Tensor | None:
-    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar; or None, without a step,
-    where there is nothing to learn from: no sample of the batch has the main loss, or `lr` is 0.
+    """Takes one outer step on one batch. Returns the main loss after the look-ahead, a scalar (of several ranks, this
+    one's term, see `main_loss`); or None, without a step, where there is nothing to learn from: no sample of the batch
+    has the main loss, or `lr` is 0.
 
     Args:
         draw: the student's losses on a batch that the random generator chooses.
@@ -44,8 +47,12 @@ def maxl_step(
     start = generator.get_state()
     reached: list[Tensor] = []
     first = draw(generator)
-    if lr == 0 or not first.mask[:, loss.main].any():
+    # Ranks exchange their numbers before the outer loss is called: if it raised on one, the others would wait for it.
+    factor = factor_of_main(loss.ranks, known_main_losses(first, loss.main))
+    if lr == 0 or factor == 0:
         return None
+    with preserved_state():
+        of_all = loss.labels_of_all(first)
 
     def batch() -> LabelBatch:
         generator.set_state(start)
@@ -53,9 +60,13 @@ def maxl_step(
 
     def outer_loss() -> Tensor:
         ahead = batch()
-        reached[:] = [main_loss(ahead, loss.main)]
-        return reached[0] + loss.entropy_term(ahead)
+        losses = known_main_losses(ahead, loss.main)
+        reached[:] = [losses.mean() if loss.ranks is None else losses.sum() * factor]
+        return reached[0] + loss.entropy_term(ahead, of_all)
 
     outer.solver = OneStep(lr, lookahead=True)
-    outer.step(outer_loss, with_decay(loss(*first), parameters, weight_decay), parameters)
+    inner_loss = loss(*first)
+    if loss.ranks is not None:
+        inner_loss = inner_loss * scale_of(loss.ranks, len(first.losses))
+    outer.step(outer_loss, with_decay(inner_loss, parameters, weight_decay), parameters)
     return reached[0].detach()

@@ -6,15 +6,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from auxfast.implicit.ranks import ProcessGroup
 from auxfast.nn import Combiner
+from auxfast.train.averaging import is_from_collective, of_first
 from auxfast.train.config import RunConfig, TrainConfig
 from auxfast.train.environment import environment
 from auxfast.train.files import (
@@ -25,6 +27,7 @@ from auxfast.train.files import (
     fitting,
     load_checkpoint,
     load_indices,
+    one_line,
     read_json,
     save_checkpoint,
     save_indices,
@@ -148,52 +151,72 @@ def check_plans(plans: Sequence[RunPlan], *, resume: bool = False) -> None:
             _learned_run(plan)
 
 
-def record_run(plan: RunPlan, *, resume: bool = False, on_outer_step: OnOuterStep | None = None) -> Run:
+def record_run(
+    plan: RunPlan,
+    *,
+    resume: bool = False,
+    on_outer_step: OnOuterStep | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Run:
     """Trains and scores one method from one seed: the same numbers each time, whatever ran or was interrupted before.
 
     The global random state and torch's number of threads are left as they were.
 
+    Of several processes the first one writes the folder, which lies where all can read it, and computes the scores. All
+    return the run.
+
     Args:
         resume: go on from the last checkpoint; a finished run is only read. Without, the folder must not hold a run.
         on_outer_step: called with every record as it is made.
+        process_group: processes that share the run, see `Trainer`; all call this with the same plan.
 
     Raises:
         ValueError: a table cannot hold the configuration.
         RunError: the folder holds a run already, or one of another configuration, or another process writes it; a file
-            cannot be written, or read; the loss is not finite any more (DivergedError); or there is no learned run to
-            take phi from. What was saved is kept.
+            cannot be written, or read; the loss is not finite any more (DivergedError); there is no learned run to
+            take phi from; or another process of the group has ended. What was saved is kept.
     """
     path, description = plan.path, plan.description()
-    if _takes_phi(plan):
-        _learned_run(plan)  # a run that cannot be made leaves no folder
-    finished = _has_begun(path) and (path / RESULT).exists()  # it stays as it is, and may lie where nobody can write
-    with nullcontext() if finished else locked(path):
-        started = _has_begun(path)
-        if started and not resume:
-            raise _occupied(path)
-        if started:
-            _check_same(path, description)
-        if not (started and (path / RESULT).exists()):
-            _record(plan, description, on_outer_step or (lambda record: None))
-        return read_whole_run(path)
+    with ExitStack() as stack:
+
+        def open_folder() -> bool:
+            """Whether the run is finished. If not, nobody else writes it until the stack ends."""
+            if _takes_phi(plan):
+                _learned_run(plan)  # a run that cannot be made leaves no folder
+            finished = _has_begun(path) and (path / RESULT).exists()  # it may lie where nobody can write
+            if not finished:
+                stack.enter_context(locked(path))
+            started = _has_begun(path)
+            if started and not resume:
+                raise _occupied(path)
+            if started:
+                _check_same(path, description)
+            return started and (path / RESULT).exists()
+
+        if not of_first(process_group, open_folder):
+            _record(plan, description, on_outer_step or (lambda record: None), process_group)
+        return of_first(process_group, lambda: read_whole_run(path))
 
 
-def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterStep) -> None:
+def _record(
+    plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterStep, process_group: ProcessGroup | None
+) -> None:
     """Makes the run, or what is left of it."""
     path, name = plan.path, f"{plan.experiment}, {plan.method.name}, seed {plan.seed}"
     with reproducible(plan.seed, plan.config.train):
         try:
-            trainer = _make_trainer(plan)
+            resumes = of_first(process_group, (path / CHECKPOINT).exists)
+            trainer = _make_trainer(plan, process_group)
             description |= {"losses": list(trainer.task.loss_names), "main": trainer.task.main}
             if plan.origin:
                 description["origin"] = plan.origin
-            if _takes_phi(plan):
+            if plan.method.phi == "fixed" and not resumes:
                 description["phi from"] = _take_phi(trainer.training_loss, plan, description["config"])
-            if (path / CHECKPOINT).exists():
-                _check_split(path, trainer.task)
+            if resumes:
+                of_first(process_group, lambda: _check_split(path, trainer.task))
             else:  # it begins, or begins again
-                _begin(path, description, trainer.task)
-            _train(trainer, path, on_outer_step)
+                of_first(process_group, lambda: _begin(path, description, trainer.task, process_group))
+            _train(trainer, path, on_outer_step, resumes, process_group)
         except WriteError as error:
             kept = "; what was saved before is kept, and --resume goes on from there" if _has_begun(path) else ""
             raise RunError(f"{error}{kept}") from error
@@ -202,6 +225,11 @@ def _record(plan: RunPlan, description: dict[str, Any], on_outer_step: OnOuterSt
         except RunError:
             raise
         except Exception as error:  # the task, the optimizer, the scheduler or a weighting raised it
+            if is_from_collective(error):
+                raise RunError(
+                    f"{name}: another process of the group has ended, or does not answer ({one_line(error)}); what was "
+                    "saved is kept, and --resume goes on from there"
+                ) from error
             raise RunError(f"{name} cannot be trained: {described(error)}") from error
 
 
@@ -240,13 +268,13 @@ def reproducible(seed: int, config: TrainConfig) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
-def _make_trainer(plan: RunPlan) -> Trainer:
+def _make_trainer(plan: RunPlan, process_group: ProcessGroup | None) -> Trainer:
     """The trainer at the start of the run, on its device."""
     device = plan.config.train.device
     _check_device(device)
     task, loss = _start(plan.make_task, plan.method, plan.seed, plan.config)
     _move(task, device)
-    return Trainer(task, loss.to(device), plan.config.train, plan.seed)
+    return Trainer(task, loss.to(device), plan.config.train, plan.seed, process_group)
 
 
 def _start(make_task: Callable[[], Task], method: Method, seed: int, config: RunConfig) -> tuple[Task, TrainingLoss]:
@@ -358,10 +386,14 @@ def _check_split(path: Path, task: Task) -> None:
             )
 
 
-def _begin(path: Path, description: dict[str, Any], task: Task) -> None:
+def _begin(path: Path, description: dict[str, Any], task: Task, process_group: ProcessGroup | None) -> None:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    write_json(path / ENVIRONMENT, environment())
+    processes = {}
+    if process_group is not None:
+        number, backend = distributed.get_world_size(process_group), distributed.get_backend(process_group)
+        processes = {"processes": {"number": number, "writer": "rank 0", "backend": backend}}
+    write_json(path / ENVIRONMENT, {**environment(), **processes})
     if parts := split_indices(task):
         save_indices(path / SPLIT, parts)
     write_json(path / CONFIG, description)
@@ -370,10 +402,21 @@ def _begin(path: Path, description: dict[str, Any], task: Task) -> None:
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
-    """Trains from the last checkpoint on, or from the start, and writes everything that comes of it."""
+def _train(
+    trainer: Trainer, path: Path, on_outer_step: OnOuterStep, resumes: bool, process_group: ProcessGroup | None
+) -> None:
+    """Trains from the last checkpoint on, or from the start. The first process writes everything that comes of it."""
     start, metrics = time.perf_counter(), path / METRICS
-    spent = _load_last_checkpoint(trainer, path) if (path / CHECKPOINT).exists() else 0.0
+    spent = _load_last_checkpoint(trainer, path) if resumes else 0.0
+    first, own = of_first(process_group, lambda: len(trainer.records)), len(trainer.records)
+    if own != first:
+        raise RunError(
+            f"{path / CHECKPOINT} is of {own} outer steps here, and of {first} where the first process runs: --out "
+            "must be a folder that all processes see alike"
+        )
+    if trainer.part.rank > 0:
+        trainer.run(on_outer_step)
+        return
     write_bytes(metrics, b"".join(map(metrics_line, trainer.records)))  # records beyond the checkpoint are made again
 
     def seconds() -> float:
@@ -392,7 +435,7 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
         if checkpoint:
             save()
 
-    names, first = trainer.task.loss_names, len(trainer.records)
+    names = trainer.task.loss_names
     with writing(path / "tensorboard"), tensorboard(path / "tensorboard", names, first) as write_scalars:
 
         def record_step(record: OuterRecord) -> None:
@@ -417,7 +460,10 @@ def _train(trainer: Trainer, path: Path, on_outer_step: OnOuterStep) -> None:
 
 def _load_last_checkpoint(trainer: Trainer, path: Path) -> float:
     """Brings the trainer to the last checkpoint. Returns the seconds that were spent until then."""
-    state = load_checkpoint(path / CHECKPOINT)
+    places = None
+    if torch.device(trainer.config.device).type == "cuda":  # the first process has written it, from a GPU of its own
+        places = {"cuda:0": f"cuda:{torch.cuda.current_device()}"}
+    state = load_checkpoint(path / CHECKPOINT, places)
     with fitting(path / CHECKPOINT):
         check_state(state, {"trainer": trainer.state_dict(), "seconds": 0.0})
         records = read_metrics(path / METRICS, state["trainer"]["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,6 +39,29 @@ class LabelBatch(NamedTuple):
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of each batch that this process computes, where several share a run (`torchrun`).
+
+    All processes draw the whole batch from generators in the same state, the samples' indices and whatever else is
+    random, and each takes its part of what was drawn: then they have the batches that one process has.
+
+    rank: number of the process, from 0.
+    size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, drawn: Tensor) -> Tensor:
+        """This process's part of what was drawn for a whole batch, (batch, ...): a slice without a copy. The parts
+        differ by one sample at most, the first ones being larger."""
+        return drawn.tensor_split(self.size)[self.rank]
+
+
+WHOLE = Part()
+
+
 class Task(Protocol):
     """A problem with its four parts: training, auxiliary, validation and test samples, as one seed has drawn them.
 
@@ -67,6 +91,11 @@ class Task(Protocol):
     besides losses and mask, such as the samples' indices, are further entries of the batch, then a named tuple of one's
     own that begins with these two. The method `own` trains with it and learns its parameters, `own-frozen` is the
     control. If it has a `project_()`, that is called after each outer step.
+
+    Several processes can share its runs if `training_batch` takes one more argument, `part`, a `Part` that is given by
+    name: it draws the whole batch, and returns that part of it. A sample's losses must not depend on the other samples
+    of the batch, and a training loss of the task's own must be a mean over the samples. A task without that argument
+    is refused there. All processes compute the whole `outer_loss`; the first alone computes the scores.
     """
 
     loss_names: tuple[str, ...]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auxfast.train.files import described
-from auxfast.train.task import Batch, LabelBatch, Task
+from auxfast.train.task import WHOLE, Batch, LabelBatch, Part, Task
 
 _METHODS = ("training_batch", "outer_loss", "validation_score", "score")
 _OPTIONAL = ("release_auxiliary", "shared_parameters", "further_scores", "split_indices")
@@ -128,12 +130,28 @@ def check_scalar(name: str, loss: Any) -> None:
     raise TypeError(f"task.{name}: got {given}, must return a scalar tensor with a graph to the model")
 
 
-def check_task(task: Task, *, own: bool = False, labels: bool = False) -> None:
+def draw_batch(task: Task, generator: torch.Generator, part: Part) -> Any:
+    """This part of a batch of the task, unchecked."""
+    draw: Any = task.training_batch
+    return draw(generator) if part.size == 1 else draw(generator, part=part)
+
+
+def check_takes_part(task: Task) -> None:
+    """Raises TypeError unless the task can be told which part of each batch a process computes."""
+    if "part" not in inspect.signature(task.training_batch).parameters:
+        raise TypeError(
+            f"task.training_batch: {type(task).__name__}'s takes no argument part, and several processes share each "
+            "batch, which must be drawn whole and then taken in parts: see auxfast.train.Task; or start one process"
+        )
+
+
+def check_task(task: Task, *, own: bool = False, labels: bool = False, processes: int = 1) -> None:
     """Checks a task by calling each of its methods once: it draws, and should be thrown away.
 
     Args:
         own: whether its own training loss is needed.
         labels: whether its label generator is needed.
+        processes: how many share each batch. If there are several, their parts are compared with the whole.
 
     Raises:
         TypeError, ValueError: a member is missing, raises, or returns what it must not.
@@ -151,6 +169,9 @@ def check_task(task: Task, *, own: bool = False, labels: bool = False) -> None:
         _check_graph("training_loss", "a loss", loss, outer, "its own parameters")
     if labels:
         _check_label_batch(task, batch)
+    if processes > 1:
+        check_takes_part(task)
+        _check_parts(task, processes, own)
     outer_loss = _called("outer_loss", task.outer_loss)
     check_scalar("outer_loss", outer_loss)
     _check_graph("outer_loss", "a loss", outer_loss, parameters)
@@ -171,6 +192,66 @@ def _check_training_batch(task: Task) -> Any:
     check_batch(batch, len(task.loss_names))
     _check_losses(batch)
     return batch
+
+
+@torch.no_grad()
+def _check_parts(task: Task, processes: int, own: bool) -> None:
+    """Checks that the parts of a batch are the whole batch, as far as that can be seen: where the model is left in the
+    mode of evaluation, in which it draws nothing."""
+    modes = [(module, module.training) for module in task.model.modules()]
+    task.model.eval()
+    generators = [torch.Generator().manual_seed(0) for _ in range(processes + 1)]
+    parts = [WHOLE, *(Part(rank, processes) for rank in range(processes))]
+    whole, *batches = (
+        _called("training_batch", partial(draw_batch, task, generator, part))
+        for generator, part in zip(generators, parts, strict=True)
+    )
+    is_comparable = not any(module.training for module in task.model.modules())
+    for module, training in modes:
+        module.training = training
+    remedy = (
+        "draw everything from the generator for the whole batch, as one process does, and then take part.of() of it"
+    )
+    for generator in generators[1:]:
+        if not torch.equal(generator.get_state(), generators[0].get_state()):
+            raise ValueError(f"task.training_batch: draws less for a part of a batch than for the whole: {remedy}")
+    for part, batch in zip(parts[1:], batches, strict=True):
+        check_samples(batch, part)
+    counts = [len(batch.losses) for batch in batches]
+    if sum(counts) != len(whole.losses):
+        raise ValueError(
+            f"task.training_batch: got parts of {', '.join(map(str, counts))} samples, and the whole batch has "
+            f"{len(whole.losses)}: {remedy}"
+        )
+    if not is_comparable:
+        return
+    if not torch.allclose(_sorted_losses(*batches), _sorted_losses(whole), rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"task.training_batch: got other losses in the parts of a batch than in the whole: {remedy}; and no loss "
+            "of a sample may depend on the other samples"
+        )
+    if own:
+        loss = own_training_loss(task).eval()
+        mean = sum(count * loss(*batch) for count, batch in zip(counts, batches, strict=True)) / sum(counts)
+        if not torch.allclose(mean, loss(*whole), rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"task.training_loss: got {loss(*whole):.6g} for a batch and {mean:.6g} as the mean of its parts, "
+                "weighted by their samples: must be a mean over samples, for several processes to share it"
+            )
+
+
+def check_samples(batch: Batch, part: Part) -> None:
+    """Raises ValueError where a part of a batch has no sample."""
+    if not batch.losses.numel():
+        raise ValueError(
+            f"task.training_batch: got no sample in part {part.rank} of {part.size}, must have one for each process"
+        )
+
+
+def _sorted_losses(*batches: Batch) -> Tensor:
+    """The known losses of all samples (pixels), each loss sorted: (n, num_losses)."""
+    known = [b.losses if b.mask is None else torch.where(b.mask.bool(), b.losses, 0.0) for b in batches]
+    return torch.cat([losses.movedim(1, -1).flatten(0, -2) for losses in known]).sort(dim=0).values
 
 
 def _check_label_batch(task: Task, batch: Any) -> None:

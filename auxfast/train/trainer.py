@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -16,12 +17,23 @@ from torch import Tensor, nn
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
 from auxfast.implicit.optimizer import Projectable
+from auxfast.implicit.ranks import ProcessGroup, ranks_of
 from auxfast.solvers import GradientFlow, Solver, SolveStats
+from auxfast.train.averaging import average_buffers, average_gradients, scale_of, share_random_state, start_alike, total
 from auxfast.train.config import TrainConfig
 from auxfast.train.maxl import maxl_step
 from auxfast.train.optimizers import make_optimizer, make_scheduler
-from auxfast.train.task import Batch, Task
-from auxfast.train.task_check import as_number, check_batch, check_members, check_scalar
+from auxfast.train.task import WHOLE, Batch, Part, Task
+from auxfast.train.task_check import (
+    as_number,
+    check_batch,
+    check_members,
+    check_samples,
+    check_scalar,
+    check_takes_part,
+    draw_batch,
+    split_indices,
+)
 from auxfast.train.training_loss import GeneratedLabelsLoss, TrainingLoss, combiner_of, main_loss, with_decay
 
 _MAX_RECORDED_PHI = 64  # entries; a longer phi would make most of a record, and nobody reads it number by number
@@ -60,17 +72,43 @@ class Trainer:
     The same seed gives the same run, to the bit, on the same machine with the same number of threads, if the task's
     model draws nothing (dropout), or torch's random state is the same at the start.
 
+    Several processes share a run through a process group. Each takes its part of the batches that one process has (see
+    `Part`), and all make the same steps, from losses and gradients averaged over the samples: to rounding the run is
+    that of one process. BatchNorm, though, normalises each part by itself, and its running statistics become their
+    mean after each round; and dropout draws for the parts as it would for batches of their sizes. The state holds
+    nothing of the number of processes: a run goes on with any.
+
     Args:
         task, training_loss: on `config.device`, and at their start.
         seed: seed of the batches.
+        process_group: processes of `torch.distributed` that share the run; `None`: this process alone.
 
     Raises:
-        TypeError, ValueError: the task lacks a member, or has one that is not what it must be.
+        TypeError, ValueError: the task lacks a member, or has one that is not what it must be; or processes were given
+            different runs.
     """
 
-    def __init__(self, task: Task, training_loss: TrainingLoss, config: TrainConfig, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        training_loss: TrainingLoss,
+        config: TrainConfig,
+        seed: int,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         check_members(task)
         self.task, self.training_loss, self.config = task, training_loss, config
+        self.ranks = ranks_of(process_group, torch.device(config.device))
+        self.part = WHOLE
+        if self.ranks is not None:
+            check_takes_part(task)
+            self.part = Part(self.ranks.rank, self.ranks.size)
+            facts = {"config": repr(config), "seed": str(seed), "task": _fingerprint(task)}
+            start_alike(self.ranks, facts, {"task.model": task.model, "training_loss": training_loss})
+            for module in training_loss.modules():
+                if isinstance(module, TrainingLoss):
+                    module.ranks = self.ranks
+        self._process_group = process_group
         self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self.combiner = combiner_of(training_loss)
         self.maxl: GeneratedLabelsLoss | None = None
@@ -96,6 +134,7 @@ class Trainer:
             max_weight_change=self.config.max_weight_change,
             keep_total=self.config.keep_total,
             project=[self.combiner] if isinstance(self.combiner, Projectable) else [],
+            process_group=self._process_group,
             warn=False,  # the progress bar and the report show every residual, and count skipped steps
         )
 
@@ -201,14 +240,14 @@ class Trainer:
         start = time.perf_counter()
         batch, training_loss = self._inner_steps()
         inner_seconds = self._seconds_since(start)
-        outer_loss, stats, outer_seconds = None, None, 0.0
+        outer_loss: Tensor | None = None
+        stats, outer_seconds = None, 0.0
         if learns:
             start = time.perf_counter()
             with preserved_state():  # BatchNorm's statistics, which scores depend on, are those of the inner steps
                 batch, training_loss, outer_loss = self._bilevel_losses()
             outer_seconds = self._seconds_since(start)
-        self._check_finite("training", training_loss)
-        self._check_finite("outer", outer_loss)
+        training_value, outer_value = self._value("training", training_loss), self._value("outer", outer_loss)
         start = time.perf_counter()
         validation_score = self._validate()
         validation_seconds = self._seconds_since(start)
@@ -228,12 +267,14 @@ class Trainer:
                 outer_loss = self._maxl_steps(self.maxl)
             outer_seconds = self._seconds_since(start)
             skipped = self.outer.skipped_steps > before
-            self._check_finite("outer", outer_loss)
+            outer_value = self._value("outer", outer_loss)
+        self._check_drawn_alike()
+        assert training_value is not None
         return OuterRecord(
             step=len(self.records),
-            training_loss=training_loss.item(),
-            main_loss=_finite(main_loss(batch, self.task.main).item()),
-            outer_loss=None if outer_loss is None else outer_loss.item(),
+            training_loss=training_value,
+            main_loss=_finite(self._mean(main_loss(batch, self.task.main, self.ranks))),
+            outer_loss=outer_value,
             validation_score=validation_score,
             residual=None if stats is None else _finite(stats.residual),
             matvecs=None if stats is None else stats.matvecs,
@@ -246,7 +287,8 @@ class Trainer:
         )
 
     def _inner_steps(self) -> tuple[Batch, Tensor]:
-        """Takes the inner steps. Returns the last one's batch, and its training loss."""
+        """Takes the inner steps. Returns the last one's batch, and its training loss; of several ranks, their part of
+        the batch, and the term of the loss whose mean over ranks it is."""
         parameters, decay, max_norm = self.parameters, self.config.weight_decay, self.config.max_inner_grad_norm
         for parameter in self.outer_parameters:  # only the outer step needs gradients in phi
             parameter.requires_grad_(False)
@@ -255,6 +297,8 @@ class Trainer:
                 self.inner.zero_grad()
                 batch, loss = self._training_loss(self.generator)
                 loss.backward()
+                if self.ranks is not None:
+                    average_gradients(self.ranks, parameters, len(batch.losses))
                 if decay:
                     grads = [(p.grad, p.detach()) for p in parameters if p.grad is not None]
                     torch._foreach_add_(*map(list, zip(*grads, strict=True)), alpha=decay)
@@ -266,6 +310,10 @@ class Trainer:
         finally:
             for parameter in self.outer_parameters:
                 parameter.requires_grad_(True)
+        if self.ranks is not None:
+            average_buffers(self.ranks, [self.task.model, self.training_loss])
+            share_random_state(self.ranks, torch.device(self.config.device))
+            loss = loss * scale_of(self.ranks, len(batch.losses))
         return batch, loss.detach()
 
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
@@ -275,17 +323,22 @@ class Trainer:
 
     def _batch(self, generator: torch.Generator) -> Any:
         with self._autocast():
-            batch = self.task.training_batch(generator)
+            batch = draw_batch(self.task, generator, self.part)
         check_batch(batch, len(self.task.loss_names))
+        if self.ranks is not None:
+            check_samples(batch, self.part)
         return batch
 
     def _bilevel_losses(self) -> tuple[Batch, Tensor, Tensor]:
-        """A batch, its training loss, and the outer loss."""
+        """A batch, its training loss, and the outer loss; of several ranks, this one's terms, whose means they are."""
         batch, training_loss = self._training_loss(self.outer_generator)
+        if self.ranks is not None:
+            training_loss = training_loss * scale_of(self.ranks, len(batch.losses))
         with self._autocast():
             if self.config.outer_set == "auxiliary":
                 return batch, training_loss, self._outer_loss()
-            return batch, training_loss, main_loss(self.task.training_batch(self.outer_generator), self.task.main)
+            outer_batch = draw_batch(self.task, self.outer_generator, self.part)
+            return batch, training_loss, main_loss(outer_batch, self.task.main, self.ranks)
 
     def _outer_loss(self) -> Tensor:
         loss = self.task.outer_loss()
@@ -321,9 +374,14 @@ class Trainer:
         return torch.stack(taken).mean() if taken else None
 
     def _validate(self) -> float:
-        """The validation score; with early stopping, keeps a copy of what scored best."""
-        with _untouched(self.task.model):
-            score = as_number(self.task.validation_score())
+        """The validation score, the first rank's; with early stopping, keeps a copy of what scored best."""
+        score = math.nan
+        if self.part.rank == 0:
+            with _untouched(self.task.model):
+                score = as_number(self.task.validation_score())
+        if self.ranks is not None:
+            number = torch.tensor([score], dtype=torch.float64, device=self.config.device)
+            score = self.ranks.of_first(number).item()
         if (
             self.config.patience is not None
             and not math.isnan(score)
@@ -342,11 +400,32 @@ class Trainer:
             return None
         return tuple(entry for phi in self.outer_parameters for entry in phi.flatten().tolist())
 
-    def _check_finite(self, name: str, loss: Tensor | None) -> None:
-        if loss is not None and not math.isfinite(loss.item()):
+    def _mean(self, loss: Tensor) -> float:
+        """The value of a loss; of several ranks, the mean of their terms."""
+        return total(self.ranks, [loss.item()])[0] / self.part.size
+
+    def _value(self, name: str, loss: Tensor | None) -> float | None:
+        """The value of a loss. Raises FloatingPointError if it is not finite."""
+        value = None if loss is None else self._mean(loss)
+        if value is not None and not math.isfinite(value):
             raise FloatingPointError(
-                f"the {name} loss is {loss.item()} at outer step {len(self.records)}: try a smaller lr of the inner or "
+                f"the {name} loss is {value} at outer step {len(self.records)}: try a smaller lr of the inner or "
                 "outer optimizer, or train.max_inner_grad_norm"
+            )
+        return value
+
+    def _check_drawn_alike(self) -> None:
+        """Raises RuntimeError, on all ranks, where they have not drawn the same batches."""
+        if self.ranks is None:
+            return
+        states = [generator.get_state() for generator in (self.generator, self.outer_generator)]
+        rows = self.ranks.gather([float(zlib.crc32(state.numpy().tobytes())) for state in states])
+        other = next((rank for rank, row in enumerate(rows) if row != rows[0]), None)
+        if other is not None:
+            raise RuntimeError(
+                f"task.training_batch: ranks 0 and {other} have drawn different numbers by outer step "
+                f"{len(self.records)}, so that their batches are not parts of the same one: draw everything from "
+                "the generator for the whole batch, then take part.of() of it"
             )
 
     def _check_parameters(self) -> None:
@@ -380,6 +459,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         yield
     for module, training in modes:
         module.training = training
+
+
+def _fingerprint(task: Task) -> str:
+    """What tells a task from that of another seed, or of other data."""
+    checksums = [
+        f"{name} {zlib.crc32(indices.cpu().contiguous().numpy().tobytes())}"
+        for name, indices in split_indices(task).items()
+    ]
+    return ", ".join([type(task).__name__, *task.loss_names, *checksums])
 
 
 def _finite(value: float) -> float | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from auxfast.implicit.ranks import Ranks
 from auxfast.nn import (
     Combiner,
     ConvCombiner,
@@ -21,6 +23,7 @@ from auxfast.nn import (
     soft_cross_entropy,
 )
 from auxfast.ops.inputs import full_precision
+from auxfast.train.averaging import averaged_losses, scale_of, total
 from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig
 from auxfast.train.methods import LABELS, OWN, Method
 from auxfast.train.task import Batch, LabelBatch, Task
@@ -30,13 +33,26 @@ from auxfast.weighting import Equal, SingleTask, make_weighting
 _IMAGE = (64, 64)  # pixels in which a convolutional combiner's weight is measured: 256 x 256 would give 5% more
 
 
+class LabelsOfAll(NamedTuple):
+    """The mean label of all ranks' samples.
+
+    mean: (classes,).
+    scale: see `scale_of`; of this rank's samples that have labels.
+    """
+
+    mean: Tensor
+    scale: float
+
+
 class TrainingLoss(nn.Module, ABC):
     """Maps a batch, called as `loss(*batch)`, to a scalar, a mean over its samples (and pixels).
 
     `learned`: whether outer steps move its parameters.
+    `ranks`: processes that share each batch. Called with a part of it, the scalar is that part's mean.
     """
 
     learned = False
+    ranks: Ranks | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Outer parameters that require gradients, as groups for the outer optimizer."""
@@ -48,7 +64,7 @@ class TrainingLoss(nn.Module, ABC):
     @abstractmethod
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """The weight of each loss in the training loss: d (training loss of a sample) / d (its loss j), as a mean over
-        the samples that have loss j. In images, the samples are the pixels."""
+        the samples that have loss j, of all ranks. In images, the samples are the pixels."""
 
 
 class CombinedLoss(TrainingLoss):
@@ -93,7 +109,11 @@ class CombinedLoss(TrainingLoss):
         mask = torch.ones_like(losses) if batch.mask is None else batch.mask
         samples = losses[:, 0].numel()
         sums, counts = (t.transpose(0, 1).flatten(1).sum(dim=1) for t in (gradient, mask))
-        return tuple((sums * samples / counts.clamp(min=1)).tolist())
+        if self.ranks is None:
+            return tuple((sums * samples / counts.clamp(min=1)).tolist())
+        numbers = total(self.ranks, [*(sums * samples).tolist(), *counts.tolist()])
+        pairs = zip(numbers[: len(sums)], numbers[len(sums) :], strict=True)
+        return tuple(weight / max(count, 1) for weight, count in pairs)
 
 
 class WeightedLoss(TrainingLoss):
@@ -114,7 +134,10 @@ class WeightedLoss(TrainingLoss):
     def forward(self, losses: Tensor, mask: Tensor | None, *further: Any) -> Tensor:
         means = mean_losses(losses, mask)
         if self._last is None or not self._constant:
-            self._last = self.weighting(means, self._parameters_of_model)
+            whole = means
+            if self.ranks is not None:  # what a weighting learns, it learns of the whole batch
+                whole = averaged_losses(self.ranks, means, len(losses), self._parameters_of_model)
+            self._last = self.weighting(whole, self._parameters_of_model)
         return torch.dot(self._last, means)
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
@@ -181,13 +204,37 @@ class GeneratedLabelsLoss(TrainingLoss):
         combined: Tensor = self.combination(losses, mask)
         return combined
 
-    def entropy_term(self, batch: LabelBatch) -> Tensor:
+    def entropy_term(self, batch: LabelBatch, of_all: LabelsOfAll | None = None) -> Tensor:
         """The entropy term of the outer loss, a scalar with a graph to the generator alone. Labels of samples (points)
-        without the main loss play no part: their main class may be any."""
+        without the main loss play no part: their main class may be any.
+
+        of_all: what `labels_of_all` returns for this batch; None: it is found here, by a collective of all ranks.
+        """
         weight = self.config.entropy_weight if self.with_lookahead else self.config.outer_entropy_weight
-        soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
-        known = soft_labels[batch.mask[:, self.main].bool()]
+        known = self._known_labels(batch)
+        of_all = of_all or self._labels_of_all(known)
+        if of_all is not None:
+            return weight * _negative_entropy_of_all(known, of_all)
         return weight * negative_entropy(known) if len(known) else known.sum()
+
+    @torch.no_grad()
+    def labels_of_all(self, batch: LabelBatch) -> LabelsOfAll | None:
+        """The mean label of all ranks, of which this one has a part of the batch; None for one process."""
+        return None if self.ranks is None else self._labels_of_all(self._known_labels(batch))
+
+    @torch.no_grad()
+    def _labels_of_all(self, known: Tensor) -> LabelsOfAll | None:
+        if self.ranks is None:
+            return None
+        scale = scale_of(self.ranks, len(known))
+        own = known.sum(dim=0) * (scale / max(len(known), 1))
+        (summed,) = self.ranks.sum([own], [own])
+        return LabelsOfAll(summed / self.ranks.size, scale)
+
+    def _known_labels(self, batch: LabelBatch) -> Tensor:
+        """Labels of the samples (points) that have the main loss, (n, classes)."""
+        soft_labels = full_precision(self.generator(batch.inputs, batch.labels)).movedim(1, -1)
+        return soft_labels[batch.mask[:, self.main].bool()]
 
     def mean_weights(self, batch: Batch) -> tuple[float, ...]:
         """See `TrainingLoss`. They are those of the last call, since a batch lacks the generated loss."""
@@ -202,10 +249,34 @@ def mean_losses(losses: Tensor, mask: Tensor | None) -> Tensor:
     return full_precision(losses).mean(dim=[0, *range(2, losses.dim())])
 
 
-def main_loss(batch: Batch | LabelBatch, main: int) -> Tensor:
-    """Mean of the main loss over the samples (pixels) that have it: a scalar."""
+def main_loss(batch: Batch | LabelBatch, main: int, ranks: Ranks | None = None) -> Tensor:
+    """Mean of the main loss over the samples (pixels) that have it: a scalar. With ranks, this rank's term, such that
+    the mean over ranks is that mean over the samples of all."""
+    losses = known_main_losses(batch, main)
+    if ranks is None:
+        return losses.mean()
+    return losses.sum() * (factor_of_main(ranks, losses) or math.nan)
+
+
+def known_main_losses(batch: Batch | LabelBatch, main: int) -> Tensor:
+    """The main loss of the samples (pixels) that have it."""
     losses = full_precision(batch.losses[:, main])
-    return losses.mean() if batch.mask is None else losses[batch.mask[:, main].bool()].mean()
+    return losses if batch.mask is None else losses[batch.mask[:, main].bool()]
+
+
+def factor_of_main(ranks: Ranks | None, losses: Tensor) -> float:
+    """What the sum of this rank's known main losses is multiplied by in `main_loss`; 0 where no rank has any."""
+    (count,) = total(ranks, [losses.numel()])
+    return (1 if ranks is None else ranks.size) / count if count else 0.0
+
+
+def _negative_entropy_of_all(soft_labels: Tensor, of_all: LabelsOfAll) -> Tensor:
+    """This rank's term of the negative entropy of all ranks' labels, of which it has (n, classes): a scalar. The mean
+    over ranks has its value and its gradient, which is that of (log y + 1) . m in m, the mean label of all, at m = y.
+    """
+    own = soft_labels.sum(dim=0) * (of_all.scale / max(len(soft_labels), 1))
+    slope = of_all.mean.clamp(min=torch.finfo(own.dtype).tiny).log() + 1
+    return negative_entropy(of_all.mean[None]) + torch.dot(slope, own - own.detach())
 
 
 def with_decay(training_loss: Tensor, parameters: Sequence[Tensor], weight_decay: float) -> Tensor:

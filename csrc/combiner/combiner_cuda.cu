@@ -15,6 +15,8 @@ constexpr int kMaxBlocks = 1024;                  // more than any GPU works on 
 constexpr int64_t kSharedLimit = 48 << 10;        // of a block, without asking the device for more
 constexpr int64_t kWorkspaceLimit = 64 << 20;     // for the blocks' sums, and for the tiles: fewer blocks keep to it
 constexpr int64_t kMaxLosses = int64_t(1) << 26;  // so that indices within a tile fit into 32 bits
+static_assert(kMaxLosses * ((kMaxWidth + kPanel - 1) / kPanel) + kMaxThreads <= INT32_MAX, "panels of W_1");
+static_assert(kMaxLosses * ((32 + kPanel - 1) / kPanel) + kMaxThreads <= INT32_MAX, "panels of a tile's losses");
 
 // Few samples are spread over many blocks, many samples fill warps. Summing for phi reads across samples, which only
 // shared memory is good at: tiles then shrink to fit.
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
     forward_kernel(const CombinerParams<T> net, const Launch launch) {
   DYNAMIC_SHARED(T, shared);
   Tile<T, Act> tile(net, launch, shared);
+  const int main_loss = int(net.main_loss);
   double total = 0;
   for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
     tile.begin(index);
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
     if (net.saved) tile.template copy_saved<true>(3 * net.units);
     T* weights = net.grad_losses + tile.first * net.num_losses;
     tile.for_each_loss(tile.delta, [&](int sample, int k, T sum) {
-      weights[sample * net.num_losses + k] = net.scale * (k == net.main_loss ? sum + T(1) : sum);
+      weights[sample * net.num_losses + k] = net.scale * (k == main_loss ? sum + T(1) : sum);
     });
   }
   if (net.per_sample || threadIdx.x >= 32) return;
@@ -192,7 +195,7 @@ const char* launch_pass(Kernel<T> softplus, Kernel<T> identity, const CombinerPa
                         void* stream) {
   if (net.num_losses > kMaxLosses) return "more than 2^26 losses";
   const Kernel<T> kernel = net.activation == Activation::softplus ? softplus : identity;
-  LAUNCH(kernel, dim3(unsigned(launch.blocks), unsigned(launch.tangent_blocks)), dim3(unsigned(launch.threads)),
+  LAUNCH(kernel, grid_of(launch.blocks, launch.tangent_blocks), dim3(unsigned(launch.threads)),
          size_t(launch.shared_bytes), stream, net, launch);
   return launch_error();
 }
@@ -200,8 +203,8 @@ const char* launch_pass(Kernel<T> softplus, Kernel<T> identity, const CombinerPa
 // Launches sum_kernel.
 template <class Sum, class T>
 const char* add_blocks(const Sum* block_sums, int64_t rows, int blocks, int64_t count, T scale, T* out, void* stream) {
-  const dim3 grid(unsigned((rows * count + 31) / 32));
-  LAUNCH((sum_kernel<Sum, T>), grid, dim3(32, 32), 0, stream, block_sums, rows, blocks, count, scale, out);
+  LAUNCH((sum_kernel<Sum, T>), grid_of((rows * count + 31) / 32), dim3(32, 32), 0, stream, block_sums, rows, blocks,
+         count, scale, out);
   return launch_error();
 }
 

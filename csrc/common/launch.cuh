@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
@@ -13,6 +15,14 @@
 #endif
 
 namespace auxfast {
+
+constexpr int64_t kMostBlocks = INT32_MAX;  // that CUDA takes along x of a grid
+
+// A grid of so many blocks. For more than kMostBlocks it is empty, which CUDA refuses: cut to 32 bits, the number could
+// ask for a few of them, and nothing would say that the others have not run.
+constexpr dim3 grid_of(int64_t blocks, int y = 1, int z = 1) {
+  return dim3(blocks <= kMostBlocks ? unsigned(blocks) : 0, unsigned(y), unsigned(z));
+}
 
 // nullptr, or CUDA's error message for the launch just made (not for what the kernel does later).
 inline const char* launch_error() {

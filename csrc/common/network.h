@@ -21,7 +21,7 @@ struct NetworkParams {
   int32_t depth;           // hidden layers, or convolutions
   int64_t num_parameters;  // of phi
   Activation activation;
-  int32_t main_loss;  // column or channel of the losses that is added to the network's output, or -1
+  int64_t main_loss;  // column or channel of the losses that is added to the network's output, or -1
   bool per_sample;    // the value is (batch) instead of one number
   T scale;            // of every sample in the value: 1 / batch for the mean, else 1
 

@@ -24,7 +24,7 @@ struct Network {
 
   Activation activation;
   Reduction reduction;
-  int32_t main_loss;
+  int64_t main_loss;
   bool flag;
   int64_t depth;
   int64_t layers[kMostLayers];  // layers beyond are counted in `depth` only
@@ -53,7 +53,7 @@ inline Network parse_network(const char* op, StringHandle owned_text) {
   }
   Network network{Activation(numbers[0]),
                   Reduction(numbers[1]),
-                  int32_t(numbers[2]),
+                  numbers[2],
                   numbers[3] != 0,
                   count > kHeader ? count - kHeader : 0,
                   {}};

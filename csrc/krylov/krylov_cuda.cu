@@ -17,6 +17,15 @@ constexpr int64_t kBlockElements = int64_t(kSumThreads) * kPerThread;
 
 int64_t blocks_per_row(int64_t n) { return n > kBlockElements ? (n + kBlockElements - 1) / kBlockElements : 1; }
 
+// Why a call is not launched, or nullptr.
+template <class Work>
+const char* refusal(const Work& work) {
+  static_assert(kBlockElements == 2048, "as the message says");
+  return work.rows * blocks_per_row(work.n) <= kMostBlocks ? nullptr
+                                                           : "more than 2^31 - 1 blocks, of which each row takes one "
+                                                             "for every 2048 elements: give fewer rows at a time";
+}
+
 // The row of a block, and the first element of a thread.
 struct Place {
   int64_t row, at;
@@ -76,12 +85,13 @@ __global__ void __launch_bounds__(kSumThreads) row_dots_kernel(const RowDots<T> 
 template <class Work>
 const char* sum_rows(void (*kernel)(Work, unsigned, double*), const Work& work, void* stream) {
   if (work.rows == 0) return nullptr;
+  if (const char* refused = refusal(work)) return refused;
   const int64_t blocks = blocks_per_row(work.n);
   double* block_sums = blocks > 1 ? static_cast<double*>(work.workspace) : work.sums;
-  LAUNCH(kernel, dim3(unsigned(work.rows * blocks)), dim3(kSumThreads), 0, stream, work, unsigned(blocks), block_sums);
+  LAUNCH(kernel, grid_of(work.rows * blocks), dim3(kSumThreads), 0, stream, work, unsigned(blocks), block_sums);
   const char* error = launch_error();
   if (error != nullptr || blocks == 1) return error;
-  LAUNCH(sum_rows_kernel, dim3(unsigned(work.rows)), dim3(kSumThreads), 0, stream, block_sums, blocks, work.sums);
+  LAUNCH(sum_rows_kernel, grid_of(work.rows), dim3(kSumThreads), 0, stream, block_sums, blocks, work.sums);
   return launch_error();
 }
 
@@ -143,13 +153,14 @@ __global__ void __launch_bounds__(kSumThreads) finish_kernel(const Work work, in
 template <class Work>
 class Launcher {
  public:
-  Launcher(const Work& work, void* stream) : work_(work), stream_(stream), blocks_(blocks_per_row(work.n)) {}
+  Launcher(const Work& work, void* stream)
+      : work_(work), stream_(stream), blocks_(blocks_per_row(work.n)), error_(refusal(work)) {}
 
   template <class Pass>
   void pass() {
     launch<Pass>();
     if (error_ != nullptr || blocks_ == 1 || work_.rows == 0) return;
-    LAUNCH((finish_kernel<Pass, Work>), dim3(unsigned(work_.rows)), dim3(kSumThreads), 0, stream_, work_, blocks_,
+    LAUNCH((finish_kernel<Pass, Work>), grid_of(work_.rows), dim3(kSumThreads), 0, stream_, work_, blocks_,
            static_cast<const Sums*>(work_.workspace));
     error_ = launch_error();
   }
@@ -158,7 +169,7 @@ class Launcher {
   template <class Pass>
   void launch() {
     if (error_ != nullptr || work_.rows == 0) return;
-    LAUNCH((pass_kernel<Pass, Work>), dim3(unsigned(work_.rows * blocks_)), dim3(kSumThreads), 0, stream_, work_,
+    LAUNCH((pass_kernel<Pass, Work>), grid_of(work_.rows * blocks_), dim3(kSumThreads), 0, stream_, work_,
            unsigned(blocks_), static_cast<Sums*>(work_.workspace));
     error_ = launch_error();
   }
@@ -169,7 +180,7 @@ class Launcher {
   const Work& work_;
   void* stream_;
   int64_t blocks_;
-  const char* error_ = nullptr;
+  const char* error_;
 };
 
 template <class T>

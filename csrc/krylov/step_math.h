@@ -58,8 +58,8 @@ struct Numbers {
   }
 
   AUXFAST_HD void record(double diagonal, double off_diagonal) const {
+    if ((*this)[kSteps] >= kLanczosSteps) return;
     const int step = int((*this)[kSteps]);
-    if (step >= kLanczosSteps) return;
     (*this)[kLanczos + 2 * step] = diagonal;
     (*this)[kLanczos + 2 * step + 1] = off_diagonal;
   }

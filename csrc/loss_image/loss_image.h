@@ -15,8 +15,9 @@
 namespace auxfast {
 
 constexpr int kMaxConvolutions = 4;
-constexpr int kMaxChannels = 64;  // of the losses, too
-constexpr int kTaps = 9;          // of a 3x3 kernel
+constexpr int kMaxChannels = 64;               // of the losses, too
+constexpr int kTaps = 9;                       // of a 3x3 kernel
+constexpr int32_t kMaxExtent = INT32_MAX / 2;  // rows or columns of an image, so that rounding up leaves 32 bits
 
 constexpr int32_t pool_extent(int32_t size) { return size > 1 ? 2 : 1; }
 constexpr int32_t pooled_size(int32_t size) { return size / pool_extent(size); }

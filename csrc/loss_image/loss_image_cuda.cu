@@ -20,7 +20,7 @@ struct Launcher {
   // Runs a thread for each of `count`.
   template <class... Parameters, class... Arguments>
   void run_over(int64_t count, void (*kernel)(Parameters...), const Arguments&... arguments) {
-    run(kernel, dim3(unsigned((count + kSumThreads - 1) / kSumThreads)), arguments...);
+    run(kernel, grid_of((count + kSumThreads - 1) / kSumThreads), arguments...);
   }
 };
 
@@ -58,7 +58,7 @@ struct ChunkSteps {
 
   template <class Finish>
   void run_convolution(const Convolution<T>& work, const Finish& finish) {
-    const dim3 grid(unsigned(chunk.images * work.tiling.tiles()), unsigned(panels_of(work.outputs)));
+    const dim3 grid = grid_of(chunk.images * work.tiling.tiles(), panels_of(work.outputs));
     launcher.run(convolution_kernel<T, Finish>, grid, work, finish);
   }
 
@@ -116,7 +116,7 @@ struct ChunkSteps {
   }
 
   void sum_planes(const Planes<const T>& from, Rows rows, int channels, double* sums) {
-    launcher.run(plane_sums_kernel<T>, dim3(unsigned(chunk.images * channels)), from.only(rows), channels, sums);
+    launcher.run(plane_sums_kernel<T>, grid_of(chunk.images * channels), from.only(rows), channels, sums);
   }
 
   void add_values() {
@@ -143,7 +143,7 @@ struct ChunkSteps {
       work.tiling = {rows, work.outer.width};
       work.tiles = chunk.images * work.tiling.tiles();
       const int most = weight_blocks(net, i - 1), blocks = work.tiles < most ? int(work.tiles) : most;
-      const dim3 grid{unsigned(blocks), unsigned(panels_of(work.outputs)), unsigned(work.inputs)};
+      const dim3 grid = grid_of(blocks, panels_of(work.outputs), work.inputs);
       launcher.run(weight_gradient_kernel<T>, grid, work, workspace.weight_sums);
       const int64_t count = net.weight[i] - net.weight[i - 1];
       launcher.run_over(count, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
@@ -152,8 +152,8 @@ struct ChunkSteps {
     const int channels = net.channels[net.depth];
     sum_planes((with_tangent ? planes.hd : planes.h)[net.depth], chunk.owned[net.depth], channels,
                workspace.plane_sums);
-    launcher.run(output_gradient_kernel<T>, dim3(unsigned(channels)), net, chunk.images, workspace.plane_sums,
-                 pixel_scale(), chunk.is_first(), sums + net.weight[net.depth]);
+    launcher.run(output_gradient_kernel<T>, grid_of(channels), net, chunk.images, workspace.plane_sums, pixel_scale(),
+                 chunk.is_first(), sums + net.weight[net.depth]);
   }
 };
 
@@ -184,7 +184,7 @@ struct Call {
       steps.add_values();
       if (!net.grad_losses) return;
       steps.go_back(false);
-      steps.store_gradient(steps.net.grad_losses, steps.planes.e[1], net.main_loss);
+      steps.store_gradient(steps.net.grad_losses, steps.planes.e[1], int(net.main_loss));
     });
     if (net.per_sample)
       launcher.run_over(net.batch, store_kernel<T>, workspace.values, net.batch, net.value);

@@ -22,8 +22,8 @@ int32_t checked_channels(const char* op, int64_t channels) {
 }
 
 int32_t checked_extent(const char* op, int64_t extent) {
-  STD_TORCH_CHECK(extent <= INT32_MAX / 2, "auxfast::", op, ": an image with ", extent,
-                  " rows or columns is too large");
+  STD_TORCH_CHECK(extent <= kMaxExtent, "auxfast::", op, ": images of at most ", kMaxExtent, " rows and columns, got ",
+                  extent);
   return int32_t(extent);
 }
 

@@ -193,7 +193,7 @@ class Pipeline {
           split_row((s ? wanted.tangent : net.losses) + pixel(b, c, y), width, even, even + in.length);
         }
       if (wanted.value_sums && net.main_loss >= 0 && y >= row_begin && y < row_end)
-        value_sums[b] += double(main_weight(b)) * double(sum_row(net.losses + pixel(b, net.main_loss, y), width));
+        value_sums[b] += double(main_weight(b)) * double(sum_row(net.losses + pixel(b, int(net.main_loss), y), width));
     }
   }
 

@@ -103,8 +103,7 @@ const char* step(const NeumannList<T>& list, void* stream) {
     launch.first_tile = launch.tensors[0].first_tile;
     const int64_t end_tile = end < list.count ? list.tensors[end].first_tile : list.tiles;
     const int64_t blocks = blocks_of(end_tile - launch.first_tile);
-    LAUNCH(step_kernel<T>, dim3(unsigned(blocks)), dim3(kSumThreads), 0, stream, launch, list.step_size,
-           sums + num_sums);
+    LAUNCH(step_kernel<T>, grid_of(blocks), dim3(kSumThreads), 0, stream, launch, list.step_size, sums + num_sums);
     if (const char* error = launch_error()) return error;
     num_sums += blocks;
   }

@@ -95,6 +95,12 @@ def answers() -> tuple[bool, dict[str, Tensor]]:
     scale = torch.randn(6, dtype=D, requires_grad=True)
     weighted = (scale.exp() * F.cross_entropy(net(x), labels, reduction="none")).sum()
     found["weights of examples"] = gradient_of(net(x).square().sum(), weighted, w, [scale])
+    scaler, direct = torch.amp.GradScaler("cpu"), gradient_of(net(x).square().sum(), net(x).square().sum(), w, [scale])
+    try:  # an error, or the right answer
+        scaled = gradient_of(scaler.scale(net(x).square().sum()), net(x).square().sum(), w, [scale])
+        found["a scaled loss"] = torch.tensor([torch.allclose(scaled, direct)])
+    except ValueError:
+        found["a scaled loss"] = torch.tensor([True])
     cube = torch.randn(9, dtype=D, requires_grad=True)
     inner = (Cube.apply(cube) * cube.sum()).sum() + scale.sum() * cube.sum()
     found["a Function"] = gradient_of(cube.sum(), inner, [cube], [scale])

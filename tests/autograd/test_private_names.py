@@ -73,6 +73,12 @@ NAMES = {
     "_current_graph_task_id": Name(
         "batched passes within a backward pass", "the engine goes through vectors one by one, from the same answers"
     ),
+    "_use_python_reducer": Name(
+        "a call of DistributedDataParallel is that of its module", "an error: call the module that it wraps"
+    ),
+    "_saved_other": Name("a GradScaler's scale is told from a number like it", "an error asks for a loss without it"),
+    "_scale": Name("a GradScaler's scale is told from a number like it", "an error asks for a loss without it"),
+    "_refresh_per_optimizer_state": Name("no search for a GradScaler where there is none, 20 ms", "the search"),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
     "_unsafe_preserve_version_counter": Name("tangents on parameters of graphs made before", "those graphs go stale"),
     "_is_view": Name("no graph of tangents, which would take as much memory again", "that graph"),

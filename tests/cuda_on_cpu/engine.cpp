@@ -64,7 +64,7 @@ std::vector<Thread*> ready;
 const std::function<void()>* body;
 char launch_key, error[1000];
 bool failed = false;
-int64_t num_launches = 0;
+int64_t num_launches = 0, window_blocks = 0;
 uint64_t random_state = 1;
 
 uint64_t random_below(uint64_t end) {
@@ -211,9 +211,18 @@ bool check_launch(dim3 grid, dim3 block, size_t dynamic_bytes) {
   return !failed;
 }
 
+// The block behind `index` along an axis of a grid, or behind the gap in the window.
+unsigned next_block(unsigned index, unsigned count) {
+  const int64_t next = int64_t(index) + 1;
+  return unsigned(window_blocks > 0 && next == window_blocks ? std::max(next, count - window_blocks) : next);
+}
+
 }  // namespace
 
 extern "C" int64_t launches() { return num_launches; }
+
+extern "C" void set_window(int64_t blocks) { window_blocks = blocks; }
+extern "C" int64_t window() { return window_blocks; }
 
 extern "C" void set_seed(uint64_t seed) { random_state = (seed + 1) * 0x9E3779B97F4A7C15u; }
 
@@ -224,9 +233,9 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<voi
   if (failed || !check_launch(grid, block, dynamic_bytes)) return;
   body = &kernel;
   std::vector<uint3> blocks;
-  for (uint3 b{}; b.z < grid.z; ++b.z)
-    for (b.y = 0; b.y < grid.y; ++b.y)
-      for (b.x = 0; b.x < grid.x; ++b.x) {
+  for (uint3 b{}; b.z < grid.z; b.z = next_block(b.z, grid.z))
+    for (b.y = 0; b.y < grid.y; b.y = next_block(b.y, grid.y))
+      for (b.x = 0; b.x < grid.x; b.x = next_block(b.x, grid.x)) {
         blocks.push_back(b);
         std::swap(blocks.back(), blocks[random_below(blocks.size())]);
       }

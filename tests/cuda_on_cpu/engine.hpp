@@ -30,6 +30,11 @@ extern const Position* position;  // of the running thread
 // Of the random order.
 extern "C" void set_seed(uint64_t seed);
 
+// Lets only the first and the last so many blocks along each axis of a grid run, so that a test can launch kernels on
+// sizes of which it has but the ends. 0, as at the beginning: all of them.
+extern "C" void set_window(int64_t blocks);
+extern "C" int64_t window();
+
 // Kernels launched so far.
 extern "C" int64_t launches();
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 WRAPPERS = sorted(HERE.glob("*.cpp"))  # and the engine
+CPU_KERNELS = ["krylov", "neumann"]  # of which the ends run, on sizes that take too long as a whole
 
 # Flags of the kernels and of the engine, which no sanitizer must watch.
 MODES = {
@@ -23,6 +27,9 @@ MODES = {
     "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], ["-DCUDA_ON_CPU_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DCUDA_ON_CPU_TSAN"]),
 }
+# A size that loses bits on its way into a number of another type does not compile.
+NO_NARROWING = ["-Werror=conversion", "-Wno-sign-conversion", "-Wno-float-conversion"]
+MAP_NORESERVE = 0x4000  # of Linux; module mmap has the name from Python 3.13 on
 MODE = os.environ.get("AUXFAST_CUDA_ON_CPU", "plain")
 
 
@@ -52,12 +59,15 @@ def build_libraries(modes: Iterable[str]) -> dict[str, Path]:
 def _plan(mode: str) -> build.ModuleBuild:
     kernel_flags, engine_flags = MODES[mode]
     gxx = find_gxx()
-    common = [gxx, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    common = [gxx, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *NO_NARROWING]
     kernel = [*common, *kernel_flags, f"-I{HERE / 'include'}", "-Icsrc", "-x", "c++"]
     steps = []
     for source in [*sorted((build.ROOT / "csrc").glob("*/*_cuda.cu")), *WRAPPERS, HERE / "planted.cu"]:
         command = [*common, "-O2", *engine_flags] if source.name == "engine.cpp" else kernel
         steps.append(build.Compile(source.relative_to(build.ROOT).as_posix(), command))
+    for op in CPU_KERNELS:
+        command = [*common, *kernel_flags, "-Icsrc", "-DAUXFAST_ISA=baseline", "-Wno-psabi"]
+        steps.append(build.Compile(f"csrc/{op}/{op}_cpu.cpp", command))
     return build.ModuleBuild(steps, [gxx, "-shared", *kernel_flags], [])
 
 
@@ -111,6 +121,27 @@ def launches(run: Callable[[], object]) -> int:
     before: int = count()
     run()
     return count() - before
+
+
+@contextmanager
+def window(blocks: int, device: str = "cuda") -> Iterator[None]:
+    """In it only the first and the last `blocks` blocks along each axis of a grid run, in a workspace of zeros. Where
+    device is "cpu", the kernels of CPU_KERNELS for the CPU run in their stead: the first and the last chunks."""
+    library().set_window(ctypes.c_int64(blocks))
+    library().set_on_cpu(ctypes.c_int64(device == "cpu"))
+    try:
+        yield
+    finally:
+        library().set_window(ctypes.c_int64(0))
+        library().set_on_cpu(ctypes.c_int64(0))
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of any size, in memory that gets a page when something is written there."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # or a number that is written would take 2 MB
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def network_numbers(packed: str) -> list[int]:

@@ -3,6 +3,7 @@
 
 #include "wrapper.hpp"
 
+AUXFAST_CPU_KERNELS(KrylovKernels, krylov)
 AUXFAST_CUDA_KERNELS(KrylovCudaKernels, krylov)
 
 using namespace auxfast;
@@ -14,7 +15,7 @@ extern "C" const char* linear_combination(int64_t is_double, int64_t rows, int64
     using T = decltype(zero);
     LinearCombination<T> work{static_cast<T*>(out), {}, int(num_terms), coefficients, rows, n, squares, nullptr};
     for (int64_t i = 0; i < num_terms; ++i) set_pointer(work.terms[i], terms[i]);
-    return run(krylov_cuda<T>().linear_combination, work);
+    return run(krylov_cpu<T>().linear_combination, krylov_cuda<T>().linear_combination, work);
   });
 }
 
@@ -24,7 +25,7 @@ extern "C" const char* row_dots(int64_t is_double, int64_t rows, int64_t n, cons
   return by_dtype(is_double, [&](auto zero) {
     using T = decltype(zero);
     RowDots<T> work{static_cast<const T*>(a), static_cast<const T*>(b), rows, n, dots, nullptr};
-    return run(krylov_cuda<T>().row_dots, work);
+    return run(krylov_cpu<T>().row_dots, krylov_cuda<T>().row_dots, work);
   });
 }
 
@@ -45,7 +46,7 @@ extern "C" const char* conjugate_gradient_step(int64_t is_double, int64_t rows, 
     work.part = Part(part);
     work.rows = rows;
     work.n = n;
-    return run(krylov_cuda<T>().conjugate_gradient_step, work);
+    return run(krylov_cpu<T>().conjugate_gradient_step, krylov_cuda<T>().conjugate_gradient_step, work);
   });
 }
 
@@ -69,6 +70,6 @@ extern "C" const char* minres_step(int64_t is_double, int64_t rows, int64_t n, d
     work.part = Part(part);
     work.rows = rows;
     work.n = n;
-    return run(krylov_cuda<T>().minres_step, work);
+    return run(krylov_cpu<T>().minres_step, krylov_cuda<T>().minres_step, work);
   });
 }

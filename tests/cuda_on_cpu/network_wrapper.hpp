@@ -15,7 +15,7 @@ void describe(NetworkParams<T>& net, int64_t batch, int64_t depth, const int64_t
   net.batch = batch;
   net.depth = int32_t(depth);
   net.activation = Activation(network[kActivation]);
-  net.main_loss = int32_t(network[kMainLoss]);
+  net.main_loss = network[kMainLoss];
   net.per_sample = Reduction(network[kReduction]) == Reduction::none;
   net.scale = Reduction(network[kReduction]) == Reduction::mean ? T(1.0 / double(batch)) : T(1);
   net.grad_stride = net.per_sample;

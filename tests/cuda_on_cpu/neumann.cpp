@@ -3,6 +3,7 @@
 
 #include "wrapper.hpp"
 
+AUXFAST_CPU_KERNELS(NeumannKernels, neumann)
 AUXFAST_CUDA_KERNELS(NeumannCudaKernels, neumann)
 
 using namespace auxfast;
@@ -19,6 +20,6 @@ extern "C" const char* neumann_step(int64_t is_double, int64_t count, void* cons
       tiles += tiles_of(numel[i]);
     }
     NeumannList<T> list{tensors.data(), count, tiles, T(step_size), squared_norm, nullptr};
-    return run(neumann_cuda<T>().step, list);
+    return run(neumann_cpu<T>().step, neumann_cuda<T>().step, list);
   });
 }

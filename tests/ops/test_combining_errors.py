@@ -131,6 +131,7 @@ COMBINER_RAW_ERRORS: RawErrors = {
     "width 0": (FIRST, {"network": "1,2,0,1,0"}, "widths of 1 to 64, got 0"),
     "main": (EVERY, {"network": "1,2,3,1,4,2"}, "main loss 3 of 3 losses"),
     "negative main": (EVERY, {"network": "1,2,-2,1,4,2"}, "main loss -2 of 3 losses"),
+    "main beyond 32 bits": (EVERY, {"network": "1,2,4294967296,1,4,2"}, "main loss 4294967296 of 3 losses"),
 }
 LOSS_IMAGE_RAW_ERRORS: RawErrors = {
     "rank of losses": (EVERY, {"losses": lambda t: t[0]}, "losses must be (batch, num_losses, H, W), got 3 dim"),
@@ -145,6 +146,16 @@ LOSS_IMAGE_RAW_ERRORS: RawErrors = {
     "no channels": (FIRST, {"network": "1,2,0,1,0"}, "1 to 64 channels, got 0"),
     "main": (EVERY, {"network": "1,2,2,1,3,2"}, "main loss 2 of 2 losses"),
     "negative main": (EVERY, {"network": "1,2,-2,1,3,2"}, "main loss -2 of 2 losses"),
+    "main beyond 32 bits": (EVERY, {"network": "1,2,4294967296,1,3,2"}, "main loss 4294967296 of 2 losses"),
+    "2^30 rows": (
+        slice(1, 2),
+        {
+            "losses": lambda _: torch.empty(1, 1, 2**30, 1, dtype=torch.float32),
+            "phi": Tensor.float,
+            "grad": Tensor.float,
+        },
+        "images of at most 1073741823 rows and columns, got 1073741824",
+    ),
 }
 ALL_RAW_ERRORS = [
     pytest.param(op, *row, id=f"{op}-{key}")

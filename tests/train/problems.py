@@ -14,11 +14,13 @@ from torch import nn
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import Neumann
 from auxfast.train import (
+    WHOLE,
     Batch,
     CombinerConfig,
     Component,
     LabelBatch,
     LabelsConfig,
+    Part,
     RunConfig,
     RunPlan,
     TrainConfig,
@@ -197,3 +199,65 @@ class LabelledNoisy(Noisy):
         return score
 
     score = validation_score
+
+
+class Shared:
+    """Regression that several processes can share, with batches that do not divide evenly and losses that samples
+    lack; in torch's default dtype. Its outer parameters of its own are those of `Noisy`."""
+
+    loss_names = ("main", "first", "second")
+    main = 0
+
+    def __init__(self, seed: int = 0, batch: int = 15) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.batch = batch
+        self.inputs = torch.randn(60, 4, generator=generator)
+        self.targets = self.inputs[:, :3] + 0.1 * torch.randn(60, 3, generator=generator)
+        self.mask = (torch.rand(60, 3, generator=generator) > 0.3).to(self.inputs)
+        self.training = torch.arange(20, 60)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.training_loss = ExampleWeights()
+
+    def rows(self, generator: torch.Generator, part: Part) -> torch.Tensor:
+        return part.of(self.training[torch.randperm(len(self.training), generator=generator)[: self.batch]])
+
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> NoisyBatch:
+        rows = self.rows(generator, part)
+        return NoisyBatch((self.model(self.inputs[rows]) - self.targets[rows]).square(), self.mask[rows], rows)
+
+    def release_auxiliary(self) -> None:
+        self.training = torch.arange(60)
+
+    def split_indices(self) -> dict[str, torch.Tensor]:
+        return {"training": self.training}
+
+    def outer_loss(self) -> torch.Tensor:
+        return F.mse_loss(self.model(self.inputs[:20])[:, 0], self.targets[:20, 0])
+
+    @torch.no_grad()
+    def validation_score(self) -> float:
+        return -self.outer_loss().item()
+
+    score = validation_score
+
+
+class SharedLabels(Shared):
+    """Classification with generated labels, likewise."""
+
+    loss_names = ("main", "generated labels")
+
+    def __init__(self, seed: int = 0, batch: int = 15) -> None:
+        super().__init__(seed, batch)
+        self.labels = self.targets[:, 0].gt(0).long() + self.targets[:, 1].gt(0).long()
+        self.label_generator = LabelGenerator(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 7)), (3, 2, 2))
+        self.model[2] = nn.Linear(8, 3 + 7)
+
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> LabelBatch:
+        rows = self.rows(generator, part)
+        main, auxiliary = self.model(self.inputs[rows]).tensor_split([3], dim=1)
+        losses = F.pad(F.cross_entropy(main, self.labels[rows], reduction="none")[:, None], (0, 1))
+        mask = torch.stack([self.mask[rows, 0], torch.zeros(len(rows))], dim=1)
+        return LabelBatch(losses, mask, auxiliary, self.inputs[rows], self.labels[rows])
+
+    def outer_loss(self) -> torch.Tensor:
+        return F.cross_entropy(self.model(self.inputs[:20])[:, :3], self.labels[:20])

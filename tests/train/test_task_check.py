@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from auxfast.train import Batch, RunConfig, Trainer, make_training_loss, parse_method
+from auxfast.train import WHOLE, Batch, RunConfig, Trainer, make_training_loss, parse_method
 from auxfast.train.task_check import check_task
-from train.problems import ExampleWeights, Noisy, NoisyOptions, OneWeight, train_config
+from train.problems import ExampleWeights, Noisy, NoisyOptions, OneWeight, Shared, SharedLabels, train_config
 
 
 def test_what_a_task_must_be_is_accepted():
@@ -195,3 +195,46 @@ def test_the_trainer_refuses_what_is_no_task():
     incomplete = SimpleNamespace(loss_names=("main",), main=0, model=task.model)
     with pytest.raises(TypeError, match=r"task\.training_batch: SimpleNamespace has none"):
         Trainer(incomplete, loss, config, 0)
+
+
+class _LessDrawn(Shared):
+    def training_batch(self, generator, part=WHOLE):
+        batch = super().training_batch(generator, part)
+        torch.randn(len(batch.losses), generator=generator)
+        return batch
+
+
+class _Repeated(Shared):
+    def training_batch(self, generator, part=WHOLE):
+        return super().training_batch(generator, WHOLE)
+
+
+class _Related(Shared):
+    def training_batch(self, generator, part=WHOLE):
+        batch = super().training_batch(generator, part)
+        return batch._replace(losses=batch.losses - batch.losses.mean(dim=0))
+
+
+def _with_sum(task):
+    task.training_loss.forward = lambda losses, mask, rows: (
+        ExampleWeights.forward(task.training_loss, losses, mask, rows) * len(losses)
+    )
+    return task
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (OneWeight(), r"task\.training_batch: OneWeight's takes no argument part, .* or start one process"),
+        (_LessDrawn(), r"task\.training_batch: draws less for a part of a batch than for the whole: draw everything"),
+        (_Repeated(), r"got parts of 15, 15 samples, and the whole batch has 15: draw everything"),
+        (_Related(), r"got other losses in the parts of a batch than in the whole: .* no loss of a sample may depend"),
+        (Shared(batch=1), r"task\.training_batch: got no sample in part 1 of 2, must have one for each process"),
+        (_with_sum(Shared()), r"task\.training_loss: got .* must be a mean over samples"),
+    ],
+)
+def test_a_task_whose_parts_are_not_the_whole_is_refused_for_several_processes(task, message):
+    check_task(Shared(), own=True, processes=3)
+    check_task(SharedLabels(), labels=True, processes=2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_task(task, own=hasattr(task, "training_loss"), processes=2)

@@ -38,7 +38,7 @@ from auxfast.experiments.report.statistics import learned_against_controls
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 WIDTH = 64  # channels of ResNet-18's first stage
 ADDRESS = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
@@ -91,16 +91,18 @@ class CubTask(ImageTask):
     scale: float
     loss_names: tuple[str, ...]
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
         labelled = draw_batch(self.training, self.batch_size // (1 + (len(self.unlabelled) > 0)), generator)
         others = draw_batch(self.unlabelled, self.batch_size - len(labelled), generator)
         rows = torch.cat([labelled, others])
-        species, attributes = self.model(self.inputs(rows, generator)).tensor_split([self.num_classes], dim=1)
+        own = torch.cat([part.of(places) for places in torch.arange(len(rows)).split([len(labelled), len(others)])])
+        inputs, rows = self.inputs(rows, generator)[own], rows[own]
+        species, attributes = self.model(inputs).tensor_split([self.num_classes], dim=1)
         main = F.cross_entropy(species, self.labels[rows], reduction="none")
         binary = F.binary_cross_entropy_with_logits(attributes, self.attributes[rows], reduction="none")
         losses = torch.cat([main[:, None], self.scale * binary], dim=1)
         mask = torch.ones_like(losses)
-        mask[len(labelled) :, 0] = 0
+        mask[own >= len(labelled), 0] = 0
         return Batch(losses, mask)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:

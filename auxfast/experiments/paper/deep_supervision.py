@@ -30,7 +30,7 @@ from auxfast.solvers import MINRES
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.methods import parse_method
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 CLASSES, VALIDATION, TEST = 10, 200, 600
 BATCH = 64
@@ -95,8 +95,8 @@ class DeepSupervisionTask(SplitTask):
     labels: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        rows = draw_batch(self.training, BATCH, generator)
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(draw_batch(self.training, BATCH, generator))
         logits = self.model(self.images[rows])
         labels = self.labels[rows, None].expand(-1, STAGES)
         return Batch(F.cross_entropy(logits.movedim(2, 1), labels, reduction="none"), None)

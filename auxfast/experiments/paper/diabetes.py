@@ -32,7 +32,7 @@ from auxfast.experiments.report.statistics import better
 from auxfast.solvers import Neumann
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 VALIDATION, TEST = 42, 200  # patients; the other 200 may be labelled
 _load = cache(load_diabetes)
@@ -71,9 +71,10 @@ class DiabetesTask(SplitTask):
     target: Tensor
     loss_names: tuple[str, ...] = ("main", "helpful", "harmful", "shuffled")
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        predicted = self.model(self.features[self.training])  # (batch, 1)
-        return Batch((predicted - self.labels[self.training]).square(), None)
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(self.training)
+        predicted = self.model(self.features[rows])  # (batch, 1)
+        return Batch((predicted - self.labels[rows]).square(), None)
 
     def outer_loss(self) -> Tensor:
         predicted = self.model(self.features[self.auxiliary]).squeeze(1)

@@ -27,7 +27,7 @@ from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 CLASSES = 10
 VALIDATION, TEST = 90, 600  # scans
@@ -77,9 +77,9 @@ class DigitsTask(SplitTask):
     known: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        labelled = draw_batch(self.training, LABELLED_BATCH, generator)
-        rows = torch.cat([labelled, draw_batch(self.unlabelled, UNLABELLED_BATCH, generator)])
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        sizes = ((self.training, LABELLED_BATCH), (self.unlabelled, UNLABELLED_BATCH))
+        rows = torch.cat([part.of(draw_batch(samples, size, generator)) for samples, size in sizes])
         digits, attributes = self.model(self.images[rows]).tensor_split([CLASSES], dim=1)
         main = F.cross_entropy(digits, self.labels[rows], reduction="none")
         others = F.binary_cross_entropy_with_logits(attributes, self.attributes[rows], reduction="none")

@@ -39,7 +39,7 @@ from auxfast.experiments.report.statistics import better_everywhere
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig, TrainConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 CLASSES = len(CLASS_NAMES)
 VALIDATION = 500  # images
@@ -89,9 +89,9 @@ class FashionAttributesTask(SplitTask):
     attributes: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        labelled = draw_batch(self.training, LABELLED_BATCH, generator)
-        rows = torch.cat([labelled, draw_batch(self.unlabelled, UNLABELLED_BATCH, generator)])
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        sizes = ((self.training, LABELLED_BATCH), (self.unlabelled, UNLABELLED_BATCH))
+        rows = torch.cat([part.of(draw_batch(samples, size, generator)) for samples, size in sizes])
         classes, attributes = self.model(self.images[rows]).tensor_split([CLASSES], dim=1)
         main = F.cross_entropy(classes, self.labels[rows], reduction="none")
         others = F.binary_cross_entropy_with_logits(attributes, self.attributes[rows], reduction="none")

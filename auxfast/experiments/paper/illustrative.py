@@ -35,7 +35,7 @@ from auxfast.solvers import Dense
 from auxfast.train.config import Component, RunConfig, TrainConfig
 from auxfast.train.optimizers import make_optimizer
 from auxfast.train.run import Run, read_config
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 MAIN_WEIGHTS, HARMFUL_WEIGHTS = (1.0, 1.0), (2.0, -4.0)  # w* and w~
 VALIDATION = 100
@@ -82,9 +82,10 @@ class IllustrativeTask:
     loss_names: tuple[str, ...] = ("main", "helpful", "harmful")
     main: int = 0
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        predicted = self.model(self.features[self.training])  # (batch, 1)
-        return Batch((predicted - self.labels[self.training]).square(), None)
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(self.training)
+        predicted = self.model(self.features[rows])  # (batch, 1)
+        return Batch((predicted - self.labels[rows]).square(), None)
 
     def outer_loss(self) -> Tensor:
         return self._main_loss(self.auxiliary)

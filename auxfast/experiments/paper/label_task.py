@@ -18,7 +18,7 @@ from auxfast.experiments.report.label_map import LabelledImages, draw_label_maps
 from auxfast.experiments.report.statistics import finished, learned_against_controls
 from auxfast.nn import LabelGenerator
 from auxfast.train.run import Run
-from auxfast.train.task import LabelBatch
+from auxfast.train.task import WHOLE, LabelBatch, Part
 
 METHODS = ("stl", "maxl-f", "maxl", "auxilearn-labels-frozen", "auxilearn-labels")
 _CHUNK = 500  # images that are labelled at once
@@ -35,9 +35,9 @@ class LabelTask(ImageTask):
     label_generator: LabelGenerator
     loss_names: tuple[str, ...] = ("main", "generated labels")
 
-    def training_batch(self, generator: torch.Generator) -> LabelBatch:
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> LabelBatch:
         rows = draw_batch(self.training, self.batch_size, generator)
-        inputs, labels = self.inputs(rows, generator), self.labels[rows]
+        inputs, labels = part.of(self.inputs(rows, generator)), part.of(self.labels[rows])
         main, auxiliary = self.model(inputs).tensor_split([self.num_classes], dim=1)
         losses = F.pad(F.cross_entropy(main, labels, reduction="none")[:, None], (0, 1))
         mask = torch.tensor([1.0, 0.0], device=losses.device).expand_as(losses)

@@ -27,7 +27,7 @@ from auxfast.experiments.report.statistics import finished
 from auxfast.solvers import Dense
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run, read_config
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 AUXILIARIES, FEATURES = 100, 10
 VALIDATION, TEST = 200, 1000
@@ -66,8 +66,8 @@ class NoisyAuxiliariesTask(SplitTask):
     target: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        rows = draw_batch(self.training, BATCH, generator)
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(draw_batch(self.training, BATCH, generator))
         return Batch((self.model(self.features[rows]) - self.labels[rows]).square(), None)
 
     def outer_loss(self) -> Tensor:

@@ -44,7 +44,7 @@ from auxfast.nn import PolynomialCombiner
 from auxfast.solvers import MINRES
 from auxfast.train.config import CombinerConfig, Component, RunConfig
 from auxfast.train.run import Run, read_config
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 CLASSES, VALIDATION, TEST = 10, 200, 600
 BATCH, HIDDEN = 64, 64
@@ -89,8 +89,8 @@ class PolynomialKernelTask(SplitTask):
     attributes: Tensor
     loss_names: tuple[str, ...] = LOSS_NAMES
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        rows = draw_batch(self.training, BATCH, generator)
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(draw_batch(self.training, BATCH, generator))
         images = self.images[rows]
         digits, attributes, pictures = self.model(images)
         main = F.cross_entropy(digits, self.labels[rows], reduction="none")

@@ -25,7 +25,7 @@ from auxfast.experiments.paper.options import PaperCombiner, PaperTraining, chec
 from auxfast.experiments.paper.split_task import evaluating
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, RunConfig
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 from auxfast.train.training_loss import main_loss
 
 VALIDATION = 0.1  # share of the official training part
@@ -151,10 +151,10 @@ class SceneTask(LossImageTask):
     batch_size: int
     mirror: bool
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
         rows = draw_batch(self.training, self.batch_size, generator)
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
-        return self._losses(self._read(rows, mirrored & self.mirror))
+        return self._losses(self._read(part.of(rows), part.of(mirrored & self.mirror)))
 
     def losses(self, rows: Tensor) -> Batch:
         """See `LossImageTask`. Where there is no target, a loss is 0, whatever the prediction."""

@@ -31,7 +31,7 @@ from auxfast.experiments.paper.split_task import SplitTask, evaluating
 from auxfast.nn import LabelGenerator
 from auxfast.solvers import Identity
 from auxfast.train.config import Component, LabelsConfig, RunConfig
-from auxfast.train.task import Batch, LabelBatch
+from auxfast.train.task import WHOLE, Batch, LabelBatch, Part
 
 NUM_PARTS = sum(map(len, PARTS.values()))
 AUXILIARY_CLASSES = 6  # learned for each category
@@ -148,8 +148,8 @@ class LearnedPartTask(PartTask):
     label_generator: LabelGenerator
     loss_names: tuple[str, ...] = ("parts", "generated labels")
 
-    def training_batch(self, generator: torch.Generator) -> LabelBatch:
-        points, parts, categories = (tensor.to(self._device) for tensor in self.draw(generator))
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> LabelBatch:
+        points, parts, categories = (part.of(tensor).to(self._device) for tensor in self.draw(generator))
         main, auxiliary = self.model(points).tensor_split([NUM_PARTS], dim=1)
         main_losses = F.cross_entropy(main, parts, reduction="none")
         losses = torch.stack([main_losses, torch.zeros_like(main_losses)], dim=1)
@@ -164,13 +164,13 @@ class PretextPartTask(PartTask):
     pretext: Pretext
     loss_names: tuple[str, ...] = ("parts", "pretext")
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
         points, parts, _ = self.draw(generator)
         corrupted = self.pretext.corrupt(points, generator)
-        points, parts = points.to(self._device), parts.to(self._device)
+        points, parts = part.of(points).to(self._device), part.of(parts).to(self._device)
         main_losses = F.cross_entropy(self.model(points)[:, :NUM_PARTS], parts, reduction="none")
-        predicted = self.model(corrupted.points.to(self._device))[:, NUM_PARTS:]
-        pretext_losses = self.pretext.loss(predicted, points, corrupted.target.to(self._device))
+        predicted = self.model(part.of(corrupted.points).to(self._device))[:, NUM_PARTS:]
+        pretext_losses = self.pretext.loss(predicted, points, part.of(corrupted.target).to(self._device))
         return Batch(torch.stack([main_losses, pretext_losses], dim=1), None)
 
 

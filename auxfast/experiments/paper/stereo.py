@@ -29,7 +29,7 @@ from auxfast.experiments.report.statistics import better
 from auxfast.solvers import MINRES
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 TILE = 24  # pixels along an edge, at half the photograph's resolution
 TILES, VALIDATION, TEST = 150, 12, 48  # numbers of tiles: all of the photograph, and two of its parts
@@ -72,8 +72,8 @@ class StereoTask(LossImageTask):
     valid: Tensor
     loss_names: tuple[str, ...] = ("segmentation", "depth")
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        tiles = torch.cat([draw_batch(part, BATCH, generator) for part in (self.training, self.unlabelled)])
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        tiles = torch.cat([part.of(draw_batch(rows, BATCH, generator)) for rows in (self.training, self.unlabelled)])
         return self.losses(tiles)
 
     def losses(self, tiles: Tensor) -> Batch:

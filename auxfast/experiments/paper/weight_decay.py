@@ -33,7 +33,7 @@ from auxfast.experiments.report.statistics import better, estimate, finished, sc
 from auxfast.solvers import Dense
 from auxfast.train.config import Component, RunConfig
 from auxfast.train.run import Run
-from auxfast.train.task import Batch
+from auxfast.train.task import WHOLE, Batch, Part
 
 VALIDATION, TEST = 42, 200  # patients; the other 200 may be labelled
 SEX = 1  # column among the measurements
@@ -78,8 +78,9 @@ class WeightDecayTask(SplitTask):
     target: Tensor
     loss_names: tuple[str, ...] = ("error", *GROUPS)
 
-    def training_batch(self, generator: torch.Generator) -> Batch:
-        error = (self.model(self.features[self.training]) - self.target[self.training]).square()
+    def training_batch(self, generator: torch.Generator, part: Part = WHOLE) -> Batch:
+        rows = part.of(self.training)
+        error = (self.model(self.features[rows]) - self.target[rows]).square()
         penalties = torch.stack([0.5 * weights.square().sum() for weights in self.model.parameters()])
         return Batch(torch.cat([error[:, None], penalties.expand(len(error), -1)], dim=1), None)
 
