@@ -4,7 +4,8 @@
 
 prints the table of docs/memory.md. Memory is what torch's allocators hand out: torch's profiler records every block
 that they allocate and free, so that the peak is exact, the same in every run, and free of what else the process holds.
-What is there before a call (parameters, data) does not count. Times are of another call, without the profiler.
+What is there before a call (parameters, data) does not count. Times are those of one thread of the CPU in another call,
+without the profiler.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def seconds(call: Callable[[], object]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {sum(w.numel() for w in Transformer().parameters()) / 1e6:.2f} M parameters")
-    print("| batches | curvature | checkpoints | peak (MB) | seconds |\n|---|---|---|---|---|")
+    print("| batches | curvature | checkpoints | peak (MB) | CPU seconds |\n|---|---|---|---|---|")
     for batches, checkpointed in product((1, 8), (False, True)):
         problem = Problem(batches, checkpointed)
         calls: dict[str, Callable[[], object]] = (

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 _without_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
-_is_view: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
+_shows_another: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
 _one_at_a_time = threading.RLock()
 
 
@@ -45,15 +45,13 @@ class _WithoutGraph(TorchFunctionMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tangent = tangent_of(tensor)
-                if tangent is not None and tangent.requires_grad and _is_view is not None and not _is_view(tangent):
+                if tangent is not None and tangent.requires_grad and _shows_another and not _shows_another(tangent):
                     tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
 
 
 def _dual(tensor: Tensor, tangent: Tensor) -> Tensor:
-    with (
-        warnings.catch_warnings()
-    ):  # the first call of a process loads decompositions, by a part of torch it deprecates
+    with warnings.catch_warnings():  # the first call of a process loads what torch itself deprecates
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         dual: Tensor = forward_ad.make_dual(tensor, tangent)
         return dual

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import (
     RHS_NOT_FINITE,
     TRIVIAL,
@@ -159,10 +160,11 @@ class _System:
         return math.sqrt(self.sum([self.dot(tensor, tensor) for tensor in tensors]))
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._space.dots(a.reshape(1, -1).to(self.wide), b.reshape(1, -1).to(self.wide))
+        """(1,), of one parameter's part, and of the piece that this process has."""
+        return row_dots(a.reshape(1, -1).to(self.wide), b.reshape(1, -1).to(self.wide))
 
     def sum(self, numbers: Sequence[Tensor]) -> float:
-        return float(self._space.read(torch.cat([*numbers]).sum(dim=0, keepdim=True))[0])
+        return float(self._space.read(self._space.sum(torch.cat([*numbers]).sum(dim=0, keepdim=True)))[0])
 
 
 class _Cycle:

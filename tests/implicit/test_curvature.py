@@ -467,5 +467,5 @@ def test_outputs_are_checked():
         call(z, inner=lambda: (loss, z))
     with pytest.raises(TypeError, match=r"inner_loss must return \(loss, outputs\)"):
         call(None, inner=lambda: loss)
-    with pytest.raises(ValueError, match="curvature must be one of hessian, gauss-newton, finite-difference"):
+    with pytest.raises(ValueError, match="curvature must be one of hessian, gauss-newton, hessian-jvp, f"):
         call(None, "fisher")

@@ -34,6 +34,7 @@ OTHERS = [
     solvers.Neumann(20),
     solvers.Neumann(20, 5.0, damping=0.1),
     solvers.Chebyshev(20),
+    solvers.CompactMINRES(20, dtype=torch.float64),
     solvers.GMRES(20),
     solvers.NormalEquations(6, damping=1.0),
     solvers.GradientFlow(time=2.0),
