@@ -69,9 +69,8 @@ LANCZOS = len(_MINRES)
 """First row of the Lanczos matrix: diagonal and off-diagonal entry of each step in turn."""
 NUMBERS = LANCZOS + 2 * LANCZOS_STEPS
 
-Total = Callable[[Tensor], Tensor]
-"""From sums over the entries of rows to those over all entries, where each of several processes has a piece of the
-rows; of the same shape."""
+Dots = Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor]
+"""From m pairs of matrices (k, n) to the dot products (m, k) of their rows, float64."""
 
 _NULL = 0.1  # curvature, in machine epsilons of the largest one, up to which a residual counts as a null vector of H
 _MOST_TERMS = 3
@@ -163,6 +162,11 @@ def row_dots_reference(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a.double(), b.double())
 
 
+def dots_reference(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """See `Dots`."""
+    return torch.stack([row_dots_reference(a, b) for a, b in pairs])
+
+
 def conjugate_gradient_step_(
     x: Tensor, best: Tensor, r: Tensor, p: Tensor, z: Tensor | None, product: Tensor, numbers: Tensor, part: int = WHOLE
 ) -> None:
@@ -210,16 +214,16 @@ def conjugate_gradient_step_reference_(
     product: Tensor,
     numbers: Tensor,
     part: int = WHOLE,
-    total: Total = Tensor.detach,
+    dots: Dots = dots_reference,
 ) -> None:
     """`conjugate_gradient_step_` in PyTorch operations; Saad, Iterative Methods for Sparse Linear Systems (2003),
-    algorithm 9.1. csrc/krylov/conjugate_gradient_math.h has the derivation. With `total` the rows are pieces, of
-    which other processes have the rest."""
+    algorithm 9.1. csrc/krylov/conjugate_gradient_math.h has the derivation. With other `dots` the rows may be pieces,
+    of which other processes have the rest."""
     _check_conjugate_gradient_step(x, best, r, p, z, product, numbers, part)
     of = _Numbers(numbers, _CONJUGATE_GRADIENT, torch.finfo(r.dtype).eps)
     if part != AFTER_PRECONDITIONER:
         of.start()
-        pq, zq = total(torch.stack([row_dots_reference(row, product) for row in (p, r if z is None else z)]))
+        pq, zq = dots([(p, product), (r if z is None else z, product)])
         curvature = pq / of["pp"]
         of.stop(~curvature.isfinite(), BROKEN)
         of.set(largest=torch.maximum(of["largest"], curvature.abs()))
@@ -232,13 +236,13 @@ def conjugate_gradient_step_reference_(
         of.set(alpha=of["rz"] / pq)
 
         of.write(r, r - of["alpha"][:, None] * product)
-        square = total(row_dots_reference(r, r))
+        (square,) = dots([(r, r)])
         of.stop(~square.isfinite(), BROKEN)
         leaves = (of["square"] <= of["best_square"]) & (square > of["square"])
         of.set(leaves=leaves.double(), best_square=torch.where(leaves, of["square"], of["best_square"]), square=square)
     if part != BEFORE_PRECONDITIONER:
         z = r if z is None else z
-        rz = total(row_dots_reference(r, z)) if part == AFTER_PRECONDITIONER else of["square"]
+        rz = dots([(r, z)])[0] if part == AFTER_PRECONDITIONER else of["square"]
         alpha, beta = of["alpha"], rz / of["rz"]
         if part == WHOLE:
             of.record(1 / alpha + of["beta_by_alpha"], beta.sqrt() / alpha)
@@ -249,7 +253,7 @@ def conjugate_gradient_step_reference_(
         of.write(best, torch.where(of["leaves"][:, None] != 0, x, best))
         of.write(x, x + of["alpha"][:, None] * p)
         of.write(p, of["beta"][:, None] * p + z)
-        of.set(pp_before=of["pp"], pp=total(row_dots_reference(p, p)))
+        of.set(pp_before=of["pp"], pp=dots([(p, p)])[0])
 
 
 def minres_step_(
@@ -312,20 +316,20 @@ def minres_step_reference_(
     product: Tensor,
     numbers: Tensor,
     part: int = WHOLE,
-    total: Total = Tensor.detach,
+    dots: Dots = dots_reference,
 ) -> None:
-    """`minres_step_` in PyTorch operations; csrc/krylov/minres_math.h has the derivation. `total`: as for
+    """`minres_step_` in PyTorch operations; csrc/krylov/minres_math.h has the derivation. `dots`: as for
     `conjugate_gradient_step_reference_`."""
     _check_minres_step(x, w, w_old, v, u, u_old, r, z, product, numbers, part)
     of = _Numbers(numbers, _MINRES, torch.finfo(r.dtype).eps)
     if part != AFTER_PRECONDITIONER:
         of.start()
-        of.set(alfa=total(row_dots_reference(v, product)))
+        of.set(alfa=dots([(v, product)])[0])
         of_u, of_u_old = (of["alfa"] / of["beta"])[:, None], of["beta_ratio"][:, None]
         of.write(product, product - of_u * u - of_u_old * u_old)
     if part != BEFORE_PRECONDITIONER:
         z = product if z is None else z
-        square, overlap = total(torch.stack([row_dots_reference(row, z) for row in (product, u_old)]))
+        square, overlap = dots([(product, z), (u_old, z)])
         _rotate(of, square.sqrt(), overlap, part)
         gamma, beta = of["gamma"], of["beta"]
         new_w = (v.double() - of["delta"][:, None] * w - of["epsilon_before"][:, None] * w_old) / gamma[:, None]
@@ -334,7 +338,7 @@ def minres_step_reference_(
         of_r, of_u = of["s"].square(), -of["c"] * of["phibar_before"] / gamma
         of.write(r, of_r[:, None] * r + of_u[:, None] * product)
         of.set(steps=of["steps"] + 1)
-        of_w, square = total(torch.stack([row_dots_reference(rows, rows) for rows in (w_old, r)]))
+        of_w, square = dots([(w_old, w_old), (r, r)])
         before = of["phibar_before"]
         if part == WHOLE:
             rounding = of.eps * of["largest"] * of["phi"].abs() * of_w.sqrt()

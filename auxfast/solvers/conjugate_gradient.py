@@ -62,7 +62,9 @@ class _ConjugateGradient(Recurrence):
     ) -> None:
         squares = norms**2
         self._step: Callable[..., None] = (
-            conjugate_gradient_step_ if space.is_whole else partial(conjugate_gradient_step_reference_, total=space.sum)
+            conjugate_gradient_step_
+            if space.is_whole
+            else partial(conjugate_gradient_step_reference_, dots=space.dots_of)
         )
         super().__init__(x, norms, tolerances, precondition, space, rz=squares, pp=squares, best_square=squares)
         self.r, self.z = residual, None

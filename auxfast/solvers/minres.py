@@ -82,7 +82,7 @@ class _MINRES(Recurrence):
         self.x = x.double()  # csrc/krylov/minres_math.h says why
         self.w, self.w_old = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self._step: Callable[..., None] = (
-            minres_step_ if space.is_whole else partial(minres_step_reference_, total=space.sum)
+            minres_step_ if space.is_whole else partial(minres_step_reference_, dots=space.dots_of)
         )
 
     def step(self, product: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import row_dots
@@ -35,6 +38,10 @@ class VectorSpace:
     def dots(self, a: Tensor, b: Tensor) -> Tensor:
         """The dot products of the rows of `a` and `b`, both (k, n): see `row_dots`. The same in all processes."""
         return row_dots(a, b)
+
+    def dots_of(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The same of m pairs at once, (m, k)."""
+        return self.sum(torch.stack([row_dots(a, b) for a, b in pairs]))
 
     def read(self, numbers: Tensor) -> Floats:
         """Float64 numbers on the host, the same in all processes, for a solver to make its decisions from."""
