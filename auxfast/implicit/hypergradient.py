@@ -146,8 +146,6 @@ def hypergradient(
     check_curvature(curvature)
     check_solver(solver)
     shards = shards_of(params.active_inner, process_group)
-    if shards is not None:
-        check_call_of_shards(outer_loss, inner_loss, free, solver, curvature)
     ranks = ranks_of(process_group, params.inner[0].device) if shards is None else shards.ranks
     if ranks is not None:
         check_same_call(ranks, params, solver, curvature, state, is_sharded=shards is not None)
@@ -158,6 +156,8 @@ def hypergradient(
     state_guard = preserved_state(warn=warn, check=check_of(ranks)) if computes else nullcontext()
     with whole_params(shards, params.active_inner) as active_inner, together(ranks), state_guard as guard:
         attempt(ranks, partial(_check_losses, solver, outer_loss, inner_loss, curvature, outputs), None)
+        if shards is not None:
+            attempt(ranks, partial(check_call_of_shards, outer_loss, inner_loss, free, solver, curvature), None)
         given_outer = given_loss("outer_loss", outer_loss, guard, ranks=ranks)
         given_inner = given_loss("inner_loss", inner_loss, guard, outputs, curvature == "gauss-newton", ranks)
         outer_gradient = partial(
