@@ -46,7 +46,7 @@ def main() -> None:
     if rank == 0:
         parameters = sum((a + 1) * b for a, b in pairwise(widths))
         figures |= {"cores": os.cpu_count(), "steps": STEPS, "parameters": parameters, "environment": environment()}
-        print(model.tables(figures))
+        print(model.as_text(model.tables(figures)))
         if not given.smoke:
             path = given.results / f"scaling-{_machine()}.json"
             path.write_text(json.dumps(figures) + "\n")

@@ -9,8 +9,10 @@ have them, and what no data sheet has is named an assumption.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PAGE = RESULTS.parents[1] / "docs" / "scaling.md"
 BYTES = 4  # of a number: sums are float32
 VECTOR_BYTES = 116
 """Bytes of memory that a step of MINRES reads and writes for each parameter, on every rank: 92 in its four passes (see
@@ -111,21 +114,35 @@ def foretold(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(figures: dict[str, Any]) -> str:
-    """Markdown: what was measured, the check of the model, and the model of GPUs. Seconds are the least of all rounds,
-    ratios in parentheses those of medians."""
+def tables(figures: dict[str, Any]) -> dict[str, str]:
+    """Tables in Markdown by title: what was measured, the check of the model, and the model of GPUs. Seconds are the
+    least of all rounds, ratios in parentheses those of medians."""
     ratios = {row["network"]: row["product"] / row["gradient"] for row in figures["products"]}
-    parts = [
-        ("Whole hypergradients", _speeds(foretold(figures))),
-        ("Where the time of two ranks goes", _waits(figures["waits"])),
-        ("Small calls", _small_calls(figures["small calls"])),
-        ("All-reduce", _all_reduces(figures["all-reduces"])),
-        ("Products", _products(figures["products"])),
-        ("Communication of a call", _communication(figures["communication"])),
-        ("GPUs: one product", _gpus(Cluster(), ratios)),
-        ("GPUs: least local batch", _least_batches(Cluster(), ratios)),
-    ]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
+    return {
+        "Whole calls": _speeds(foretold(figures)),
+        "Where the time of two ranks goes": _waits(figures["waits"]),
+        "Small calls": _small_calls(figures["small calls"]),
+        "All-reduces": _all_reduces(figures["all-reduces"]),
+        "Their fit": _fits(figures["all-reduces"]),
+        "Products": _products(figures["products"]),
+        "What a call sends": _communication(figures["communication"]),
+        "Weak scaling on GPUs": _gpus(Cluster(), ratios),
+        "Least local batch on GPUs": _least_batches(Cluster(), ratios),
+    }
+
+
+def as_text(found: dict[str, str]) -> str:
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in found.items())
+
+
+def _write_to_docs(found: dict[str, str]) -> None:
+    """Puts each table where the page has its title in a comment, in the place of the one that is there."""
+    text = PAGE.read_text()
+    for title, table in found.items():
+        text, count = re.subn(rf"(?<=<!-- {title} -->\n\n)\|.*?(?=\n\n|\n$)", lambda _: table, text, flags=re.DOTALL)  # noqa: B023
+        if count != 1:
+            raise ValueError(f"{PAGE} must have one table after <!-- {title} -->, not {count}")
+    PAGE.write_text(text)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -170,7 +187,7 @@ def _beside(seconds: float, others: float) -> tuple[str, str]:
 
 def _all_reduces(rows: list[dict[str, Any]]) -> str:
     fitted = fit(rows)
-    table = _table(
+    return _table(
         ("ranks", "bytes", "ms", "by the fit, ms"),
         (
             (
@@ -182,11 +199,14 @@ def _all_reduces(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ),
     )
-    lines = [
-        f"{ranks} ranks: {latency * 1e3:.2f} ms, {bandwidth / 1e9:.2f} GB/s"
-        for ranks, (latency, bandwidth) in fitted.items()
-    ]
-    return "\n".join([table, "", *lines])
+
+
+def _fits(rows: list[dict[str, Any]]) -> str:
+    fitted = fit(rows).items()
+    return _table(
+        ("ranks", "latency, ms", "bandwidth, GB/s"),
+        ((str(ranks), f"{latency * 1e3:.2f}", f"{bandwidth / 1e9:.2f}") for ranks, (latency, bandwidth) in fitted),
+    )
 
 
 def _products(rows: list[dict[str, Any]]) -> str:
@@ -255,9 +275,14 @@ def _compute(cluster: Cluster, size: Size, ratios: dict[str, float], units: int)
 
 
 def main() -> None:
-    """Prints the tables of the newest figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling.model", description=__doc__)
+    parser.add_argument("--docs", action="store_true", help="write the tables to docs/scaling.md, too")
+    given = parser.parse_args()
     newest = max(RESULTS.glob("scaling-*.json"), key=lambda path: path.stat().st_mtime)
-    print(tables(json.loads(newest.read_text())))
+    found = tables(json.loads(newest.read_text()))
+    print(as_text(found))
+    if given.docs:
+        _write_to_docs(found)
 
 
 if __name__ == "__main__":
