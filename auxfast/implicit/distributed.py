@@ -76,8 +76,9 @@ def refuse_calls(module: nn.Module) -> None:
 
 
 def refuse_calls_of_rank(module: nn.Module) -> None:
-    """The same where hypergradients are summed over ranks. A call of DistributedDataParallel becomes that of the module
-    that it wraps, so that what training asks of it stays as it is."""
+    """Raises SpreadOverProcesses if the module, which is called, leaves a rank no term of its own to be summed over
+    ranks. A call of DistributedDataParallel becomes that of the module that it wraps, so that what training asks of it
+    stays as it is."""
     roles = _roles_of(module)
     if not roles:
         return

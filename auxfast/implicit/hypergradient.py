@@ -91,10 +91,12 @@ def hypergradient(
             `OneStep`, `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more
             products, and what evaluates a loss at other parameters needs it as a function.
         curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
-            fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
-            "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
-            which needs functions for `inner_loss` and goes through `detach()`, which the other two hold constant (see
-            `auxfast.implicit.finite_difference.FiniteDifference`). Its error stands in `stats.operator_error`.
+            fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact);
+            "hessian-jvp", the Hessian by forward-mode AD through the gradient, which takes less memory and more time
+            (see `auxfast.implicit.forward_over_reverse.ForwardOverReverse`); or "finite-difference", the Hessian by
+            differences of gradients, for operators without second derivatives, which goes through `detach()`, which the
+            others hold constant (see `auxfast.implicit.finite_difference.FiniteDifference`). Its error stands in
+            `stats.operator_error`. The last two need functions for `inner_loss`.
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
         free: which entries of `inner_params` move with `outer_params`: one tensor of torch.bool for each parameter, of
@@ -129,15 +131,15 @@ def hypergradient(
         ValueError: a loss of more than one element or without a graph to the inner parameters; parameters
             that are none, repeated, in both lists, computed from one another, complex, made under
             `torch.inference_mode()`, or (the inner ones) of several devices; DTensors but for inner ones with
-            `process_group`; an unknown `curvature`, or `outputs` or `free` that do not fit.
+            `process_group`; an unknown `curvature`, or `outputs` or `free` that do not fit; ranks that pass different
+            settings, parameters or kinds of losses.
         NotImplementedError: inner parameters that something else than `fully_shard` has cut, or that have another dtype
             in forward passes; or a solver (`NotSharded`), `free` or finite differences that do not go with pieces.
         RuntimeError: a graph that was freed before, or holds parameters that have changed since; an inner loss with
             something in it that has no second derivatives (the message names it): code that went through
             `torch.compile`, an attention kernel; a loss that went through a reentrant checkpoint, FSDP,
-            SyncBatchNorm in training mode or, without `process_group`, DistributedDataParallel of several processes.
-        ValueError: ranks of the process group that pass different settings, parameters or kinds of losses.
-        RuntimeError: another rank has raised, and the message says what.
+            SyncBatchNorm in training mode or, without `process_group`, DistributedDataParallel of several processes;
+            or another rank has raised, and the message says what.
         NotFiniteError: NaN or inf in the outer loss's gradient, the inner loss's second derivatives, or the mixed ones;
             the message says in which. A FloatingPointError.
     """

@@ -132,7 +132,6 @@ def given_loss(
         (share,) = shares_of(name, [1], ranks)
         kind = agreed_kind(name, "tensor", ranks)
         failed: CheckedLoss = LossFns((), ranks, kind)
-        return attempt(
-            ranks, lambda: LossGraph(name, loss, outputs, ranks, share), failed
-        )  # whatever it is: that checks
+        # LossGraph checks what it is given, whatever that is.
+        return attempt(ranks, lambda: LossGraph(name, loss, outputs, ranks, share), failed)
     return as_loss_fns(name, loss, guard.replay, with_outputs, ranks)
