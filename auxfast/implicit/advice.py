@@ -14,7 +14,7 @@ from auxfast.implicit.finite import NotFiniteError, check_finite
 from auxfast.solvers import DEFAULT_SOLVER, BlockDiagonal, GradientFlow, Identity, StopReason
 from auxfast.solvers.base import Matvec, Solver, SolverState, SolveStats
 from auxfast.solvers.known_solution import KnownSolution
-from auxfast.solvers.space import LOCAL, VectorSpace
+from auxfast.solvers.space import LOCAL, VectorSpace, as_row
 
 _LARGE_RESIDUAL = 0.5
 _PARALLEL_COSINE = 0.99
@@ -149,9 +149,9 @@ def problem_of(
     """
     if nothing:
         space: VectorSpace = getattr(curvature, "space", LOCAL)
-        largest = float(space.largest_entries(_as_row(rhs))[0])
+        largest = float(space.largest_entries(as_row(rhs))[0])
         product = curvature([b / largest for b in rhs])
-        size = float(space.largest_entries(_as_row(product))[0])
+        size = float(space.largest_entries(as_row(product))[0])
         if not math.isfinite(size):
             name = "The second derivatives of inner_loss in inner_params"
             check_finite(name, product)
@@ -170,11 +170,6 @@ def problem_of(
         stagnated = stats.stop_reason is StopReason.STAGNATED
         return str(StopReason.STAGNATED if stagnated else StopReason.STEPS)
     return None
-
-
-def _as_row(tensors: Sequence[Tensor]) -> Tensor:
-    """(1, n), a copy."""
-    return torch.cat([tensor.reshape(1, -1) for tensor in tensors], dim=1)
 
 
 def _is_as_meant(solver: Solver, stats: SolveStats) -> bool:

@@ -31,7 +31,7 @@ class LinearOperator(Protocol):
     - `exact = True`: all products are those of one matrix, up to rounding: nothing in them is random, estimated or
       computed anew from something that may have changed. A solver may then know a residual from a recurrence, without
       a product of its own.
-    - `space`, a `auxfast.solvers.space.VectorSpace`: how processes that solve the system together form dot products,
+    - `space`, an `auxfast.solvers.space.VectorSpace`: how processes that solve the system together form dot products,
       and agree on the numbers that they decide from. Without it, one process solves alone.
     """
 

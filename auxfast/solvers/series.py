@@ -14,7 +14,7 @@ from auxfast.ops.neumann import neumann_step_, squared_norm
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
-from auxfast.solvers.space import LOCAL, VectorSpace
+from auxfast.solvers.space import LOCAL, VectorSpace, as_row
 
 GROWTH = 1.002  # factor by which a squared norm must rise to count as growing: less may be rounding
 
@@ -205,13 +205,13 @@ class Series:
             largest = self._largest()
             self.v = [tensor / largest for tensor in self.start]
             (product,) = products([self])
-            finite = self._space.are_finite(_as_row(product)).all()
+            finite = self._space.are_finite(as_row(product)).all()
             return StopReason.DIVERGED if finite else StopReason.NOT_FINITE
         return StopReason.STEPS if self.squares[-1] <= GROWTH * min(self.squares) else StopReason.DIVERGED
 
     def _largest(self) -> float:
         """The largest modulus of an entry of b."""
-        return float(self._space.largest_entries(_as_row(self.start))[0])
+        return float(self._space.largest_entries(as_row(self.start))[0])
 
     def rewind(self, products: Products) -> None:
         """Makes `p` the solution of the smallest residual, by summing the series once more up to there: taking away
@@ -233,11 +233,6 @@ class Series:
         if not sum(map(math.sqrt, self.squares)) <= torch.finfo(self.p[0].dtype).max:
             self.grew = True
             self._reset()
-
-
-def _as_row(tensors: Sequence[Tensor]) -> Tensor:
-    """(1, n), a copy."""
-    return torch.cat([tensor.reshape(1, -1) for tensor in tensors], dim=1)
 
 
 def run(series: Sequence[Series], products: Products, steps: int) -> int:

@@ -32,7 +32,8 @@ class VectorSpace:
         return terms
 
     def max(self, values: Tensor) -> Tensor:
-        """The same for the largest. A NaN may become infinite."""
+        """The largest of the values over all pieces of the vectors, of the shape of `values`, which are those of this
+        piece. The same in all processes. A NaN may become infinite."""
         return values
 
     def dots(self, a: Tensor, b: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class VectorSpace:
         return row_dots(a, b)
 
     def dots_of(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The same of m pairs at once, (m, k)."""
+        """The dot products of the rows of m pairs, (m, k), by one sum; see `dots`."""
         return self.sum(torch.stack([row_dots(a, b) for a, b in pairs]))
 
     def read(self, numbers: Tensor) -> Floats:
@@ -64,6 +65,11 @@ class VectorSpace:
 
 
 LOCAL = VectorSpace()
+
+
+def as_row(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries as a row (1, n), a copy."""
+    return torch.cat([tensor.reshape(1, -1) for tensor in tensors], dim=1)
 
 
 class NotSharded(NotImplementedError):
