@@ -1,7 +1,7 @@
 """Sums and means over the processes that share a run: of gradients, buffers and numbers.
 
-Each rank r has n_r of a batch's samples, and `scale = size * n_r / sum(n)`: the plain mean over ranks of `scale * loss`
-is the mean over the samples. Without ranks, all of this is what one process does alone.
+Each rank r has n_r of a batch's samples, and `factor = size * n_r / sum(n)`: the plain mean over ranks of
+`factor * loss` is the mean over the samples. Without ranks, all of this is what one process does alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def total(ranks: Ranks | None, numbers: Sequence[float]) -> list[float]:
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def scale_of(ranks: Ranks | None, samples: int) -> float:
+def factor_of_part(ranks: Ranks | None, samples: int) -> float:
     """What a mean over this rank's samples is multiplied by, see above. 0 if no rank has any."""
     if ranks is None:
         return 1.0

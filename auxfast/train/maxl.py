@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit import HyperOptimizer
 from auxfast.solvers import OneStep
-from auxfast.train.averaging import scale_of
+from auxfast.train.averaging import factor_of_part
 from auxfast.train.task import LabelBatch
 from auxfast.train.training_loss import GeneratedLabelsLoss, factor_of_main, known_main_losses, with_decay
 
@@ -67,6 +67,6 @@ def maxl_step(
     outer.solver = OneStep(lr, lookahead=True)
     inner_loss = loss(*first)
     if loss.ranks is not None:
-        inner_loss = inner_loss * scale_of(loss.ranks, len(first.losses))
+        inner_loss = inner_loss * factor_of_part(loss.ranks, len(first.losses))
     outer.step(outer_loss, with_decay(inner_loss, parameters, weight_decay), parameters)
     return reached[0].detach()

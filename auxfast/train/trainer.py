@@ -19,7 +19,14 @@ from auxfast.implicit import HyperOptimizer
 from auxfast.implicit.optimizer import Projectable
 from auxfast.implicit.ranks import ProcessGroup, ranks_of
 from auxfast.solvers import GradientFlow, Solver, SolveStats
-from auxfast.train.averaging import average_buffers, average_gradients, scale_of, share_random_state, start_alike, total
+from auxfast.train.averaging import (
+    average_buffers,
+    average_gradients,
+    factor_of_part,
+    share_random_state,
+    start_alike,
+    total,
+)
 from auxfast.train.config import TrainConfig
 from auxfast.train.maxl import maxl_step
 from auxfast.train.optimizers import make_optimizer, make_scheduler
@@ -313,7 +320,7 @@ class Trainer:
         if self.ranks is not None:
             average_buffers(self.ranks, [self.task.model, self.training_loss])
             share_random_state(self.ranks, torch.device(self.config.device))
-            loss = loss * scale_of(self.ranks, len(batch.losses))
+            loss = loss * factor_of_part(self.ranks, len(batch.losses))
         return batch, loss.detach()
 
     def _training_loss(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
@@ -333,7 +340,7 @@ class Trainer:
         """A batch, its training loss, and the outer loss; of several ranks, this one's terms, whose means they are."""
         batch, training_loss = self._training_loss(self.outer_generator)
         if self.ranks is not None:
-            training_loss = training_loss * scale_of(self.ranks, len(batch.losses))
+            training_loss = training_loss * factor_of_part(self.ranks, len(batch.losses))
         with self._autocast():
             if self.config.outer_set == "auxiliary":
                 return batch, training_loss, self._outer_loss()

@@ -23,7 +23,7 @@ from auxfast.nn import (
     soft_cross_entropy,
 )
 from auxfast.ops.inputs import full_precision
-from auxfast.train.averaging import averaged_losses, scale_of, total
+from auxfast.train.averaging import averaged_losses, factor_of_part, total
 from auxfast.train.config import CombinerConfig, LabelsConfig, RunConfig
 from auxfast.train.methods import LABELS, OWN, Method
 from auxfast.train.task import Batch, LabelBatch, Task
@@ -37,11 +37,11 @@ class LabelsOfAll(NamedTuple):
     """The mean label of all ranks' samples.
 
     mean: (classes,).
-    scale: see `scale_of`; of this rank's samples that have labels.
+    factor: see `factor_of_part`; of this rank's samples that have labels.
     """
 
     mean: Tensor
-    scale: float
+    factor: float
 
 
 class TrainingLoss(nn.Module, ABC):
@@ -226,10 +226,10 @@ class GeneratedLabelsLoss(TrainingLoss):
     def _labels_of_all(self, known: Tensor) -> LabelsOfAll | None:
         if self.ranks is None:
             return None
-        scale = scale_of(self.ranks, len(known))
-        own = known.sum(dim=0) * (scale / max(len(known), 1))
+        factor = factor_of_part(self.ranks, len(known))
+        own = known.sum(dim=0) * (factor / max(len(known), 1))
         (summed,) = self.ranks.sum([own], [own])
-        return LabelsOfAll(summed / self.ranks.size, scale)
+        return LabelsOfAll(summed / self.ranks.size, factor)
 
     def _known_labels(self, batch: LabelBatch) -> Tensor:
         """Labels of the samples (points) that have the main loss, (n, classes)."""
@@ -274,7 +274,7 @@ def _negative_entropy_of_all(soft_labels: Tensor, of_all: LabelsOfAll) -> Tensor
     """This rank's term of the negative entropy of all ranks' labels, of which it has (n, classes): a scalar. The mean
     over ranks has its value and its gradient, which is that of (log y + 1) . m in m, the mean label of all, at m = y.
     """
-    own = soft_labels.sum(dim=0) * (of_all.scale / max(len(soft_labels), 1))
+    own = soft_labels.sum(dim=0) * (of_all.factor / max(len(soft_labels), 1))
     slope = of_all.mean.clamp(min=torch.finfo(own.dtype).tiny).log() + 1
     return negative_entropy(of_all.mean[None]) + torch.dot(slope, own - own.detach())
 
