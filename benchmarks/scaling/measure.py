@@ -166,10 +166,10 @@ def _tail(hessian: Hessian, params: Sequence[Tensor], vectors: Sequence[Tensor])
     end = time.perf_counter()
     for handle in handles:
         handle.remove()
-    total, half = sum(numel for _, numel in known) / 2, 0
+    half, count = sum(numel for _, numel in known) / 2, 0
     for moment, numel in known:
-        half += numel
-        if half >= total:
+        count += numel
+        if count >= half:
             return (end - moment) / (end - start)
     return 0.0
 

@@ -58,7 +58,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Network:
-    """Attributes: loss: of one batch, computed anew. params: of the network."""
+    """A loss of one batch, computed anew, and the parameters of the network."""
 
     loss: Callable[[], Tensor]
     params: Sequence[Tensor]
