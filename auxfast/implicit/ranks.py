@@ -97,7 +97,7 @@ class Ranks:
         return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)]
 
     def sum_where_any(self, terms: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """The same, with `None` where all ranks have `None`. It waits for the device."""
+        """The sums as `sum` has them, with `None` where all ranks have `None`. It waits for the device."""
         if not like:
             return []
         flags = like[0].new_tensor([float(term is not None) for term in terms])
@@ -131,7 +131,7 @@ class Ranks:
         return gathered
 
     def of_first(self, numbers: Tensor) -> Tensor:
-        """Those of the first rank, in place: what is decided from them is decided alike."""
+        """The numbers of the first rank, in place: what is decided from them is decided alike."""
         self._collective(distributed.broadcast, numbers, group_src=0)
         return numbers
 
@@ -159,7 +159,7 @@ class Ranks:
                 )
 
     def check_same_solution(self, solution: Sequence[Tensor]) -> None:
-        """Raises RuntimeError, on all ranks, where they have found different ones."""
+        """Raises RuntimeError, on all ranks, where they have found different solutions."""
         for column in zip(*self.gather(norms_of(solution)), strict=True):
             other = _unlike(column)
             if other is not None:
@@ -215,10 +215,10 @@ def attempt(ranks: Ranks | None, compute: Callable[[], Result], otherwise: Resul
 
 
 def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks | None:
-    """`None` for no group, and for one of a single rank.
+    """The ranks of a process group; `None` for no group, and for one of a single rank.
 
     Raises:
-        TypeError: it is none. ValueError: this process does not belong to it.
+        TypeError: it is no process group. ValueError: this process does not belong to it.
     """
     if process_group is None:
         return None

@@ -22,8 +22,8 @@ class ShardedCurvature(SummedCurvature):
         shards: how they are cut.
 
     Attributes:
-        params: those in the system as they were given, DTensors.
-        whole_params: the same whole.
+        params: the parameters in the system as they were given, DTensors.
+        whole_params: these parameters, whole.
     """
 
     def __init__(

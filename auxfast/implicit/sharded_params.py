@@ -71,7 +71,7 @@ class Shards:
         return Sharded(self)
 
     def only(self, chosen: Sequence[bool]) -> Shards:
-        """Those of some of the parameters."""
+        """The shards of some of the parameters."""
         return replace(
             self,
             params=list(compress(self.params, chosen)),
@@ -158,13 +158,15 @@ class Shards:
         return [piece.reshape(t.shape).to(t.dtype) for piece, t in zip(pieces, like, strict=True)]
 
     def sum_where_any(self, terms: Sequence[Tensor | None], whole: Sequence[Tensor]) -> list[Tensor | None]:
-        """The same, of the terms of a gradient in `whole` parameters, with `None` where all ranks have `None`."""
+        """The pieces as `sum` has them, of the terms of a gradient in `whole` parameters, with `None` where all ranks
+        have `None`."""
         present = self.ranks.any([term is not None for term in terms])
         shapes = self._shapes(self.piece)
         pieces = self.sum(terms, [w.new_empty(shape) for w, shape in zip(whole, shapes, strict=True)])
         return [piece if some else None for piece, some in zip(pieces, present, strict=True)]
 
     def zeros_for_none(self, pieces: Sequence[Tensor | None], whole: Sequence[Tensor]) -> list[Tensor | None]:
+        """The pieces, with zeros like those of `whole` parameters for `None`."""
         shapes = self._shapes(self.piece)
         triples = zip(pieces, whole, shapes, strict=True)
         return [w.new_zeros(shape) if piece is None else piece for piece, w, shape in triples]
