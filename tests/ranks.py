@@ -34,6 +34,15 @@ def on_ranks(function: Callable[..., Any], *args: Any, size: int = 2, timeout: f
     return _pool(size).run(function, args, timeout)
 
 
+def error_of(compute: Callable[[], Any]) -> str:
+    """The kind and the text of the error that a call raises."""
+    try:
+        compute()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 @cache
 def _pool(size: int) -> _Pool:
     return _Pool(size)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import error_of, on_ranks
 from solvers.test_every_solver import SOLVERS
 from torch import Tensor, nn
 
@@ -288,14 +288,6 @@ WRONG: dict[str, tuple[str, Callable[[Problem, int], Any]]] = {
         lambda p, rank: hypergradient(p, p.outer, [[], p.inner()][rank], curvature="finite-difference"),
     ),
 }
-
-
-def error_of(compute: Callable[[], Any]) -> str:
-    try:
-        compute()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def fail(rank: int) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import error_of, on_ranks
 from torch import Tensor, nn
 
 import auxfast
@@ -75,14 +75,6 @@ class Problem:
         used = [value for name, value in solved.items() if name.startswith("layers")]
         outer = self.loss(partial(torch.func.functional_call, self.net, solved), rank, 1.0, used)
         return torch.autograd.grad(outer(), [self.phi])[0]
-
-
-def error_of(compute: Callable[[], Any]) -> str:
-    try:
-        compute()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 # ------------------------------------------------------------------------------------------------ without process_group
