@@ -16,6 +16,7 @@ from auxfast.nn import ConvCombiner
 A_STEP = (solvers.Identity, solvers.OneStep, solvers.SingleLoop)
 SOLVERS = {
     "Chebyshev": solvers.Chebyshev(steps=2000, tol=1e-9),
+    "CompactMINRES": solvers.CompactMINRES(steps=200, tol=1e-9),
     "ConjugateGradient": solvers.ConjugateGradient(steps=200, tol=1e-9),
     "Dense": solvers.Dense(),
     "GMRES": solvers.GMRES(steps=200, tol=1e-9),
