@@ -107,7 +107,7 @@ def solve_adjoint(
         return Adjoint([None] * len(outer_params), batched=batched)
     lead = next(grad.shape[:1] for grad in outer_gradient if grad is not None) if batched else ()
     pairs = zip(compress(outer_gradient, product.in_system), product.params, strict=True)
-    b = in_widest_dtype([w.new_zeros(*lead, *w.shape) if grad is None else grad for grad, w in pairs])
+    b = in_widest_dtype([w.new_zeros((*lead, *w.shape)) if grad is None else grad for grad, w in pairs])
     with torch.no_grad():  # once, and not at every step; what is differentiated in there says so itself
         solution, stats = solve_system(solver, product, b, state, batched)
         space: VectorSpace = getattr(product, "space", LOCAL)

@@ -186,7 +186,7 @@ class GaussNewton(Hessian):
             return [torch.zeros_like(v) for v in vectors]
         pulled = self._named(pull, self._jacobian, list(compress(vectors, self._reaches)))
         batch = vectors[0].shape[: vectors[0].dim() - self.params[0].dim()]
-        tangents = [*zeros_for_none(pulled, [z.expand(*batch, *z.shape) for z in self._cotangents]), *vectors]
+        tangents = [*zeros_for_none(pulled, [z.expand((*batch, *z.shape)) for z in self._cotangents]), *vectors]
         found = self._named(pull, self.pullback, list(compress(tangents, self._curved)))
         return zeros_for_none(self._unscaled(found), vectors)
 

@@ -101,7 +101,7 @@ class ImplicitFunction:
         adjoint = in_own_task(solve) if batched else solve()  # once, and not for each product
         lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
         gradients = [
-            phi.new_zeros(*lead, *phi.shape) if term is None else -term
+            phi.new_zeros((*lead, *phi.shape)) if term is None else -term
             for phi, term in zip(self.outer_params, adjoint.mixed, strict=True)
         ]
         if ranks is not None:
@@ -121,7 +121,7 @@ class ImplicitFunction:
         self, ranks: Ranks, cotangents: Sequence[Tensor | None], batched: bool
     ) -> Sequence[Tensor | None]:
         lead = next(c.shape[:1] for c in cotangents if c is not None) if batched else ()
-        like = [w.expand(*lead, *w.shape) for w in self.params]
+        like = [w.expand((*lead, *w.shape)) for w in self.params]
         return ranks.sum_where_any(times(1 / ranks.size, cotangents), like)
 
     def _has_hooks(self) -> bool:

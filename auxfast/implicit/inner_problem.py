@@ -66,7 +66,7 @@ def check_same_call(
     has another."""
     setting = repr(solver)
     facts = {
-        "solver": setting if " object at 0x" not in setting else type(solver).__name__,
+        "solver": setting if " at 0x" not in setting else type(solver).__name__,
         "curvature": curvature,
         "state": "None" if state is None else state.summary(),
         "free": "None" if params.masks is None else str([_positions(mask) for mask in params.masks]),

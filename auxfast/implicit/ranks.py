@@ -45,25 +45,34 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises at the end what an `attempt` on this rank has raised, or a RuntimeError with what another rank has."""
+        """Raises at the end what this rank has raised, or a RuntimeError with what another has. What an `attempt` has
+        raised goes before what has come of it. Where a rank raises outside of `attempt`, the others have to come to the
+        end too: those that wait for it in another collective do so until the time-out of the group."""
         self._failure = None
         try:
             yield
-        except Exception:
+        except Exception as error:
             if not self._is_broken:
-                self._raise_failure()  # which goes before what has come of it
+                self._raise_first(error)
             raise
-        self._raise_failure()
+        self._raise_first(None)
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None  # whose traceback holds graphs
-        if not self.any_rank(failure is not None):
-            return
-        texts = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
-        raise RuntimeError(f"Rank {rank} of process_group has raised, and this one stops with it: {text}") from None
+    def _raise_first(self, error: Exception | None) -> None:
+        failure, self._failure = self._failure, None
+        own = failure or error
+        grades = [row[0] for row in self.gather([2.0 if failure else 1.0 if error else 0.0])]
+        first = grades.index(max(grades))
+        try:
+            if not grades[first]:
+                return
+            texts = self.texts("" if own is None else f"{type(own).__name__}: {own}")
+            if own is not None and grades[self.rank] == grades[first]:
+                raise own
+            raise RuntimeError(
+                f"Rank {first} of process_group has raised, and this one stops with it: {texts[first]}"
+            ) from None
+        finally:
+            del failure, error, own  # their tracebacks hold graphs, and some of them this frame
 
     @property
     def has_failed(self) -> bool:
