@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+
+from auxfast.autograd.transforms import in_transform_of_torch_func
 
 _without_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 _shows_another: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
+_follow_tangents: Any = getattr(forward_ad, "_set_fwd_grad_enabled", None)
 _one_at_a_time = threading.RLock()
 
 
@@ -48,6 +54,65 @@ class _WithoutGraph(TorchFunctionMode):
                 if tangent is not None and tangent.requires_grad and _shows_another and not _shows_another(tangent):
                     tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
+
+
+class graph_constants(TorchFunctionMode):
+    """While active, what a forward pass computes without a graph has no tangent, as it is a constant for autograd: what
+    is computed under `torch.no_grad()`, and gradients that `torch.autograd.grad` returns without `create_graph`.
+
+    Args:
+        in_backward: whether it is a backward pass that runs, which computes all without a graph. What checkpoints
+            compute again in it is a forward pass.
+
+    Raises:
+        NotImplementedError: something is computed under `torch.no_grad()`, and this version of torch does not tell how
+            to leave tangents out.
+    """
+
+    def __init__(self, in_backward: bool = False) -> None:
+        super().__init__()
+        self._in_backward = in_backward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._in_backward and not _in_checkpoint():
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+        elif _follow_tangents is None:
+            raise NotImplementedError(
+                "this version of torch follows tangents under torch.no_grad(): compute without it, or pass "
+                "curvature='hessian'"
+            )
+        else:
+            if not forward_ad._is_fwd_grad_enabled():  # the forward pass of a Function, which sees no tangents
+                return func(*args, **kwargs)
+            with _follow_tangents(False):
+                result = func(*args, **kwargs)
+        if in_transform_of_torch_func():
+            return result
+        if isinstance(result, (tuple, list)) and any(map(_is_stray, result)):
+            return getattr(result, "_make", type(result))([_without_tangent(each, args) for each in result])
+        return _without_tangent(result, args)
+
+
+def _in_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _without_tangent(result: Any, args: Any) -> Any:
+    """`result`, or what shows its values, if it has a tangent that it should not have."""
+    return result.detach() if _is_stray(result) and not any(result is each for each in args) else result
+
+
+def _is_stray(result: Any) -> bool:
+    if not isinstance(result, Tensor) or result.layout != torch.strided:
+        return False
+    has_graph = torch.is_grad_enabled() and result.requires_grad  # a view of a leaf says that it does in any case
+    return not has_graph and tangent_of(result) is not None
 
 
 def _dual(tensor: Tensor, tangent: Tensor) -> Tensor:

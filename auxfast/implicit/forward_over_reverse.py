@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auxfast.autograd.double_backward import unproven_functions
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.autograd.forward_mode import function_without_tangents, tangent_of, tangents_on
+from auxfast.autograd.forward_mode import function_without_tangents, graph_constants, tangent_of, tangents_on
 from auxfast.autograd.graph import leaves_into
 from auxfast.implicit.curvature import KINKS, known_ways_out, one_by_one
 from auxfast.implicit.losses import LossFn, LossGraph, check_connected
@@ -96,7 +96,8 @@ class ForwardOverReverse:
 
     def _computed(self) -> LossGraph:
         try:
-            return self._loss_fn()
+            with graph_constants():
+                return self._loss_fn()
         except RuntimeError as error:
             _explain(error)
             raise
@@ -106,7 +107,8 @@ class ForwardOverReverse:
     @staticmethod
     def _gradient(inner: LossGraph, wanted: Sequence[Tensor]) -> list[Tensor | None]:
         try:
-            return inner.gradient(wanted)
+            with graph_constants(in_backward=True):
+                return inner.gradient(wanted)
         except RuntimeError as error:
             _explain(error)
             raise
