@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
+from torch.nn.functional import mse_loss
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -47,13 +48,33 @@ class _WithoutGraph(TorchFunctionMode):
     they are tangents of, which would keep as much in memory once more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is mse_loss:
+            args, kwargs = _all_with_tangents(args, kwargs)
+        result = func(*args, **kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tangent = tangent_of(tensor)
                 if tangent is not None and tangent.requires_grad and _shows_another and not _shows_another(tangent):
                     tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
+
+
+def _all_with_tangents(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments with tangents of 0 where others have some: the backward pass of `mse_loss` fails where one of its
+    tensors has none."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    missing = {id(each) for each in tensors if tangent_of(each) is None}
+    if len(missing) == len(tensors):
+        return args, kwargs
+
+    def filled(given: Any) -> Any:
+        if id(given) not in missing:
+            return given
+        dense = given.contiguous()  # none that is expanded
+        return _dual(dense, torch.zeros_like(dense))
+
+    return tuple(map(filled, args)), {name: filled(given) for name, given in kwargs.items()}
 
 
 class graph_constants(TorchFunctionMode):
