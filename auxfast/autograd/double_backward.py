@@ -16,6 +16,17 @@ from auxfast.autograd.graph import function_class, graph_from, reaches
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
 # The second derivatives of this node take the norms that its forward pass saves for constants.
 _WRONG = ("WeightNormInterfaceBackward0",)
+# The backward passes of these nodes take another way where no graph is recorded: through what the forward pass saves
+# for constants, as the factors of a matrix, or, in products, through other branches.
+_WRONG_IN_FORWARD_MODE = (
+    "CholeskyInverseBackward0",
+    "CumprodBackward0",
+    "LinalgDetBackward0",
+    "LinalgSlogdetBackward0",
+    "LinalgSolveExBackward0",
+    "ScatterReduceBackward0",
+    "TriangularSolveBackward0",
+)
 _ONCE = once_differentiable(lambda ctx: None).__code__  # the code of every function that this decorator has made
 
 
@@ -31,8 +42,18 @@ def unproven_functions(functions: Iterable[Any]) -> list[Any]:
 def wrong_double_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:
     """Names of the nodes on the way to `params` whose second derivatives torch is known to get wrong, without an
     error. First derivatives, as those in outer parameters, are right."""
-    wrong = [node for node in nodes if type(node).__name__ in _WRONG]
-    return sorted({node.name() for node in wrong if reaches(node, params)})
+    return _named(_WRONG, nodes, params)
+
+
+def wrong_forward_over_backward(nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:
+    """Names of the nodes on the way to `params` through whose backward passes torch is known to lose tangents, without
+    an error."""
+    return _named(_WRONG_IN_FORWARD_MODE, nodes, params)
+
+
+def _named(kinds: Sequence[str], nodes: Iterable[Any], params: Sequence[Tensor]) -> list[str]:
+    found = [node for node in nodes if type(node).__name__ in kinds]
+    return sorted({node.name() for node in found if reaches(node, params)})
 
 
 class DetachedFunctionDetector:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
+from torch.nn.functional import mse_loss
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+
+from auxfast.autograd.transforms import in_transform_of_torch_func
 
 _without_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 _shows_another: Callable[[Tensor], bool] | None = getattr(Tensor, "_is_view", None)
+_follow_tangents: Any = getattr(forward_ad, "_set_fwd_grad_enabled", None)
 _one_at_a_time = threading.RLock()
 
 
@@ -41,13 +48,92 @@ class _WithoutGraph(TorchFunctionMode):
     they are tangents of, which would keep as much in memory once more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is mse_loss:
+            args, kwargs = _all_with_tangents(args, kwargs)
+        result = func(*args, **kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tangent = tangent_of(tensor)
                 if tangent is not None and tangent.requires_grad and _shows_another and not _shows_another(tangent):
                     tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
+
+
+def _all_with_tangents(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments with tangents of 0 where others have some: the backward pass of `mse_loss` fails where one of its
+    tensors has none."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    missing = {id(each) for each in tensors if tangent_of(each) is None}
+    if len(missing) == len(tensors):
+        return args, kwargs
+
+    def filled(given: Any) -> Any:
+        if id(given) not in missing:
+            return given
+        dense = given.contiguous()  # none that is expanded
+        return _dual(dense, torch.zeros_like(dense))
+
+    return tuple(map(filled, args)), {name: filled(given) for name, given in kwargs.items()}
+
+
+class graph_constants(TorchFunctionMode):
+    """While active, what a forward pass computes without a graph has no tangent, as it is a constant for autograd: what
+    is computed under `torch.no_grad()`, and gradients that `torch.autograd.grad` returns without `create_graph`.
+
+    Args:
+        in_backward: whether it is a backward pass that runs, which computes all without a graph. What checkpoints
+            compute again in it is a forward pass.
+
+    Raises:
+        NotImplementedError: something is computed under `torch.no_grad()`, and this version of torch does not tell how
+            to leave tangents out.
+    """
+
+    def __init__(self, in_backward: bool = False) -> None:
+        super().__init__()
+        self._in_backward = in_backward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._in_backward and not _in_checkpoint():
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+        elif _follow_tangents is None:
+            raise NotImplementedError(
+                "this version of torch follows tangents under torch.no_grad(): compute without it, or pass "
+                "curvature='hessian'"
+            )
+        else:
+            if not forward_ad._is_fwd_grad_enabled():  # the forward pass of a Function, which sees no tangents
+                return func(*args, **kwargs)
+            with _follow_tangents(False):
+                result = func(*args, **kwargs)
+        if in_transform_of_torch_func():
+            return result
+        if isinstance(result, (tuple, list)) and any(map(_is_stray, result)):
+            return getattr(result, "_make", type(result))([_without_tangent(each, args) for each in result])
+        return _without_tangent(result, args)
+
+
+def _in_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _without_tangent(result: Any, args: Any) -> Any:
+    """`result`, or what shows its values, if it has a tangent that it should not have."""
+    return result.detach() if _is_stray(result) and not any(result is each for each in args) else result
+
+
+def _is_stray(result: Any) -> bool:
+    if not isinstance(result, Tensor) or result.layout != torch.strided:
+        return False
+    has_graph = torch.is_grad_enabled() and result.requires_grad  # a view of a leaf says that it does in any case
+    return not has_graph and tangent_of(result) is not None
 
 
 def _dual(tensor: Tensor, tangent: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from auxfast.autograd.double_backward import unproven_functions
+from auxfast.autograd.double_backward import unproven_functions, wrong_forward_over_backward
 from auxfast.autograd.engine import zeros_for_none
-from auxfast.autograd.forward_mode import function_without_tangents, tangent_of, tangents_on
+from auxfast.autograd.forward_mode import function_without_tangents, graph_constants, tangent_of, tangents_on
 from auxfast.autograd.graph import leaves_into
 from auxfast.implicit.curvature import KINKS, known_ways_out, one_by_one
 from auxfast.implicit.losses import LossFn, LossGraph, check_connected
@@ -40,13 +40,15 @@ class ForwardOverReverse:
     Raises:
         ValueError: the loss depends on none of `params`.
         RuntimeError: the loss holds code that went through `torch.compile`, or an operator or a Function without
-            forward-mode derivatives.
+            forward-mode derivatives, or with some that torch gets wrong.
     """
 
     def __init__(
         self, loss_fn: LossFn, params: Sequence[Tensor], outer_params: Sequence[Tensor], is_fresh: bool = False
     ) -> None:
         self._loss_fn = loss_fn
+        self._outer_params = outer_params
+        self._is_known = False
         self.unproven: list[str] = []
         self.kinked: list[Tensor] = []
         self.params = list(params)
@@ -96,17 +98,27 @@ class ForwardOverReverse:
 
     def _computed(self) -> LossGraph:
         try:
-            return self._loss_fn()
+            with graph_constants():
+                inner = self._loss_fn()
         except RuntimeError as error:
             _explain(error)
             raise
         finally:
             torch.clear_autocast_cache()  # its casts of the parameters have tangents
+        if not self._is_known:
+            if wrong := wrong_forward_over_backward(inner.nodes, [*self.params, *self._outer_params]):
+                raise RuntimeError(
+                    f"{inner.name} went through {wrong[0]}, whose derivatives torch gets wrong in forward mode: pass "
+                    "curvature='hessian'"
+                )
+            self._is_known = True
+        return inner
 
     @staticmethod
     def _gradient(inner: LossGraph, wanted: Sequence[Tensor]) -> list[Tensor | None]:
         try:
-            return inner.gradient(wanted)
+            with graph_constants(in_backward=True):
+                return inner.gradient(wanted)
         except RuntimeError as error:
             _explain(error)
             raise

@@ -81,10 +81,12 @@ NAMES = {
     "_refresh_per_optimizer_state": Name("no search for a GradScaler where there is none, 20 ms", "the search"),
     "_is_zerotensor": Name("zeros that torch knows to be zero are not added, 100 us", "they are added"),
     "_unsafe_preserve_version_counter": Name("tangents on parameters of graphs made before", "those graphs go stale"),
+    "_set_fwd_grad_enabled": Name("constants of autograd have no tangents", "an error for those under no_grad"),
     "_is_view": Name("no graph of tangents, which would take as much memory again", "that graph"),
 }
 # Names without which nothing works, or that lead to those above.
 LASTING = {
+    "_is_fwd_grad_enabled": "tells what _set_fwd_grad_enabled has set",
     "_C": "the module of torch that has them",
     "_functorch": "likewise",
     "_autograd": "likewise",
@@ -93,7 +95,7 @@ LASTING = {
     "_version": "counts what writes to a tensor: the notes on autograd's in-place checks name it",
 }
 ELSEWHERE = {"_version"}  # names that other rooms may use
-NOT_OF_TORCH = {"_asdict", "_field_defaults", "_fields", "_getframe", "_replace", "_target"}
+NOT_OF_TORCH = {"_asdict", "_field_defaults", "_fields", "_getframe", "_make", "_replace", "_target"}
 
 
 def _used(tree: ast.AST) -> set[str]:

@@ -256,6 +256,87 @@ def test_what_has_no_forward_mode_is_named_with_the_remedy(function, message):
         auxfast.hypergradient(lambda: w.sum(), lambda: (phi * function(w)).sum(), [w], [phi], curvature="hessian-jvp")
 
 
+def _teacher(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w.exp()
+
+
+def _part(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w.view(2, 2).T.reshape(4)[1:].repeat(2)[:4]
+
+
+def _view(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w.view(4)
+
+
+def _average(w: Tensor) -> Tensor:
+    average = torch.ones(4, dtype=w.dtype)
+    with torch.no_grad():
+        torch._foreach_add_([average], [w])
+        average.mul_(0.9).add_(w, alpha=0.1)
+    return average
+
+
+def _largest(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w.square().sort().values
+
+
+def _first_order(w: Tensor) -> Tensor:
+    return torch.autograd.grad(w.pow(3).sum(), w)[0]
+
+
+def _in_checkpoint(w: Tensor) -> Tensor:
+    constant: Tensor = checkpoint(lambda u: _teacher(u) * u.square(), w, use_reentrant=False)
+    return constant
+
+
+@pytest.mark.parametrize("constant", [_teacher, _part, _view, _average, _largest, _first_order, _in_checkpoint])
+def test_what_is_a_constant_for_autograd_has_no_tangent(constant):
+    torch.manual_seed(0)
+    w, phi = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    _compare(lambda: (constant(w) * phi * w.square()).sum() + w.pow(3).sum(), w, phi)
+
+
+def _compare(loss: Callable[[], Tensor], w: Tensor, phi: Tensor) -> None:
+    v = [torch.randn_like(w)]
+    graph = lambda: LossGraph("inner_loss", loss())  # noqa: E731
+    recorded, found = Hessian(graph(), [w], retain_graph=True), ForwardOverReverse(LossFn(graph), [w], [phi])
+    torch.testing.assert_close(found(v), recorded(v), **EXACT)
+    torch.testing.assert_close(found.mixed(v, [phi]), recorded.mixed(v, [phi]), **EXACT)
+
+
+def test_squared_errors_go_that_way_whichever_of_the_tensors_depends_on_the_parameters():
+    torch.manual_seed(0)
+    w, phi, x = (torch.randn(4, dtype=torch.float64, requires_grad=grad) for grad in (True, True, False))
+    _compare(lambda: phi.sum() * F.mse_loss(w.sin(), x), w, phi)
+    _compare(lambda: phi.sum() * F.mse_loss(input=x, target=w.sin()), w, phi)
+    _compare(lambda: nn.MSELoss()(w.sin(), phi[:1].expand(4)), w, phi)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.linalg.det,
+        torch.logdet,
+        torch.cholesky_inverse,
+        lambda a: torch.linalg.solve(a, a.detach()),
+        lambda a: torch.cumprod(a, 0),
+        lambda a: torch.ones(2).double().scatter_reduce(0, torch.tensor([0, 0]), a[0], "prod"),
+    ],
+)
+def test_operators_that_lose_tangents_are_refused(function):
+    w = torch.tensor([[2.0, 0.0], [1.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    graph = lambda: LossGraph("inner_loss", function(w).square().sum() + w.sum())  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"inner_loss went through .*Backward0, .* torch gets wrong .*'hessian'"):
+        ForwardOverReverse(LossFn(graph), [w], [])([torch.ones_like(w)])
+    batches = ForwardOverReverse(LossFn(graph), [w], [], is_fresh=True)
+    with pytest.raises(RuntimeError, match="torch gets wrong"):
+        batches([torch.ones_like(w)])
+
+
 def test_a_tensor_is_refused():
     w = torch.ones(3, requires_grad=True)
     with pytest.raises(TypeError, match="inner_loss must be a function for curvature='hessian-jvp'"):
