@@ -14,7 +14,7 @@ from torch import Tensor
 from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import solve_adjoint
-from auxfast.implicit.advice import missing_dependence
+from auxfast.implicit.advice import missing_dependence, warn_of_no_group
 from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
@@ -90,11 +90,13 @@ def hypergradient(
             residual of some tenths (see `solvers.DEFAULT_SOLVER`). `MINRES()` goes on to 1e-3, in 100 at most.
             `OneStep`, `SAMA` and `SingleLoop` put one step in its place: nothing is looked for that takes more
             products, and what evaluates a loss at other parameters needs it as a function.
-        curvature: "hessian"; "gauss-newton", which takes a positive semi-definite stand-in for it that needs
-            fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays exact); or
-            "finite-difference", the Hessian by differences of gradients, for operators without second derivatives,
-            which needs functions for `inner_loss` and goes through `detach()`, which the other two hold constant (see
-            `auxfast.implicit.finite_difference.FiniteDifference`). Its error stands in `stats.operator_error`.
+        curvature: "hessian"; "hessian-jvp", the same products in less memory and more time, which needs functions for
+            `inner_loss` (see `docs/memory.md`); "gauss-newton", which takes a positive semi-definite stand-in for it
+            that needs fewer operations (see `auxfast.implicit.curvature.GaussNewton`; the mixed derivative stays
+            exact); or "finite-difference", the Hessian by differences of gradients, for operators without second
+            derivatives, which needs functions for `inner_loss` and goes through `detach()`, which the others hold
+            constant (see `auxfast.implicit.finite_difference.FiniteDifference`). Its error stands in
+            `stats.operator_error`.
         outputs: for "gauss-newton", the tensors of `inner_loss`'s graph where the network ends and the loss
             begins, such as the logits. Functions for `inner_loss` return `(loss, outputs)` instead.
         free: which entries of `inner_params` move with `outer_params`: one tensor of torch.bool for each parameter, of
@@ -106,17 +108,19 @@ def hypergradient(
             passes the losses of its own data, and all get the gradients of the whole losses, the means over all
             weights: pass `MicroBatches`, or pairs `(number of samples, function)`, where parts are unequal, and `[]`
             on a rank without data. A tensor, and a function without a weight, has weight 1. `None`: this process
-            alone. `inner_params` may then be those of a network that `torch.distributed.fsdp.fully_shard` was applied
-            to: losses are functions that call it, its parameters are whole within this call, and each rank has a piece
-            of each of the solver's vectors. See `docs/scaling.md`.
+            alone, and `group.WORLD` is None before `init_process_group()`. With a group, `inner_params` may be those of
+            a network that `torch.distributed.fsdp.fully_shard` was applied to: losses are functions that call it, its
+            parameters are whole within this call, and each rank has a piece of each of the solver's vectors. See
+            `docs/scaling.md`.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
             solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
             where no outer parameter plays a part, or none does in the inner loss; where an inner parameter is 0 and
-            `abs` or `relu` of it has a kink; and where finite differences are too inexact for `tol`, or disagree with
-            the recorded graph.
+            `abs` or `relu` of it has a kink; where finite differences are too inexact for `tol`, or disagree with
+            the recorded graph; and where `process_group` is None before `init_process_group()`, and the environment's
+            `WORLD_SIZE` says that several processes run.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -145,6 +149,8 @@ def hypergradient(
     active_outer = params.active_outer
     check_curvature(curvature)
     check_solver(solver)
+    if warn:
+        warn_of_no_group(process_group, state)
     shards = shards_of(params.active_inner, process_group)
     if shards is not None:
         check_call_of_shards(outer_loss, inner_loss, free, solver, curvature)
