@@ -70,7 +70,8 @@ def compare(
 ) -> ComparisonResult:
     """Trains a task with every method from every seed, prints a table, and keeps each run in a folder of its own.
 
-    Before that one task is drawn, each of its methods is called once, and faults are told.
+    Before that one task is drawn, each of its methods is called once, and faults are told. It is of one process;
+    several share a run by `torchrun -m auxfast train FILE.py:EXPERIMENT`, see `docs/trainer.md`.
 
         result = compare(make_task, ["stl", "equal", "linear-frozen", "linear"], seeds=range(5))
         result.report("report.html")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,11 @@ _IDENTITY = (
     "loss's gradient, while the residual is large or not certified. The steps are too few or too small for the "
     "curvature to matter: take a larger step_size, step_size='auto', or MINRES(); or, if this is "
     "what you want, auxfast.solvers.Identity(), which is cheaper."
+)
+_ALONE = (
+    "process_group is None, and the environment says that several processes run (WORLD_SIZE, by torchrun): each gets "
+    "the result of its own data alone. torch.distributed.group.WORLD is None before "
+    "torch.distributed.init_process_group(): call that first. If each process is to work alone, pass warn=False."
 )
 _DIRECT_ALONE = "so that nothing of the outer parameters reaches the outer loss through the inner ones"
 _TEXTS = {
@@ -120,6 +127,14 @@ def warn_once(kind: str, text: str, state: SolverState | None) -> None:
     if kind not in warned:
         warned.add(kind)
         warnings.warn(text, RuntimeWarning, stacklevel=stacklevel())
+
+
+def warn_of_no_group(process_group: Any, state: SolverState | None) -> None:
+    """Warns where `group.WORLD` was probably passed before there was one: it is None then, which means no group."""
+    is_launched = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    distributed = torch.distributed
+    if process_group is None and is_launched and distributed.is_available() and not distributed.is_initialized():
+        warn_once("no group", _ALONE, state)
 
 
 def missing_dependence(outer_loss: bool, inner_loss: bool) -> str | None:

@@ -21,7 +21,8 @@ def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
     raise NotFiniteError(
         f"{what} hold {value}: has inner training diverged, by its learning rate or a loss weight that grew? If not, "
         "look for NaN or inf in the batch and in the parameters, for an operator without a derivative at these values "
-        "(the norm of a zero vector, sqrt(0), log(0)), and for values too large for their dtype"
+        "(the norm of a zero vector, sqrt(0), log(0)), and for values too large for their dtype; a GradScaler's scale "
+        "makes them larger: pass the loss without it"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from auxfast.autograd.engine import spread, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import solve_adjoint
-from auxfast.implicit.advice import missing_dependence
+from auxfast.implicit.advice import missing_dependence, warn_of_no_group
 from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.finite import all_finite, check_finite
@@ -108,17 +108,19 @@ def hypergradient(
             passes the losses of its own data, and all get the gradients of the whole losses, the means over all
             weights: pass `MicroBatches`, or pairs `(number of samples, function)`, where parts are unequal, and `[]`
             on a rank without data. A tensor, and a function without a weight, has weight 1. `None`: this process
-            alone. `inner_params` may then be those of a network that `torch.distributed.fsdp.fully_shard` was applied
-            to: losses are functions that call it, its parameters are whole within this call, and each rank has a piece
-            of each of the solver's vectors. See `docs/scaling.md`.
+            alone, and `group.WORLD` is None before `init_process_group()`. With a group, `inner_params` may be those of
+            a network that `torch.distributed.fsdp.fully_shard` was applied to: losses are functions that call it, its
+            parameters are whole within this call, and each rank has a piece of each of the solver's vectors. See
+            `docs/scaling.md`.
         retain_graph: keep the graphs of tensors for further use. Otherwise they are spent: that of `outer_loss` before
             the solve unless `inner_loss` needs a part of it, that of `inner_loss` as far as the last product
             runs through it; what is then left goes with the last reference to `inner_loss`.
         warn: give a RuntimeWarning that says what to do where the solve diverged, met negative curvature, missed the
             solver's `tol`, found nothing better than x = 0, or came out as little more than the identity approximation;
             where no outer parameter plays a part, or none does in the inner loss; where an inner parameter is 0 and
-            `abs` or `relu` of it has a kink; and where finite differences are too inexact for `tol`, or disagree with
-            the recorded graph.
+            `abs` or `relu` of it has a kink; where finite differences are too inexact for `tol`, or disagree with
+            the recorded graph; and where `process_group` is None before `init_process_group()`, and the environment's
+            `WORLD_SIZE` says that several processes run.
 
     Returns:
         The gradients, zeros (never `None`) for a parameter that plays no part or has `requires_grad=False`,
@@ -147,6 +149,8 @@ def hypergradient(
     active_outer = params.active_outer
     check_curvature(curvature)
     check_solver(solver)
+    if warn:
+        warn_of_no_group(process_group, state)
     shards = shards_of(params.active_inner, process_group)
     ranks = ranks_of(process_group, params.inner[0].device) if shards is None else shards.ranks
     if ranks is not None:

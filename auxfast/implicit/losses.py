@@ -41,7 +41,13 @@ _CHANGED = "modified by an inplace operation"  # autograd's words
 
 
 LossKind = Literal["tensor", "functions", "fresh"]
-_KINDS: dict[LossKind, str] = {"tensor": "a tensor", "functions": "functions", "fresh": "FreshBatches"}
+GivenKind = Literal["tensor", "functions", "weighted", "fresh"]
+_KINDS: dict[GivenKind, str] = {
+    "tensor": "a tensor",
+    "functions": "functions without weights (each counts 1)",
+    "weighted": "pairs (weight, function), as MicroBatches are",
+    "fresh": "FreshBatches",
+}
 
 
 class LossGraph:
@@ -255,7 +261,8 @@ def as_loss_fns(
         ranks, lambda: [(1.0, loss)] if is_fresh else [*as_pairs(name, loss, ranks is not None)], []
     )
     shares = shares_of(f"weights of {name}", [weight for weight, _ in pairs], ranks)
-    kind = agreed_kind(name, "fresh" if is_fresh else "functions" if pairs else None, ranks)
+    given: GivenKind | None = ("weighted" if _has_weights(loss) else "functions") if pairs else None
+    kind = agreed_kind(name, "fresh" if is_fresh else given, ranks)
     names = [name] if len(pairs) == 1 else [f"{name}[{i}]" for i in range(len(pairs))]
     return LossFns(
         [
@@ -268,8 +275,9 @@ def as_loss_fns(
     )
 
 
-def agreed_kind(name: str, kind: LossKind | None, ranks: Ranks | None) -> LossKind:
-    """The kind of a loss of which this rank has a part of that `kind`; `None`: it has none.
+def agreed_kind(name: str, kind: GivenKind | None, ranks: Ranks | None) -> LossKind:
+    """The kind of a loss of which this rank has a part of that `kind`; `None`: it has none. Functions with weights
+    ("weighted") and without must not be mixed: beside 100, the number of samples, a function without would count 1.
 
     Raises:
         ValueError: ranks have parts of several kinds.
@@ -278,7 +286,7 @@ def agreed_kind(name: str, kind: LossKind | None, ranks: Ranks | None) -> LossKi
     if len(found) > 1:
         given = " and ".join(_KINDS[each] for each in found if each is not None)
         raise ValueError(f"{name} must be of one kind on all ranks, not {given}")
-    return found[0] if found and found[0] is not None else "functions"
+    return "tensor" if found == ["tensor"] else "fresh" if found == ["fresh"] else "functions"
 
 
 def as_pairs(name: str, loss: Loss, may_be_empty: bool = False) -> list[tuple[float, Callable[[], Any]]]:
@@ -303,6 +311,10 @@ def as_pairs(name: str, loss: Loss, may_be_empty: bool = False) -> list[tuple[fl
             f"{name} must not hold FreshBatches in a list, whose functions give the same loss in each call"
         )
     return pairs
+
+
+def _has_weights(loss: Any) -> bool:
+    return isinstance(loss, Sequence) and any(isinstance(item, tuple) for item in loss)
 
 
 def _weighted(item: Any) -> tuple[Any, Any]:

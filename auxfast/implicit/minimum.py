@@ -14,7 +14,7 @@ from torch import Tensor
 from auxfast.autograd.engine import spread, vjp, zeros_for_none
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.adjoint import Adjoint, operator_of, solve_system
-from auxfast.implicit.advice import found_nothing, problem_of, warn_of
+from auxfast.implicit.advice import found_nothing, problem_of, warn_of, warn_of_no_group
 from auxfast.implicit.curvature import Hessian, in_dtypes_of, in_widest_dtype
 from auxfast.implicit.derivatives import CurvatureName, check_curvature, derivatives_of
 from auxfast.implicit.distributed import refuse_params
@@ -117,7 +117,8 @@ def implicit_minimum(
             DistributedDataParallel does, where outer losses also depend on `phi` directly.
         warn: give a RuntimeWarning, in the backward pass, of what `hypergradient` warns of; and where the parameters
             are so far from a minimum that a Newton step would move them, along the outer loss's gradient, by more than
-            a tenth of their length. That is seen where the inner loss is one graph.
+            a tenth of their length. That is seen where the inner loss is one graph. At once, where `process_group` is
+            None before `init_process_group()` under `torchrun`.
 
     Returns:
         A list of tensors like `inner_params`; a dict where that is a mapping. Those with `requires_grad=False` are
@@ -139,6 +140,8 @@ def implicit_minimum(
         )
     if not params.active_inner:
         raise ValueError("inner_params have requires_grad=False, all of them: nothing would move with outer_params")
+    if warn:
+        warn_of_no_group(process_group, state)
     ranks = ranks_of(process_group, params.inner[0].device)
     if ranks is not None:
         check_same_call(ranks, params, solver, curvature, state)

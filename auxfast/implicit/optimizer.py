@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from auxfast.implicit.advice import warn_once
+from auxfast.implicit.advice import warn_of_no_group, warn_once
 from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
@@ -158,6 +158,8 @@ class HyperOptimizer:
         self.process_group = process_group
         self.warn = warn
         self.state = SolverState()
+        if warn:
+            warn_of_no_group(process_group, self.state)
         self.task_states: dict[int | str, SolverState] = {}
         self.skipped_steps = 0
         self.skipped_tasks = 0

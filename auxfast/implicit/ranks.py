@@ -232,6 +232,8 @@ def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks 
     if process_group is None:
         return None
     if not (distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)):
+        if distributed.is_available() and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group must be one that this process belongs to")
         kind = type(process_group).__name__
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD, not {kind}"

@@ -373,6 +373,9 @@ DIFFERENT: dict[str, Callable[[Problem, int], Any]] = {
     ),
     "inner_loss must be of one kind": lambda p, rank: hypergradient(p, p.outer, [p.inner, p.inner()][rank]),
     "outer_loss must be of one kind": lambda p, rank: hypergradient(p, [p.outer(), p.outer][rank], p.inner),
+    "inner_loss must be of one kind on all ranks, not functions without weights (each counts 1) and pairs": (
+        lambda p, rank: hypergradient(p, p.outer, [p.inner, [(10, p.inner)]][rank])
+    ),
     "inner_params must have the same values": lambda p, rank: hypergradient(
         p := with_params(move, rank), p.outer, p.inner
     ),

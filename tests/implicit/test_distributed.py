@@ -278,3 +278,35 @@ def test_process_group_must_be_one(group):
     loss = problem.loss(problem.net)
     with pytest.raises(TypeError, match=r"process_group must be .*ProcessGroup.*not int"):
         problem.hypergradient(loss, loss, process_group=2)
+
+
+# ------------------------------------------------------------------------------------------------------- no group given
+
+
+CALLS: dict[str, Callable[[Problem], Any]] = {
+    "hypergradient": lambda p: auxfast.hypergradient(p.loss(p.net), p.loss(p.net), p.params, [p.phi]),
+    "implicit_minimum": lambda p: auxfast.implicit_minimum(p.loss(p.net), p.params, [p.phi]),
+    "HyperOptimizer": lambda p: auxfast.HyperOptimizer(torch.optim.SGD([p.phi])),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_group_that_is_none_since_nothing_has_started_it_is_told_under_torchrun(call, monkeypatch):
+    """`group.WORLD` is None before `init_process_group()`, and each process would be alone, unnoticed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.warns(RuntimeWarning, match=r"process_group is None.*init_process_group\(\): call that first"):
+        call(Problem())
+
+
+def test_a_process_outside_of_the_group_is_told_so():
+    """`new_group` returns a number there, and not a group."""
+    problem = Problem()
+    with pytest.raises(ValueError, match="process_group must be one that this process belongs to"):
+        auxfast.hypergradient(
+            problem.loss(problem.net),
+            problem.loss(problem.net),
+            problem.params,
+            [problem.phi],
+            process_group=distributed.GroupMember.NON_GROUP_MEMBER,
+        )

@@ -204,7 +204,7 @@ def test_second_derivatives_that_hold_nan_while_the_gradient_does_not(as_functio
         return (w + v - 3).square().sum() + log.exp() * (w.norm() + v.square().sum())
 
     losses: list[Tensor | Callable[[], Tensor]] = [lambda: v.sum(), inner] if as_functions else [v.sum(), inner()]
-    with pytest.raises(NotFiniteError, match="second derivatives of inner_loss in inner_params hold NaN"):
+    with pytest.raises(NotFiniteError, match=r"second derivatives of inner_loss .* hold NaN.*GradScaler.*without it"):
         hypergradient(*losses, [w, v], [log])
 
 
