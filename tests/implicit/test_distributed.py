@@ -278,3 +278,5 @@ def test_process_group_must_be_one(group):
     loss = problem.loss(problem.net)
     with pytest.raises(TypeError, match=r"process_group must be .*ProcessGroup.*not int"):
         problem.hypergradient(loss, loss, process_group=2)
+    with pytest.raises(ValueError, match="process_group must be one that this process belongs to"):
+        problem.hypergradient(loss, loss, process_group=distributed.GroupMember.NON_GROUP_MEMBER)
