@@ -59,10 +59,11 @@ class Ranks:
 
     def _raise_first(self, error: Exception | None) -> None:
         failure, self._failure = self._failure, None
-        own = failure or error
-        grades = [row[0] for row in self.gather([2.0 if failure else 1.0 if error else 0.0])]
-        first = grades.index(max(grades))
+        own = error if failure is None else failure
         try:
+            # 2 goes before 1, which goes before 0: nothing was raised.
+            grades = [row[0] for row in self.gather([0.0 if own is None else 1.0 if failure is None else 2.0])]
+            first = grades.index(max(grades))
             if not grades[first]:
                 return
             texts = self.texts("" if own is None else f"{type(own).__name__}: {own}")
