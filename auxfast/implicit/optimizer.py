@@ -298,7 +298,7 @@ class HyperOptimizer:
         accumulated = self._accumulated
         state = self._state_of(len(accumulated.stats) if task is None else task)
         before = vars(state).copy()
-        value = LossGraph("outer_loss", outer_loss).value if isinstance(outer_loss, Tensor) else None
+        value = _value_of(outer_loss)
         try:
             result = hypergradient(
                 outer_loss,
@@ -452,6 +452,17 @@ class HyperOptimizer:
         self.watch = Watch.from_state_dict(state_dict.get("watch", {}))
         if self._totals is not None:
             self._totals = list(state_dict.get("totals") or [])
+
+
+def _value_of(outer_loss: Loss) -> Tensor | None:
+    """The value of a loss that is a tensor. `None` also where something is wrong with it: that is for `hypergradient`
+    to raise, which tells the other ranks."""
+    if not isinstance(outer_loss, Tensor):
+        return None
+    try:
+        return LossGraph("outer_loss", outer_loss).value
+    except (ValueError, RuntimeError):
+        return None
 
 
 def _without_warned(state: SolverState) -> dict[str, Any]:

@@ -59,10 +59,11 @@ class Ranks:
 
     def _raise_first(self, error: Exception | None) -> None:
         failure, self._failure = self._failure, None
-        own = failure or error
-        grades = [row[0] for row in self.gather([2.0 if failure else 1.0 if error else 0.0])]
-        first = grades.index(max(grades))
+        own = error if failure is None else failure
         try:
+            # 2 goes before 1, which goes before 0: nothing was raised.
+            grades = [row[0] for row in self.gather([0.0 if own is None else 1.0 if failure is None else 2.0])]
+            first = grades.index(max(grades))
             if not grades[first]:
                 return
             texts = self.texts("" if own is None else f"{type(own).__name__}: {own}")
@@ -101,7 +102,7 @@ class Ranks:
         flat = self._flat(terms, like)
         if self.has_failed:
             flat.fill_(torch.nan)
-        self._all_reduce(flat)
+        self.collective(distributed.all_reduce, flat)
         pieces = flat.split([tensor.numel() for tensor in like])
         return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)]
 
@@ -128,20 +129,20 @@ class Ranks:
     def texts(self, text: str) -> list[str]:
         """The text of each rank."""
         found: list[Any] = [None] * self.size
-        self._collective(distributed.all_gather_object, found, text)
+        self.collective(distributed.all_gather_object, found, text)
         return found
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each rank, as many on each."""
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        self._collective(distributed.all_gather, rows, own)
+        self.collective(distributed.all_gather, rows, own)
         gathered: list[list[float]] = torch.stack(rows).tolist()
         return gathered
 
     def of_first(self, numbers: Tensor) -> Tensor:
         """The numbers of the first rank, in place: what is decided from them is decided alike."""
-        self._collective(distributed.broadcast, numbers, group_src=0)
+        self.collective(distributed.broadcast, numbers, group_src=0)
         return numbers
 
     def check_same(self, facts: Mapping[str, str], params: Mapping[str, Sequence[Tensor]]) -> None:
@@ -188,12 +189,10 @@ class Ranks:
         ]
         return torch.cat(parts)
 
-    def _all_reduce(self, flat: Tensor) -> None:
-        self._collective(distributed.all_reduce, flat)
-
-    def _collective(self, call: Callable[..., Any], *args: Any, **settings: Any) -> None:
+    def collective(self, call: Callable[..., Any], *args: Any, **settings: Any) -> None:
+        """One of the group, or of the `group` in `settings`. None may follow it where it raises."""
         try:
-            call(*args, **settings, group=self._group)
+            call(*args, **{"group": self._group, **settings})
         except Exception:
             self._is_broken = True
             raise
@@ -210,7 +209,7 @@ class Replicated(VectorSpace):
         return LOCAL.read(self._ranks.of_first(numbers.contiguous()))
 
     def all(self, flag: bool) -> bool:
-        return not self._ranks.any([not flag])[0]
+        return not self._ranks.any_rank(not flag)
 
 
 def together(ranks: Ranks | None) -> AbstractContextManager[None]:
@@ -231,16 +230,21 @@ def ranks_of(process_group: ProcessGroup | None, device: torch.device) -> Ranks 
     """
     if process_group is None:
         return None
-    if not (distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)):
-        if distributed.is_available() and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("process_group must be one that this process belongs to")
+    check_group(process_group)
+    return Ranks(process_group, device) if distributed.get_world_size(process_group) > 1 else None
+
+
+def check_group(process_group: ProcessGroup) -> None:
+    """Raises as `ranks_of` does."""
+    if not distributed.is_available():
+        raise TypeError("process_group must be None: this torch has no torch.distributed")
+    if process_group is distributed.GroupMember.NON_GROUP_MEMBER:  # what new_group() returns to the other processes
+        raise ValueError("process_group must be one that this process belongs to")
+    if not isinstance(process_group, distributed.ProcessGroup):
         kind = type(process_group).__name__
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD, not {kind}"
         )
-    if distributed.get_rank(process_group) < 0:
-        raise ValueError("process_group must be one that this process belongs to")
-    return Ranks(process_group, device) if distributed.get_world_size(process_group) > 1 else None
 
 
 def _unlike(norms: Sequence[float]) -> int | None:

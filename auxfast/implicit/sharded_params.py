@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from auxfast.autograd.fsdp import as_plain_modules, modules_of_fully_shard
 from auxfast.implicit.distributed import is_distributed
-from auxfast.implicit.ranks import ProcessGroup, Ranks
+from auxfast.implicit.ranks import ProcessGroup, Ranks, check_group
 from auxfast.solvers.space import LOCAL, Floats, VectorSpace
 
 
@@ -113,7 +113,8 @@ class Shards:
         most = max(map(self._numel, range(self._size)))
         own = torch.nn.functional.pad(own, (0, most - own.shape[-1]))  # collectives take pieces of one size
         rows = own.new_empty(self._size, *own.shape)
-        _collective("all_gather_single", "all_gather_into_tensor")(rows.view(-1), own.view(-1), group=self.group)
+        gather = _function("all_gather_single", "all_gather_into_tensor")
+        self.ranks.collective(gather, rows.view(-1), own.view(-1), group=self.group)
         parts = [
             [
                 part.reshape(*lead, *shape)
@@ -151,9 +152,10 @@ class Shards:
         if self.ranks.has_failed:
             rows.fill_(torch.nan)
         own = torch.empty_like(rows[0])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own.view(-1), rows.view(-1), group=self.group)
+        scatter = _function("reduce_scatter_single", "reduce_scatter_tensor")
+        self.ranks.collective(scatter, own.view(-1), rows.view(-1), group=self.group)
         if self.replicas is not None:
-            distributed.all_reduce(own, group=self.replicas)
+            self.ranks.collective(distributed.all_reduce, own, group=self.replicas)
         pieces = self._split(own, self.piece)
         return [piece.reshape(t.shape).to(t.dtype) for piece, t in zip(pieces, like, strict=True)]
 
@@ -213,15 +215,15 @@ class Sharded(VectorSpace):
         return LOCAL.read(self._shards.ranks.of_first(numbers.contiguous()) if replicas else numbers)
 
     def all(self, flag: bool) -> bool:
-        return not self._shards.ranks.any([not flag])[0]
+        return not self._shards.ranks.any_rank(not flag)
 
     def _reduced(self, numbers: Tensor, operation: Any) -> Tensor:
         numbers = numbers.detach().clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(numbers, operation, group=self._shards.group)
+        self._shards.ranks.collective(distributed.all_reduce, numbers, operation, group=self._shards.group)
         return numbers
 
 
-def _collective(name: str, older_name: str) -> Callable[..., Any]:
+def _function(name: str, older_name: str) -> Callable[..., Any]:
     """A function of `torch.distributed`, which has renamed it."""
     function: Callable[..., Any] = getattr(distributed, name, None) or getattr(distributed, older_name)
     return function
@@ -314,11 +316,7 @@ def _networks(params: Sequence[Tensor], modules: Sequence[Any]) -> list[Any]:
 
 
 def _check_group(mesh: Any, process_group: ProcessGroup) -> None:
-    if not isinstance(process_group, distributed.ProcessGroup):
-        kind = type(process_group).__name__
-        raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD, not {kind}"
-        )
+    check_group(process_group)
     wanted, given = sorted(mesh.mesh.flatten().tolist()), sorted(distributed.get_process_group_ranks(process_group))
     if wanted != given:
         raise ValueError(f"process_group must be the ranks that have pieces of inner_params, {wanted}, and not {given}")

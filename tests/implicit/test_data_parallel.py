@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +25,7 @@ from auxfast.solvers import (
     ConjugateGradient,
     Dense,
     FromOptimizer,
+    Identity,
     Neumann,
     OneStep,
     Solver,
@@ -265,6 +268,9 @@ FAILURES: dict[str, Callable[[Problem, int], Any]] = {
     ),
     "implicit_minimum": lambda p, rank: minimum(p, Failing(p.inner, 1, rank)),
     "its backward pass": lambda p, rank: minimum(p, [p.inner, Failing(p.inner, 5, rank)])[0].square().sum().backward(),
+    "on_solve": lambda p, rank: (
+        minimum(p, p.inner, on_solve=lambda stats: Failing(p.inner, 1, rank)())[0].square().sum().backward()
+    ),
 }
 WRONG: dict[str, tuple[str, Callable[[Problem, int], Any]]] = {
     "weights of inner_loss must be finite": (
@@ -274,6 +280,12 @@ WRONG: dict[str, tuple[str, Callable[[Problem, int], Any]]] = {
     "inner_loss must be a tensor, a function": (
         "TypeError",
         lambda p, rank: hypergradient(p, p.outer, [p.inner, rank][rank]),
+    ),
+    "outer_loss must be a scalar": (
+        "ValueError",
+        lambda p, rank: auxfast.HyperOptimizer(
+            torch.optim.SGD([p.phi], lr=0.1), process_group=distributed.group.WORLD, warn=False
+        ).step([p.outer(), p.weight][rank], p.inner(), p.inner_params),
     ),
     "outer_loss has no graph": (
         "ValueError",
@@ -311,6 +323,32 @@ def test_what_one_rank_raises_ends_the_call_on_all():
         assert wrong_own[text].startswith(f"{kind}: "), wrong_own[text]
         assert text in wrong_own[text]
         assert f"Rank 1 of process_group has raised, and this one stops with it: {kind}: " in wrong_others[text]
+
+
+class Activations:
+    """What a graph holds."""
+
+
+def freed_after_failure(rank: int) -> bool:
+    held: list[weakref.ref[Activations]] = []
+    problem = Problem()
+
+    def failing() -> Tensor:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise KeyError("no such sample")
+
+    gc.disable()
+    try:
+        assert error_of(partial(hypergradient, problem, problem.outer, failing)).startswith("KeyError")
+        return held[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_what_a_failed_loss_held_goes_with_its_error():
+    """And does not wait for the garbage collector."""
+    assert on_ranks(freed_after_failure) == [True, True]
 
 
 def not_finite(rank: int) -> list[str]:
@@ -386,6 +424,29 @@ DIFFERENT: dict[str, Callable[[Problem, int], Any]] = {
 
 def differ(rank: int) -> list[str]:
     return [error_of(partial(compute, Problem(), rank)) for compute in DIFFERENT.values()]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A solver of one's own with a function, whose text has an address."""
+
+    factor: Callable[[], float]
+
+    def solve(self, matvec: Any, rhs: Sequence[Tensor], **settings: Any) -> Any:
+        return [self.factor() * b for b in rhs], Identity().solve(matvec, rhs)[1]
+
+
+def scaled(rank: int) -> Tensor:
+    problem, functions = Problem(), [lambda: 0.5 for _ in range(1 + rank)]  # of other addresses on other ranks
+    gradient: Tensor = hypergradient(problem, problem.outer, problem.inner, solver=Scaled(functions[-1])).grads[0]
+    return gradient
+
+
+def test_solvers_may_hold_functions():
+    problem = Problem()
+    whole = hypergradient(problem, problem.outer, problem.inner, solver=Identity(0.5), process_group=None).grads[0]
+    for gradient in on_ranks(scaled):
+        torch.testing.assert_close(gradient, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_ranks_that_differ_are_told_so():
@@ -565,6 +626,26 @@ def solved_minimum(rank: int) -> list[Any]:
             outer_of(problem, solved, first, last).backward()
         found.append([str(warning.message) for warning in caught])
     return found
+
+
+def minimum_of_scalar(rank: int) -> list[Tensor]:
+    """Of data 1 and 3 of the ranks; the other scalar plays no part on rank 1, and one on none."""
+    w, phi, some, none = (torch.tensor(2.0, dtype=D, requires_grad=True) for _ in range(4))
+
+    def inner() -> Tensor:
+        return 0.5 * (w - phi * (1 + 2 * rank)).square() + (0 if rank else some * w)
+
+    solved = auxfast.implicit_minimum(
+        inner, [w], [phi, some, none], process_group=distributed.group.WORLD, solver=MINRES(tol=1e-12), warn=False
+    )
+    solved[0].backward()
+    return [phi.grad, some.grad, none.grad]
+
+
+def test_scalars_have_a_minimum_too():
+    wanted = [torch.tensor(value, dtype=D) for value in (2.0, -0.5, 0.0)]  # w = 2 phi - some / 2
+    for grads in on_ranks(minimum_of_scalar):
+        torch.testing.assert_close(grads, wanted)
 
 
 def test_the_minimum_is_that_of_all_data():

@@ -224,6 +224,27 @@ def test_training_goes_on_as_before_after_outer_steps():
             torch.testing.assert_close(tensor, other, rtol=1e-8, atol=1e-10)
 
 
+def after_a_timeout(rank: int) -> list[str]:
+    """The collectives that follow one that has raised."""
+    problem, followed = Problem().shard(), []
+
+    def timed_out(*args: Any, **settings: Any) -> None:
+        for name in ("all_gather", "all_reduce", "broadcast", "all_gather_object"):
+            patch.setattr(distributed, name, lambda *args, name=name, **settings: followed.append(name))
+        raise RuntimeError("timed out")
+
+    name = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, name, timed_out)
+        with pytest.raises(RuntimeError, match="timed out"):
+            problem.hypergradient(problem.outer(), problem.inner(), solvers.Identity(), process_group=group())
+    return followed
+
+
+def test_no_collective_follows_one_that_has_raised():
+    assert on_ranks(after_a_timeout) == [[], []]
+
+
 def refusals(rank: int) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import distribute_tensor, init_device_mesh

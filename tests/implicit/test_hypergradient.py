@@ -183,6 +183,20 @@ def test_parameters_that_play_no_part_get_zeros():
     torch.testing.assert_close(list(result.grads), wanted)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_scalars_may_play_no_part_in_a_loss(curvature):
+    """One of the inner ones in the outer loss, and one of the outputs in the inner loss. H is the identity."""
+    w, no_part, phi = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (1.0, 2.0, 0.5))
+
+    def inner() -> tuple[Tensor, list[Tensor]]:
+        outputs = [w + 0, no_part + 0, w.exp()]
+        return 0.5 * (outputs[0] - phi).square() + 0.5 * (outputs[1] - phi).square(), outputs[:2]
+
+    inner_loss = inner if curvature == "gauss-newton" else lambda: inner()[0]
+    result = hypergradient(w.square(), inner_loss, [w, no_part], [phi], solver=Identity(), curvature=curvature)
+    torch.testing.assert_close(result.grads[0], torch.tensor(2.0, dtype=torch.float64))
+
+
 def test_inner_parameters_that_do_not_couple_are_left_out():
     w = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     unused = torch.ones(4, dtype=torch.float64, requires_grad=True)  # by the inner loss; the outer uses it

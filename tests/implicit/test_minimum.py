@@ -503,10 +503,11 @@ def test_an_optimizer_of_torch_descends():
 
 
 def test_outer_parameters_without_a_part_get_zeros():
-    problem, unused = Ridge(), torch.ones(2, 3, requires_grad=True)
-    (w,) = implicit_minimum(problem.inner_loss, [problem.w], [unused, problem.decay], solver=EXACT)
+    problem, unused, scalar = Ridge(), torch.ones(2, 3, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    (w,) = implicit_minimum(problem.inner_loss, [problem.w], [unused, scalar, problem.decay], solver=EXACT)
     w.sum().backward()
     assert torch.equal(unused.grad, torch.zeros(2, 3))
+    assert torch.equal(scalar.grad, torch.zeros(()))
     (w,) = implicit_minimum(problem.inner_loss, [problem.w], [unused, problem.decay], solver=EXACT)
     (rows, _) = torch.autograd.grad(w, [unused, problem.decay], torch.eye(5, dtype=D), is_grads_batched=True)
     assert torch.equal(rows, torch.zeros(5, 2, 3))
