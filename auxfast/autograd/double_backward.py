@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from auxfast.autograd.data_parallel import is_sink
+from auxfast.autograd.forward_mode import tangent_of
 from auxfast.autograd.graph import function_class, graph_from, reaches
 
 _MISSING = ("::NotImplemented", "::Error")  # the nodes that autograd records in place of a missing derivative
@@ -97,8 +98,40 @@ class DetachedFunctionDetector:
         return hook
 
 
+class LostTangentDetector:
+    """Finds the `torch.autograd.Function`s whose backward passes lose the tangents of forward-mode AD: the gradient
+    that comes in has one, and what goes out is not zero and has none.
+
+    Attributes:
+        names: of the nodes that were found.
+    """
+
+    def __init__(self, functions: Iterable[Any]) -> None:
+        self.names: list[str] = []
+        self._handles = [node.register_hook(self._hook(node.name())) for node in unproven_functions(functions)]
+
+    def __enter__(self) -> LostTangentDetector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+            has_tangent = any(tangent_of(grad) is not None for grad in incoming)
+            if has_tangent and any(map(_has_lost_its_tangent, outgoing)):
+                self.names.append(name)
+
+        return hook
+
+
 def _is_detached(gradient: Tensor | None) -> bool:
     return gradient is not None and not gradient.requires_grad and bool(gradient.any())
+
+
+def _has_lost_its_tangent(gradient: Tensor | None) -> bool:
+    return gradient is not None and tangent_of(gradient) is None and bool(gradient.any())
 
 
 def _ends_in_an_error(gradient: Tensor | None) -> bool:

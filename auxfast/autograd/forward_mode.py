@@ -52,12 +52,16 @@ class _WithoutGraph(TorchFunctionMode):
         if func is mse_loss:
             args, kwargs = _all_with_tangents(args, kwargs)
         result = func(*args, **kwargs)
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        for tensor in _as_tuple(result):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tangent = tangent_of(tensor)
                 if tangent is not None and tangent.requires_grad and _shows_another and not _shows_another(tangent):
                     tangent.detach_()  # a view has no part of its own in the graph where what it shows has none
         return result
+
+
+def _as_tuple(result: Any) -> Sequence[Any]:
+    return result if isinstance(result, (tuple, list)) else (result,)
 
 
 def _all_with_tangents(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -98,20 +102,18 @@ class graph_constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._in_backward and not _in_checkpoint():
             return func(*args, **kwargs)
-        if torch.is_grad_enabled():
+        followed = torch.is_grad_enabled()
+        if not (followed or forward_ad._is_fwd_grad_enabled()):  # in the forward pass of a Function, without tangents
+            return func(*args, **kwargs)
+        with nullcontext() if followed or _follow_tangents is None else _follow_tangents(False):
             result = func(*args, **kwargs)
-        elif _follow_tangents is None:
-            raise NotImplementedError(
-                "this version of torch follows tangents under torch.no_grad(): compute without it, or pass "
-                "curvature='hessian'"
-            )
-        else:
-            if not forward_ad._is_fwd_grad_enabled():  # the forward pass of a Function, which sees no tangents
-                return func(*args, **kwargs)
-            with _follow_tangents(False):
-                result = func(*args, **kwargs)
         if in_transform_of_torch_func():
             return result
+        if not followed and _follow_tangents is None and any(map(_is_stray, _as_tuple(result))):
+            raise NotImplementedError(
+                "this version of torch follows tangents under torch.no_grad(): compute nothing from the parameters "
+                "there, or pass curvature='hessian'"
+            )
         if isinstance(result, (tuple, list)) and any(map(_is_stray, result)):
             return getattr(result, "_make", type(result))([_without_tangent(each, args) for each in result])
         return _without_tangent(result, args)

@@ -38,7 +38,7 @@ def scale_of(loss: Tensor) -> float:
     if not (_known or _may_be_alive()):
         return 1.0
     scale = 1.0
-    for node in _scalar_nodes(loss.grad_fn):
+    for node in _last_nodes(loss.grad_fn):
         factor = _factor(node)
         if factor is None or (scaler := _scaler_of(factor)) is None:
             continue
@@ -61,17 +61,21 @@ def _may_be_alive() -> bool:
     return False
 
 
-def _scalar_nodes(start: Any) -> Iterator[Any]:
-    """The nodes from `start` on whose results are single numbers, without those behind others; all nodes where torch
-    does not tell."""
+def _last_nodes(start: Any) -> Iterator[Any]:
+    """The nodes from `start` on whose results are single numbers, and the first of others, without those behind them;
+    all nodes where torch does not tell."""
     found, seen = [] if start is None else [start], {start, None}
     for node in found:  # the list grows while the loop runs
         yield node
         for following, index in node.next_functions:
             metadata = getattr(following, "_input_metadata", ())[index : index + 1]
-            if following not in seen and (not metadata or math.prod(metadata[0].shape) == 1):
-                seen.add(following)
+            if following in seen:
+                continue
+            seen.add(following)
+            if not metadata or math.prod(metadata[0].shape) == 1:
                 found.append(following)
+            else:
+                yield following
 
 
 def _factor(node: Any) -> Tensor | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from itertools import compress
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.double_backward import unproven_functions, wrong_forward_over_backward
+from auxfast.autograd.double_backward import LostTangentDetector, unproven_functions, wrong_forward_over_backward
 from auxfast.autograd.engine import zeros_for_none
 from auxfast.autograd.forward_mode import function_without_tangents, graph_constants, tangent_of, tangents_on
 from auxfast.autograd.graph import leaves_into
@@ -99,29 +100,36 @@ class ForwardOverReverse:
     def _computed(self) -> LossGraph:
         try:
             with graph_constants():
-                inner = self._loss_fn()
+                return self._loss_fn()
         except RuntimeError as error:
             _explain(error)
             raise
         finally:
             torch.clear_autocast_cache()  # its casts of the parameters have tangents
-        if not self._is_known:
-            if wrong := wrong_forward_over_backward(inner.nodes, [*self.params, *self._outer_params]):
-                raise RuntimeError(
-                    f"{inner.name} went through {wrong[0]}, whose derivatives torch gets wrong in forward mode: pass "
-                    "curvature='hessian'"
-                )
-            self._is_known = True
-        return inner
 
-    @staticmethod
-    def _gradient(inner: LossGraph, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    def _gradient(self, inner: LossGraph, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+        detector = None if self._is_known else self._detector(inner)
         try:
-            with graph_constants(in_backward=True):
-                return inner.gradient(wanted)
+            with detector or nullcontext(), graph_constants(in_backward=True):
+                grads = inner.gradient(wanted)
         except RuntimeError as error:
             _explain(error)
             raise
+        if detector is not None and detector.names:
+            raise RuntimeError(
+                f"{inner.name} went through {detector.names[0]}, whose backward pass gives a gradient without a "
+                "tangent: let it compute with torch, from the gradient that it is given"
+            )
+        self._is_known = True
+        return grads
+
+    def _detector(self, inner: LossGraph) -> LostTangentDetector:
+        if wrong := wrong_forward_over_backward(inner.nodes, [*self.params, *self._outer_params]):
+            raise RuntimeError(
+                f"{inner.name} went through {wrong[0]}, whose derivatives torch gets wrong in forward mode: pass "
+                "curvature='hessian'"
+            )
+        return LostTangentDetector(inner.functions)
 
 
 def _explain(error: RuntimeError) -> None:

@@ -223,6 +223,7 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
         return x**3
 
     @staticmethod
@@ -335,6 +336,25 @@ def test_operators_that_lose_tangents_are_refused(function):
     batches = ForwardOverReverse(LossFn(graph), [w], [], is_fresh=True)
     with pytest.raises(RuntimeError, match="torch gets wrong"):
         batches([torch.ones_like(w)])
+
+
+class _CubeByNumpy(Cube):
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return 3 * tangent * x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * grad.detach().numpy() * x.detach().numpy() ** 2)
+
+
+def test_a_function_whose_backward_pass_loses_tangents_is_refused():
+    w, phi = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    graph = lambda: LossGraph("inner_loss", (phi * _CubeByNumpy.apply(w)).sum() + w.square().sum())  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"inner_loss went through _CubeByNumpyBackward, .* without a tangent"):
+        ForwardOverReverse(LossFn(graph), [w], [phi])
 
 
 def test_a_tensor_is_refused():

@@ -146,7 +146,11 @@ def one_of_a_list(scaler: GradScaler, case: Decay) -> Tensor:
     return scaler.scale([case.error(1), case.error(0)])[0]
 
 
-@pytest.mark.parametrize("scaled", [parts, part_of_a_mean, twice, one_of_a_list])
+def terms_of_a_mean(scaler: GradScaler, case: Decay) -> Tensor:
+    return scaler.scale(torch.stack([case.error(1), case.error(0)])).mean()
+
+
+@pytest.mark.parametrize("scaled", [parts, part_of_a_mean, twice, one_of_a_list, terms_of_a_mean])
 @pytest.mark.parametrize("as_function", [False, True])
 def test_a_scale_that_is_not_that_of_the_whole_loss_is_refused(scaled, as_function):
     case, scaler = Decay(), GradScaler("cpu")
