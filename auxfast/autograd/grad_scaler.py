@@ -7,16 +7,19 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler, grad_scaler
+from torch.autograd import forward_ad
 
 # Every scaler holds this function, so that the number of references to it tells whether there may be one. To look for
 # scalers takes 20 ms in a process with 300,000 objects, and most processes have none.
 _held_by_scalers: Any = getattr(grad_scaler, "_refresh_per_optimizer_state", None)
+_without_tangents: Any = getattr(forward_ad, "_set_fwd_grad_enabled", nullcontext)
 _num_namespaces = 0  # plain dicts of modules that hold it too, found when they were last counted
 _known: WeakSet[GradScaler] = WeakSet()  # found before; what they hold is looked at each time
 
@@ -83,8 +86,11 @@ def _factor(node: Any) -> Tensor | None:
     if node.name() != "MulBackward0":
         return None
     if not hasattr(node, "_saved_other"):
-        (factor, _) = node(torch.ones(()))
-        return factor.detach() if factor is not None and not factor.dim() else None
+        (result,) = node._input_metadata
+        with _without_tangents(False):
+            gradient, _ = node(torch.ones(result.shape, dtype=result.dtype, device=result.device))
+        factors = torch.empty(0) if gradient is None else gradient.detach().flatten()
+        return factors[0] if len(factors) and bool((factors == factors[0]).all()) else None
     factor = node._saved_other
     is_like_a_scale = (
         factor is not None and not (factor.dim() or factor.requires_grad) and factor.dtype == torch.float32
