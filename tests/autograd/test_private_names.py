@@ -147,7 +147,6 @@ def answers() -> dict[str, object]:
     return found
 
 
-@pytest.mark.slow
 def test_the_program_uses_what_it_is_about(answers):
     assert answers["batched"] == {"nothing": 1} | {name: answers["batched"][name] for name in NAMES}
     off = {name for name in NAMES if not answers["batched"][name]}
