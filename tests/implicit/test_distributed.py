@@ -131,8 +131,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def tensors_of(losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """Losses on buffers of their own: with torch 2.11 each call of DistributedDataParallel writes to the module's, which
-    the graphs before need."""
+    """Losses on buffers of their own: with torch 2.11 each call of DistributedDataParallel writes to the module's,
+    which the graphs before need."""
     found = []
     for loss in losses:
         with auxfast.preserved_state():

@@ -170,6 +170,7 @@ def test_a_loss_from_before_an_update_of_the_scale_is_refused():
         hypergradient(outer, case.inner, *case.params)
 
 
+@pytest.mark.slow
 def test_finite_differences_of_verify_are_of_the_loss_without_its_scale():
     reports = []
     for scaler in (None, GradScaler("cpu")):
@@ -180,6 +181,7 @@ def test_finite_differences_of_verify_are_of_the_loss_without_its_scale():
     torch.testing.assert_close(scaled.hypergradient, plain.hypergradient, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_training_with_a_scaler_and_scaled_losses_in_outer_steps_learns_what_it_does_without():
     decays = []
     for scaler in (GradScaler("cpu", enabled=False), GradScaler("cpu", growth_interval=2)):
