@@ -88,7 +88,7 @@ def shares_of(name: str, weights: Sequence[Any], ranks: Ranks | None = None) -> 
     """
     total = attempt(ranks, lambda: _total(name, weights), 0.0)
     if ranks is not None:
-        total = ranks.total(total)
+        (total,) = ranks.totals([total])
     if not total:
         raise ValueError(f"{name} must not all be 0: there is no mean of nothing")
     return attempt(ranks, lambda: [float(weight) / total for weight in weights], [0.0] * len(weights))

@@ -115,16 +115,16 @@ class Ranks:
         return [total if count else None for total, count in zip(sums, counts.tolist(), strict=True)]
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag, whether some rank has it."""
+        """Flags of all ranks together: each says whether some rank has it."""
         return [any(column) for column in zip(*self.gather([*map(float, flags)]), strict=True)]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether some rank has the flag."""
         return self.any([flag])[0]
 
-    def total(self, number: float) -> float:
-        """The sum over ranks."""
-        return sum(row[0] for row in self.gather([number]))
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """The sum of each of the numbers over ranks."""
+        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
 
     def texts(self, text: str) -> list[str]:
         """The text of each rank."""

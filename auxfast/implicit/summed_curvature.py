@@ -69,7 +69,7 @@ class SummedCurvature:
         part, own = self._part, 0.0
         if isinstance(part, Hessian) and part.params:
             own = self._share * float(part.slope(self._chosen(self.join(vectors))))
-        return vectors[0].new_tensor(self._ranks.total(own))
+        return vectors[0].new_tensor(self._ranks.totals([own])[0])
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._product(vectors, lambda part, chosen: part(chosen))

@@ -70,7 +70,7 @@ LANCZOS = len(_MINRES)
 NUMBERS = LANCZOS + 2 * LANCZOS_STEPS
 
 Dots = Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor]
-"""From m pairs of matrices (k, n) to the dot products (m, k) of their rows, float64."""
+"""A function from m pairs of matrices (k, n) to the dot products (m, k) of their rows, float64."""
 
 _NULL = 0.1  # curvature, in machine epsilons of the largest one, up to which a residual counts as a null vector of H
 _MOST_TERMS = 3

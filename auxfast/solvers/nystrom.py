@@ -181,9 +181,8 @@ class Nystrom:
     def _inverse(self, system: LinearSystem, tests: Tensor, image: Tensor, core: Tensor, noise: float) -> LowRank:
         """The inverse from the products `image` (m, n), overwritten, with `tests` (m, n), and their `core` (m, m)."""
         dtype = image.dtype
-        lowest = float(
-            system.space.read(torch.linalg.eigvalsh((core + core.T) / 2)[0])
-        )  # a Rayleigh quotient of H + damping I
+        eigenvalues = torch.linalg.eigvalsh((core + core.T) / 2)
+        lowest = float(system.space.read(eigenvalues[0]))  # a Rayleigh quotient of H + damping I
         if len(tests) == image.shape[1]:
             return _indefinite(tests, image, system.damping, lowest, noise)
         image.sub_(tests, alpha=system.damping)  # H alone is nearer to low rank

@@ -23,8 +23,7 @@ Result = TypeVar("Result")
 
 def total(ranks: Ranks | None, numbers: Sequence[float]) -> list[float]:
     """The sum of each of the numbers over ranks."""
-    rows = [list(numbers)] if ranks is None else ranks.gather(numbers)
-    return [sum(column) for column in zip(*rows, strict=True)]
+    return list(numbers) if ranks is None else ranks.totals(numbers)
 
 
 def factor_of_part(ranks: Ranks | None, samples: int) -> float:

@@ -29,13 +29,13 @@ from auxfast.solvers import (
 from benchmarks.scaling.problem import Network, Problem
 
 Ways = dict[str, tuple[int, Callable[[], Any]]]
-"""By name: on how many ranks to run, the first ones, and what."""
+"""Ways of a call by name: the number of ranks that run it, the first ones, and the function."""
 Row = dict[str, Any]
 IN_A_ROW = 5  # all-reduces in one timed stretch
 
 
 def timed(ways: Ways, rounds: int) -> dict[str, Row]:
-    """For each way the seconds of a call on the first rank, in alternating rounds after one that is not counted: the
+    """Seconds of a call on the first rank for each way, in alternating rounds after one that is not counted: the
     median, the least, and the median of the CPU's, of the rank that took most. All ranks make this call, and those that
     a way does not need wait."""
     rank = distributed.get_rank()

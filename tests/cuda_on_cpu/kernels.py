@@ -125,8 +125,9 @@ def launches(run: Callable[[], object]) -> int:
 
 @contextmanager
 def window(blocks: int, device: str = "cuda") -> Iterator[None]:
-    """In it only the first and the last `blocks` blocks along each axis of a grid run, in a workspace of zeros. Where
-    device is "cpu", the kernels of CPU_KERNELS for the CPU run in their stead: the first and the last chunks."""
+    """A context in which only the first and the last `blocks` blocks along each axis of a grid run, in a workspace of
+    zeros. Where device is "cpu", the kernels of CPU_KERNELS for the CPU run in their stead: the first and the last
+    chunks."""
     library().set_window(ctypes.c_int64(blocks))
     library().set_on_cpu(ctypes.c_int64(device == "cpu"))
     try:

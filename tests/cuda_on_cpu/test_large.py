@@ -286,7 +286,7 @@ def test_images_of_billions_of_pixels(channels, num_tangents):
 @PLAIN_ONLY
 @pytest.mark.slow
 def test_image_of_two_billion_pixels():
-    """In bands, of which the last two tiles run; the second channel lies beyond 2^31."""
+    """The image goes in bands, of which the last two tiles run; the second channel lies beyond 2^31."""
     network, height = LossImageNetwork(2, (1,), reduction="none"), 2**26 + 64
     losses, weights, value = sparse(1, 2, height, 32), sparse(1, 2, height, 32), torch.empty(1)
     compact = loss_image_cases.inputs(network, 1, 64, 32, torch.float32)

@@ -161,7 +161,7 @@ def test_steps_on_rows_of_two_billion_numbers(solver, step_, reference_, gib, pr
 
 
 def test_combiner_on_two_billion_losses():
-    """With the gradient and the tangent of the first and the last samples alone."""
+    """The gradient and the tangent are those of the first and the last samples alone."""
     skip_unless_free(45)
     network, count = CombinerNetwork(32, (5,), main=31, reduction="none"), 64
     batch = NUMBERS // 32

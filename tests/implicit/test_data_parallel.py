@@ -347,7 +347,7 @@ def freed_after_failure(rank: int) -> bool:
 
 
 def test_what_a_failed_loss_held_goes_with_its_error():
-    """And does not wait for the garbage collector."""
+    """It does not wait for the garbage collector."""
     assert on_ranks(freed_after_failure) == [True, True]
 
 
