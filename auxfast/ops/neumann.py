@@ -11,6 +11,13 @@ from auxfast._native import use_native
 
 SCHEMA = "neumann_step_(Tensor(a!)[] v, Tensor[] hv, Tensor(b!)[] p, float step_size) -> Tensor"
 
+SQUARE, BEFORE, SMALLEST, OF_PRODUCT, GREW, STEPS = range(6)
+"""Numbers of a guarded series: the squared norm of the last v and of the one before; the smallest so far; that of the
+last product; 1 once the norm has grown or is not finite; and how many steps were taken."""
+GUARDED_NUMBERS = 6
+GROWTH = 1.002
+"""Factor by which a squared norm must rise to count as growing: less may be rounding."""
+
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("auxfast", "FRAGMENT")
 _LIBRARY.define(SCHEMA)
@@ -58,6 +65,49 @@ def neumann_step_reference_(v: Sequence[Tensor], hv: Sequence[Tensor], p: Sequen
     torch._foreach_add_(v, hv, alpha=-step_size)
     torch._foreach_add_(p, v)
     return squared_norm(v)
+
+
+def neumann_guarded_step_(
+    v: Sequence[Tensor],
+    v_before: Sequence[Tensor],
+    hv: Sequence[Tensor],
+    p: Sequence[Tensor],
+    numbers: Tensor,
+    step_size: float,
+) -> None:
+    """One step of a Neumann series that stops by itself where its norm grows, in place, without a word to the host:
+
+        p <- p + v_before        v_before <- v - step_size * hv        unless numbers[GREW]
+
+    The caller exchanges `v` and `v_before` after it. So `p` lags two terms behind, and holds, once the norm has grown,
+    just the sum whose residual was smallest. Until then `p + v_before + v` is the whole sum.
+
+    Args:
+        v, v_before, hv, p: as for `neumann_step_`; `v_before` has the terms before those of `v`, zeros at first.
+        numbers: (GUARDED_NUMBERS,) float64 on the device, see SQUARE.
+        step_size: the paper's alpha.
+    """
+    _check(v, hv, p)
+    _check(v_before, hv, p)
+    goes = (numbers[GREW] == 0).to(numbers.dtype)
+    new_v = [a - step_size * b for a, b in zip(v, hv, strict=True)]
+    square, of_product = squared_norm(new_v), squared_norm(hv)
+    for total, last, new in zip(p, v_before, new_v, strict=True):
+        total.copy_(torch.where(goes != 0, total + last, total))
+        last.copy_(torch.where(goes != 0, new, last))
+    smallest = numbers[SMALLEST].clone()
+    grew = ~(square <= GROWTH * smallest) | ~square.isfinite()
+    new_numbers = torch.stack(
+        [
+            square,
+            numbers[SQUARE],
+            torch.minimum(square, smallest),
+            of_product,
+            grew.to(square.dtype),
+            numbers[STEPS] + 1,
+        ]
+    )
+    numbers.copy_(torch.where(goes != 0, new_numbers, numbers))
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from auxfast.ops.neumann import GROWTH
 from auxfast.solvers.base import (
     Matvec,
     SolverState,
@@ -24,7 +25,7 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import RESTART_GAIN, BestIterate, Floats, Rows
 from auxfast.solvers.iterative import IterativeSolver
 from auxfast.solvers.linear_system import LinearSystem, check_rhs
-from auxfast.solvers.series import GROWTH, ListProducts, Products, RowProducts, Series, run, without_graph
+from auxfast.solvers.series import ListProducts, Products, RowProducts, Series, run, without_graph
 from auxfast.solvers.space import LOCAL
 from auxfast.solvers.spectrum import SpectrumBounds
 

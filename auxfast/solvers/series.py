@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.neumann import neumann_step_, squared_norm
+from auxfast.ops.neumann import GROWTH, neumann_step_, squared_norm
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.space import LOCAL, VectorSpace, as_row
-
-GROWTH = 1.002  # factor by which a squared norm must rise to count as growing: less may be rounding
 
 
 class Products(Protocol):
