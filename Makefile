@@ -68,6 +68,7 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 	    'the CUDA toolkit: put it on the PATH or set CUDA_HOME' >&2; false; }
 	for tool in memcheck racecheck initcheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(sanitizer) --tool $$tool --report-api-errors no --error-exitcode 1 \
+	    --kernel-name kernel_substring=auxfast \
 	    $(PYTHON) -m pytest tests/cuda_on_gpu/test_every_kernel.py || exit 1; done
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
