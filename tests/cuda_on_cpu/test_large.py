@@ -122,7 +122,7 @@ def huge_step(device: str, function: str, *arguments: Tensor | int | None) -> No
 @DEVICES
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
 def test_steps_on_rows_of_four_billion(preconditioned, device):
-    systems = DiagonalSystems((2, CHUNKS[device]), torch.float32, "cpu")
+    systems = DiagonalSystems.of((2, CHUNKS[device]), torch.float32, "cpu")
     systems.diagonal = systems.diagonal.abs()  # both rows go on
     for solve, name, reference_ in (
         (systems.conjugate_gradients, "conjugate_gradient_step", conjugate_gradient_step_reference_),

@@ -80,7 +80,7 @@ def test_krylov(shape, dtype, rtol):
 @pytest.mark.parametrize("shape", [(5, 17), (5, 2049)])
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_krylov_steps(shape, preconditioned, dtype):
-    on_cpu, on_gpu = (DiagonalSystems(shape, dtype, device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (DiagonalSystems.of(shape, dtype, device) for device in ("cpu", "cuda"))
     for solve, step in (
         (DiagonalSystems.conjugate_gradients, conjugate_gradient_step_),
         (DiagonalSystems.minres, minres_step_),
