@@ -214,5 +214,6 @@ def no_more_than_identity(
         return None
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
-    bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
+    dots = torch.stack([torch.dot(*pair) for pair in ((b, b), (b, x), (x, x))])
+    bb, bx, xx = dots.tolist()  # one wait for a GPU
     return "identity" if bx > _PARALLEL_COSINE * math.sqrt(bb * xx) else None
