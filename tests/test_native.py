@@ -291,3 +291,11 @@ def test_the_kernels_run_on_this_gpu():
     assert use_native(torch.device("cuda"))
     assert use_native(FIRST_GPU)
     assert auxfast.build_info()["cuda_driver"]
+
+
+@pytest.mark.cuda
+def test_a_gpu_can_be_asked_while_a_graph_is_captured():
+    fresh = _load_again()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")  # torch warns of a graph without work
+        assert fresh.use_native(FIRST_GPU)

@@ -97,8 +97,8 @@ LEFT_TO_OTHERS = 8  # GiB, for the small tests that other processes may run on t
 
 @pytest.fixture
 def skip_unless_free() -> Iterator[Callable[[int], None]]:
-    """Skips a test that takes so many GiB where they are not free. Of all processes on the machine one is in such a
-    test at a time, and leaves the memory to the next."""
+    """The function that skips a test where the GiB it takes are not free. Of all processes on the machine one is in
+    such a test at a time, and leaves the memory to the next."""
 
     def skip(gib: int) -> None:
         free = torch.cuda.mem_get_info()[0] >> 30
