@@ -233,15 +233,37 @@ def _check(op: str, **lists: Sequence[Tensor]) -> None:
         raise RuntimeError(f"auxfast::{op}: v[0] must be of a floating dtype, not {v[0].dtype}")
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
-            for what, given, wanted in (
-                ("shape", tuple(tensor.shape), tuple(v[i].shape)),
-                ("dtype", tensor.dtype, v[0].dtype),
-                ("device", tensor.device, v[0].device),
-            ):
-                if given != wanted:
-                    raise RuntimeError(f"auxfast::{op}: {name}[{i}] has {what} {given}, not {wanted}")
+            _check_element(op, f"{name}[{i}]", tensor, v[i].shape, v[0])
+
+
+def _check_element(op: str, name: str, tensor: Tensor, shape: torch.Size, like: Tensor) -> None:
+    for what, given, wanted in (
+        ("shape", tuple(tensor.shape), tuple(shape)),
+        ("dtype", tensor.dtype, like.dtype),
+        ("device", tensor.device, like.device),
+    ):
+        if given != wanted:
+            raise RuntimeError(f"auxfast::{op}: {name} has {what} {given}, not {wanted}")
+
+
+def _fake_step(
+    v: Tensor, hv: Sequence[Tensor], p: Tensor, sums: Tensor, layout: Tensor, row: int, step_size: float
+) -> None:
+    for i, tensor in enumerate(hv):
+        _check_element("neumann_step_", f"hv[{i}]", tensor, tensor.shape, v)
+
+
+def _fake_guarded_step(
+    v: Sequence[Tensor],
+    v_before: Sequence[Tensor],
+    hv: Sequence[Tensor],
+    p: Sequence[Tensor],
+    numbers: Tensor,
+    step_size: float,
+) -> None:
+    _check("neumann_guarded_step_", v=v, v_before=v_before, hv=hv, p=p)
 
 
 _LIBRARY.impl("neumann_guarded_step_", neumann_guarded_step_reference_, "CompositeExplicitAutograd")
-torch.library.register_fake("auxfast::neumann_step_", lambda *_: None, lib=_LIBRARY)
-torch.library.register_fake("auxfast::neumann_guarded_step_", lambda *_: None, lib=_LIBRARY)
+torch.library.register_fake("auxfast::neumann_step_", _fake_step, lib=_LIBRARY)
+torch.library.register_fake("auxfast::neumann_guarded_step_", _fake_guarded_step, lib=_LIBRARY)

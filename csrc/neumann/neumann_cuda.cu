@@ -22,8 +22,8 @@ struct Launch {
   bool adds;  // to the sums, of which the list's earlier launches have written as many
 };
 
-// Tensors for which the arguments of a kernel have room, besides 64 bytes for the others: in 4 KB, and in the 32 KB that
-// CUDA 12.1 allows from compute capability 7.0 on. Short lists keep to 4 KB, since all arguments are copied.
+// Tensors for which the arguments of a kernel have room, besides 64 bytes for the others: in 4 KB, and in the 32 KB
+// that CUDA 12.1 allows from compute capability 7.0 on. Short lists keep to 4 KB, since all arguments are copied.
 template <class Tensor>
 constexpr int kFew = int((4096 - 64 - sizeof(Launch<Tensor, 1>)) / sizeof(Tensor)) + 1;
 #if CUDART_VERSION >= 12010
@@ -235,7 +235,8 @@ const char* step(const NeumannStep<T>& work, void* stream) {
   const int64_t blocks = blocks_of(work.list.tiles, kCudaSums);
   return for_each_launch(work.list, blocks, [&](const auto& launch) {
     constexpr int kCapacity = decltype(capacity_of(launch))::value;
-    LAUNCH((step_kernel<T, kCapacity>), grid_of(blocks), dim3(kSumThreads), 0, stream, launch, work.step_size, work.sums);
+    LAUNCH((step_kernel<T, kCapacity>), grid_of(blocks), dim3(kSumThreads), 0, stream, launch, work.step_size,
+           work.sums);
     return launch_error();
   });
 }

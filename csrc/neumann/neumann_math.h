@@ -13,6 +13,8 @@
 // clang-format on
 #pragma once
 
+#include <cmath>
+
 #include "common/host_device.h"
 #include "neumann/neumann.h"
 
@@ -39,7 +41,7 @@ AUXFAST_HD void note_step(double* numbers, double square, double of_product) {
   const bool is_finite = square - square == 0;
   numbers[kSquareBefore] = numbers[kSquare];
   numbers[kSquare] = square;
-  numbers[kSmallestSquare] = square < smallest ? square : smallest;
+  numbers[kSmallestSquare] = fmin(square, smallest);  // the one that is not a NaN
   numbers[kSquareOfProduct] = of_product;
   numbers[kGrew] = is_finite && square <= kGrowth * smallest ? 0 : 1;
   numbers[kSteps] += 1;

@@ -63,7 +63,8 @@ void check_flat(const char* name, const Tensor& tensor, const Tensor& v, int64_t
 // The shapes and strides that `layout` tells, tensor by tensor.
 class Layout {
  public:
-  explicit Layout(const Tensor& layout) : next_(static_cast<const int64_t*>(layout.data_ptr())), left_(layout.numel()) {}
+  explicit Layout(const Tensor& layout)
+      : next_(static_cast<const int64_t*>(layout.data_ptr())), left_(layout.numel()) {}
 
   // (sizes, strides) of the next tensor
   std::pair<Sizes, Sizes> next() {
@@ -98,9 +99,9 @@ void neumann_step(Tensor v,                // in and out: (kTileElements * tiles
                   kCudaSums, " on CUDA");
   STD_TORCH_CHECK(0 <= row && row < sums.size(0), "auxfast::", kStep, ": row must be a row of sums, not ", row, " of ",
                   sums.size(0));
-  STD_TORCH_CHECK(layout.dim() == 1 && layout.is_contiguous() && layout.scalar_type() == ScalarType::Long &&
-                      layout.is_cpu(),
-                  "auxfast::", kStep, ": layout must be a contiguous int64 vector on the CPU");
+  STD_TORCH_CHECK(
+      layout.dim() == 1 && layout.is_contiguous() && layout.scalar_type() == ScalarType::Long && layout.is_cpu(),
+      "auxfast::", kStep, ": layout must be a contiguous int64 vector on the CPU");
   by_dtype(v, [&](auto zero) {
     using T = decltype(zero);
     T *first_v, *first_p;
@@ -183,9 +184,9 @@ void neumann_guarded_step(std::vector<Tensor> v,         // any shapes
                           double step_size) {
   check_lists(v, v_before, hv, p);
   check_shape(kGuardedStep, "numbers", numbers, {kGuardedNumbers});
-  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double &&
-                      numbers.device() == v[0].device(),
-                  "auxfast::", kGuardedStep, ": numbers must be contiguous, of dtype float64, on the device of v");
+  STD_TORCH_CHECK(
+      numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double && numbers.device() == v[0].device(),
+      "auxfast::", kGuardedStep, ": numbers must be contiguous, of dtype float64, on the device of v");
   by_dtype(v[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<Tensor> copies;
