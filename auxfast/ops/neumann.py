@@ -112,6 +112,8 @@ class NeumannSteps:
 
     def _advance(self, hv: Sequence[Tensor], step_size: float) -> None:
         _refuse_gradients("neumann_step_", hv)
+        if len(hv) != len(self.v):
+            raise RuntimeError(f"neumann_step_: hv and v must be lists of one length, not {len(hv)} and {len(self.v)}")
         row = self.unread % _ROWS
         if row == 0 and self.unread > 0:
             self._added.append(self._sums.sum(1))
