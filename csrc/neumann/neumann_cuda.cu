@@ -49,7 +49,7 @@ struct alignas(16) LaneElements {
   T x[kPerLane];
 };
 
-// A lane's access to all of its elements, or to the first `count`, of which the others are zeros. It has the same
+// A lane's access to all of its elements, or to those before `count`, where the others are zeros. It has the same
 // elements whether or not they are loaded together.
 struct Together {
   template <class T>
@@ -86,8 +86,9 @@ __device__ __forceinline__ bool are_aligned(const T* a, const T* b, const T* c, 
           alignof(LaneElements<T>)) == 0;
 }
 
-// Calls visit(tensor, at) for the tiles of the block, where `at` is the tensor's element that the lane begins with, if
-// there is one. A warp takes one tile at a time, so that even tensors of a few elements keep all warps busy.
+// Calls visit(tensor, at) for the tiles of the block, where `at` is the element that the lane begins with; there may be
+// none, in a tensor's last tile. A warp takes one tile at a time, so that even tensors of a few elements keep all warps
+// busy.
 template <class Tensor, int kCapacity, class Visit>
 __device__ __forceinline__ void for_each_tile(const Launch<Tensor, kCapacity>& launch, const Visit& visit) {
   const int lane = threadIdx.x % 32;
@@ -106,8 +107,7 @@ __device__ __forceinline__ void for_each_tile(const Launch<Tensor, kCapacity>& l
   for (; tile < end; tile += kWarps) {
     while (low + 1 < launch.count && launch.tensors[low + 1].first_tile <= tile) ++low;
     const Tensor& tensor = launch.tensors[low];
-    const int64_t at = (tile - tensor.first_tile) * kTileElements + lane * kPerLane;
-    if (at < tensor.numel) visit(tensor, at);
+    visit(tensor, (tile - tensor.first_tile) * kTileElements + lane * kPerLane);
   }
 }
 
