@@ -14,7 +14,7 @@ import torch
 from timing import interleaved
 from torch import Tensor
 
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import NeumannSteps
 
 STEP = 1e-9
 
@@ -78,10 +78,11 @@ def triad(elements: int) -> Callable[[], Any]:
 def test_neumann_step(benchmark: Any, name: str) -> None:
     shapes = LISTS[name]
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    v, hv, p = normal(shapes), normal(shapes), normal(shapes)
+    steps, hv = NeumannSteps(normal(shapes), STEP), normal(shapes)
 
-    def native() -> Tensor:
-        return neumann_step_(v, hv, p, STEP)
+    def native() -> list[float]:
+        steps.step(hv)
+        return steps.read()
 
     with torch.no_grad():
         seconds = interleaved(

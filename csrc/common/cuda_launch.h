@@ -34,7 +34,7 @@ void launch_cuda(const char* op, const CudaKernel<Params>& kernel, Params& param
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t bytes = kernel.workspace_bytes(params);
-  std::optional<Tensor> workspace;
+  std::optional<Tensor> workspace;  // an allocation takes the host longer than all else here
   if (bytes > 0) workspace = new_tensor(like, {bytes}, aoti_torch_dtype_uint8());
   params.workspace = workspace ? workspace->data_ptr() : nullptr;
   const char* error = kernel.launch(params, current_cuda_stream(device));

@@ -18,7 +18,7 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_reference_
+from auxfast.ops.neumann import CUDA_SUMS, neumann_step_reference_
 
 from .kernels import MODE, call, network_numbers, sparse, unwritten, window
 
@@ -39,24 +39,30 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
 
 @DEVICES
 def test_neumann_step_behind_four_billion_elements(device):
-    sizes, chunk = [130, UNSIGNED + 12_345], {"cuda": 64, "cpu": 256}[device]  # tiles of 128 elements
-    before, tiles = 2, 2 + -(-sizes[1] // 128)
-    first, last = (chunk - before) * 128, sizes[1] - ((tiles - 1) // chunk * chunk - before) * 128
+    sizes, before = [130, UNSIGNED + 12_345], 2  # tiles of 128 elements
+    tiles = before + -(-sizes[1] // 128)
+    blocks = {"cuda": CUDA_SUMS, "cpu": -(-tiles // 256)}[device]
+    first, last = {  # tiles of the first and the last block; on the CPU, chunk
+        "cuda": (-(-tiles // blocks), tiles // blocks),
+        "cpu": (256, tiles - (blocks - 1) * 256),
+    }[device]
+    first, last = (first - before) * 128, sizes[1] - (tiles - last - before) * 128
     huge = [[sparse(size) for size in sizes] for _ in range(3)]  # v, hv, p
     compact = []
     for i, tensors in enumerate(huge):
-        ends = [normal(size, seed=3 * i + k, dtype=torch.float32) for k, size in enumerate((sizes[0], first, last))]
+        some = normal(130, seed=i, dtype=torch.float32)
+        ends = [some, *(some.repeat(-(-size // 130))[:size] for size in (first, last))]
         for part, end in zip(parts(tensors, first, last), ends, strict=True):
             part.copy_(end)
         compact.append([end.double() for end in ends])
-    squares = torch.empty(1, dtype=torch.float64)
+    sums = torch.zeros(CUDA_SUMS, dtype=torch.float64)
     with window(1, device):
-        call("neumann_step", False, 2, *huge, sizes, 0.3, squares)
+        call("neumann_step", False, 2, *huge, sizes, 0.3, sums)
     wanted = neumann_step_reference_(*compact, 0.3)
     for tensors, ends in zip((huge[0], huge[2]), (compact[0], compact[2]), strict=True):
         for part, end in zip(parts(tensors, first, last), ends, strict=True):
             torch.testing.assert_close(part.double(), end, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(squares[0], wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.sum(), wanted, rtol=1e-6, atol=0)
 
 
 def parts(tensors: list[Tensor], first: int, last: int) -> list[Tensor]:

@@ -9,13 +9,13 @@ import torch
 from ops import loss_image_cases
 from ops.combiner_cases import inputs, normal, of_kernels
 from ops.krylov_cases import DiagonalSystems, coefficients_for, rows
-from ops.test_neumann import LAYOUTS, STEP, clones, lists
+from ops.test_neumann import LAYOUTS, STEP, beginning, clones, lists, neumann_step_
 from torch import Tensor
 
 from auxfast.ops.combiner import combiner
 from auxfast.ops.krylov import conjugate_gradient_step_, linear_combination_, minres_step_, row_dots
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import neumann_guarded_step_
 
 # More than one launch takes, and one whose hv is copied before.
 SHAPES = [(i % 13,) for i in range(200)] + [(5, 4, 3, 7), (1003,)]
@@ -69,7 +69,10 @@ def _neumann(dtype: torch.dtype) -> Case:
     def run(*given: Tensor) -> list[Tensor]:
         count = len(SHAPES)
         v, p = clones(list(given[:count]), list(given[2 * count :]))
-        return [neumann_step_(v, list(given[count : 2 * count]), p, STEP), *v, *p]
+        hv, numbers = list(given[count : 2 * count]), beginning(str(given[0].device))
+        square = neumann_step_(v, hv, p, STEP)
+        neumann_guarded_step_(list(given[:count]), v, hv, p, numbers, STEP)
+        return [square, numbers, *v, *p]
 
     return Case(make, run)
 

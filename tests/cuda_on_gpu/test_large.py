@@ -13,7 +13,7 @@ import torch
 from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, normal, of_kernels, of_reference, relative_error
 from ops.krylov_cases import DiagonalSystems, assert_same_solves, coefficients_for, rows
-from ops.test_neumann import STEP, assert_step, lists
+from ops.test_neumann import STEP, assert_step, lists, neumann_step_
 from torch import Tensor
 
 from auxfast.ops.krylov import (
@@ -27,7 +27,7 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_, neumann_step_reference_
+from auxfast.ops.neumann import neumann_step_reference_
 
 pytestmark = pytest.mark.cuda
 
@@ -124,7 +124,7 @@ def ends(huge: Tensor) -> Tensor:
 
 
 def test_neumann_step_behind_two_billion_numbers(skip_unless_free):
-    skip_unless_free(27)
+    skip_unless_free(45)
     compact = [normal(1, 2 * END, seed=i, dtype=torch.float32) for i in range(3)]
     v, hv, p = map(spread, compact)
     squares = neumann_step_([v], [hv], [p], STEP)
@@ -136,7 +136,7 @@ def test_neumann_step_behind_two_billion_numbers(skip_unless_free):
 
 
 def test_krylov_rows_of_two_billion_numbers(skip_unless_free):
-    skip_unless_free(27)
+    skip_unless_free(45)
     out, *terms = rows((1, 2 * END), 3, torch.float32, "cpu")
     coefficients = coefficients_for(out, 2)
     huge, huge_terms = spread(out), [spread(term) for term in terms]
