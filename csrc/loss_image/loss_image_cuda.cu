@@ -103,11 +103,22 @@ struct ChunkSteps {
   // Makes the other layers' e, or their kappa.
   void go_back(bool with_tangent) {
     for (int i = net.depth; i > 1; --i) {
-      const Planes<T> zd = with_tangent ? planes.zd[i - 1] : Planes<T>{};
-      convolve_back(i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
-                    Unpool<T, Act>{pool_scale(i - 2), pool_extent(net.height[i - 2]), pool_extent(net.width[i - 2]),
-                                   planes.state[i - 1], planes.e[i - 1], zd});
+      const bool rows = pool_extent(net.height[i - 2]) > 1, columns = pool_extent(net.width[i - 2]) > 1;
+      if (rows && columns)
+        go_back_from<2, 2>(i, with_tangent);
+      else if (rows)
+        go_back_from<2, 1>(i, with_tangent);
+      else if (columns)
+        go_back_from<1, 2>(i, with_tangent);
+      else
+        go_back_from<1, 1>(i, with_tangent);
     }
+  }
+  template <int kPoolRows, int kPoolColumns>
+  void go_back_from(int i, bool with_tangent) {
+    const Planes<T> zd = with_tangent ? planes.zd[i - 1] : Planes<T>{};
+    convolve_back(i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
+                  Unpool<T, Act, kPoolRows, kPoolColumns>{pool_scale(i - 2), planes.state[i - 1], planes.e[i - 1], zd});
   }
 
   void store_gradient(T* grad_losses, const Planes<T>& first, int main_loss) {

@@ -164,29 +164,29 @@ struct ActivateTangent {
 };
 
 // Finishes what reaches h. Without a tangent, in: state; out: e, which may be the state's planes and then overwrites
-// it. With a tangent (zd has data), in: state, e and zd; out: zd, which gets kappa.
-template <class T, class Act>
+// it. With a tangent (zd has data), in: state, e and zd; out: zd, which gets kappa. The pool's extents are known to the
+// compiler: with divisions by them, and addresses of their own for every pixel, this would be most of the kernel.
+template <class T, class Act, int kPoolRows, int kPoolColumns>
 struct Unpool {
   T pool_scale;
-  int32_t pool_rows, pool_columns;
-  Planes<T> state, e, zd;
+  Planes<T> state, e, zd;  // of one layout
 
   __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&gradient)[2][2]) const {
+    const int64_t first =
+        state.row(pixels.image, channel, pixels.y * kPoolRows) - state.data + int64_t(pixels.x) * kPoolColumns;
     AUXFAST_UNROLL
     for (int j = 0; j < 4; ++j) {
       if (!pixels.has(j / 2, j % 2)) continue;
       const T each = pool_scale * gradient[j / 2][j % 2];
-      for (int i = 0; i < pool_rows * pool_columns; ++i) {
-        const int32_t y = (pixels.y + j / 2) * pool_rows + i / pool_columns;
-        const int32_t x = (pixels.x + j % 2) * pool_columns + i % pool_columns;
-        const T s = state.at(pixels.image, channel, y, x);
-        T& new_e = e.at(pixels.image, channel, y, x);
-        if (zd.data) {
-          T& kappa = zd.at(pixels.image, channel, y, x);
-          kappa = PixelMath<Act, T>::kappa(s, kappa, new_e, each);
-        } else {
-          new_e = PixelMath<Act, T>::delta(s, each);
-        }
+      AUXFAST_UNROLL
+      for (int i = 0; i < kPoolRows * kPoolColumns; ++i) {
+        const int64_t at = first + int64_t(j / 2 * kPoolRows + i / kPoolColumns) * state.width +
+                           (j % 2 * kPoolColumns + i % kPoolColumns);
+        const T s = state.data[at];
+        if (zd.data)
+          zd.data[at] = PixelMath<Act, T>::kappa(s, zd.data[at], e.data[at], each);
+        else
+          e.data[at] = PixelMath<Act, T>::delta(s, each);
       }
     }
   }
