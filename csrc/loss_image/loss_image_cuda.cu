@@ -1,5 +1,6 @@
 // The loss image on a GPU: chunk by chunk and layer by layer, every layer a few launches. All sums have an order that
-// the sizes alone determine, so that a call gives the same bits each time; nothing waits for the device.
+// the sizes and the device's memory determine, so that a call gives the same bits each time; nothing waits for the
+// device.
 #include "loss_image/loss_image_cuda_chunks.cuh"
 #include "loss_image/loss_image_cuda_convolution.cuh"
 #include "loss_image/loss_image_cuda_sums.cuh"
@@ -126,19 +127,25 @@ struct ChunkSteps {
     convolve_back(1, first, chunk.owned[0], StoreGradient<T>{net, gradient, main_loss});
   }
 
-  void sum_planes(const Planes<const T>& from, Rows rows, int channels, double* sums) {
-    launcher.run(plane_sums_kernel<T>, grid_of(chunk.images * channels), from.only(rows), channels, sums);
+  // Sums layer i's planes, `from`, over the rows that the chunk owns.
+  PlaneSums sum_planes(int i, const Planes<const T>& from, int channels, double* sums) {
+    const int parts = sum_parts(net, i);
+    launcher.run(plane_sums_kernel<T>, grid_of(chunk.images * channels, parts), from.only(chunk.owned[i]), channels,
+                 sums);
+    return {sums, parts};
   }
 
   void add_values() {
-    sum_planes(planes.h[net.depth], chunk.owned[net.depth], net.channels[net.depth], workspace.plane_sums);
+    const int depth = net.depth;
+    const PlaneSums of_h = sum_planes(depth, planes.h[depth], net.channels[depth], workspace.plane_sums);
+    PlaneSums of_main{};
     if (net.main_loss >= 0) {
       Planes<const T> main = planes.h[0];
       main.data += net.main_loss * main.channel_stride;
-      sum_planes(main, chunk.owned[0], 1, workspace.main_sums);
+      of_main = sum_planes(0, main, 1, workspace.main_sums);
     }
-    launcher.run_over(chunk.images, image_values_kernel<T>, net, chunk.images, workspace.plane_sums,
-                      workspace.main_sums, pixel_scale(), chunk.band == 0, workspace.values + chunk.first_image);
+    launcher.run_over(chunk.images * 32, image_values_kernel<T>, net, chunk.images, of_h, of_main, pixel_scale(),
+                      chunk.band == 0, workspace.values + chunk.first_image);
   }
 
   void add_to_phi(bool with_tangent, double* sums) {
@@ -160,11 +167,11 @@ struct ChunkSteps {
       launcher.run_over(count, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
                         sums + net.weight[i - 1]);
     }
-    const int channels = net.channels[net.depth];
-    sum_planes((with_tangent ? planes.hd : planes.h)[net.depth], chunk.owned[net.depth], channels,
-               workspace.plane_sums);
-    launcher.run(output_gradient_kernel<T>, grid_of(channels), net, chunk.images, workspace.plane_sums, pixel_scale(),
-                 chunk.is_first(), sums + net.weight[net.depth]);
+    const int depth = net.depth, channels = net.channels[depth];
+    const PlaneSums of_h =
+        sum_planes(depth, (with_tangent ? planes.hd : planes.h)[depth], channels, workspace.plane_sums);
+    launcher.run(output_gradient_kernel<T>, grid_of(channels), net, chunk.images, of_h, pixel_scale(), chunk.is_first(),
+                 sums + net.weight[depth]);
   }
 };
 

@@ -6,15 +6,19 @@
 // one row of h_i on either side on the way back, 2^(depth - i + 1) - 1 rows forward.
 #pragma once
 
+#include <atomic>
+
 #include "common/block_sum.cuh"
 #include "loss_image/loss_image.h"
 #include "loss_image/loss_image_math.h"
 
 namespace auxfast::cuda {
 
-constexpr int kOutputs = 4;                // channels that a thread computes at a time
-constexpr int64_t kChunkBytes = 64 << 20;  // that a chunk's images may take, unless the narrowest band is larger
-constexpr int64_t kWeightBlocks = 512;     // that should share a layer's gradient in its weights
+constexpr int kOutputs = 4;             // channels that a thread computes at a time
+constexpr int64_t kMemoryShare = 256;   // of the device's memory a chunk's images take one part in so many
+constexpr int64_t kWeightBlocks = 512;  // that should share a layer's gradient in its weights
+constexpr int64_t kPartPixels = 4096;   // that a block should sum of a plane: 16 a thread
+constexpr int64_t kMostParts = 256;     // in which a plane is summed; a warp adds them up
 
 constexpr int panels_of(int channels) { return (channels + kOutputs - 1) / kOutputs; }
 
@@ -135,13 +139,31 @@ struct Chunking {
   }
 };
 
+// Bytes of the current device's memory. A device is asked once, since its answer takes longer than a call of a pass
+// may. 0: it gave none; then the launch that follows fails too, and says why.
+inline int64_t device_memory() {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int64_t> known[kMostDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return 0;
+  int64_t bytes = known[device].load(std::memory_order_relaxed);
+  if (bytes > 0) return bytes;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) return 0;
+  bytes = int64_t(properties.totalGlobalMem);
+  known[device].store(bytes, std::memory_order_relaxed);
+  return bytes;
+}
+
+// A chunk takes its share of the device's memory, unless the narrowest band is larger: so many images or rows that the
+// device is busy with each launch.
 template <class T>
 Chunking make_chunking(const LossImageParams<T>& net) {
-  constexpr int64_t kLimit = kChunkBytes / int64_t(sizeof(T));
+  const int64_t limit = device_memory() / kMemoryShare / int64_t(sizeof(T));
   Chunking chunking{1, 1};
-  const int64_t affordable = kLimit / chunking.elements(net);
+  const int64_t affordable = limit / chunking.elements(net);
   if (affordable > 1) chunking.images = affordable < net.batch ? affordable : net.batch;
-  while (chunking.elements(net) > kLimit && net.height[0] / (2 * chunking.bands) >= 4 << net.depth) chunking.bands *= 2;
+  while (chunking.elements(net) > limit && net.height[0] / (2 * chunking.bands) >= 4 << net.depth) chunking.bands *= 2;
   return chunking;
 }
 
@@ -152,14 +174,21 @@ int weight_blocks(const LossImageParams<T>& net, int layer) {
   return blocks > 1 ? int(blocks) : 1;
 }
 
+// The number of blocks that share the sum of a plane of h_i.
+template <class T>
+int sum_parts(const LossImageParams<T>& net, int i) {
+  const int64_t parts = int64_t(net.height[i]) * net.width[i] / kPartPixels;
+  return parts < 1 ? 1 : int(parts < kMostParts ? parts : kMostParts);
+}
+
 // The workspace: the sums of all chunks, then what each chunk leaves for them, then its planes. `bytes`, its size, is
 // known without there being any.
 template <class T>
 struct Workspace {
   double* values;       // (batch), in the forward pass
   double* phi_sums;     // (num_tangents or 1, num_parameters)
-  double* plane_sums;   // (images, channels of the last layer)
-  double* main_sums;    // (images)
+  double* plane_sums;   // (images, channels of the last layer, parts)
+  double* main_sums;    // (images, parts)
   double* weight_sums;  // (weight_blocks, weights and biases of a layer)
   T* planes;
   int64_t bytes;
@@ -173,8 +202,8 @@ struct Workspace {
     };
     values = take(net.value ? net.batch : 0);
     phi_sums = take(net.grad_phi ? (net.tangents ? net.num_tangents : 1) * net.num_parameters : 0);
-    plane_sums = take(chunking.images * net.channels[net.depth]);
-    main_sums = take(chunking.images);
+    plane_sums = take(chunking.images * net.channels[net.depth] * sum_parts(net, net.depth));
+    main_sums = take(chunking.images * sum_parts(net, 0));
     int64_t most = 0;
     for (int i = 0; net.grad_phi && i < net.depth; ++i) {
       const int64_t numbers = weight_blocks(net, i) * (net.weight[i + 1] - net.weight[i]);

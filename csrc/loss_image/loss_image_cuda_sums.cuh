@@ -90,43 +90,59 @@ static __global__ void __launch_bounds__(kSumThreads)
   sums[at] = sum;
 }
 
-// Sums the planes' rows, a block each. sums: out, (images, channels).
+// Sums the planes' rows, each plane in gridDim.y parts of consecutive pixels. sums: out, (images, channels, parts).
+// Blocks: (images * channels, parts).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     plane_sums_kernel(const Planes<const T> planes, int channels, double* sums) {
   const T* row = planes.row(blockIdx.x / channels, int(blockIdx.x % channels), planes.rows.begin);
   const int64_t count = int64_t(planes.rows.end - planes.rows.begin) * planes.width;
+  const int64_t most = (count + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * most;
+  const int64_t end = begin + most < count ? begin + most : count;
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += double(row[i]);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kSumThreads) sum += double(row[i]);
   sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+  if (threadIdx.x == 0) sums[blockIdx.x * int64_t(gridDim.y) + blockIdx.y] = sum;
 }
 
-// Adds a band to values, in and out: (images), or begins them. plane_sums: in, the band's sums of h (images, channels);
-// main_sums: in, those of the main loss (images); pixel_scale: the factor of an entry of h in the value, without w.
+// What plane_sums_kernel leaves of a layer's planes.
+struct PlaneSums {
+  double* sums;  // (images, channels, parts)
+  int parts;
+};
+
+// Adds a band to values, in and out: (images), or begins them, a warp for each image. of_h: in, the band's sums of
+// h_depth; of_main: in, those of the main loss (one channel); pixel_scale: the factor of an entry of h in the value,
+// without w.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    image_values_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, const double* main_sums,
+    image_values_kernel(const LossImageParams<T> net, int64_t images, const PlaneSums of_h, const PlaneSums of_main,
                         T pixel_scale, bool begin, double* values) {
-  const int64_t image = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  const int64_t image = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) / 32;
   if (image >= images) return;
-  const int channels = net.channels[net.depth];
-  double g = 0;
-  for (int c = 0; c < channels; ++c) g += double(net.phi[net.weight[net.depth] + c]) * plane_sums[image * channels + c];
-  double value = double(pixel_scale) * g;
-  if (net.main_loss >= 0) value += double(main_weight(net, image)) * main_sums[image];
-  values[image] = begin ? value : values[image] + value;
+  const int lane = threadIdx.x % 32, count = net.channels[net.depth] * of_h.parts;
+  double value = 0;
+  for (int i = lane; i < count; i += 32)
+    value += double(net.phi[net.weight[net.depth] + i / of_h.parts]) * of_h.sums[image * count + i];
+  value *= double(pixel_scale);
+  if (net.main_loss >= 0)
+    for (int i = lane; i < of_main.parts; i += 32)
+      value += double(main_weight(net, image)) * of_main.sums[image * of_main.parts + i];
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
+  if (lane == 0) values[image] = begin ? value : values[image] + value;
 }
 
-// Adds a chunk to the gradient of the output weights, or begins it, a block for each. plane_sums: in, (images,
-// channels); sums: in and out, (channels).
+// Adds a chunk to the gradient of the output weights, or begins it, a block for each. of_h: in, the sums of h_depth, or
+// of hd_depth; sums: in and out, (channels).
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    output_gradient_kernel(const LossImageParams<T> net, int64_t images, const double* plane_sums, T pixel_scale,
+    output_gradient_kernel(const LossImageParams<T> net, int64_t images, const PlaneSums of_h, T pixel_scale,
                            bool begin, double* sums) {
   double sum = 0;
-  for (int64_t image = threadIdx.x; image < images; image += kSumThreads)
-    sum += double(incoming(net, image)) * plane_sums[image * gridDim.x + blockIdx.x];
+  for (int64_t i = threadIdx.x; i < images * of_h.parts; i += kSumThreads) {
+    const int64_t image = i / of_h.parts, part = i % of_h.parts;
+    sum += double(incoming(net, image)) * of_h.sums[(image * gridDim.x + blockIdx.x) * of_h.parts + part];
+  }
   sum = double(pixel_scale) * block_sum(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = begin ? sum : sums[blockIdx.x] + sum;
 }

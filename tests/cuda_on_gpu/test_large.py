@@ -61,8 +61,8 @@ def test_several_tangents(batch):
 
 
 IMAGES = {
-    "groups of images": ((20, 288, 384), LossImageNetwork(3, (8, 16), main=0)),
-    "bands": ((1, 1031, 1027), LossImageNetwork(3, (8, 16, 32), main=2, reduction="none")),
+    "chunks of images": ((20, 288, 384), LossImageNetwork(3, (64, 8), main=0)),
+    "bands": ((1, 1031, 1027), LossImageNetwork(3, (64, 8, 4), main=2, reduction="none")),
     "the most channels": ((3, 101, 67), LossImageNetwork(64, (64, 64), main=63)),
 }
 

@@ -85,3 +85,15 @@ using cudaError_t = const char*;  // the message itself
 constexpr cudaError_t cudaSuccess = nullptr;
 inline cudaError_t cudaGetLastError() { return cuda_on_cpu::take_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return error; }
+
+struct cudaDeviceProp {
+  size_t totalGlobalMem;
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  properties->totalGlobalMem = cuda_on_cpu::device_memory(device);
+  return cudaSuccess;
+}
