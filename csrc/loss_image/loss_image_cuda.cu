@@ -57,10 +57,15 @@ struct ChunkSteps {
   // Factor of one entry of h_depth in g, without w.
   T pixel_scale() const { return net.position_scale / pool_scale(net.depth - 1); }
 
+  // Many outputs a thread share what it reads of the inputs; few make more blocks where there are not enough.
   template <class Finish>
   void run_convolution(const Convolution<T>& work, const Finish& finish) {
-    const dim3 grid = grid_of(chunk.images * work.tiling.tiles(), panels_of(work.outputs));
-    launcher.run(convolution_kernel<T, Finish>, grid, work, finish);
+    constexpr int kMany = 32 / sizeof(T);  // registers allow no more
+    const int64_t tiles = chunk.images * work.tiling.tiles();
+    if (work.outputs > kOutputs && tiles * panels_of(work.outputs, kMany) >= kBusyBlocks)
+      launcher.run(convolution_kernel<T, kMany, Finish>, grid_of(tiles, panels_of(work.outputs, kMany)), work, finish);
+    else
+      launcher.run(convolution_kernel<T, kOutputs, Finish>, grid_of(tiles, panels_of(work.outputs)), work, finish);
   }
 
   // Convolves `in`, which is h_{i-1} or hd_{i-1}, and finishes z_i or zd_i.
@@ -87,9 +92,10 @@ struct ChunkSteps {
     const bool goes_back = net.grad_losses || net.grad_phi;
     for (int i = 1; i <= net.depth; ++i) {
       const T* bias = net.phi + net.bias[i - 1];
-      const Planes<T> state = goes_back ? planes.state[i] : Planes<T>{};
-      const Planes<T> e = goes_back && i == net.depth ? planes.e[i] : Planes<T>{};
-      convolve(i, planes.h[i - 1], Activate<T, Act>{net, bias, pool_scale(i - 1), planes.new_h[i], state, e});
+      T* e = goes_back && i == net.depth ? planes.e[i].data : nullptr;
+      T* state = goes_back && e != planes.state[i].data ? planes.state[i].data : nullptr;
+      convolve(i, planes.h[i - 1],
+               Activate<T, Act>{net, bias, pool_scale(i - 1), planes.new_h[i], planes.state[i], state, e});
     }
   }
 
@@ -98,7 +104,7 @@ struct ChunkSteps {
     for (int i = 1; i <= net.depth; ++i)
       convolve(i, planes.hd[i - 1],
                ActivateTangent<T, Act>{pool_scale(i - 1), i == net.depth, planes.new_hd[i], planes.zd[i],
-                                       planes.state[i].to_read(), planes.e[i].to_read()});
+                                       planes.state[i].data, planes.e[i].data});
   }
 
   // Makes the other layers' e, or their kappa.
@@ -117,9 +123,10 @@ struct ChunkSteps {
   }
   template <int kPoolRows, int kPoolColumns>
   void go_back_from(int i, bool with_tangent) {
-    const Planes<T> zd = with_tangent ? planes.zd[i - 1] : Planes<T>{};
-    convolve_back(i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
-                  Unpool<T, Act, kPoolRows, kPoolColumns>{pool_scale(i - 2), planes.state[i - 1], planes.e[i - 1], zd});
+    T* zd = with_tangent ? planes.zd[i - 1].data : nullptr;
+    convolve_back(
+        i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
+        Unpool<T, Act, kPoolRows, kPoolColumns>{pool_scale(i - 2), planes.state[i - 1], planes.e[i - 1].data, zd});
   }
 
   void store_gradient(T* grad_losses, const Planes<T>& first, int main_loss) {

@@ -14,13 +14,13 @@
 
 namespace auxfast::cuda {
 
-constexpr int kOutputs = 4;             // channels that a thread computes at a time
+constexpr int kOutputs = 4;             // channels that a thread computes at a time, at least
 constexpr int64_t kMemoryShare = 256;   // of the device's memory a chunk's images take one part in so many
 constexpr int64_t kWeightBlocks = 512;  // that should share a layer's gradient in its weights
 constexpr int64_t kPartPixels = 4096;   // that a block should sum of a plane: 16 a thread
 constexpr int64_t kMostParts = 256;     // in which a plane is summed; a warp adds them up
 
-constexpr int panels_of(int channels) { return (channels + kOutputs - 1) / kOutputs; }
+constexpr int panels_of(int channels, int panel = kOutputs) { return (channels + panel - 1) / panel; }
 
 struct Rows {
   int32_t begin, end;
@@ -40,9 +40,10 @@ struct Planes {
   Rows rows;
   int32_t width;
 
-  AUXFAST_HD T* row(int64_t image, int channel, int32_t y) const {
-    return data + image * image_stride + channel * channel_stride + int64_t(y - rows.begin) * width;
+  AUXFAST_HD int64_t offset(int64_t image, int channel, int32_t y) const {
+    return image * image_stride + channel * channel_stride + int64_t(y - rows.begin) * width;
   }
+  AUXFAST_HD T* row(int64_t image, int channel, int32_t y) const { return data + offset(image, channel, y); }
   AUXFAST_HD T& at(int64_t image, int channel, int32_t y, int32_t x) const { return row(image, channel, y)[x]; }
   AUXFAST_HD T at_or_zero(int64_t image, int channel, int32_t y, int32_t x) const {
     return y >= rows.begin && y < rows.end && x >= 0 && x < width ? at(image, channel, y, x) : T(0);
@@ -60,6 +61,22 @@ Planes<T> planes_of(T* data, int32_t channels, Rows rows, int32_t width) {
   return {data, channels * size, size, rows, width};
 }
 
+// Two neighbours in a row of z_i. Where a row has but one pixel, `whole` is false: the second one is not there.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T at[2];
+
+  static AUXFAST_HD Pair load(const T* from, bool whole) {
+    return whole ? *reinterpret_cast<const Pair*>(from) : Pair{{*from, T(0)}};
+  }
+  AUXFAST_HD void store(T* to, bool whole) const {
+    if (whole)
+      *reinterpret_cast<Pair*>(to) = *this;
+    else
+      *to = at[0];
+  }
+};
+
 struct Chunk {
   int64_t first_image, images;
   int band;
@@ -68,8 +85,9 @@ struct Chunk {
   bool is_first() const { return first_image == 0 && band == 0; }
 };
 
-// The planes of a chunk's layers, index i: of h_i and of z_i. Those of z_i have the pixels that the pool keeps. They
-// are the same for all first-order passes, so that their values have the same bits. The steps write them in this order:
+// The planes of a chunk's layers, index i: of h_i and of z_i. Those of z_i have the pixels that the pool keeps, and one
+// layout: where a row has more than one pixel, a pair of them begins at every multiple of two elements. They are the
+// same for all first-order passes, so that their values have the same bits. The steps write them in this order:
 // clang-format off
 //   step              in                            out
 //   activate          h[i-1]                        new_h[i], state[i]; e[depth]
@@ -92,8 +110,10 @@ struct ChunkPlanes {
     const auto take = [&](bool wanted, int32_t channels, Rows rows, int32_t width) {
       Planes<T> planes = planes_of(memory, channels, rows, width);
       if (!wanted || !memory) planes.data = nullptr;
-      if (wanted) elements += chunk.images * planes.image_stride;
-      if (wanted && memory) memory += chunk.images * planes.image_stride;
+      if (!wanted) return planes;
+      const int64_t size = chunk.images * planes.image_stride, even_size = size + size % 2;
+      elements += even_size;
+      if (memory) memory += even_size;
       return planes;
     };
     h[0] = planes_of(net.losses, net.channels[0], {0, net.height[0]}, net.width[0]);
@@ -210,6 +230,7 @@ struct Workspace {
       if (numbers > most) most = numbers;
     }
     weight_sums = take(most);
+    take(count % 2);  // so that pairs are aligned
     planes = reinterpret_cast<T*>(take(0));
     bytes = count * int64_t(sizeof(double)) + chunking.elements(net) * int64_t(sizeof(T));
   }

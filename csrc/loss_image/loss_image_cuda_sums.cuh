@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int first_output = blockIdx.y * kOutputs, input = blockIdx.z;
   T products[kOutputs][kTaps] = {}, outer_sums[kOutputs] = {};
   for (int64_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
-    const Pixels pixels(work.tiling, tile);
+    const Pixels pixels(work.tiling, uint32_t(tile));
     add_products<T>(pixels, first_output, work.outputs, input, work.outer, work.inner, products, &outer_sums);
     if (work.outer2.data)
       add_products<T>(pixels, first_output, work.outputs, input, work.outer2, work.inner2, products, nullptr);
