@@ -109,9 +109,11 @@ struct InputTile {
   }
 };
 
-// Calls finish(pixels, channel, sums) for every thread's pixels and each of its kPanel channels. Blocks: (images *
-// tiles, panels). An input has one of two places in shared memory, so that one barrier for each input is enough: who
-// writes to a place has passed the barrier behind which all have read what was there before.
+// Calls finish(pixels, channel, sums, given) for every thread's pixels and each of its kPanel channels. `given` is what
+// finish.load(pixels, channel) has read, of Finish::kAtOnce channels before any of them is written: no load can pass a
+// store, and a thread that waits for each by itself waits most of the time. Blocks: (images * tiles, panels). An input
+// has one of two places in shared memory, so that one barrier for each input is enough: who writes to a place has
+// passed the barrier behind which all have read what was there before.
 template <class T, int kPanel, class Finish>
 __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
     convolution_kernel(const Convolution<T> work, const Finish finish) {
@@ -146,8 +148,15 @@ __global__ void __launch_bounds__(kSumThreads, kBlocksAtOnce)
   }
   if (!pixels.has(0, 0)) return;
   AUXFAST_UNROLL
-  for (int o = 0; o < kPanel; ++o)
-    if (first_output + o < work.outputs) finish(pixels, first_output + o, sums[o]);
+  for (int o = 0; o < kPanel; o += Finish::kAtOnce) {
+    typename Finish::Given given[Finish::kAtOnce];
+    AUXFAST_UNROLL
+    for (int i = 0; i < Finish::kAtOnce; ++i)
+      if (first_output + o + i < work.outputs) given[i] = finish.load(pixels, first_output + o + i);
+    AUXFAST_UNROLL
+    for (int i = 0; i < Finish::kAtOnce; ++i)
+      if (first_output + o + i < work.outputs) finish(pixels, first_output + o + i, sums[o + i], given[i]);
+  }
 }
 
 // The gradient that reaches an image's value, and the factor of its sum of the main loss. `net` has the chunk's images.
@@ -170,9 +179,16 @@ struct Activate {
   Planes<T> h, z;  // of z the layout alone
   T *state, *e;
 
-  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&sums)[2][2]) const {
+  static constexpr int kAtOnce = 4;
+  struct Given {
+    T bias, top;  // top: the gradient that reaches act(z) in the last layer
+  };
+  __device__ __forceinline__ Given load(const Pixels& pixels, int channel) const {
     const T w = e ? net.phi[net.weight[net.depth] + channel] : T(0);
-    const T top = w * net.position_scale * incoming(net, pixels.image);
+    return {bias[channel], w * net.position_scale * incoming(net, pixels.image)};
+  }
+  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&sums)[2][2],
+                                             const Given& given) const {
     const int64_t first = z.offset(pixels.image, channel, pixels.y) + pixels.x;
     T pooled = 0;
     AUXFAST_UNROLL
@@ -183,9 +199,9 @@ struct Activate {
       AUXFAST_UNROLL
       for (int r = 0; r < 2; ++r) {
         T value;
-        Act::apply(sums[q][r] + bias[channel], value, new_state.at[r]);
+        Act::apply(sums[q][r] + given.bias, value, new_state.at[r]);
         if (r == 0 || whole) pooled += value;
-        new_e.at[r] = PixelMath<Act, T>::delta(new_state.at[r], top);
+        new_e.at[r] = PixelMath<Act, T>::delta(new_state.at[r], given.top);
       }
       const int64_t at = first + q * z.width;
       if (state) new_state.store(state + at, whole);
@@ -203,25 +219,38 @@ struct ActivateTangent {
   Planes<T> hd, zd;
   const T *state, *e;
 
-  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&tangent)[2][2]) const {
+  static constexpr int kAtOnce = 4;
+  struct Given {
+    Pair<T> state[2], e[2];
+  };
+  __device__ __forceinline__ Given load(const Pixels& pixels, int channel) const {
+    const int64_t first = zd.offset(pixels.image, channel, pixels.y) + pixels.x;
+    Given given;
+    AUXFAST_UNROLL
+    for (int q = 0; q < 2; ++q) {
+      if (!pixels.has(q, 0)) continue;
+      const bool whole = pixels.has(q, 1);
+      given.state[q] = Pair<T>::load(state + first + q * zd.width, whole);
+      if (is_last) given.e[q] = Pair<T>::load(e + first + q * zd.width, whole);
+    }
+    return given;
+  }
+  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&tangent)[2][2],
+                                             const Given& given) const {
     const int64_t first = zd.offset(pixels.image, channel, pixels.y) + pixels.x;
     T pooled = 0;
     AUXFAST_UNROLL
     for (int q = 0; q < 2; ++q) {
       if (!pixels.has(q, 0)) continue;
       const bool whole = pixels.has(q, 1);
-      const int64_t at = first + q * zd.width;
-      const Pair<T> s = Pair<T>::load(state + at, whole);
-      Pair<T> out{{tangent[q][0], tangent[q][1]}};
+      Pair<T> out;
       AUXFAST_UNROLL
-      for (int r = 0; r < 2; ++r)
-        if (r == 0 || whole) pooled += PixelMath<Act, T>::delta(s.at[r], out.at[r]);
-      if (is_last) {
-        const Pair<T> given = Pair<T>::load(e + at, whole);
-        AUXFAST_UNROLL
-        for (int r = 0; r < 2; ++r) out.at[r] = PixelMath<Act, T>::kappa(s.at[r], out.at[r], given.at[r]);
+      for (int r = 0; r < 2; ++r) {
+        const T s = given.state[q].at[r];
+        if (r == 0 || whole) pooled += PixelMath<Act, T>::delta(s, tangent[q][r]);
+        out.at[r] = is_last ? PixelMath<Act, T>::kappa(s, tangent[q][r], given.e[q].at[r]) : tangent[q][r];
       }
-      out.store(zd.data + at, whole);
+      out.store(zd.data + first + q * zd.width, whole);
     }
     hd.at(pixels.image, channel, pixels.y / 2, pixels.x / 2) = pool_scale * pooled;
   }
@@ -229,38 +258,61 @@ struct ActivateTangent {
 
 // Finishes what reaches h. Without a tangent, in: state; out: e, which may be the state's planes and then overwrites
 // it. With a tangent (zd is not nullptr), in: state, e and zd; out: zd, which gets kappa. The pool's extents are known
-// to the compiler: with divisions by them, and addresses of their own for every pixel, this would be most of the kernel.
+// to the compiler: with divisions by them, and addresses of their own for every pixel, this would be most of the
+// kernel.
 template <class T, class Act, int kPoolRows, int kPoolColumns>
 struct Unpool {
   T pool_scale;
   Planes<T> state;
   T *e, *zd;
 
-  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&gradient)[2][2]) const {
+  static constexpr int kAtOnce = 1, kPixels = 16 / sizeof(T);  // kPixels: whose windows are read at once
+  struct Given {};
+  __device__ __forceinline__ Given load(const Pixels&, int) const { return {}; }
+
+  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&gradient)[2][2],
+                                             const Given&) const {
+    if (zd)
+      unpool<true>(pixels, channel, gradient, zd);
+    else
+      unpool<false>(pixels, channel, gradient, e);
+  }
+
+  template <bool kTangent>
+  __device__ __forceinline__ void unpool(const Pixels& pixels, int channel, const T (&gradient)[2][2], T* out) const {
     constexpr bool kWhole = kPoolColumns == 2;
-    const int64_t first =
-        state.offset(pixels.image, channel, pixels.y * kPoolRows) + int64_t(pixels.x) * kPoolColumns;
+    const int64_t first = state.offset(pixels.image, channel, pixels.y * kPoolRows) + int64_t(pixels.x) * kPoolColumns;
     AUXFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (!pixels.has(j / 2, j % 2)) continue;
-      const T each = pool_scale * gradient[j / 2][j % 2];
+    for (int begin = 0; begin < 4; begin += kPixels) {
+      Pair<T> given[kTangent ? 3 : 1][kPixels][kPoolRows];  // state, e, zd
+      const T* const from[] = {state.data, e, zd};
       AUXFAST_UNROLL
-      for (int row = 0; row < kPoolRows; ++row) {
-        const int64_t at = first + int64_t(j / 2 * kPoolRows + row) * state.width + j % 2 * kPoolColumns;
-        const Pair<T> s = Pair<T>::load(state.data + at, kWhole);
-        Pair<T> out;
-        if (zd) {
-          const Pair<T> given_e = Pair<T>::load(e + at, kWhole), given_zd = Pair<T>::load(zd + at, kWhole);
-          AUXFAST_UNROLL
-          for (int r = 0; r < 2; ++r)
-            out.at[r] = PixelMath<Act, T>::kappa(s.at[r], given_zd.at[r], given_e.at[r], each);
-        } else {
-          AUXFAST_UNROLL
-          for (int r = 0; r < 2; ++r) out.at[r] = PixelMath<Act, T>::delta(s.at[r], each);
+      for (int i = 0; i < kPixels * kPoolRows * (kTangent ? 3 : 1); ++i) {
+        const int what = i / (kPixels * kPoolRows), pixel = i / kPoolRows % kPixels, row = i % kPoolRows;
+        if (pixels.has((begin + pixel) / 2, (begin + pixel) % 2))
+          given[what][pixel][row] = Pair<T>::load(from[what] + first + place(begin + pixel, row), kWhole);
+      }
+      AUXFAST_UNROLL
+      for (int i = 0; i < kPixels * kPoolRows; ++i) {
+        const int pixel = i / kPoolRows, row = i % kPoolRows, j = begin + pixel;
+        if (!pixels.has(j / 2, j % 2)) continue;
+        const T each = pool_scale * gradient[j / 2][j % 2];
+        Pair<T> result;
+        AUXFAST_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const T s = given[0][pixel][row].at[r];
+          if constexpr (kTangent)
+            result.at[r] = PixelMath<Act, T>::kappa(s, given[2][pixel][row].at[r], given[1][pixel][row].at[r], each);
+          else
+            result.at[r] = PixelMath<Act, T>::delta(s, each);
         }
-        out.store((zd ? zd : e) + at, kWhole);
+        result.store(out + first + place(j, row), kWhole);
       }
     }
+  }
+  // Where a row of pixel j's window is, from that of the thread's first pixel on.
+  __device__ __forceinline__ int64_t place(int j, int row) const {
+    return int64_t(j / 2 * kPoolRows + row) * state.width + j % 2 * kPoolColumns;
   }
 };
 
@@ -271,12 +323,19 @@ struct StoreGradient {
   Planes<T> gradient;
   int main_loss;  // the main loss adds its own gradient there, or -1
 
-  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&sums)[2][2]) const {
-    const T main = channel == main_loss ? main_weight(net, pixels.image) * incoming(net, pixels.image) : T(0);
+  static constexpr int kAtOnce = 4;
+  struct Given {
+    T main;
+  };
+  __device__ __forceinline__ Given load(const Pixels& pixels, int channel) const {
+    return {channel == main_loss ? main_weight(net, pixels.image) * incoming(net, pixels.image) : T(0)};
+  }
+  __device__ __forceinline__ void operator()(const Pixels& pixels, int channel, const T (&sums)[2][2],
+                                             const Given& given) const {
     AUXFAST_UNROLL
     for (int j = 0; j < 4; ++j)
       if (pixels.has(j / 2, j % 2))
-        gradient.at(pixels.image, channel, pixels.y + j / 2, pixels.x + j % 2) = sums[j / 2][j % 2] + main;
+        gradient.at(pixels.image, channel, pixels.y + j / 2, pixels.x + j % 2) = sums[j / 2][j % 2] + given.main;
   }
 };
 
