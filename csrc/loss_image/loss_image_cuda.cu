@@ -1,6 +1,8 @@
 // The loss image on a GPU: chunk by chunk and layer by layer, every layer a few launches. All sums have an order that
 // the sizes and the device's memory determine, so that a call gives the same bits each time; nothing waits for the
 // device.
+#include <type_traits>
+
 #include "loss_image/loss_image_cuda_chunks.cuh"
 #include "loss_image/loss_image_cuda_convolution.cuh"
 #include "loss_image/loss_image_cuda_sums.cuh"
@@ -57,15 +59,25 @@ struct ChunkSteps {
   // Factor of one entry of h_depth in g, without w.
   T pixel_scale() const { return net.position_scale / pool_scale(net.depth - 1); }
 
+  // Calls run(panel) with how many of the outputs a thread shall compute, known to the compiler.
+  template <class Run>
+  static void with_panel(int outputs, const Run& run) {
+    if (outputs == kManyOutputs<T>)
+      run(std::integral_constant<int, kManyOutputs<T>>());
+    else
+      run(std::integral_constant<int, kFewOutputs>());
+  }
+
   // Many outputs a thread share what it reads of the inputs; few make more blocks where there are not enough.
   template <class Finish>
   void run_convolution(const Convolution<T>& work, const Finish& finish) {
-    constexpr int kMany = 32 / sizeof(T);  // registers allow no more
     const int64_t tiles = chunk.images * work.tiling.tiles();
-    if (work.outputs > kOutputs && tiles * panels_of(work.outputs, kMany) >= kBusyBlocks)
-      launcher.run(convolution_kernel<T, kMany, Finish>, grid_of(tiles, panels_of(work.outputs, kMany)), work, finish);
-    else
-      launcher.run(convolution_kernel<T, kOutputs, Finish>, grid_of(tiles, panels_of(work.outputs)), work, finish);
+    const int most = panel<T>(work.outputs);
+    const bool busy = tiles * panels_of(work.outputs, most) >= kBusyBlocks;
+    with_panel(busy ? most : kFewOutputs, [&](auto panel) {
+      launcher.run(convolution_kernel<T, panel.value, Finish>, grid_of(tiles, panels_of(work.outputs, panel.value)),
+                   work, finish);
+    });
   }
 
   // Convolves `in`, which is h_{i-1} or hd_{i-1}, and finishes z_i or zd_i.
@@ -130,7 +142,7 @@ struct ChunkSteps {
   }
 
   void store_gradient(T* grad_losses, const Planes<T>& first, int main_loss) {
-    const Planes<T> gradient = planes_of(grad_losses, net.channels[0], {0, net.height[0]}, net.width[0]);
+    const Planes<T> gradient = planes_of(grad_losses, net.channels[0], {0, net.height[0]}, net.width[0], net.width[0]);
     convolve_back(1, first, chunk.owned[0], StoreGradient<T>{net, gradient, main_loss});
   }
 
@@ -158,20 +170,22 @@ struct ChunkSteps {
   void add_to_phi(bool with_tangent, double* sums) {
     for (int i = 1; i <= net.depth; ++i) {
       const Rows rows = chunk.owned[i].times(pool_extent(net.height[i - 1]));
-      WeightGradient<T> work{planes.e[i].to_read(), planes.h[i - 1], {}, {},
-                             net.channels[i - 1],   net.channels[i], {}, 0};
+      WeightGradient<T> work{planes.e[i].to_read(), planes.h[i - 1], nullptr, nullptr,
+                             net.channels[i - 1],   net.channels[i], {},      0};
       if (with_tangent) {
         work.outer = planes.zd[i].to_read();
-        work.outer2 = planes.e[i].to_read();
-        work.inner2 = planes.hd[i - 1];
+        work.outer2 = planes.e[i].data;
+        work.inner2 = planes.hd[i - 1].data;
       }
       work.tiling = {rows, work.outer.width};
       work.tiles = chunk.images * work.tiling.tiles();
       const int most = weight_blocks(net, i - 1), blocks = work.tiles < most ? int(work.tiles) : most;
-      const dim3 grid = grid_of(blocks, panels_of(work.outputs), work.inputs);
-      launcher.run(weight_gradient_kernel<T>, grid, work, workspace.weight_sums);
+      with_panel(panel<T>(work.outputs), [&](auto panel) {
+        const dim3 grid = grid_of(blocks, panels_of(work.outputs, panel.value), work.inputs);
+        launcher.run(weight_gradient_kernel<T, panel.value>, grid, work, workspace.weight_sums);
+      });
       const int64_t count = net.weight[i] - net.weight[i - 1];
-      launcher.run_over(count, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
+      launcher.run_over(count * 32, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
                         sums + net.weight[i - 1]);
     }
     const int depth = net.depth, channels = net.channels[depth];

@@ -14,13 +14,20 @@
 
 namespace auxfast::cuda {
 
-constexpr int kOutputs = 4;             // channels that a thread computes at a time, at least
 constexpr int64_t kMemoryShare = 256;   // of the device's memory a chunk's images take one part in so many
 constexpr int64_t kWeightBlocks = 512;  // that should share a layer's gradient in its weights
 constexpr int64_t kPartPixels = 4096;   // that a block should sum of a plane: 16 a thread
 constexpr int64_t kMostParts = 256;     // in which a plane is summed; a warp adds them up
 
-constexpr int panels_of(int channels, int panel = kOutputs) { return (channels + panel - 1) / panel; }
+// Channels that a thread computes at a time: few, or as many as registers allow.
+constexpr int kFewOutputs = 4;
+template <class T>
+constexpr int kManyOutputs = 32 / sizeof(T);
+template <class T>
+constexpr int panel(int channels) {
+  return channels > kFewOutputs ? kManyOutputs<T> : kFewOutputs;
+}
+constexpr int panels_of(int channels, int panel) { return (channels + panel - 1) / panel; }
 
 struct Rows {
   int32_t begin, end;
@@ -38,10 +45,10 @@ struct Planes {
   T* data;  // row rows.begin of the first channel; nullptr: there are none
   int64_t image_stride, channel_stride;
   Rows rows;
-  int32_t width;
+  int32_t width, pitch;  // columns; elements from one row to the next
 
   AUXFAST_HD int64_t offset(int64_t image, int channel, int32_t y) const {
-    return image * image_stride + channel * channel_stride + int64_t(y - rows.begin) * width;
+    return image * image_stride + channel * channel_stride + int64_t(y - rows.begin) * pitch;
   }
   AUXFAST_HD T* row(int64_t image, int channel, int32_t y) const { return data + offset(image, channel, y); }
   AUXFAST_HD T& at(int64_t image, int channel, int32_t y, int32_t x) const { return row(image, channel, y)[x]; }
@@ -50,31 +57,24 @@ struct Planes {
   }
 
   Planes only(Rows some) const {
-    return {data + int64_t(some.begin - rows.begin) * width, image_stride, channel_stride, some, width};
+    return {data + int64_t(some.begin - rows.begin) * pitch, image_stride, channel_stride, some, width, pitch};
   }
-  Planes<const T> to_read() const { return {data, image_stride, channel_stride, rows, width}; }
+  Planes<const T> to_read() const { return {data, image_stride, channel_stride, rows, width, pitch}; }
 };
 
 template <class T>
-Planes<T> planes_of(T* data, int32_t channels, Rows rows, int32_t width) {
-  const int64_t size = int64_t(rows.end - rows.begin) * width;
-  return {data, channels * size, size, rows, width};
+Planes<T> planes_of(T* data, int32_t channels, Rows rows, int32_t width, int32_t pitch) {
+  const int64_t size = int64_t(rows.end - rows.begin) * pitch;
+  return {data, channels * size, size, rows, width, pitch};
 }
 
-// Two neighbours in a row of z_i. Where a row has but one pixel, `whole` is false: the second one is not there.
+// Two neighbours in a row of z_i, from an even column on.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T at[2];
 
-  static AUXFAST_HD Pair load(const T* from, bool whole) {
-    return whole ? *reinterpret_cast<const Pair*>(from) : Pair{{*from, T(0)}};
-  }
-  AUXFAST_HD void store(T* to, bool whole) const {
-    if (whole)
-      *reinterpret_cast<Pair*>(to) = *this;
-    else
-      *to = at[0];
-  }
+  static AUXFAST_HD Pair load(const T* from) { return *reinterpret_cast<const Pair*>(from); }
+  AUXFAST_HD void store(T* to) const { *reinterpret_cast<Pair*>(to) = *this; }
 };
 
 struct Chunk {
@@ -86,8 +86,8 @@ struct Chunk {
 };
 
 // The planes of a chunk's layers, index i: of h_i and of z_i. Those of z_i have the pixels that the pool keeps, and one
-// layout: where a row has more than one pixel, a pair of them begins at every multiple of two elements. They are the
-// same for all first-order passes, so that their values have the same bits. The steps write them in this order:
+// layout, of an even pitch: a row of one pixel is followed by an element that nobody uses. They are the same for all
+// first-order passes, so that their values have the same bits. The steps write them in this order:
 // clang-format off
 //   step              in                            out
 //   activate          h[i-1]                        new_h[i], state[i]; e[depth]
@@ -107,8 +107,8 @@ struct ChunkPlanes {
   // `net` has the chunk's images. From nullptr on it measures the memory.
   ChunkPlanes(const LossImageParams<T>& net, const Chunk& chunk, T* memory) {
     const bool with_tangent = net.tangents != nullptr;
-    const auto take = [&](bool wanted, int32_t channels, Rows rows, int32_t width) {
-      Planes<T> planes = planes_of(memory, channels, rows, width);
+    const auto take = [&](bool wanted, int32_t channels, Rows rows, int32_t width, int32_t pitch) {
+      Planes<T> planes = planes_of(memory, channels, rows, width, pitch);
       if (!wanted || !memory) planes.data = nullptr;
       if (!wanted) return planes;
       const int64_t size = chunk.images * planes.image_stride, even_size = size + size % 2;
@@ -116,19 +116,19 @@ struct ChunkPlanes {
       if (memory) memory += even_size;
       return planes;
     };
-    h[0] = planes_of(net.losses, net.channels[0], {0, net.height[0]}, net.width[0]);
+    h[0] = planes_of(net.losses, net.channels[0], {0, net.height[0]}, net.width[0], net.width[0]);
     for (int i = 1; i <= net.depth; ++i) {
       const Rows rows = chunk.owned[i].grown((2 << (net.depth - i)) - 1, net.height[i]);
       const Rows pixels = rows.times(pool_extent(net.height[i - 1]));
-      const int32_t width = pool_extent(net.width[i - 1]) * net.width[i];
+      const int32_t width = pool_extent(net.width[i - 1]) * net.width[i], pitch = width + width % 2;
       back[i] = chunk.owned[i].grown(1, net.height[i]);
-      new_h[i] = take(true, net.channels[i], rows, net.width[i]);
-      new_hd[i] = take(with_tangent, net.channels[i], rows, net.width[i]);
+      new_h[i] = take(true, net.channels[i], rows, net.width[i], net.width[i]);
+      new_hd[i] = take(with_tangent, net.channels[i], rows, net.width[i], net.width[i]);
       h[i] = new_h[i].to_read();
       hd[i] = new_hd[i].to_read();
-      state[i] = take(true, net.channels[i], pixels, width);
-      e[i] = with_tangent ? take(true, net.channels[i], pixels, width) : state[i];
-      zd[i] = take(with_tangent, net.channels[i], pixels, width);
+      state[i] = take(true, net.channels[i], pixels, width, pitch);
+      e[i] = with_tangent ? take(true, net.channels[i], pixels, width, pitch) : state[i];
+      zd[i] = take(with_tangent, net.channels[i], pixels, width, pitch);
     }
   }
 };
@@ -190,7 +190,8 @@ Chunking make_chunking(const LossImageParams<T>& net) {
 // The number of blocks that share a layer's gradient in its weights, for each panel of outputs and each input.
 template <class T>
 int weight_blocks(const LossImageParams<T>& net, int layer) {
-  const int64_t blocks = kWeightBlocks / (panels_of(net.channels[layer + 1]) * net.channels[layer]);
+  const int outputs = net.channels[layer + 1];
+  const int64_t blocks = kWeightBlocks / (panels_of(outputs, panel<T>(outputs)) * net.channels[layer]);
   return blocks > 1 ? int(blocks) : 1;
 }
 

@@ -81,7 +81,7 @@ struct InputTile {
     for (int k = 0; k < kShare; ++k) {
       const int i = int(threadIdx.x) + k * kSumThreads, y = top + i / kSide, x = left + i % kSide;
       has_pixel[k] = i < kPixels && uint32_t(y) < height && uint32_t(x) < width;
-      pixels[k] = int64_t(y) * work.in.width + x;
+      pixels[k] = int64_t(y) * work.in.pitch + x;
     }
     const int output = first_output + int(threadIdx.x) % kPanel, tap = int(threadIdx.x) / kPanel;
     has_weight = tap < kTaps && output < work.outputs;
@@ -194,18 +194,17 @@ struct Activate {
     AUXFAST_UNROLL
     for (int q = 0; q < 2; ++q) {
       if (!pixels.has(q, 0)) continue;
-      const bool whole = pixels.has(q, 1);
       Pair<T> new_state, new_e;
       AUXFAST_UNROLL
       for (int r = 0; r < 2; ++r) {
         T value;
         Act::apply(sums[q][r] + given.bias, value, new_state.at[r]);
-        if (r == 0 || whole) pooled += value;
+        if (r == 0 || pixels.has(q, 1)) pooled += value;
         new_e.at[r] = PixelMath<Act, T>::delta(new_state.at[r], given.top);
       }
-      const int64_t at = first + q * z.width;
-      if (state) new_state.store(state + at, whole);
-      if (e) new_e.store(e + at, whole);
+      const int64_t at = first + q * z.pitch;
+      if (state) new_state.store(state + at);
+      if (e) new_e.store(e + at);
     }
     h.at(pixels.image, channel, pixels.y / 2, pixels.x / 2) = pool_scale * pooled;
   }
@@ -229,9 +228,8 @@ struct ActivateTangent {
     AUXFAST_UNROLL
     for (int q = 0; q < 2; ++q) {
       if (!pixels.has(q, 0)) continue;
-      const bool whole = pixels.has(q, 1);
-      given.state[q] = Pair<T>::load(state + first + q * zd.width, whole);
-      if (is_last) given.e[q] = Pair<T>::load(e + first + q * zd.width, whole);
+      given.state[q] = Pair<T>::load(state + first + q * zd.pitch);
+      if (is_last) given.e[q] = Pair<T>::load(e + first + q * zd.pitch);
     }
     return given;
   }
@@ -242,15 +240,14 @@ struct ActivateTangent {
     AUXFAST_UNROLL
     for (int q = 0; q < 2; ++q) {
       if (!pixels.has(q, 0)) continue;
-      const bool whole = pixels.has(q, 1);
       Pair<T> out;
       AUXFAST_UNROLL
       for (int r = 0; r < 2; ++r) {
         const T s = given.state[q].at[r];
-        if (r == 0 || whole) pooled += PixelMath<Act, T>::delta(s, tangent[q][r]);
+        if (r == 0 || pixels.has(q, 1)) pooled += PixelMath<Act, T>::delta(s, tangent[q][r]);
         out.at[r] = is_last ? PixelMath<Act, T>::kappa(s, tangent[q][r], given.e[q].at[r]) : tangent[q][r];
       }
-      out.store(zd.data + first + q * zd.width, whole);
+      out.store(zd.data + first + q * zd.pitch);
     }
     hd.at(pixels.image, channel, pixels.y / 2, pixels.x / 2) = pool_scale * pooled;
   }
@@ -280,7 +277,6 @@ struct Unpool {
 
   template <bool kTangent>
   __device__ __forceinline__ void unpool(const Pixels& pixels, int channel, const T (&gradient)[2][2], T* out) const {
-    constexpr bool kWhole = kPoolColumns == 2;
     const int64_t first = state.offset(pixels.image, channel, pixels.y * kPoolRows) + int64_t(pixels.x) * kPoolColumns;
     AUXFAST_UNROLL
     for (int begin = 0; begin < 4; begin += kPixels) {
@@ -290,7 +286,7 @@ struct Unpool {
       for (int i = 0; i < kPixels * kPoolRows * (kTangent ? 3 : 1); ++i) {
         const int what = i / (kPixels * kPoolRows), pixel = i / kPoolRows % kPixels, row = i % kPoolRows;
         if (pixels.has((begin + pixel) / 2, (begin + pixel) % 2))
-          given[what][pixel][row] = Pair<T>::load(from[what] + first + place(begin + pixel, row), kWhole);
+          given[what][pixel][row] = Pair<T>::load(from[what] + first + place(begin + pixel, row));
       }
       AUXFAST_UNROLL
       for (int i = 0; i < kPixels * kPoolRows; ++i) {
@@ -306,13 +302,13 @@ struct Unpool {
           else
             result.at[r] = PixelMath<Act, T>::delta(s, each);
         }
-        result.store(out + first + place(j, row), kWhole);
+        result.store(out + first + place(j, row));
       }
     }
   }
   // Where a row of pixel j's window is, from that of the thread's first pixel on.
   __device__ __forceinline__ int64_t place(int j, int row) const {
-    return int64_t(j / 2 * kPoolRows + row) * state.width + j % 2 * kPoolColumns;
+    return int64_t(j / 2 * kPoolRows + row) * state.pitch + j % 2 * kPoolColumns;
   }
 };
 

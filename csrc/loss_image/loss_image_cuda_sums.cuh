@@ -6,36 +6,12 @@
 
 namespace auxfast::cuda {
 
-// Adds the sum over pixels p of outer[o, p] inner[p + tap] for some o, and that of outer[o, p], to products and
-// outer_sums: in and out.
-template <class T>
-__device__ __forceinline__ void add_products(const Pixels& pixels, int first_output, int outputs, int input,
-                                             const Planes<const T>& outer, const Planes<const T>& inner,
-                                             T (&products)[kOutputs][kTaps], T (*outer_sums)[kOutputs]) {
-  if (!pixels.has(0, 0)) return;
-  T in[4][4];
-  AUXFAST_UNROLL
-  for (int i = 0; i < 16; ++i)
-    in[i / 4][i % 4] = inner.at_or_zero(pixels.image, input, pixels.y + i / 4 - 1, pixels.x + i % 4 - 1);
-  AUXFAST_UNROLL
-  for (int o = 0; o < kOutputs; ++o) {
-    if (first_output + o >= outputs) continue;
-    AUXFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (!pixels.has(j / 2, j % 2)) continue;
-      const T out = outer.at(pixels.image, first_output + o, pixels.y + j / 2, pixels.x + j % 2);
-      AUXFAST_UNROLL
-      for (int tap = 0; tap < kTaps; ++tap) products[o][tap] += out * in[j / 2 + tap / 3][j % 2 + tap % 3];
-      if (outer_sums) (*outer_sums)[o] += out;
-    }
-  }
-}
-
 // What the gradient of a layer's weights and biases is made of: products of kappa and h, and of e and hd; without a
 // tangent, of e and h.
 template <class T>
 struct WeightGradient {
-  Planes<const T> outer, inner, outer2, inner2;  // outer2.data: nullptr if there is but one product
+  Planes<const T> outer, inner;
+  const T *outer2, *inner2;  // of the same layouts; nullptr if there is but one product
   int inputs, outputs;
   Tiling tiling;
   int64_t tiles;  // of all images together
@@ -43,25 +19,88 @@ struct WeightGradient {
   __device__ __forceinline__ int64_t weights() const { return int64_t(outputs) * inputs * kTaps; }
 };
 
+// A thread's pixels in the planes of one input and a panel of outputs.
+template <class T, int kPanel>
+struct ProductPlaces {
+  int64_t outer, inner;  // the first pixel; the first one of its 4 x 4 surroundings
+  int64_t outer_stride;  // from one output to the next
+  int32_t outer_pitch, inner_pitch;
+  int outputs;                     // that there are, from the panel's first one on
+  bool has_row[4], has_column[4];  // of the surroundings
+  bool second_row, second_column;
+
+  __device__ __forceinline__ ProductPlaces(const WeightGradient<T>& work, const Pixels& pixels, int first_output,
+                                           int input)
+      : outer(work.outer.offset(pixels.image, first_output, pixels.y) + pixels.x),
+        inner(work.inner.offset(pixels.image, input, pixels.y - 1) + pixels.x - 1),
+        outer_stride(work.outer.channel_stride),
+        outer_pitch(work.outer.pitch),
+        inner_pitch(work.inner.pitch),
+        outputs(work.outputs - first_output),
+        second_row(pixels.has(1, 0)),
+        second_column(pixels.has(0, 1)) {
+    AUXFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int32_t y = pixels.y + i - 1, x = pixels.x + i - 1;
+      has_row[i] = y >= work.inner.rows.begin && y < work.inner.rows.end;
+      has_column[i] = x >= 0 && x < work.inner.width;
+    }
+  }
+
+  // Adds the sum over the pixels p of outer[o, p] inner[p + tap], and if wanted that of outer[o, p], to products and
+  // outer_sums: in and out.
+  __device__ __forceinline__ void add(const T* outer_data, const T* inner_data, bool with_outer_sums,
+                                      T (&products)[kPanel][kTaps], T (&outer_sums)[kPanel]) const {
+    constexpr int kAtOnce = 4;  // outputs whose pixels are read before they are used: registers allow no more
+    T in[4][4];
+    AUXFAST_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const int64_t at = inner + i / 4 * int64_t(inner_pitch) + i % 4;
+      in[i / 4][i % 4] = has_row[i / 4] && has_column[i % 4] ? inner_data[at] : T(0);
+    }
+    AUXFAST_UNROLL
+    for (int begin = 0; begin < kPanel; begin += kAtOnce) {
+      if (begin >= outputs) break;
+      Pair<T> out[kAtOnce][2];
+      AUXFAST_UNROLL
+      for (int i = 0; i < 2 * kAtOnce; ++i) {
+        const int o = begin + i / 2, q = i % 2;
+        const int64_t at = outer + o * outer_stride + q * outer_pitch;
+        out[i / 2][q] = o < outputs && (q == 0 || second_row) ? Pair<T>::load(outer_data + at) : Pair<T>{};
+      }
+      AUXFAST_UNROLL
+      for (int i = 0; i < 4 * kAtOnce; ++i) {
+        const int o = begin + i / 4, q = i / 2 % 2, r = i % 2;
+        const T factor = r == 0 || second_column ? out[i / 4][q].at[r] : T(0);
+        AUXFAST_UNROLL
+        for (int tap = 0; tap < kTaps; ++tap) products[o][tap] += factor * in[q + tap / 3][r + tap % 3];
+        if (with_outer_sums) outer_sums[o] += factor;
+      }
+    }
+  }
+};
+
 // block_sums: out, (gridDim.x, weights and biases). Blocks: (weight_blocks(), panels of outputs, inputs).
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
+template <class T, int kPanel>
+__global__ void __launch_bounds__(kSumThreads, sizeof(T) == 4 ? kBlocksAtOnce : 1)
     weight_gradient_kernel(const WeightGradient<T> work, double* block_sums) {
   constexpr int kSums = kTaps + 1, kShares = 16;  // sums of an output, threads that add up one of them
   static_assert(kSums * kShares % 32 == 0 && kSums * kShares <= kSumThreads, "whole warps");
   STATIC_SHARED(T, sums, [kSums][kSumThreads]);
-  const int first_output = blockIdx.y * kOutputs, input = blockIdx.z;
-  T products[kOutputs][kTaps] = {}, outer_sums[kOutputs] = {};
+  const int first_output = int(blockIdx.y) * kPanel, input = int(blockIdx.z);
+  T products[kPanel][kTaps] = {}, outer_sums[kPanel] = {};
   for (int64_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
     const Pixels pixels(work.tiling, uint32_t(tile));
-    add_products<T>(pixels, first_output, work.outputs, input, work.outer, work.inner, products, &outer_sums);
-    if (work.outer2.data)
-      add_products<T>(pixels, first_output, work.outputs, input, work.outer2, work.inner2, products, nullptr);
+    if (!pixels.has(0, 0)) continue;
+    const ProductPlaces<T, kPanel> places(work, pixels, first_output, input);
+    for (int product = 0; product < (work.outer2 ? 2 : 1); ++product)
+      places.add(product ? work.outer2 : work.outer.data, product ? work.inner2 : work.inner.data, product == 0,
+                 products, outer_sums);
   }
   double* sums_of_block = block_sums + blockIdx.x * (work.weights() + work.outputs);
   const int tap = threadIdx.x / kShares, share = threadIdx.x % kShares;
   AUXFAST_UNROLL
-  for (int o = 0; o < kOutputs; ++o) {
+  for (int o = 0; o < kPanel; ++o) {
     const int output = first_output + o;
     __syncthreads();
     AUXFAST_UNROLL
@@ -80,14 +119,15 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// Adds block_sums, in: (blocks, count), to sums, in and out: (count,), or begins them.
+// Adds block_sums, in: (blocks, count), to sums, in and out: (count,), or begins them, a warp for each sum.
 static __global__ void __launch_bounds__(kSumThreads)
     add_blocks_kernel(const double* block_sums, int blocks, int64_t count, bool begin, double* sums) {
-  const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  const int64_t at = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) / 32;
   if (at >= count) return;
-  double sum = begin ? 0 : sums[at];
-  for (int block = 0; block < blocks; ++block) sum += block_sums[block * count + at];
-  sums[at] = sum;
+  double sum = 0;
+  for (int block = int(threadIdx.x) % 32; block < blocks; block += 32) sum += block_sums[block * count + at];
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x % 32 == 0) sums[at] = begin ? sum : sums[at] + sum;
 }
 
 // Sums the planes' rows, each plane in gridDim.y parts of consecutive pixels. sums: out, (images, channels, parts).

@@ -118,7 +118,7 @@ def _cases() -> list[Case]:
 
 # What loss_image_cuda_chunks.cuh makes special: an image that needs more than its share of the device's memory is cut
 # into bands, a batch that needs more into chunks of images; few blocks share the gradient in the weights of many
-# channels, and several the sums of a large plane. Device 10 lends 64 KiB, device 7 512 KiB.
+# channels, and several the sums of a large plane; where there are enough blocks, a thread has many outputs. Device 10 lends 64 KiB, device 7 512 KiB.
 SPECIAL = {
     "bands": Case(LossImageNetwork(1, (4,), main=0), 1, (67, 66), DOUBLE, device=10),
     "bands of second order, depth 3": Case(
@@ -129,7 +129,7 @@ SPECIAL = {
     ),
     "chunks of images": Case(LossImageNetwork(1, (4, 1), main=0, reduction="none"), 14, (33, 34), DOUBLE, device=7),
     "most channels": Case(LossImageNetwork(64, (64, 64), main=63), 1, (5, 6), DOUBLE),
-    "several tiles a block": Case(LossImageNetwork(2, (3,), main=0), 300, (1, 2)),
+    "many blocks, with many outputs a thread": Case(LossImageNetwork(6, (5, 9), main=5), 260, (4, 5)),
     "sums in parts": Case(LossImageNetwork(2, (1,), main=1), 2, (211, 201)),
 }
 
