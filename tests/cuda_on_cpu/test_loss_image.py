@@ -118,7 +118,8 @@ def _cases() -> list[Case]:
 
 # What loss_image_cuda_chunks.cuh makes special: an image that needs more than its share of the device's memory is cut
 # into bands, a batch that needs more into chunks of images; few blocks share the gradient in the weights of many
-# channels, and several the sums of a large plane; where there are enough blocks, a thread has many outputs. Device 10 lends 64 KiB, device 7 512 KiB.
+# channels, and several the sums of a large plane; where there are enough blocks, a thread has many outputs. Device 10
+# lends 64 KiB, device 7 512 KiB.
 SPECIAL = {
     "bands": Case(LossImageNetwork(1, (4,), main=0), 1, (67, 66), DOUBLE, device=10),
     "bands of second order, depth 3": Case(
