@@ -238,8 +238,8 @@ def test_more_losses_than_a_tile_can_index_are_refused():
 
 
 def images_of(network: LossImageNetwork, num_tangents: int) -> int:
-    """Images of a tile each, more than 2^31 pixels or, where the work allows it, 2^32: whole chunks, of kChunkBytes in
-    the workspace, and eight images more, which are so few that each has a block of its own in the sums of its chunk."""
+    """Images of a tile each, more than 2^31 pixels or, where the work allows it, 2^32: whole chunks, of 64 MiB in the
+    workspace, and eight images more, which are so few that each has a block of its own in the sums of its chunk."""
     z, h = (sum(side**2 >> 2 * layer for layer in range(len(network.channels))) for side in (32, 16))
     images = (64 << 20) // 4 // (3 * z + 2 * h if num_tangents else z + h)
     pixels = SIGNED if len(network.channels) == 1 else UNSIGNED

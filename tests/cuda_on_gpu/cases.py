@@ -110,7 +110,7 @@ CASES = {
     "combiner, tiles in the workspace": _combiner(CombinerNetwork(40, (64,) * 8, reduction="none"), 70, torch.float64),
     "combiner, several tangents": _several_tangents(CombinerNetwork(5, (10, 6), "identity"), 700),
     "loss image": _loss_image(LossImageNetwork(3, (8, 16), main=0), (2, 75, 131), torch.float32),
-    "loss image, in bands": _loss_image(LossImageNetwork(2, (24, 5), reduction="none"), (2, 640, 384), torch.float64),
+    "loss image, in chunks": _loss_image(LossImageNetwork(2, (64, 5), reduction="none"), (2, 640, 384), torch.float64),
     "Neumann, float32": _neumann(torch.float32),
     "Neumann, float64": _neumann(torch.float64),
     "Krylov, float32": _krylov(torch.float32),

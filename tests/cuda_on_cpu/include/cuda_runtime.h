@@ -92,3 +92,14 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
+struct cudaDeviceProp {
+  size_t totalGlobalMem;
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  properties->totalGlobalMem = cuda_on_cpu::device_memory(device);
+  return cudaSuccess;
+}
