@@ -5,6 +5,8 @@
 // workspace: first the blocks' sums, doubles (blocks) in the forward pass, T (num_tangents, blocks, num_parameters) for
 // phi, rounded up to 256 bytes; then, if they do not fit into shared memory, the tiles: T (tangent_blocks, blocks,
 // rows, samples + 1). Either stays below kWorkspaceLimit, as far as one block does.
+#include <algorithm>
+
 #include "combiner/combiner_cuda_small.cuh"
 #include "combiner/combiner_cuda_tile.cuh"
 
@@ -14,7 +16,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kBlocksAtOnce = 2;                  // leaves 128 registers; ptxas by itself aims at fewer, and spills
 constexpr int kMaxBlocks = 1024;                  // more than any GPU works on at a time
 constexpr int kMaxSmallThreads = 128;             // of a block for a small network
-constexpr int kMaxSmallBlocks = 4096;             // so that a GPU's last blocks leave little of it idle
+constexpr int kSmallBlocksAtOnce = 4;             // leaves 128 registers, see kBlocksAtOnce
+constexpr int kSmallTiles = 4;                    // of a block share one layout of phi, where there are many blocks
 constexpr int64_t kManySamples = 1 << 14;         // fill a GPU with one lane a sample
 constexpr int64_t kSharedLimit = 48 << 10;        // of a block, without asking the device for more
 constexpr int64_t kWorkspaceLimit = 64 << 20;     // for the blocks' sums, and for the tiles: fewer blocks keep to it
@@ -176,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
 
 // Does what forward_kernel does.
 template <class Tile>
-__global__ void __launch_bounds__(kMaxSmallThreads)
+__global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_forward_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
   STATIC_SHARED(double, warp_totals, [kMaxSmallThreads / 32]);
@@ -188,13 +191,12 @@ __global__ void __launch_bounds__(kMaxSmallThreads)
     tile.stage(net.losses);
     tile.wait_for_stage();
     if (index == blockIdx.x) tile.arrange_phi();
-    const float g = (net.saved ? tile.template activate<true>() : tile.template activate<false>()) +
-                    (net.main_loss >= 0 ? tile.staged_loss(net.main_loss) : 0.0f);
+    const float g = tile.activate(net.saved) + (net.main_loss >= 0 ? tile.staged_loss(net.main_loss) : 0.0f);
     if (tile.part == 0 && tile.has_sample()) {
       if (net.per_sample) net.value[tile.first + tile.column] = g;
       total += double(g);
     }
-    net.saved ? tile.template backward<true>() : tile.template backward<false>();
+    tile.backward(net.saved);
     tile.write_losses(tile.delta, net.grad_losses,
                       [&](int k, float sum) { return net.scale * (k == net.main_loss ? sum + 1.0f : sum); });
   }
@@ -219,13 +221,13 @@ __device__ __forceinline__ void restore_small(const Tile& tile, int arrays, bool
   tile.wait_for_stage();
   if (is_first) tile.arrange_phi();
   if (tile.net.saved) return;
-  tile.template activate<false>();
-  tile.template backward<false>();
+  tile.activate(false);
+  tile.backward(false);
 }
 
 // Does what backward_phi_kernel does.
 template <class Tile>
-__global__ void __launch_bounds__(kMaxSmallThreads)
+__global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_backward_phi_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
   Tile tile(net, launch, shared);
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kMaxSmallThreads)
 
 // Does what second_order_kernel does.
 template <class Tile, bool kPhi>
-__global__ void __launch_bounds__(kMaxSmallThreads)
+__global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_second_order_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
   Tile tile(net, launch, shared);
@@ -310,7 +312,7 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   const int losses = int(net.num_losses), widest = launch.widest;
   const bool one_lane = widest <= 16 && !with_phi && net.batch >= kManySamples;
   const int lanes = one_lane ? 1 : widest <= 16 ? 4 : 8;
-  launch.units = !one_lane ? 4 : widest <= 4 ? 4 : widest <= 8 ? 8 : widest <= 10 ? 10 : 16;
+  launch.units = !one_lane || widest <= 4 ? 4 : widest <= 10 ? 10 : 16;
 
   int floats = 0;
   const auto take = [&](int64_t count) {
@@ -321,6 +323,7 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   const int padded = padded_units(launch.units), row = lanes * padded;
   launch.first_row = (losses + lanes * launch.units - 1) / (lanes * launch.units) * row;
   for (int layer = 0; layer < net.depth; ++layer) {
+    launch.inverse[layer] = inverse_of(layer ? net.width[layer - 1] : losses);
     launch.up[layer] = take((layer ? net.width[layer - 1] : losses) * row);
     launch.down[layer] = take(net.width[layer] * (layer ? row : launch.first_row));
     launch.bias[layer] = take(row);
@@ -350,7 +353,8 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   const int64_t tangents = second_order ? net.num_tangents : 1;
   const int64_t block_sums =
       with_phi ? tangents * net.num_parameters * int64_t(sizeof(float)) : int64_t(sizeof(double));
-  const int64_t affordable = kWorkspaceLimit / block_sums, most = with_phi ? kMaxBlocks : kMaxSmallBlocks;
+  const int64_t affordable = kWorkspaceLimit / block_sums;
+  const int64_t most = with_phi ? kMaxBlocks : std::max<int64_t>(kMaxBlocks, launch.tiles / kSmallTiles);
   launch.blocks = int(least(least(launch.tiles, most), affordable > 1 ? affordable : 1));
   launch.tangent_blocks = int(least(tangents, most / launch.blocks));
   if (with_phi || (!second_order && !net.per_sample))
@@ -371,14 +375,12 @@ const char* launch_small_tile(Pass pass, const CombinerParams<float>& net, const
   return launch_error();
 }
 
-template <class Act>
 const char* launch_small(Pass pass, const CombinerParams<float>& net, const SmallLaunch& launch, void* stream) {
-  if (launch.lanes == 8) return launch_small_tile<SmallTile<Act, 4, 8>>(pass, net, launch, stream);
-  if (launch.lanes == 4) return launch_small_tile<SmallTile<Act, 4, 4>>(pass, net, launch, stream);
-  if (launch.units == 4) return launch_small_tile<SmallTile<Act, 4, 1>>(pass, net, launch, stream);
-  if (launch.units == 8) return launch_small_tile<SmallTile<Act, 8, 1>>(pass, net, launch, stream);
-  if (launch.units == 10) return launch_small_tile<SmallTile<Act, 10, 1>>(pass, net, launch, stream);
-  return launch_small_tile<SmallTile<Act, 16, 1>>(pass, net, launch, stream);
+  if (launch.lanes == 8) return launch_small_tile<SmallTile<4, 8>>(pass, net, launch, stream);
+  if (launch.lanes == 4) return launch_small_tile<SmallTile<4, 4>>(pass, net, launch, stream);
+  if (launch.units == 4) return launch_small_tile<SmallTile<4, 1>>(pass, net, launch, stream);
+  if (launch.units == 10) return launch_small_tile<SmallTile<10, 1>>(pass, net, launch, stream);
+  return launch_small_tile<SmallTile<16, 1>>(pass, net, launch, stream);
 }
 
 template <class T>
@@ -395,9 +397,7 @@ Launched launch_pass(Pass pass, Kernel<T> softplus, Kernel<T> identity, const Co
   const bool is_softplus = net.activation == Activation::softplus;
   if constexpr (std::is_same_v<T, float>)
     if (const SmallLaunch small = make_small_launch(net); small.lanes > 0)
-      return {is_softplus ? launch_small<Softplus>(pass, net, small, stream)
-                          : launch_small<Identity>(pass, net, small, stream),
-              small.blocks};
+      return {launch_small(pass, net, small, stream), small.blocks};
   if (net.num_losses > kMaxLosses) return {"more than 2^26 losses", 0};
   const Launch launch = make_launch(net);
   const Kernel<T> kernel = is_softplus ? softplus : identity;

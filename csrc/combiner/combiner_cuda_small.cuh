@@ -18,16 +18,13 @@ namespace auxfast::cuda {
 
 constexpr int kMostSmall = 32;
 
-// i / divisor for 0 <= i < 2048 and 1 <= divisor <= kMostSmall, without a division: `inverse` exceeds 2^16 / divisor by
-// at most 1, hence i * inverse exceeds i * 2^16 / divisor by less than 2^16 / divisor.
-struct Divisor {
-  int divisor, inverse;
-  __device__ __forceinline__ explicit Divisor(int number) : divisor(number), inverse((1 << 16) / number + 1) {}
-  __device__ __forceinline__ int quotient(int i) const { return (i * inverse) >> 16; }
-};
-static_assert(kMostSmall * kMostSmall < 2048);
+// i / divisor is i * inverse_of(divisor) >> 16, for 0 <= i < 2048 and 1 <= divisor <= kMostSmall: the inverse exceeds
+// 2^16 / divisor by e <= 1, and i * e < 2^16 / divisor.
+constexpr int inverse_of(int divisor) { return (1 << 16) / divisor + 1; }
+static_assert(kMostSmall * kMostSmall < 2048 && kMostSmall * 2048 <= 1 << 16);
 
-// How small samples are spread over a launch's blocks and shared memory; make_small_launch decides it. Places are in
+// How the samples of a small network are spread over a launch's blocks, and what lies where in shared memory;
+// make_small_launch decides it. Places are in
 // floats from the beginning of shared memory.
 struct SmallLaunch {
   int units, lanes;  // kUnits, kLanes; lanes is 0 if the network is not small
@@ -42,6 +39,7 @@ struct SmallLaunch {
   // W_i^T with a row of weights for each input, and W_i with a row for each unit; rows are padded, see
   // SmallTile::place.
   int up[kMaxDepth], down[kMaxDepth];
+  int inverse[kMaxDepth];    // of the number of a layer's inputs
   int first_row;             // floats of a row of W_1, which may have more columns than a layer has units
   int bias[kMaxDepth], out;  // padded like a row of weights
   int phi;                   // phi as it comes
@@ -51,9 +49,8 @@ struct SmallLaunch {
 
 constexpr int padded_units(int units) { return (units + 3) / 4 * 4; }
 
-template <class Activation, int kUnits, int kLanes>
+template <int kUnits, int kLanes>
 struct SmallTile {
-  using Act = Activation;
   static constexpr int kSamples = 32 / kLanes;  // of a warp
   static constexpr int kPadded = padded_units(kUnits), kRow = kLanes * kPadded;
   // Weights of 4 units come with one load.
@@ -116,9 +113,8 @@ struct SmallTile {
     for (int layer = 0; layer < net.depth; ++layer) {
       const int width = net.width[layer], inputs = layer ? net.width[layer - 1] : losses;
       const int down_row = layer ? kRow : launch.first_row;
-      const Divisor by_inputs(inputs);
       for (int i = threadIdx.x; i < width * inputs; i += blockDim.x) {
-        const int unit = by_inputs.quotient(i), input = i - unit * inputs;
+        const int unit = (i * launch.inverse[layer]) >> 16, input = i - unit * inputs;
         const float weight = phi[net.weight[layer] + i];
         shared[launch.up[layer] + input * kRow + place(unit)] = weight;
         shared[launch.down[layer] + unit * down_row + place(input)] = weight;
@@ -148,10 +144,9 @@ struct SmallTile {
   // Calls visit(number in `staged`, number in global memory) for the losses of this warp's samples.
   template <class Visit>
   __device__ __forceinline__ void for_staged(int64_t rows, const Visit& visit) const {
-    const Divisor by_losses(losses);
     float* mine = staged + (column - lane % kSamples) * (losses | 1);
     for (int i = lane; i < warp_samples * losses; i += 32) {
-      const int sample = by_losses.quotient(i);
+      const int sample = (i * launch.inverse[0]) >> 16;
       visit(mine + sample * (losses | 1) + i - sample * losses, rows + i);
     }
   }
@@ -218,21 +213,26 @@ struct SmallTile {
     return net.saved[(sample / kTileSamples * 3 * net.units + row) * kTileSamples + sample % kTileSamples];
   }
 
-  // Makes state and value of every unit from the staged losses; returns g without the main loss.
-  template <bool kSave>
-  __device__ __forceinline__ float activate() const {
+  // Makes state and value of every unit from the staged losses, and writes them to `saved` if `save` is set; returns g
+  // without the main loss.
+  __device__ __forceinline__ float activate(bool save) const {
     float g = 0;
     for (int layer = 0; layer < net.depth; ++layer) {
       float sum[kUnits], h[kUnits], s[kUnits];
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) sum[u] = shared[launch.bias[layer] + part * kPadded + u];
       up(layer, value + (layer ? net.first_unit[layer - 1] * stride : 0), sum);
-      AUXFAST_UNROLL
-      for (int u = 0; u < kUnits; ++u) Act::apply(sum[u], h[u], s[u]);
+      if (net.activation == Activation::softplus) {
+        AUXFAST_UNROLL
+        for (int u = 0; u < kUnits; ++u) Softplus::apply(sum[u], h[u], s[u]);
+      } else {
+        AUXFAST_UNROLL
+        for (int u = 0; u < kUnits; ++u) Identity::apply(sum[u], h[u], s[u]);
+      }
       for_units(layer, [&](int u, int at) {
         value[at] = h[u];
         state[at] = s[u];
-        if (kSave && has_sample()) {
+        if (save && has_sample()) {
           saved_at(2, layer, u) = h[u];
           saved_at(0, layer, u) = s[u];
         }
@@ -245,14 +245,13 @@ struct SmallTile {
     return g;
   }
 
-  // Makes delta of every unit, from state.
-  template <bool kSave>
-  __device__ __forceinline__ void backward() const {
+  // Makes delta of every unit from state, and writes it to `saved` if `save` is set.
+  __device__ __forceinline__ void backward(bool save) const {
     const int last = net.depth - 1;
     const auto set = [&](int layer, int u, int at, float slope_times) {
-      const float d = Act::slope(state[at]) * slope_times;
+      const float d = Softplus::slope(state[at]) * slope_times;
       delta[at] = d;
-      if (kSave && has_sample()) saved_at(1, layer, u) = d;
+      if (save && has_sample()) saved_at(1, layer, u) = d;
     };
     for_units(last, [&](int u, int at) { set(last, u, at, shared[launch.out + part * kPadded + u]); });
     for (int layer = last; layer > 0; --layer) {
@@ -288,15 +287,15 @@ struct SmallTile {
       const int to_hd = (hd_row(layer) - net.first_unit[layer]) * stride;
       for_units(layer, [&](int u, int at) {
         const float s = state[at], product = layer ? zd[u] : c * zd[u];
-        hd[at + to_hd] = Act::slope(s) * product;
-        kappa[at] = Act::relative_curvature(s) * delta[at] * product;
+        hd[at + to_hd] = Softplus::slope(s) * product;
+        kappa[at] = Softplus::relative_curvature(s) * delta[at] * product;
       });
       __syncwarp();
     }
     for (int layer = net.depth - 1; layer > 0; --layer) {
       float sum[kUnits] = {};
       down(layer, kappa, sum);
-      for_units(layer - 1, [&](int u, int at) { kappa[at] += Act::slope(state[at]) * sum[u]; });
+      for_units(layer - 1, [&](int u, int at) { kappa[at] += Softplus::slope(state[at]) * sum[u]; });
       __syncwarp();
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/host_device.h"
 
@@ -39,9 +40,9 @@ AUXFAST_HD V horner(V x, const T (&coefficients)[N]) {
   return sum;
 }
 
-// p * 2^n for the n that was rounded by adding `1.5 * 2^mantissa` and the exponent's bias to it: the low bits of that sum
-// are n + bias, the exponent of 2^n. Adding n to p's own exponent instead would make a number of some NaNs, a GPU's among
-// them: all bits of their mantissa are set.
+// p * 2^n for the n that was rounded by adding `1.5 * 2^mantissa` and the exponent's bias to it: the low bits of that
+// sum are n + bias, the exponent of 2^n. Adding n to p's own exponent instead would make a number of some NaNs, a GPU's
+// among them: all bits of their mantissa are set.
 template <class V, int kMantissa>
 AUXFAST_HD V times_power_of_two(V p, V shifted_n) {
   return p * ElementOf<V>::from_bits(ElementOf<V>::bits(shifted_n) << kMantissa);
@@ -113,6 +114,22 @@ struct ExpAndLog<double> {
   }
 };
 
+// e / (1 + e) for 0 <= e <= 1. On a GPU an approximate reciprocal and a step of Newton's method reach 1e-7: an exact
+// division has a branch for numbers that do not occur here, and each keeps the compiler from working on several at a
+// time.
+template <class V>
+AUXFAST_HD V over_one_plus(V e) {
+  const V sum = typename ElementOf<V>::Scalar(1) + e;
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<V, float>) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
+    return e * (inverse + inverse * (1.0f - sum * inverse));
+  }
+#endif
+  return e / sum;
+}
+
 // clang-format off
 // softplus(z) = log(1 + exp(z)) = max(z, 0) + log1p(e) with e = exp(-|z|): no overflow at either end.
 // Its slope is s = sigmoid(z), and its second derivative / slope is 1 - s, the relative curvature. Near 1, s as such
@@ -124,7 +141,7 @@ struct Softplus {
   static AUXFAST_HD void apply(V z, V& value, V& state) {
     using T = typename ElementOf<V>::Scalar;
     const V e = ExpAndLog<T>::exp_nonpositive(negative_abs(z));
-    const V tail = e / (T(1) + e);
+    const V tail = over_one_plus(e);
     value = (z < T(0) ? V{} : z) + e * ExpAndLog<T>::log1p_over(e);
     state = with_opposite_sign(tail, z);
   }
@@ -141,15 +158,17 @@ struct Softplus {
   }
 };
 
+// The state of Softplus where its slope is 1 and its relative curvature 0, so that code which knows the activation only
+// at run time needs no more than its own apply().
 struct Identity {
   template <class V>
   static AUXFAST_HD void apply(V z, V& value, V& state) {
     value = z;
-    state = V{};
+    state = V{} + typename ElementOf<V>::Scalar(1);
   }
   template <class V>
   static AUXFAST_HD V slope(V state) {
-    return state + typename ElementOf<V>::Scalar(1);
+    return state;
   }
   template <class V>
   static AUXFAST_HD V relative_curvature(V) {
