@@ -103,14 +103,10 @@ __device__ __forceinline__ void add_to_phi(const AnyTile& tile, const T* kappa, 
       add(at + panel.column, sum);
     });
   };
-  for (int layer = 0; layer < net.depth; ++layer) {
+  // right, right2: h_{i-1} and hd_{i-1}, an input's numbers of all samples being a column.
+  const auto add_layer = [&](int layer, int inputs, const Matrix<T>& right, const Matrix<T>& right2) {
     const int width = net.width[layer], at = net.first_unit[layer] * stride;
-    const int inputs = layer ? net.width[layer - 1] : tile.losses;
-    const int below = layer ? net.first_unit[layer - 1] * stride : 0;
     const Matrix<T> left{kappa + at, stride, 1}, left2{layer ? tile.delta + at : tile.first_delta, stride, 1};
-    const Matrix<T> right =
-        layer ? Matrix<T>{tile.value + below, 1, stride} : Matrix<T>{tile.rows_of(net.losses), inputs, 1};
-    const Matrix<T> right2 = layer ? Matrix<T>{hd + below, 1, stride} : Matrix<T>{tangents, inputs, 1};
     for_each_panel(width, inputs, turn, [&](const Panel& panel) {
       T sum[kPanel] = {};
       panel.multiply(left, right, samples, sum);
@@ -120,6 +116,12 @@ __device__ __forceinline__ void add_to_phi(const AnyTile& tile, const T* kappa, 
         if (panel.has(r)) add(net.weight[layer] + int64_t(panel.at(r)) * inputs + panel.column, sum[r]);
     });
     if (net.bias[layer] >= 0) add_units(kappa + at, width, net.bias[layer]);
+  };
+  // The first layer apart: the compiler knows then that the other ones read shared memory, number by number.
+  add_layer(0, tile.losses, {tile.rows_of(net.losses), tile.losses, 1}, {tangents, tile.losses, 1});
+  for (int layer = 1; layer < net.depth; ++layer) {
+    const int below = net.first_unit[layer - 1] * stride;
+    add_layer(layer, net.width[layer - 1], {tile.value + below, 1, stride}, {hd + below, 1, stride});
   }
   const int last = net.depth - 1;
   add_units(hd + net.first_unit[last] * stride, net.width[last], net.weight[net.depth]);
