@@ -241,11 +241,8 @@ __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     const float c = tile.incoming();
     restore_small(tile, 3, index == blockIdx.x);
     tile.wait_for_stage();
-    for (int layer = 0; layer < net.depth; ++layer)
-      tile.for_units(layer, [&](int, int at) {
-        kappa[at] = c * tile.delta[at];
-        if (layer == net.depth - 1) hd[at] = c * tile.value[at];
-      });
+    tile.scale(c, 0, net.depth, tile.delta, kappa);
+    tile.scale(c, net.depth - 1, net.depth, tile.value, hd);
     __syncthreads();
     add_to_phi<float>(tile, kappa, hd, nullptr, sums, index == blockIdx.x);
     __syncthreads();
@@ -270,7 +267,7 @@ __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
       if (!net.saved) tile.stage(net.tangents + at);
       tile.wait_for_stage();
       if (kPhi && is_first)  // the one place where the tangent's own c is still missing
-        tile.for_units(0, [&](int, int i) { tile.first_delta[i] = c * tile.delta[i]; });
+        tile.scale(c, 0, 1, tile.delta, tile.first_delta);
       tile.second_order(c);
       tile.write_losses(tile.kappa, net.grad_losses + at, [](int, float sum) { return sum; });
       if (!kPhi) continue;
@@ -333,9 +330,10 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   launch.out = take(row);
   launch.phi = take(net.num_parameters);
   launch.arrays = floats;
-  int rows = 2 * net.units;                                                        // state, delta
-  if (second_order) rows += with_phi ? 2 * net.units + net.width[0] : 2 * widest;  // kappa, first_delta; hd
-  if (with_phi) rows += net.units;                                                 // value
+  int rows = 2 * net.units;  // state, delta
+  if (second_order)
+    rows += with_phi ? 2 * net.units + net.width[0] : lanes > 1 ? 2 * widest : widest;  // kappa, hd, first_delta; hd
+  if (with_phi) rows += net.units;                                                      // value
   for (int threads = kMaxSmallThreads; threads >= 32; threads /= 2) {
     floats = launch.arrays;
     launch.samples = threads / lanes;

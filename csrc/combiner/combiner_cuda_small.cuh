@@ -71,7 +71,7 @@ struct SmallTile {
   //   second_order              in          in                  in            out        out                 out: c * delta
   // clang-format on
   // "in" is from `saved` or made again. In backward_phi, kappa is c * delta, and hd is c * value. Without phi there is
-  // hd of two layers alone, which take turns.
+  // hd of two layers alone, which take turns, or of one where a lane has read it all before it writes.
   float *state, *delta, *value, *kappa, *hd;  // (units, stride): see combiner_math.h
   float *first_delta, *staged;                // (width of the first layer, stride), (samples, losses | 1)
   int64_t first, warp_first;                  // sample of this tile, and of this warp's share
@@ -196,71 +196,90 @@ struct SmallTile {
              net.width[layer], sum);
   }
 
-  // Calls visit(u, index) for this lane's units of a layer that exist; index is the unit's number of this sample in an
-  // array.
-  template <class Visit>
-  __device__ __forceinline__ void for_units(int layer, const Visit& visit) const {
-    const int width = net.width[layer], at = net.first_unit[layer] + part * kUnits;
+  // This lane's units of a layer: how many exist, perhaps none or more than kUnits, and the index of the first one's
+  // number for this sample in an array.
+  struct Units {
+    int count, at;
+  };
+  __device__ __forceinline__ Units units_of(int layer) const {
+    return {net.width[layer] - part * kUnits, (net.first_unit[layer] + part * kUnits) * stride + column};
+  }
+
+  // Their numbers from or to an array, all at once, so that no unit waits for another one; 0 for those that do not
+  // exist.
+  __device__ __forceinline__ void load(const Units& units, const float* array, float (&numbers)[kUnits]) const {
+    AUXFAST_UNROLL
+    for (int u = 0; u < kUnits; ++u) numbers[u] = u < units.count ? array[units.at + u * stride] : 0.0f;
+  }
+  __device__ __forceinline__ void store(const Units& units, float* array, const float (&numbers)[kUnits]) const {
     AUXFAST_UNROLL
     for (int u = 0; u < kUnits; ++u)
-      if (unit(u) < width) visit(u, (at + u) * stride + column);
+      if (u < units.count) array[units.at + u * stride] = numbers[u];
   }
-
-  // Where `saved` has this sample's number of an array, of which for_units has told the unit's index.
-  __device__ __forceinline__ float& saved_at(int array, int layer, int u) const {
+  // The same to an array of `saved`.
+  __device__ __forceinline__ void save(int layer, int array, const float (&numbers)[kUnits]) const {
+    if (!has_sample()) return;
     const int64_t sample = first + column;
-    const int row = array * net.units + net.first_unit[layer] + unit(u);
-    return net.saved[(sample / kTileSamples * 3 * net.units + row) * kTileSamples + sample % kTileSamples];
+    const int row = array * net.units + net.first_unit[layer] + part * kUnits, count = units_of(layer).count;
+    float* out = net.saved + (sample / kTileSamples * 3 * net.units + row) * kTileSamples + sample % kTileSamples;
+    AUXFAST_UNROLL
+    for (int u = 0; u < kUnits; ++u)
+      if (u < count) out[u * kTileSamples] = numbers[u];
+  }
+  // From what is padded like a row of weights.
+  __device__ __forceinline__ void load_padded(int place, float (&numbers)[kUnits]) const {
+    AUXFAST_UNROLL
+    for (int u = 0; u < kUnits; ++u) numbers[u] = shared[place + part * kPadded + u];
   }
 
-  // Makes state and value of every unit from the staged losses, and writes them to `saved` if `save` is set; returns g
+  // Makes state and value of every unit from the staged losses, and writes them to `saved` if asked for; returns g
   // without the main loss.
-  __device__ __forceinline__ float activate(bool save) const {
-    float g = 0;
-    for (int layer = 0; layer < net.depth; ++layer) {
-      float sum[kUnits], h[kUnits], s[kUnits];
-      AUXFAST_UNROLL
-      for (int u = 0; u < kUnits; ++u) sum[u] = shared[launch.bias[layer] + part * kPadded + u];
-      up(layer, value + (layer ? net.first_unit[layer - 1] * stride : 0), sum);
+  __device__ __forceinline__ float activate(bool saves) const {
+    const int last = net.depth - 1;
+    float h[kUnits], s[kUnits], w[kUnits], g = 0;
+    for (int layer = 0; layer <= last; ++layer) {
+      float z[kUnits];
+      load_padded(launch.bias[layer], z);
+      up(layer, value + (layer ? net.first_unit[layer - 1] * stride : 0), z);
       if (net.activation == Activation::softplus) {
         AUXFAST_UNROLL
-        for (int u = 0; u < kUnits; ++u) Softplus::apply(sum[u], h[u], s[u]);
+        for (int u = 0; u < kUnits; ++u) Softplus::apply(z[u], h[u], s[u]);
       } else {
         AUXFAST_UNROLL
-        for (int u = 0; u < kUnits; ++u) Identity::apply(sum[u], h[u], s[u]);
+        for (int u = 0; u < kUnits; ++u) Identity::apply(z[u], h[u], s[u]);
       }
-      for_units(layer, [&](int u, int at) {
-        value[at] = h[u];
-        state[at] = s[u];
-        if (save && has_sample()) {
-          saved_at(2, layer, u) = h[u];
-          saved_at(0, layer, u) = s[u];
-        }
-        if (layer == net.depth - 1) g += shared[launch.out + part * kPadded + u] * h[u];
-      });
+      store(units_of(layer), value, h);
+      store(units_of(layer), state, s);
+      if (saves) {
+        save(layer, 2, h);
+        save(layer, 0, s);
+      }
       __syncwarp();
     }
+    load_padded(launch.out, w);
+    AUXFAST_UNROLL
+    for (int u = 0; u < kUnits; ++u) g += u < units_of(last).count ? w[u] * h[u] : 0.0f;
     AUXFAST_UNROLL
     for (int distance = kSamples; distance < 32; distance *= 2) g += __shfl_xor_sync(0xffffffffu, g, distance);
     return g;
   }
 
-  // Makes delta of every unit from state, and writes it to `saved` if `save` is set.
-  __device__ __forceinline__ void backward(bool save) const {
+  // Makes delta of every unit from state, and writes it to `saved` if asked for.
+  __device__ __forceinline__ void backward(bool saves) const {
     const int last = net.depth - 1;
-    const auto set = [&](int layer, int u, int at, float slope_times) {
-      const float d = Softplus::slope(state[at]) * slope_times;
-      delta[at] = d;
-      if (save && has_sample()) saved_at(1, layer, u) = d;
-    };
-    for_units(last, [&](int u, int at) { set(last, u, at, shared[launch.out + part * kPadded + u]); });
-    for (int layer = last; layer > 0; --layer) {
+    for (int layer = last; layer >= 0; --layer) {
+      float d[kUnits] = {}, s[kUnits];
+      load(units_of(layer), state, s);
+      if (layer == last)
+        load_padded(launch.out, d);
+      else
+        down(layer + 1, delta, d);
+      AUXFAST_UNROLL
+      for (int u = 0; u < kUnits; ++u) d[u] *= Softplus::slope(s[u]);
+      store(units_of(layer), delta, d);
+      if (saves) save(layer, 1, d);
       __syncwarp();
-      float sum[kUnits] = {};
-      down(layer, delta, sum);
-      for_units(layer - 1, [&](int u, int at) { set(layer - 1, u, at, sum[u]); });
     }
-    __syncwarp();
   }
 
   // Begins to copy the first `arrays` of state, delta and value from `saved`.
@@ -275,28 +294,50 @@ struct SmallTile {
 
   // Where the layer's rows of hd begin.
   __device__ __forceinline__ int hd_row(int layer) const {
-    return net.grad_phi ? net.first_unit[layer] : layer % 2 * launch.widest;
+    return net.grad_phi ? net.first_unit[layer] : kLanes == 1 ? 0 : layer % 2 * launch.widest;
   }
 
   // Makes hd and kappa of every unit, from state, delta and the staged tangent. c: the gradient that reaches the
   // sample.
   __device__ __forceinline__ void second_order(float c) const {
+    float s[kUnits], k[kUnits];
     for (int layer = 0; layer < net.depth; ++layer) {
+      const Units units = units_of(layer);
       float zd[kUnits] = {};
       up(layer, hd + (layer ? hd_row(layer - 1) * stride : 0), zd);
-      const int to_hd = (hd_row(layer) - net.first_unit[layer]) * stride;
-      for_units(layer, [&](int u, int at) {
-        const float s = state[at], product = layer ? zd[u] : c * zd[u];
-        hd[at + to_hd] = Softplus::slope(s) * product;
-        kappa[at] = Softplus::relative_curvature(s) * delta[at] * product;
-      });
+      load(units, state, s);
+      load(units, delta, k);
+      AUXFAST_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        if (layer == 0) zd[u] *= c;
+        k[u] *= Softplus::relative_curvature(s[u]) * zd[u];
+        zd[u] *= Softplus::slope(s[u]);
+      }
+      store(units, kappa, k);
+      store({units.count, units.at + (hd_row(layer) - net.first_unit[layer]) * stride}, hd, zd);
       __syncwarp();
     }
-    for (int layer = net.depth - 1; layer > 0; --layer) {
+    for (int layer = net.depth - 2; layer >= 0; --layer) {
+      const Units units = units_of(layer);
       float sum[kUnits] = {};
-      down(layer, kappa, sum);
-      for_units(layer - 1, [&](int u, int at) { kappa[at] += Softplus::slope(state[at]) * sum[u]; });
+      down(layer + 1, kappa, sum);
+      load(units, state, s);
+      load(units, kappa, k);
+      AUXFAST_UNROLL
+      for (int u = 0; u < kUnits; ++u) k[u] += Softplus::slope(s[u]) * sum[u];
+      store(units, kappa, k);
       __syncwarp();
+    }
+  }
+
+  // out = c in, for the units of the layers from `from` to `to` - 1. in, out: arrays, which may be the same.
+  __device__ __forceinline__ void scale(float c, int from, int to, const float* in, float* out) const {
+    for (int layer = from; layer < to; ++layer) {
+      float numbers[kUnits];
+      load(units_of(layer), in, numbers);
+      AUXFAST_UNROLL
+      for (int u = 0; u < kUnits; ++u) numbers[u] *= c;
+      store(units_of(layer), out, numbers);
     }
   }
 
