@@ -180,12 +180,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce)
 // -------------------------------------------------------------------------------------------- the same, small networks
 
 // Does what forward_kernel does.
-template <class Tile>
+template <int kUnits, int kLanes>
 __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_forward_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
   STATIC_SHARED(double, warp_totals, [kMaxSmallThreads / 32]);
-  Tile tile(net, launch, shared);
+  SmallTile<kUnits, kLanes, false> tile(net, launch, shared);
   tile.fetch_phi();
   double total = 0;
   for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     tile.stage(net.losses);
     tile.wait_for_stage();
     if (index == blockIdx.x) tile.arrange_phi();
-    const float g = tile.activate(net.saved) + (net.main_loss >= 0 ? tile.staged_loss(net.main_loss) : 0.0f);
+    const float g = tile.activate(net.saved) + (net.main_loss >= 0 ? tile.staged[net.main_loss] : 0.0f);
     if (tile.part == 0 && tile.has_sample()) {
-      if (net.per_sample) net.value[tile.first + tile.column] = g;
+      if (net.per_sample) net.value[tile.first + tile.sample] = g;
       total += double(g);
     }
     tile.backward(net.saved);
@@ -228,11 +228,11 @@ __device__ __forceinline__ void restore_small(const Tile& tile, int arrays, bool
 }
 
 // Does what backward_phi_kernel does.
-template <class Tile>
+template <int kUnits, int kLanes>
 __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_backward_phi_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
-  Tile tile(net, launch, shared);
+  SmallTile<kUnits, kLanes, true> tile(net, launch, shared);
   float *kappa = tile.delta, *hd = tile.state;  // they take the place of what is no longer needed
   float* sums = static_cast<float*>(net.workspace) + blockIdx.x * net.num_parameters;
   tile.fetch_phi();
@@ -250,11 +250,11 @@ __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
 }
 
 // Does what second_order_kernel does.
-template <class Tile, bool kPhi>
+template <int kUnits, int kLanes, bool kPhi>
 __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
     small_second_order_kernel(const CombinerParams<float> net, const SmallLaunch launch) {
   DYNAMIC_SHARED(float, shared);
-  Tile tile(net, launch, shared);
+  SmallTile<kUnits, kLanes, kPhi> tile(net, launch, shared);
   tile.fetch_phi();
   for (int64_t index = blockIdx.x; index < launch.tiles; index += launch.blocks) {
     tile.begin(index);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kMaxSmallThreads, kSmallBlocksAtOnce)
         tile.scale(c, 0, 1, tile.delta, tile.first_delta);
       tile.second_order(c);
       tile.write_losses(tile.kappa, net.grad_losses + at, [](int, float sum) { return sum; });
-      if (!kPhi) continue;
+      if constexpr (!kPhi) continue;
       __syncthreads();
       float* sums = static_cast<float*>(net.workspace) + (tangent * launch.blocks + blockIdx.x) * net.num_parameters;
       add_to_phi<float>(tile, tile.kappa, tile.hd, net.tangents + at + tile.first * net.num_losses, sums,
@@ -304,11 +304,10 @@ __global__ void __launch_bounds__(1024)
 // The launch of a pass by the kernels for small networks; lanes is 0 if they do not take it.
 SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   SmallLaunch launch{};
-  for (int layer = 0; layer < net.depth; ++layer)
-    launch.widest = net.width[layer] > launch.widest ? net.width[layer] : launch.widest;
-  if (net.num_losses > kMostSmall || launch.widest > kMostSmall) return launch;
+  const int widest = *std::max_element(net.width, net.width + net.depth);
+  if (net.num_losses > kMostSmall || widest > kMostSmall) return launch;
   const bool with_phi = net.grad_phi != nullptr, second_order = net.num_tangents > 0;
-  const int losses = int(net.num_losses), widest = launch.widest;
+  const int losses = int(net.num_losses);
   const bool one_lane = widest <= 16 && !with_phi && net.batch >= kManySamples;
   const int lanes = one_lane ? 1 : widest <= 16 ? 4 : 8;
   launch.units = !one_lane || widest <= 4 ? 4 : widest <= 10 ? 10 : 16;
@@ -319,26 +318,26 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
     floats += int((count + 3) / 4 * 4);
     return at;
   };
-  const int padded = padded_units(launch.units), row = lanes * padded;
-  launch.first_row = (losses + lanes * launch.units - 1) / (lanes * launch.units) * row;
+  const int row = lanes * padded_units(launch.units), units = lanes * launch.units;
+  launch.first_row = (losses + units - 1) / units * row;
   for (int layer = 0; layer < net.depth; ++layer) {
-    launch.inverse[layer] = inverse_of(layer ? net.width[layer - 1] : losses);
-    launch.up[layer] = take((layer ? net.width[layer - 1] : losses) * row);
+    const int inputs = layer ? net.width[layer - 1] : losses;
+    launch.inverse[layer] = inverse_of(inputs);
+    launch.up[layer] = take(inputs * row);
     launch.down[layer] = take(net.width[layer] * (layer ? row : launch.first_row));
     launch.bias[layer] = take(row);
   }
   launch.out = take(row);
   launch.phi = take(net.num_parameters);
   launch.arrays = floats;
-  int rows = 2 * net.units;  // state, delta
-  if (second_order)
-    rows += with_phi ? 2 * net.units + net.width[0] : lanes > 1 ? 2 * widest : widest;  // kappa, hd, first_delta; hd
-  if (with_phi) rows += net.units;                                                      // value
   for (int threads = kMaxSmallThreads; threads >= 32; threads /= 2) {
     floats = launch.arrays;
     launch.samples = threads / lanes;
-    launch.stride = launch.samples + (lanes > 1 ? 8 / lanes : 0);
-    take(int64_t(rows) * launch.stride);
+    launch.stride = launch.samples + 8 / lanes;  // see small_stride
+    if (with_phi)                                // state, delta, value; kappa, hd, first_delta
+      take(int64_t(launch.stride) * (3 * net.units + (second_order ? 2 * net.units + net.width[0] : 0)));
+    else  // state, delta; hd
+      take(threads / 32 * small_stride(lanes) * int64_t(units) * (2 * net.depth + second_order * hd_layers(lanes)));
     launch.staged = take(launch.samples * (losses | 1));
     launch.shared_bytes = int64_t(sizeof(float)) * floats;
     if (launch.shared_bytes <= kSharedLimit - kMaxSmallThreads / 32 * int64_t(sizeof(double))) {
@@ -348,39 +347,44 @@ SmallLaunch make_small_launch(const CombinerParams<float>& net) {
   }
   if (launch.lanes == 0) return launch;
 
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   launch.tiles = (net.batch + launch.samples - 1) / launch.samples;
   const int64_t tangents = second_order ? net.num_tangents : 1;
   const int64_t block_sums =
       with_phi ? tangents * net.num_parameters * int64_t(sizeof(float)) : int64_t(sizeof(double));
-  const int64_t affordable = kWorkspaceLimit / block_sums;
-  const int64_t most = with_phi ? kMaxBlocks : std::max<int64_t>(kMaxBlocks, launch.tiles / kSmallTiles);
-  launch.blocks = int(least(least(launch.tiles, most), affordable > 1 ? affordable : 1));
-  launch.tangent_blocks = int(least(tangents, most / launch.blocks));
+  const int64_t most = with_phi ? std::min<int64_t>(kMaxBlocks, kWorkspaceLimit / block_sums)
+                                : std::max<int64_t>(kMaxBlocks, launch.tiles / kSmallTiles);
+  launch.blocks = int(std::max<int64_t>(1, std::min(launch.tiles, most)));
+  launch.tangent_blocks = int(std::min<int64_t>(tangents, std::max<int64_t>(1, most / launch.blocks)));
   if (with_phi || (!second_order && !net.per_sample))
     launch.partial_bytes = (launch.blocks * block_sums + 255) / 256 * 256;
   return launch;
 }
 
-template <class Tile>
-const char* launch_small_tile(Pass pass, const CombinerParams<float>& net, const SmallLaunch& launch, void* stream) {
-  void (*kernel)(CombinerParams<float>, SmallLaunch) =
-      pass == Pass::forward ? small_forward_kernel<Tile> : small_second_order_kernel<Tile, false>;
-  if constexpr (Tile::kSamples < 32) {
-    if (pass == Pass::backward_phi) kernel = small_backward_phi_kernel<Tile>;
-    if (pass == Pass::second_order && net.grad_phi) kernel = small_second_order_kernel<Tile, true>;
-  }
+const char* launch_small(Pass pass, const CombinerParams<float>& net, const SmallLaunch& launch, void* stream) {
+  void (*kernel)(CombinerParams<float>, SmallLaunch) = nullptr;
+  const auto choose = [&](auto units, auto lanes) {
+    constexpr int kUnits = decltype(units)::value, kLanes = decltype(lanes)::value;
+    if constexpr (kLanes > 1) {
+      if (pass == Pass::backward_phi) kernel = small_backward_phi_kernel<kUnits, kLanes>;
+      if (pass == Pass::second_order && net.grad_phi) kernel = small_second_order_kernel<kUnits, kLanes, true>;
+    }
+    if (pass == Pass::forward) kernel = small_forward_kernel<kUnits, kLanes>;
+    if (!kernel) kernel = small_second_order_kernel<kUnits, kLanes, false>;
+  };
+  using std::integral_constant;
+  if (launch.lanes == 8)
+    choose(integral_constant<int, 4>{}, integral_constant<int, 8>{});
+  else if (launch.lanes == 4)
+    choose(integral_constant<int, 4>{}, integral_constant<int, 4>{});
+  else if (launch.units == 4)
+    choose(integral_constant<int, 4>{}, integral_constant<int, 1>{});
+  else if (launch.units == 10)
+    choose(integral_constant<int, 10>{}, integral_constant<int, 1>{});
+  else
+    choose(integral_constant<int, 16>{}, integral_constant<int, 1>{});
   LAUNCH(kernel, grid_of(launch.blocks, launch.tangent_blocks), dim3(unsigned(launch.samples * launch.lanes)),
          size_t(launch.shared_bytes), stream, net, launch);
   return launch_error();
-}
-
-const char* launch_small(Pass pass, const CombinerParams<float>& net, const SmallLaunch& launch, void* stream) {
-  if (launch.lanes == 8) return launch_small_tile<SmallTile<4, 8>>(pass, net, launch, stream);
-  if (launch.lanes == 4) return launch_small_tile<SmallTile<4, 4>>(pass, net, launch, stream);
-  if (launch.units == 4) return launch_small_tile<SmallTile<4, 1>>(pass, net, launch, stream);
-  if (launch.units == 10) return launch_small_tile<SmallTile<10, 1>>(pass, net, launch, stream);
-  return launch_small_tile<SmallTile<16, 1>>(pass, net, launch, stream);
 }
 
 template <class T>

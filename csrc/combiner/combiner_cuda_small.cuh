@@ -30,7 +30,7 @@ struct SmallLaunch {
   int units, lanes;  // kUnits, kLanes; lanes is 0 if the network is not small
   int64_t tiles;
   int samples;            // of a tile; samples * lanes threads are a block
-  int stride;             // of a row of the tile's memory, which has a number for each sample
+  int stride;             // for phi: floats of a row of the tile's memory
   int blocks;             // grid.x: block x has the tiles x, x + blocks, x + 2 blocks, ...
   int tangent_blocks;     // grid.y: block y has the tangents y, y + tangent_blocks, ...
   int64_t shared_bytes;   // of a block
@@ -43,16 +43,26 @@ struct SmallLaunch {
   int first_row;             // floats of a row of W_1, which may have more columns than a layer has units
   int bias[kMaxDepth], out;  // padded like a row of weights
   int phi;                   // phi as it comes
-  int arrays, widest;        // the tile's arrays; most units of a layer
+  int arrays;                // the tile's arrays
   int staged;  // (samples, losses | 1): odd rows, so that lanes with different samples use different banks
 };
 
 constexpr int padded_units(int units) { return (units + 3) / 4 * 4; }
 
-template <int kUnits, int kLanes>
+// Floats of a row of a warp's own memory, which has a number for each of its samples. With what pads it, kLanes lanes
+// that read four units each of a sample find them in different banks.
+constexpr int small_stride(int lanes) { return 32 / lanes + (lanes == 1 ? 0 : lanes == 4 ? 2 : 1); }
+AUXFAST_HD constexpr int hd_layers(int lanes) { return lanes == 1 ? 1 : 2; }
+
+// The memory of a tile: arrays of rows of numbers, a row for each unit, a number for each sample. For the sums for phi,
+// all warps of a block share the rows. Else each warp has its own, and every layer has rows for kUnits * kLanes units:
+// what its padding is made of is never used, but it need not be looked for, and all addresses within an array are known
+// to the compiler.
+template <int kUnits, int kLanes, bool kPhi>
 struct SmallTile {
   static constexpr int kSamples = 32 / kLanes;  // of a warp
-  static constexpr int kPadded = padded_units(kUnits), kRow = kLanes * kPadded;
+  static constexpr int kWidest = kUnits * kLanes, kStride = small_stride(kLanes);
+  static constexpr int kPadded = padded_units(kUnits), kRow = kLanes * kPadded;  // of weights
   // Weights of 4 units come with one load.
   struct alignas(16) Four {
     float number[4];
@@ -61,8 +71,10 @@ struct SmallTile {
   const CombinerParams<float>& net;
   const SmallLaunch& launch;
   float* const shared;
-  const int stride, losses, lane, column, part;
-  // The tile's memory. "-> x": x overwrites the array.
+  const int stride, losses, lane;
+  const int sample, column;  // of this lane: in the tile, in a row
+  const int part;            // which units of the sample are this lane's
+  // "-> x": x overwrites the array.
   // clang-format off
   //   pass                      state       delta               value         kappa      hd                  first_delta
   //   forward                   out         value -> out        is delta      unused     unused              unused
@@ -81,25 +93,26 @@ struct SmallTile {
       : net(params),
         launch(how),
         shared(memory),
-        stride(how.stride),
+        stride(kPhi ? how.stride : kStride),
         losses(int(params.num_losses)),
         lane(int(threadIdx.x % 32)),
-        column(int(threadIdx.x / 32) * kSamples + lane % kSamples),
+        sample(int(threadIdx.x / 32) * kSamples + lane % kSamples),
+        column(kPhi ? sample : lane % kSamples),
         part(lane / kSamples) {
-    const int array = net.units * stride;
-    state = shared + launch.arrays;
+    const int array = (kPhi ? net.units : net.depth * kWidest) * stride;
+    const int hd_array = (net.num_tangents > 0 ? hd_layers(kLanes) : 0) * kWidest * stride;
+    state = shared + launch.arrays + (kPhi ? 0 : int(threadIdx.x / 32) * (2 * array + hd_array));
     delta = state + array;
-    value = net.grad_phi ? delta + array : delta;
-    kappa = net.grad_phi ? value + array : delta;
+    value = kPhi ? delta + array : delta;
+    kappa = kPhi ? value + array : delta;
     hd = kappa + array;
     first_delta = hd + array;
-    staged = shared + launch.staged;
+    staged = shared + launch.staged + sample * (losses | 1);
   }
 
   // The place of a unit's weight in a row: each lane's share begins where four numbers can be loaded at once.
   __device__ __forceinline__ static int place(int unit) { return unit / kUnits * kPadded + unit % kUnits; }
   __device__ __forceinline__ int unit(int u) const { return part * kUnits + u; }
-  __device__ __forceinline__ float staged_loss(int64_t k) const { return staged[column * (losses | 1) + k]; }
 
   // Begins to copy phi to shared memory.
   __device__ __forceinline__ void fetch_phi() const {
@@ -130,7 +143,7 @@ struct SmallTile {
 
   __device__ __forceinline__ void begin(int64_t index) {
     first = index * launch.samples;
-    warp_first = first + column - lane % kSamples;
+    warp_first = first + sample - lane % kSamples;
     samples = int(net.batch - first < launch.samples ? net.batch - first : launch.samples);
     const int64_t left = net.batch - warp_first;
     warp_samples = int(left < 0 ? 0 : left < kSamples ? left : kSamples);
@@ -138,16 +151,16 @@ struct SmallTile {
   __device__ __forceinline__ bool has_sample() const { return lane % kSamples < warp_samples; }
   __device__ __forceinline__ const float* rows_of(const float* matrix) const { return matrix + first * net.num_losses; }
   __device__ __forceinline__ float incoming() const {
-    return has_sample() ? net.scale * net.grad[(first + column) * net.grad_stride] : 0.0f;
+    return has_sample() ? net.scale * net.grad[(first + sample) * net.grad_stride] : 0.0f;
   }
 
   // Calls visit(number in `staged`, number in global memory) for the losses of this warp's samples.
   template <class Visit>
   __device__ __forceinline__ void for_staged(int64_t rows, const Visit& visit) const {
-    float* mine = staged + (column - lane % kSamples) * (losses | 1);
+    float* first_row = staged - lane % kSamples * (losses | 1);
     for (int i = lane; i < warp_samples * losses; i += 32) {
-      const int sample = (i * launch.inverse[0]) >> 16;
-      visit(mine + sample * (losses | 1) + i - sample * losses, rows + i);
+      const int row = (i * launch.inverse[0]) >> 16;
+      visit(first_row + row * (losses | 1) + i - row * losses, rows + i);
     }
   }
 
@@ -183,49 +196,71 @@ struct SmallTile {
     });
   }
 
+  // Where the layer's rows begin in an array.
+  __device__ __forceinline__ int row_of(int layer) const { return kPhi ? net.first_unit[layer] : layer * kWidest; }
+  __device__ __forceinline__ int hd_row_of(int layer) const {
+    return kPhi ? net.first_unit[layer] : layer % hd_layers(kLanes) * kWidest;
+  }
+
   // The products with W_i (layer i's sums from what is below) and W_i^T (from layer i). `array` has all layers.
   __device__ __forceinline__ void up(int layer, const float* below, float (&sum)[kUnits]) const {
     const float* weights = shared + launch.up[layer];
     if (layer == 0)
-      multiply(weights, kRow, staged + column * (losses | 1), 1, losses, sum);
+      multiply(weights, kRow, staged, 1, losses, sum);
     else
       multiply(weights, kRow, below + column, stride, net.width[layer - 1], sum);
   }
   __device__ __forceinline__ void down(int layer, const float* array, float (&sum)[kUnits]) const {
-    multiply(shared + launch.down[layer], kRow, array + net.first_unit[layer] * stride + column, stride,
-             net.width[layer], sum);
+    multiply(shared + launch.down[layer], kRow, array + row_of(layer) * stride + column, stride, net.width[layer], sum);
   }
 
-  // This lane's units of a layer: how many exist, perhaps none or more than kUnits, and the index of the first one's
-  // number for this sample in an array.
-  struct Units {
-    int count, at;
-  };
-  __device__ __forceinline__ Units units_of(int layer) const {
-    return {net.width[layer] - part * kUnits, (net.first_unit[layer] + part * kUnits) * stride + column};
-  }
+  // How many of this lane's units a layer has; perhaps none or more than kUnits.
+  __device__ __forceinline__ int count_of(int layer) const { return net.width[layer] - part * kUnits; }
 
-  // Their numbers from or to an array, all at once, so that no unit waits for another one; 0 for those that do not
-  // exist.
-  __device__ __forceinline__ void load(const Units& units, const float* array, float (&numbers)[kUnits]) const {
+  // This lane's numbers of a layer, from or to the layer's rows of an array: all at once, so that no unit waits for
+  // another one. Units that do not exist have no rows for phi, and are 0.
+  __device__ __forceinline__ void load(int layer, const float* rows, float (&numbers)[kUnits]) const {
+    rows += part * kUnits * stride + column;
     AUXFAST_UNROLL
-    for (int u = 0; u < kUnits; ++u) numbers[u] = u < units.count ? array[units.at + u * stride] : 0.0f;
+    for (int u = 0; u < kUnits; ++u) numbers[u] = !kPhi || u < count_of(layer) ? rows[u * stride] : 0.0f;
   }
-  __device__ __forceinline__ void store(const Units& units, float* array, const float (&numbers)[kUnits]) const {
+  __device__ __forceinline__ void store(int layer, float* rows, const float (&numbers)[kUnits]) const {
+    rows += part * kUnits * stride + column;
     AUXFAST_UNROLL
     for (int u = 0; u < kUnits; ++u)
-      if (u < units.count) array[units.at + u * stride] = numbers[u];
+      if (!kPhi || u < count_of(layer)) rows[u * stride] = numbers[u];
   }
-  // The same to an array of `saved`.
-  __device__ __forceinline__ void save(int layer, int array, const float (&numbers)[kUnits]) const {
+  // Where `saved` has this lane's numbers of a layer, of which consecutive units are kTileSamples apart, in the first
+  // of its arrays; the next one is net.units units further.
+  __device__ __forceinline__ float* saved_at(int layer) const {
+    const int64_t at = first + sample, row = at / kTileSamples * 3 * net.units + net.first_unit[layer] + part * kUnits;
+    return net.saved + row * kTileSamples + at % kTileSamples;
+  }
+  __device__ __forceinline__ void save(int array, int layer, const float (&numbers)[kUnits]) const {
     if (!has_sample()) return;
-    const int64_t sample = first + column;
-    const int row = array * net.units + net.first_unit[layer] + part * kUnits, count = units_of(layer).count;
-    float* out = net.saved + (sample / kTileSamples * 3 * net.units + row) * kTileSamples + sample % kTileSamples;
+    float* out = saved_at(layer) + array * net.units * kTileSamples;
     AUXFAST_UNROLL
     for (int u = 0; u < kUnits; ++u)
-      if (u < count) out[u * kTileSamples] = numbers[u];
+      if (u < count_of(layer)) out[u * kTileSamples] = numbers[u];
   }
+  // Begins to copy the first `arrays` of state, delta and value from `saved`.
+  __device__ __forceinline__ void fetch_saved(int arrays) const {
+    if (!has_sample()) return;
+    for (int layer = 0; layer < net.depth; ++layer) {
+      const int count = count_of(layer);
+      const float* in = saved_at(layer);
+      float* rows = state + (row_of(layer) + part * kUnits) * stride + column;
+      for (int array = 0; array < arrays; ++array, in += net.units * kTileSamples, rows += delta - state) {
+        if (count >= kUnits) {  // which is most of them, and needs no look at each
+          AUXFAST_UNROLL
+          for (int u = 0; u < kUnits; ++u) begin_copy(rows + u * stride, in + u * kTileSamples);
+        } else {
+          for (int u = 0; u < count; ++u) begin_copy(rows + u * stride, in + u * kTileSamples);
+        }
+      }
+    }
+  }
+
   // From what is padded like a row of weights.
   __device__ __forceinline__ void load_padded(int place, float (&numbers)[kUnits]) const {
     AUXFAST_UNROLL
@@ -240,7 +275,7 @@ struct SmallTile {
     for (int layer = 0; layer <= last; ++layer) {
       float z[kUnits];
       load_padded(launch.bias[layer], z);
-      up(layer, value + (layer ? net.first_unit[layer - 1] * stride : 0), z);
+      up(layer, value + (layer ? row_of(layer - 1) * stride : 0), z);
       if (net.activation == Activation::softplus) {
         AUXFAST_UNROLL
         for (int u = 0; u < kUnits; ++u) Softplus::apply(z[u], h[u], s[u]);
@@ -248,17 +283,17 @@ struct SmallTile {
         AUXFAST_UNROLL
         for (int u = 0; u < kUnits; ++u) Identity::apply(z[u], h[u], s[u]);
       }
-      store(units_of(layer), value, h);
-      store(units_of(layer), state, s);
+      store(layer, value + row_of(layer) * stride, h);
+      store(layer, state + row_of(layer) * stride, s);
       if (saves) {
-        save(layer, 2, h);
-        save(layer, 0, s);
+        save(2, layer, h);
+        save(0, layer, s);
       }
       __syncwarp();
     }
     load_padded(launch.out, w);
     AUXFAST_UNROLL
-    for (int u = 0; u < kUnits; ++u) g += u < units_of(last).count ? w[u] * h[u] : 0.0f;
+    for (int u = 0; u < kUnits; ++u) g += u < count_of(last) ? w[u] * h[u] : 0.0f;
     AUXFAST_UNROLL
     for (int distance = kSamples; distance < 32; distance *= 2) g += __shfl_xor_sync(0xffffffffu, g, distance);
     return g;
@@ -269,32 +304,17 @@ struct SmallTile {
     const int last = net.depth - 1;
     for (int layer = last; layer >= 0; --layer) {
       float d[kUnits] = {}, s[kUnits];
-      load(units_of(layer), state, s);
+      load(layer, state + row_of(layer) * stride, s);
       if (layer == last)
         load_padded(launch.out, d);
       else
         down(layer + 1, delta, d);
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) d[u] *= Softplus::slope(s[u]);
-      store(units_of(layer), delta, d);
-      if (saves) save(layer, 1, d);
+      store(layer, delta + row_of(layer) * stride, d);
+      if (saves) save(1, layer, d);
       __syncwarp();
     }
-  }
-
-  // Begins to copy the first `arrays` of state, delta and value from `saved`.
-  __device__ __forceinline__ void fetch_saved(int arrays) const {
-    if (!has_sample()) return;
-    const float* saved = net.saved + warp_first / kTileSamples * kTileSamples * 3 * net.units +
-                         warp_first % kTileSamples + lane % kSamples;
-#pragma unroll 4
-    for (int row = part; row < arrays * net.units; row += kLanes)
-      begin_copy(state + row * stride + column, saved + row * kTileSamples);
-  }
-
-  // Where the layer's rows of hd begin.
-  __device__ __forceinline__ int hd_row(int layer) const {
-    return net.grad_phi ? net.first_unit[layer] : kLanes == 1 ? 0 : layer % 2 * launch.widest;
   }
 
   // Makes hd and kappa of every unit, from state, delta and the staged tangent. c: the gradient that reaches the
@@ -302,30 +322,30 @@ struct SmallTile {
   __device__ __forceinline__ void second_order(float c) const {
     float s[kUnits], k[kUnits];
     for (int layer = 0; layer < net.depth; ++layer) {
-      const Units units = units_of(layer);
+      const int at = row_of(layer) * stride;
       float zd[kUnits] = {};
-      up(layer, hd + (layer ? hd_row(layer - 1) * stride : 0), zd);
-      load(units, state, s);
-      load(units, delta, k);
+      up(layer, hd + (layer ? hd_row_of(layer - 1) * stride : 0), zd);
+      load(layer, state + at, s);
+      load(layer, delta + at, k);
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         if (layer == 0) zd[u] *= c;
         k[u] *= Softplus::relative_curvature(s[u]) * zd[u];
         zd[u] *= Softplus::slope(s[u]);
       }
-      store(units, kappa, k);
-      store({units.count, units.at + (hd_row(layer) - net.first_unit[layer]) * stride}, hd, zd);
+      store(layer, kappa + at, k);
+      store(layer, hd + hd_row_of(layer) * stride, zd);
       __syncwarp();
     }
     for (int layer = net.depth - 2; layer >= 0; --layer) {
-      const Units units = units_of(layer);
+      const int at = row_of(layer) * stride;
       float sum[kUnits] = {};
       down(layer + 1, kappa, sum);
-      load(units, state, s);
-      load(units, kappa, k);
+      load(layer, state + at, s);
+      load(layer, kappa + at, k);
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) k[u] += Softplus::slope(s[u]) * sum[u];
-      store(units, kappa, k);
+      store(layer, kappa + at, k);
       __syncwarp();
     }
   }
@@ -334,10 +354,10 @@ struct SmallTile {
   __device__ __forceinline__ void scale(float c, int from, int to, const float* in, float* out) const {
     for (int layer = from; layer < to; ++layer) {
       float numbers[kUnits];
-      load(units_of(layer), in, numbers);
+      load(layer, in + row_of(layer) * stride, numbers);
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) numbers[u] *= c;
-      store(units_of(layer), out, numbers);
+      store(layer, out + row_of(layer) * stride, numbers);
     }
   }
 
@@ -351,7 +371,7 @@ struct SmallTile {
       AUXFAST_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         const int k = panel * kLanes * kUnits + unit(u);
-        if (k < losses) staged[column * (losses | 1) + k] = result(k, sum[u]);
+        if (k < losses) staged[k] = result(k, sum[u]);
       }
     }
     __syncwarp();
