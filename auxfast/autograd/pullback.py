@@ -20,7 +20,7 @@ from auxfast.autograd.engine import in_own_task, run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
 from auxfast.autograd.separable import split, whole
 from auxfast.autograd.streams import StreamDetector, current_stream, is_capturing
-from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs
+from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs, rounding_of_products
 
 Gradients = Sequence[Tensor | None]
 Result = TypeVar("Result")
@@ -274,17 +274,19 @@ class Pullback:
     def _make_probe(
         self, like: Sequence[Tensor], outputs: Sequence[int], planned: BatchedBackward
     ) -> SymmetricProbe | None:
-        signs = random_signs(like, [self._inputs[output].shape for output in outputs])
+        epsilon = _rounding(planned, like[0])
+        signs = random_signs(like, [self._inputs[output].shape for output in outputs], epsilon)
         image = self._engine([signs[outputs.index(output)] for output in self._split.outputs], planned)
         own = [each for output in outputs if (each := image[output]) is not None]
-        return SymmetricProbe(signs, own) if len(own) == len(outputs) else None
+        return SymmetricProbe(signs, own, epsilon) if len(own) == len(outputs) else None
 
     def _agrees_with_engine(self, vectors: Sequence[Tensor], gradients: Gradients, planned: BatchedBackward) -> bool:
         combine = _combination(vectors)
         expected = self._engine(combine(vectors), planned)
         combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
         found = [None if gradient is None else next(combined) for gradient in gradients]
-        return _agree(*(zeros_for_none(each, self._inputs) for each in (found, expected)))
+        both = [zeros_for_none(each, self._inputs) for each in (found, expected)]
+        return _agree(*both, _rounding(planned, both[1][0]))
 
     def _engine(self, vectors: Sequence[Tensor], planned: BatchedBackward) -> Gradients:
         """The product by the engine.
@@ -359,10 +361,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), tensor.shape[1:].numel())
 
 
-def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
+def _rounding(planned: BatchedBackward, like: Tensor) -> float:
+    with_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
+    return rounding_of_products(like.device, like.dtype, with_convolutions)
+
+
+def _agree(found: list[Tensor], expected: list[Tensor], epsilon: float) -> bool:
     """Whether two gradients are equal up to rounding, for each input by itself, in their largest elements. Numbers that
     are not finite never are."""
-    epsilon = torch.finfo(expected[0].dtype).eps
     sizes, errors = (
         torch.stack(torch._foreach_norm(each, torch.inf)).tolist()
         for each in (expected, torch._foreach_sub(found, expected))
