@@ -201,13 +201,13 @@ class BatchedBackward:
             return {i: target(edge) for i, edge in enumerate(edges) if edge[0] in leading or edge in results}
 
         self._starts = targets(starts)
-        self._steps: list[tuple[list[Accumulator], Backward]] = []
+        self._steps: list[tuple[Accumulator, list[Accumulator], Backward]] = []
         for node in self.nodes:
             if node in leading and (type(node).__name__ != "TBackward0" or (node, 0) in results):
                 _refuse_saved_hooks(node)
-                incoming = [accumulator((node, i)) for i in range(len(metadata[node]))]
-                rule = _rule_of(node, len(incoming), self._axes)
-                self._steps.append((incoming, rule(node, targets(following[node]), incoming[0])))
+                first, *others = [accumulator((node, i)) for i in range(len(metadata[node]))]
+                rule = _rule_of(node, 1 + len(others), self._axes)
+                self._steps.append((first, others, rule(node, targets(following[node]), first)))
         self._results = [accumulators.get(edge) for edge in ends]
         self._accumulators = [*accumulators.values()]
 
@@ -219,10 +219,11 @@ class BatchedBackward:
         try:
             for i, start in self._starts.items():
                 start.add(vectors[i])
-            for incoming, backward in self._steps:
-                gradients = [each.take() for each in incoming]
-                if any(gradient is not None for gradient in gradients):
-                    backward(*gradients)
+            for first, others, backward in self._steps:  # few nodes have others, and this is done for every product
+                gradient = first.take()
+                more = [each.take() for each in others]
+                if gradient is not None or any(each is not None for each in more):
+                    backward(gradient, *more)
             return [None if result is None else result.value for result in self._results]
         finally:
             _warn_of_slow_vmap(True)

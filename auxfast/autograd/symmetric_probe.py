@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import inf
 
 import torch
@@ -40,9 +41,13 @@ class SymmetricProbe:
         of_both = self._pair.split(sizes * 2)
         self._vector, self._minus_image = of_both[: len(sizes)], of_both[len(sizes) :]
         self._epsilon = epsilon
-        weights = [epsilon**0.5 * c[:1].abs().sum() for c in self._vector]
-        lengths = [_ROUNDING * epsilon * torch.linalg.vector_norm(p) for p in self._minus_image]
-        self._tolerances = torch.stack([*weights, *lengths])
+
+    @cached_property
+    def _tolerances(self) -> Tensor:
+        """What of each norm of a product, and then of a vector, an inner product may be off by."""
+        weights = [self._epsilon**0.5 * c[:1].abs().sum() for c in self._vector]
+        lengths = [_ROUNDING * self._epsilon * torch.linalg.vector_norm(p) for p in self._minus_image]
+        return torch.stack([*weights, *lengths])
 
     def confirms(self, vectors: Sequence[Tensor], products: Sequence[Tensor]) -> bool:
         """Whether `products` are those with `vectors`, up to rounding; (k, ...) each. False for what is not finite."""
@@ -78,16 +83,15 @@ def random_signs(like: Sequence[Tensor], shapes: Sequence[torch.Size], epsilon: 
     the size of those in the tensor of `like` in its place: so all tensors count alike in an inner product. Sizes below
     a small part of the largest count as that: such entries may be nothing but rounding, as those of a bias before a
     batch normalisation are."""
-    device = like[0].device
-    generator = torch.Generator(device).manual_seed(0)
     norms = torch.stack(torch._foreach_norm(list(like))).tolist()
     sizes = [norm / max(tensor.numel(), 1) ** 0.5 for norm, tensor in zip(norms, like, strict=True)]
     smallest = _SMALLEST * epsilon**0.5 * max(sizes) or 1.0
-    signs = []
-    for tensor, size, shape in zip(like, sizes, shapes, strict=True):
-        drawn = torch.randint(2, shape, generator=generator, dtype=torch.int8, device=device) * 2 - 1
-        signs.append(drawn.to(tensor.dtype) / (max(size, smallest) * max(drawn.numel(), 1) ** 0.5))
-    return signs
+    numbers = [shape.numel() for shape in shapes]
+    generator = torch.Generator(like[0].device).manual_seed(0)
+    drawn = torch.randint(2, (sum(numbers),), generator=generator, dtype=like[0].dtype, device=like[0].device)
+    signs = [*drawn.mul_(2).sub_(1).split(numbers)]
+    torch._foreach_div_(signs, [max(size, smallest) * n**0.5 or 1.0 for size, n in zip(sizes, numbers, strict=True)])
+    return [sign.view(shape).to(each.dtype) for sign, shape, each in zip(signs, shapes, like, strict=True)]
 
 
 def rounding_of_products(device: torch.device, dtype: torch.dtype, with_convolutions: bool) -> float:
