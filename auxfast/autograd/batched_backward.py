@@ -1,8 +1,9 @@
-"""Backward passes through one recorded graph for a batch of vectors at once.
+"""Backward passes through one recorded graph for a batch of vectors at once, or for one vector without the engine.
 
 `torch.autograd.grad(..., is_grads_batched=True)` runs the engine under `torch.vmap`, which copies every transposed
 operand. Here Python walks the recorded nodes itself: matrix products need no copies, gradients are summed in place and
-within the products, and nodes that only transpose do not run at all.
+within the products, and nodes that only transpose do not run at all. For one vector there are fewer operations than the engine has, and no
+thread of a device to wait for, which is what a GPU's host has most to do with.
 
 This is the only file that reads what autograd's nodes save (`_saved_*`), which torch may change in any release. It is
 an optimisation and no more: whoever uses it compares all of its results with the engine's (see pullback.py).
@@ -47,18 +48,19 @@ class BatchingUnsupported(Exception):
 
 
 class Accumulator:
-    """Sum of the batched gradients that reach one output of a node. Their first axis is the batch.
+    """Sum of the gradients that reach one output of a node.
 
     Args:
         shape, dtype: of one gradient.
+        axes: how many axes they have in front: 1, that of the batch, or 0 in a pass for one vector.
         is_result: whether the sum is one of the pass's results, which stays when it is taken.
 
     Attributes:
         owned: whether nobody else sees the memory of `value`, so that it may be written to.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, is_result: bool) -> None:
-        self.shape, self.dtype, self.is_result = shape, dtype, is_result
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, axes: int, is_result: bool) -> None:
+        self.shape, self.dtype, self.axes, self.is_result = shape, dtype, axes, is_result
         self.value: Tensor | None = None
         self.owned = False
 
@@ -73,8 +75,8 @@ class Accumulator:
     def add(self, gradient: Tensor, owned: bool = False) -> None:
         """Adds `gradient`, in the sum's dtype and summed over the axes that broadcasting had added, as the engine
         does."""
-        if gradient.shape[1:] != self.shape:
-            gradient, owned = _summed(gradient, self.shape), True
+        if gradient.shape[self.axes :] != self.shape:
+            gradient, owned = _summed(gradient, self.shape, self.axes), True
         if gradient.dtype != self.dtype:
             gradient, owned = gradient.to(self.dtype), True
         if self.value is None:
@@ -85,7 +87,11 @@ class Accumulator:
             self.value, self.owned = (gradient.add_(self.value) if owned else gradient + self.value), True
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Adds `a @ b`. One factor is batched, (k, n, m), and the other a matrix, of which there are no copies."""
+        """Adds `a @ b`. One factor is batched, (k, n, m), and the other a matrix, of which there are no copies; in a
+        pass for one vector, both are matrices."""
+        if not self.axes:
+            self._add_product_of_matrices(a, b)
+            return
         total = self.value if self.owned else None
         if a.dim() == 3 and a.is_contiguous() and (total is None or total.is_contiguous()):  # one large product
             k, n, m = a.shape
@@ -100,6 +106,16 @@ class Accumulator:
         else:
             self.add(torch.bmm(a, b), owned=True)
 
+    def _add_product_of_matrices(self, a: Tensor, b: Tensor) -> None:
+        if self.value is None:
+            self.add(torch.mm(a, b), owned=True)
+        elif self.owned:
+            self.value.addmm_(a, b)
+        else:  # a bias, one row that is repeated, is added by the product's own kernel if it is given as that row
+            is_repeated = len(self.value) > 0 and self.value.stride(0) == 0
+            total = self.value[0] if is_repeated else self.value
+            self.value, self.owned = torch.addmm(total, a, b), True
+
 
 class TransposedAccumulator:
     """The accumulator behind a node that only transposes. Gradients come as they are before the node, which need not
@@ -109,10 +125,10 @@ class TransposedAccumulator:
         self.transposed = transposed
 
     def add(self, gradient: Tensor, owned: bool = False) -> None:
-        shape = self.transposed.shape[::-1]
-        if gradient.shape[1:] != shape:
-            gradient, owned = _summed(gradient, shape), True
-        self.transposed.add(_transposed(gradient), owned)
+        shape, axes = self.transposed.shape[::-1], self.transposed.axes
+        if gradient.shape[axes:] != shape:
+            gradient, owned = _summed(gradient, shape, axes), True
+        self.transposed.add(_transposed(gradient, axes), owned)
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         self.transposed.add_product(b.mT, a.mT)
@@ -122,7 +138,7 @@ Target = Accumulator | TransposedAccumulator
 Targets = Mapping[int, Target]
 """The accumulator of each input of a node that needs a gradient, by the input's index."""
 Backward = Callable[..., None]
-"""Takes the batched gradients of a node's outputs, not all of them `None`, and adds to the node's targets."""
+"""Takes the gradients of a node's outputs, not all of them `None`, and adds to the node's targets."""
 Rule = Callable[[Any, Targets, Accumulator], Backward]
 """Makes the backward of a node from the node, its targets, and the accumulator of its first output."""
 
@@ -144,6 +160,9 @@ class BatchedBackward:
         BatchingUnsupported: complex numbers; a hook that can be seen; saved tensors that are unpacked by hooks, as in
             torch.utils.checkpoint; a torch that lacks what is needed here.
     """
+
+    _axes = 1
+    """The axes in front of each gradient."""
 
     def __init__(self, outputs: Sequence[Output], inputs: Sequence[Tensor]) -> None:
         if not _torch_is_known():
@@ -169,12 +188,12 @@ class BatchedBackward:
 
         def accumulator(edge: Edge) -> Accumulator:
             if edge not in accumulators:
-                accumulators[edge] = Accumulator(*metadata[edge[0]][edge[1]], edge in results)
+                accumulators[edge] = Accumulator(*metadata[edge[0]][edge[1]], self._axes, edge in results)
             return accumulators[edge]
 
         def target(edge: Edge) -> Target:  # not recursive: that would be a cycle of references, and keep the graph
             transposed = False
-            while edge not in results and edge[0].name() == "TBackward0":
+            while edge not in results and type(edge[0]).__name__ == "TBackward0":
                 edge, transposed = following[edge[0]][0], not transposed
             return TransposedAccumulator(accumulator(edge)) if transposed else accumulator(edge)
 
@@ -182,13 +201,13 @@ class BatchedBackward:
             return {i: target(edge) for i, edge in enumerate(edges) if edge[0] in leading or edge in results}
 
         self._starts = targets(starts)
-        self._steps: list[tuple[list[Accumulator], Backward]] = []
+        self._steps: list[tuple[Accumulator, list[Accumulator], Backward]] = []
         for node in self.nodes:
-            if node in leading and (node.name() != "TBackward0" or (node, 0) in results):
+            if node in leading and (type(node).__name__ != "TBackward0" or (node, 0) in results):
                 _refuse_saved_hooks(node)
-                incoming = [accumulator((node, i)) for i in range(len(metadata[node]))]
-                rule = _rule_of(node, len(incoming))
-                self._steps.append((incoming, rule(node, targets(following[node]), incoming[0])))
+                first, *others = [accumulator((node, i)) for i in range(len(metadata[node]))]
+                rule = _rule_of(node, 1 + len(others), self._axes)
+                self._steps.append((first, others, rule(node, targets(following[node]), first)))
         self._results = [accumulators.get(edge) for edge in ends]
         self._accumulators = [*accumulators.values()]
 
@@ -200,10 +219,11 @@ class BatchedBackward:
         try:
             for i, start in self._starts.items():
                 start.add(vectors[i])
-            for incoming, backward in self._steps:
-                gradients = [each.take() for each in incoming]
-                if any(gradient is not None for gradient in gradients):
-                    backward(*gradients)
+            for first, others, backward in self._steps:  # few nodes have others, and this is done for every product
+                gradient = first.take()
+                more = [each.take() for each in others]
+                if gradient is not None or any(each is not None for each in more):
+                    backward(gradient, *more)
             return [None if result is None else result.value for result in self._results]
         finally:
             _warn_of_slow_vmap(True)
@@ -211,15 +231,23 @@ class BatchedBackward:
                 each.value = None
 
 
-def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """`gradient` (k, ...), summed to (k, *shape) over the axes that broadcasting had added or stretched."""
-    added = [*range(1, gradient.dim() - len(shape))]
+class SingleBackward(BatchedBackward):
+    """The same for one vector at a time: no tensor has an axis in front. Most nodes run as the engine runs them, without
+    the parts of their results that nobody needs."""
+
+    _axes = 0
+
+
+def _summed(gradient: Tensor, shape: torch.Size, axes: int) -> Tensor:
+    """`gradient`, of `axes` axes and others, summed to `shape` behind them, over those that broadcasting had added or
+    stretched."""
+    added = [*range(axes, gradient.dim() - len(shape))]
     gradient = gradient.sum(added) if added else gradient
-    return gradient if gradient.shape[1:] == shape else gradient.sum_to_size(len(gradient), *shape)
+    return gradient if gradient.shape[axes:] == shape else gradient.sum_to_size(*gradient.shape[:axes], *shape)
 
 
-def _transposed(gradient: Tensor) -> Tensor:
-    return gradient.mT if gradient.dim() == 3 else gradient
+def _transposed(gradient: Tensor, axes: int) -> Tensor:
+    return gradient.mT if gradient.dim() == axes + 2 else gradient
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph
@@ -246,7 +274,7 @@ def _following(starts: Sequence[Any]) -> dict[Any, list[Edge]]:
     for node in pending:  # the list grows while the loop runs
         if node in found:
             continue
-        zero = _ZERO_INPUT.get(node.name())
+        zero = _ZERO_INPUT.get(type(node).__name__)
         found[node] = [(None, 0) if i == zero else edge for i, edge in enumerate(node.next_functions)]
         pending += [after for after, _ in found[node] if after is not None]
     return found
@@ -333,26 +361,26 @@ def _torch_is_known() -> bool:
 
 # ------------------------------------------------------------------------------------------------------------ the rules
 
-_RULES: dict[str, Rule] = {}
+_RULES: tuple[dict[str, Rule], dict[str, Rule]] = {}, {}
+"""The rules of a pass for one vector, and of one for batches, by the name of the node."""
 
 
-def _register(*names: str) -> Callable[[Rule], Rule]:
+def _register(*names: str, batches_only: bool = False) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
+        for rules in _RULES[batches_only:]:
+            rules.update(dict.fromkeys(names, rule))
         return rule
 
     return register
 
 
-def _rule_of(node: Any, outputs: int) -> Rule:
+def _rule_of(node: Any, outputs: int, axes: int) -> Rule:
     if hasattr(function_class(node), "batched_backward"):
-        rule: Rule = _own_function
-    elif _is_function(node):
-        return _one_by_one
-    elif node.name() in _RULES:
-        rule = _RULES[node.name()]
+        rule = _own_function if axes else _own_function_of_one
+    elif type(node).__name__ in _RULES[axes] and not _is_function(node):
+        rule = _RULES[axes][type(node).__name__]
     else:
-        return _vmapped
+        return _any_node
     if outputs != 1:
         raise BatchingUnsupported(f"{node.name()} has {outputs} outputs, and its rule is for one")
     return rule
@@ -375,6 +403,13 @@ def _add_all(targets: Targets, results: Sequence[Tensor | None]) -> None:
             target.add(result)
 
 
+def _any_node(node: Any, targets: Targets, source: Accumulator) -> Backward:
+    """A node that has no rule of its own."""
+    if not source.axes:
+        return _as_it_is(node, targets, source)
+    return (_one_by_one if _is_function(node) else _vmapped)(node, targets, source)
+
+
 def _vmapped(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """Any node of autograd's own, under `torch.vmap` without its frames of Python, which take 60 us a call."""
 
@@ -391,9 +426,15 @@ def _vmapped(node: Any, targets: Targets, source: Accumulator) -> Backward:
     return backward
 
 
+def _as_it_is(node: Any, targets: Targets, source: Accumulator) -> Backward:
+    """A node, or a Function of the user, in a pass for one vector."""
+    return lambda *gradients: _add_all(targets, _results_of(node, gradients))
+
+
 @_register(
     *("NllLossBackward0", "NllLossBackwardBackward0", "NllLoss2DBackward0", "NllLoss2DBackwardBackward0"),
     *("CdistBackward0", "RollBackward0"),
+    batches_only=True,
 )
 def _one_by_one(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """A node that runs once for each vector: the operators that vmap has no rule for, or a wrong one (cdist; roll of a
@@ -440,6 +481,16 @@ def _own_function(node: Any, targets: Targets, source: Accumulator) -> Backward:
     return lambda gradient: _add_all(targets, batched_backward(node, targets, gradient))
 
 
+def _own_function_of_one(node: Any, targets: Targets, source: Accumulator) -> Backward:
+    batched_backward = function_class(node).batched_backward
+
+    def backward(gradient: Tensor) -> None:
+        results = batched_backward(node, targets, gradient[None])
+        _add_all(targets, [None if result is None else result[0] for result in results])
+
+    return backward
+
+
 @_register("MmBackward0")
 def _mm(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """`y = a @ b`: `grad_a = grad @ b^T`, `grad_b = a^T @ grad`."""
@@ -477,12 +528,15 @@ def _addmm(node: Any, targets: Targets, source: Accumulator) -> Backward:
 
 
 def _masked(x: Tensor, threshold: float, target: Target, source: Accumulator) -> Backward:
-    """`grad` where `x > threshold`, written over `grad`, or over a copy of it if others see its memory."""
-    threshold_backward: Any = torch.ops.aten.threshold_backward.grad_input
+    """`grad` where `x > threshold`, written over `grad` unless others see its memory."""
+    threshold_backward: Any = torch.ops.aten.threshold_backward
 
     def backward(gradient: Tensor) -> None:
-        out = gradient if source.owned else gradient.clone()
-        target.add(threshold_backward(gradient, x, threshold, grad_input=out), owned=True)
+        if source.owned:
+            result = threshold_backward.grad_input(gradient, x, threshold, grad_input=gradient)
+        else:
+            result = threshold_backward.default(gradient, x, threshold)
+        target.add(result, owned=True)
 
     return backward
 
@@ -515,7 +569,7 @@ def _pointwise(node: Any, targets: Targets, source: Accumulator) -> Backward:
     return backward
 
 
-@_register("LogSoftmaxBackward0")
+@_register("LogSoftmaxBackward0", batches_only=True)
 def _log_softmax(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """`y = log_softmax(x)`: `grad_x = grad - exp(y) sum(grad)`."""
     y = _saved(node, "_saved_result")
@@ -531,7 +585,7 @@ def _log_softmax_backward(node: Any, targets: Targets, source: Accumulator) -> B
     """`r = h - exp(y) sum(h)`: `grad_h = grad - sum(grad exp(y))`, `grad_y = -grad exp(y) sum(h)`."""
     h, y = _saved(node, "_saved_grad_output"), _saved(node, "_saved_output")
     if not y.dim():
-        return _one_by_one(node, targets, source)
+        return (_one_by_one if source.axes else _as_it_is)(node, targets, source)
     (axis,) = _from_the_end([node._saved_dim], y.shape)
     softmax, minus_sum = y.detach().exp(), -h.detach().sum(axis, keepdim=True)
 
@@ -545,7 +599,21 @@ def _log_softmax_backward(node: Any, targets: Targets, source: Accumulator) -> B
     return backward
 
 
-@_register("SumBackward1")
+@_register("PowBackward0")
+def _power(node: Any, targets: Targets, source: Accumulator) -> Backward:
+    """`y = x^n`: `grad_x = grad n x^(n - 1)`. Squares, of which losses are made, and what is left of them in the
+    gradient are one operation and none."""
+    exponent = node._saved_exponent
+    if exponent == 1:
+        return lambda grad: targets[0].add(grad, owned=source.owned)
+    if exponent != 2:
+        return _any_node(node, targets, source)
+    x = _saved(node, "_saved_self").detach()
+    zero = x.new_zeros(())
+    return lambda grad: targets[0].add(torch.addcmul(zero, grad, x, value=2), owned=True)
+
+
+@_register("SumBackward1", batches_only=True)
 def _sum(node: Any, targets: Targets, source: Accumulator) -> Backward:
     """`y = sum(x)` over some axes, or over all if none are saved: `grad` is repeated along them."""
     shape = [*node._saved_self_sym_sizes]
@@ -555,7 +623,7 @@ def _sum(node: Any, targets: Targets, source: Accumulator) -> Backward:
     return lambda grad: targets[0].add(grad.reshape(len(grad), *kept).expand(-1, *shape))
 
 
-@_register("ViewBackward0")
+@_register("ViewBackward0", batches_only=True)
 def _view(node: Any, targets: Targets, source: Accumulator) -> Backward:
     shape = node._saved_self_sym_sizes
     return lambda grad: targets[0].add(grad.reshape(len(grad), *shape), owned=source.owned)
@@ -563,7 +631,7 @@ def _view(node: Any, targets: Targets, source: Accumulator) -> Backward:
 
 @_register("TBackward0")
 def _transpose(node: Any, targets: Targets, source: Accumulator) -> Backward:
-    return lambda grad: targets[0].add(_transposed(grad), owned=source.owned)
+    return lambda grad: targets[0].add(_transposed(grad, source.axes), owned=source.owned)
 
 
 def _from_the_end(axes: Sequence[int], shape: Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
-"""Backward passes through one recorded graph, again and again: by autograd's engine, and for batches of vectors by
-`BatchedBackward`, where that is faster and the engine agrees."""
+"""Backward passes through one recorded graph, again and again: by autograd's engine, and by passes of our own where
+these are faster and the engine agrees: `BatchedBackward` for batches of vectors, `SingleBackward` for vectors that come
+one by one on a GPU."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
+from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported, SingleBackward
 from auxfast.autograd.engine import in_own_task, run_engine, vjp, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
 from auxfast.autograd.separable import split, whole
-from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs
+from auxfast.autograd.streams import StreamDetector, current_stream, is_capturing
+from auxfast.autograd.symmetric_probe import SymmetricProbe, random_signs, rounding_of_products
 
 Gradients = Sequence[Tensor | None]
+Result = TypeVar("Result")
 
 _ENGINE_ONLY: ContextVar[bool] = ContextVar(
     "auxfast_engine_only", default=os.environ.get("AUXFAST_BATCHED_BACKWARD") == "0"
@@ -42,6 +46,10 @@ _PRODUCTS_OF_A_SPLIT = 3
 """Products before the outputs are split into separable parts and the rest. A split costs what it saves of 2 to 4, and
 many solvers need no more."""
 
+_PRODUCTS_BEFORE_A_PASS = 4
+"""Products of single vectors on a GPU before a `SingleBackward` is planned. The plan and the `SymmetricProbe` cost an
+H200's host what the pass saves of four products or so, and solvers of three steps take four products."""
+
 _MAX_BYTES_ON_CPU = 1 << 21
 """Most bytes of an activation's gradients, of all vectors that go through the graph at once. Batches save most of the
 time that autograd and the dispatcher take, and lose to the caches: 8 vectors were 1.4 to 5 times faster in networks
@@ -63,17 +71,28 @@ def engine_only() -> Iterator[None]:
         _ENGINE_ONLY.reset(token)
 
 
+def products_before_a_pass(device: torch.device) -> float:
+    """Vectors that go through the engine, where they come one by one, before a pass of our own is planned.
+
+    On a GPU the host's time counts, and the engine hands each product to the device's thread and back: an MLP's Hessian
+    product took an H200's host 2.0 ms by the engine, and 1.1 by a `BatchedBackward` of one vector, which is slower than
+    a `SingleBackward`. A CPU has no such thread, and there a pass is not worth its check."""
+    return _PRODUCTS_BEFORE_A_PASS if device.type == "cuda" else inf
+
+
 class Pullback:
     """Products `vectors^T d outputs / d inputs` of a retained graph; `None` for an input that plays no part.
 
     Args:
         outputs, inputs: tensors of the graph.
         symmetric: whether there is an output for each input, and `d outputs / d inputs` is a symmetric matrix, as the
-            second derivatives of a loss are: batches are then checked by inner products. Without harm if it is not.
+            second derivatives of a loss are: passes of our own are then checked by inner products. Without harm if it
+            is not.
 
     Attributes:
         num_batched: vectors that went through the graph in batches.
-        refusal: why batches are left to the engine from now on; `None`: they are not.
+        num_single: vectors that went through a pass of our own one by one.
+        refusal: why all vectors are left to the engine from now on; `None`: they are not.
     """
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], symmetric: bool = False) -> None:
@@ -81,35 +100,31 @@ class Pullback:
         self._symmetric = symmetric
         self._probe: SymmetricProbe | None = None
         self._split = whole(outputs)
-        self._products_until_split = _PRODUCTS_OF_A_SPLIT
-        self._pass: BatchedBackward | None = None
+        self._products = 0
+        self._passes: dict[type[BatchedBackward], BatchedBackward] = {}
+        self._stream: object = None  # that of the graph, once it is known
         self._many = sum(tensor.numel() for tensor in inputs) > _MANY_NUMBERS
-        self.num_batched = 0
+        self.num_batched = self.num_single = 0
         self.refusal: str | None = None
 
     def __call__(self, vectors: Sequence[Tensor]) -> Gradients:
-        """vectors: one for each output.
-
-        One vector goes through the engine: on a CPU a `BatchedBackward` of one saves nothing (0.97 to 1.06 times the
-        speed of a whole hypergradient). Where launches dominate, on a GPU, it may: this is the place for it, once it
-        is measured.
-        """
+        """vectors: one for each output."""
         if not self._outputs:
             return [None] * len(self._inputs)
-        if self._products_until_split == 0:
+        if self._products == _PRODUCTS_OF_A_SPLIT:
             self._separate()
-        self._products_until_split -= 1
+        self._products += 1
         if not self._split.diagonals:
-            return vjp(self._outputs, self._inputs, vectors)
-        return self._with_diagonals(self._by_engine(self._of_parts(vectors)), vectors)
+            return self._single(vectors)
+        return self._with_diagonals(self._single(self._of_parts(vectors)), vectors)
 
     def batched(self, vectors: Sequence[Tensor]) -> Gradients:
         """Products of k vectors: all tensors have one more axis of size k in front."""
         if not self._outputs:
             return [None] * len(self._inputs)
-        if self._products_until_split >= 0:
+        if self._products <= _PRODUCTS_OF_A_SPLIT:
             self._separate()
-        self._products_until_split = -1
+            self._products = _PRODUCTS_OF_A_SPLIT + 1
         return self._with_diagonals(self._batched(self._of_parts(vectors)), vectors)
 
     def _separate(self) -> None:
@@ -129,14 +144,29 @@ class Pullback:
     def _by_engine(self, vectors: Sequence[Tensor]) -> Gradients:
         return vjp(self._split.parts, self._inputs, vectors) if vectors else [None] * len(self._inputs)
 
+    def _single(self, vectors: Sequence[Tensor]) -> Gradients:
+        """Products of one vector. Each that a pass of our own gives is checked before anybody sees it, for which the
+        host waits: a solver that went on meanwhile would have to be taken back. The wait is short, since the host is
+        what such products take their time for."""
+        if self._products > products_before_a_pass(self._inputs[0].device) and self._symmetric and self._may_pass():
+            try:
+                gradients = self._confirmed(vectors) if vectors else None
+            except BatchingUnsupported as reason:
+                self._refuse(reason)
+            else:
+                if gradients is not None:
+                    self.num_single += 1
+                    return gradients
+        return self._by_engine(vectors)
+
     def _batched(self, vectors: Sequence[Tensor]) -> Gradients:
         if not vectors:
             return [None] * len(self._inputs)
-        if len(vectors[0]) >= self._min_vectors() and self.refusal is None and self._may_batch():
+        if len(vectors[0]) >= self._min_vectors() and self._may_pass():
             try:
                 gradients = self._checked(vectors)
             except BatchingUnsupported as reason:
-                self._pass, self.refusal = None, str(reason)
+                self._refuse(reason)
             else:
                 self.num_batched += len(vectors[0])
                 return gradients
@@ -147,9 +177,22 @@ class Pullback:
             return _MIN_VECTORS_OF_MANY_NUMBERS
         return _MIN_VECTORS_LATER if self._symmetric and self._probe is not None else _MIN_VECTORS
 
-    def _may_batch(self) -> bool:
-        """Autocast changes the dtypes of the engine's operations, and not of ours."""
-        return not (_ENGINE_ONLY.get() or torch.is_autocast_enabled(self._inputs[0].device.type))
+    def _may_pass(self) -> bool:
+        """Whether a pass of our own may run. Autocast changes the dtypes of the engine's operations, and not of ours.
+        The engine runs nodes on the streams of their forward passes, and we on the current one. A check waits for the
+        device, which a CUDA graph cannot record."""
+        device = self._inputs[0].device
+        return not (
+            self.refusal is not None
+            or _ENGINE_ONLY.get()
+            or torch.is_autocast_enabled(device.type)
+            or is_capturing(device)
+            or (self._stream is not None and self._stream != current_stream(device))
+        )
+
+    def _refuse(self, reason: BatchingUnsupported) -> None:
+        self._passes.clear()
+        self.refusal = str(reason)
 
     def _one_by_one(self, vectors: Sequence[Tensor]) -> Gradients:
         count = len(vectors[0])
@@ -178,69 +221,104 @@ class Pullback:
         Raises:
             BatchingUnsupported: the engine is to be asked for each of the vectors.
         """
-        try:
-            planned = self._pass = self._pass or BatchedBackward(self._split.parts, self._inputs)
-            at_once = self._vectors_at_once(planned)
-        except BatchingUnsupported:
-            raise
-        except Exception as error:  # a graph that was freed, say
-            raise BatchingUnsupported(f"planning a pass raised {error!r}") from error
+        planned = self._planned(BatchedBackward)
+        at_once = self._vectors_at_once(planned)
         if at_once < _MIN_VECTORS:
             raise BatchingUnsupported("activations are so large that batches are not faster")
-        try:
+
+        def run() -> tuple[Gradients, bool]:
             gradients = in_own_task(partial(_in_parts, planned, vectors, at_once))
-            agrees = self._is_confirmed(vectors, gradients) or self._agrees_with_engine(vectors, gradients)
-        except BatchingUnsupported:
-            raise
-        except Exception as error:  # a Function that cannot run outside of the engine, say
-            raise BatchingUnsupported(f"the pass raised {error!r}") from error
+            confirmed = self._symmetric and self._is_confirmed(vectors, gradients, planned)
+            return gradients, confirmed or self._agrees_with_engine(vectors, gradients, planned)
+
+        gradients, agrees = _or_refuse("the pass raised", run)
         if not agrees:
             raise BatchingUnsupported("the engine finds something else")
         return gradients
 
-    def _is_confirmed(self, vectors: Sequence[Tensor], gradients: Gradients) -> bool:
-        if not self._symmetric:
-            return False
+    @torch.no_grad()
+    def _confirmed(self, vectors: Sequence[Tensor]) -> Gradients | None:
+        """The product of one vector by a `SingleBackward`; `None` where the `SymmetricProbe` does not confirm it, and
+        the engine is to be asked, which costs no more than to compare with it.
+
+        Raises:
+            BatchingUnsupported: the engine is to be asked from now on.
+        """
+        planned = self._planned(SingleBackward)
+
+        def run() -> Gradients | None:
+            gradients = in_own_task(partial(planned, vectors))
+            return gradients if self._is_confirmed(vectors, gradients, planned) else None
+
+        return _or_refuse("the pass raised", run)
+
+    def _planned(self, kind: type[BatchedBackward]) -> BatchedBackward:
+        if kind not in self._passes:  # a graph that was freed raises, say
+            self._passes[kind] = _or_refuse("planning a pass raised", partial(kind, self._split.parts, self._inputs))
+        return self._passes[kind]
+
+    def _is_confirmed(self, vectors: Sequence[Tensor], gradients: Gradients, planned: BatchedBackward) -> bool:
         part_of = {output: i for i, output in enumerate(self._split.outputs)}  # one of them, if it has several
         own = [gradient for output in part_of if (gradient := gradients[output]) is not None]
         if len(own) == len(part_of) == sum(gradient is not None for gradient in gradients):
             if self._probe is None:
-                self._probe = self._make_probe(own, [*part_of])
-            if self._probe is not None and self._probe.confirms([vectors[i] for i in part_of.values()], own):
-                return True
+                self._probe = self._make_probe(own, [*part_of], planned)
+            if self._probe is not None:
+                is_single = isinstance(planned, SingleBackward)
+                confirms = self._probe.confirms_one if is_single else self._probe.confirms
+                if confirms([vectors[i] for i in part_of.values()], own):
+                    return True
         self._symmetric = False
         return False
 
-    def _make_probe(self, like: Sequence[Tensor], outputs: Sequence[int]) -> SymmetricProbe | None:
-        signs = random_signs(like)
-        image = self._engine([signs[outputs.index(output)] for output in self._split.outputs])
+    def _make_probe(
+        self, like: Sequence[Tensor], outputs: Sequence[int], planned: BatchedBackward
+    ) -> SymmetricProbe | None:
+        epsilon = _rounding(planned, like[0])
+        signs = random_signs(like, [self._inputs[output].shape for output in outputs], epsilon)
+        image = self._engine([signs[outputs.index(output)] for output in self._split.outputs], planned)
         own = [each for output in outputs if (each := image[output]) is not None]
-        return SymmetricProbe(signs, own) if len(own) == len(outputs) else None
+        return SymmetricProbe(signs, own, epsilon) if len(own) == len(outputs) else None
 
-    def _agrees_with_engine(self, vectors: Sequence[Tensor], gradients: Gradients) -> bool:
+    def _agrees_with_engine(self, vectors: Sequence[Tensor], gradients: Gradients, planned: BatchedBackward) -> bool:
         combine = _combination(vectors)
-        expected = self._engine(combine(vectors))
+        expected = self._engine(combine(vectors), planned)
         combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
         found = [None if gradient is None else next(combined) for gradient in gradients]
-        return _agree(*(zeros_for_none(each, self._inputs) for each in (found, expected)))
+        both = [zeros_for_none(each, self._inputs) for each in (found, expected)]
+        return _agree(*both, _rounding(planned, both[1][0]))
 
-    def _engine(self, vectors: Sequence[Tensor]) -> Gradients:
+    def _engine(self, vectors: Sequence[Tensor], planned: BatchedBackward) -> Gradients:
         """The product by the engine.
 
         Raises:
-            BatchingUnsupported: a hook takes part.
+            BatchingUnsupported: a hook takes part, or another stream than the current one.
         """
-        assert self._pass is not None
-        with HookDetector(self._pass.nodes) as hooks:
+        device = self._inputs[0].device
+        nodes = planned.nodes if self._stream is None else ()
+        with StreamDetector(nodes, device) as streams, HookDetector(planned.nodes) as hooks:
             gradients = run_engine(self._split.parts, self._inputs, vectors)
         if hooks.found:
             raise BatchingUnsupported("a hook computes with gradients")
+        if streams.found - {current_stream(device)}:
+            raise BatchingUnsupported("the graph was recorded on another stream than the current one")
+        self._stream = current_stream(device)
         return gradients
 
     def _vectors_at_once(self, planned: BatchedBackward) -> int:
         end = self._inputs[0]
         most = _MAX_BYTES_ON_CPU if end.device.type == "cpu" else _MAX_BYTES_ELSEWHERE
         return most // max(1, planned.activation_size * end.element_size())
+
+
+def _or_refuse(what: str, function: Callable[[], Result]) -> Result:
+    """`function()`. Whatever goes wrong in there is a reason to ask the engine."""
+    try:
+        return function()
+    except BatchingUnsupported:
+        raise
+    except Exception as error:  # a Function that cannot run outside of the engine, say
+        raise BatchingUnsupported(f"{what} {error!r}") from error
 
 
 def _in_parts(batched_pass: BatchedBackward, vectors: Sequence[Tensor], at_once: int) -> list[Tensor | None]:
@@ -283,10 +361,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), tensor.shape[1:].numel())
 
 
-def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
+def _rounding(planned: BatchedBackward, like: Tensor) -> float:
+    with_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
+    return rounding_of_products(like.device, like.dtype, with_convolutions)
+
+
+def _agree(found: list[Tensor], expected: list[Tensor], epsilon: float) -> bool:
     """Whether two gradients are equal up to rounding, for each input by itself, in their largest elements. Numbers that
     are not finite never are."""
-    epsilon = torch.finfo(expected[0].dtype).eps
     sizes, errors = (
         torch.stack(torch._foreach_norm(each, torch.inf)).tolist()
         for each in (expected, torch._foreach_sub(found, expected))

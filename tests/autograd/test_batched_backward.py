@@ -1,4 +1,4 @@
-"""Products of a batch of vectors through graphs of many kinds, against the engine's of each vector."""
+"""Products of a batch of vectors, and of one, through graphs of many kinds, against the engine's of each vector."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from auxfast.autograd.batched_backward import SingleBackward
 from auxfast.autograd.engine import vjp
 from auxfast.autograd.pullback import Pullback
 from auxfast.nn import ConvCombiner, NonlinearCombiner
@@ -132,18 +133,20 @@ def compare(loss: Tensor, inputs: list[Tensor], k: int = 8) -> None:
     """Twice, so that the second pass finds what the first one left."""
     grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     dependent = [grad for grad in grads if grad is not None and grad.requires_grad]
-    pullback = Pullback(dependent, inputs)
+    pullback, single = Pullback(dependent, inputs), SingleBackward(dependent, inputs)
     vectors = [torch.randn(k, *grad.shape, dtype=grad.dtype) for grad in dependent]
     before = [tensor.clone() for tensor in vectors]
     rtol = 1e-9 if loss.dtype == torch.float64 else 1e-5
     for _ in range(2):
         products = pullback.batched(vectors)
         for i in range(k):
-            expected = vjp(dependent, inputs, [tensor[i] for tensor in vectors])
-            assert [a is None for a in products] == [b is None for b in expected]
-            for a, b in zip(products, expected, strict=True):
-                if a is not None:
-                    torch.testing.assert_close(a[i], b, rtol=rtol, atol=1e-12)
+            vector = [tensor[i] for tensor in vectors]
+            expected = vjp(dependent, inputs, vector)
+            for found in ([None if a is None else a[i] for a in products], single(vector)):
+                assert [a is None for a in found] == [b is None for b in expected]
+                for a, b in zip(found, expected, strict=True):
+                    if a is not None:
+                        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
         assert all(map(torch.equal, vectors, before))
     assert pullback.refusal is None
     assert pullback.num_batched == 2 * k
