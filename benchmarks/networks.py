@@ -19,3 +19,16 @@ def cnn(*norms: nn.Module, outputs: int) -> tuple[nn.Module, Tensor]:
     first = [nn.Conv2d(3, 16, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2)]
     second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32, outputs)), torch.randn(16, 3, 16, 16)
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """The shapes of torchvision's ResNet-18: 62 tensors, 11.7 million parameters."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += [(width, channels, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if channels != width:
+                shapes += [(width, channels, 1, 1), (width,), (width,)]
+            channels = width
+    return [*shapes, (1000, 512), (1000,)]
