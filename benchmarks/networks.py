@@ -35,8 +35,8 @@ def resnet18_shapes() -> list[tuple[int, ...]]:
 
 
 class _Residual(nn.Module):
-    """Two convolutions and what goes past them. Group norm has no buffers: each call does the same. With the last one at
-    0 in the beginning, as Goyal et al. 2017 have it, the loss curves by some 10, and else by 10,000."""
+    """Two convolutions and what goes past them. Group norm has no buffers: each call does the same. The last one is
+    0 in the beginning, as Goyal et al. 2017 have it: the loss then curves by some 10, and else by 10,000."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -34,13 +34,13 @@ def vectors(section: Section) -> None:
         for name, shapes in lists.items():
             if not section.small or name != "ResNet-18":
                 row = f"Neumann step, {name}"
-                ways = {"auxfast": _neumann, "foreach": _foreach, "list comprehensions": _comprehensions}
+                ways = {"auxfast": neumann, "foreach": _foreach, "list comprehensions": _comprehensions}
                 section.compare(row, {way: _made(make, shapes, section.device) for way, make in ways.items()})
                 if us := section.figures[row]["auxfast"].get("graph us"):
                     section.note(f"{row}, TB/s", 5 * 4e-6 * sizes[name] / us)
         for n in [1000] if section.small else [sizes["MLP 64-128-128-10"], sizes["ResNet-18"]]:
             # A step has its product with a diagonal matrix; that alone is the row to take from it.
-            of_steps = {"CG": _conjugate_gradients, "MINRES": _minres}
+            of_steps = {"CG": conjugate_gradients, "MINRES": minres}
             section.compare(
                 f"{STEPS} steps, 1 x {n}", {way: _made(make, n, section.device) for way, make in of_steps.items()}
             )
@@ -57,7 +57,7 @@ def _normal(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]
     return [torch.randn(shape, device=device) for shape in shapes]
 
 
-def _neumann(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
+def neumann(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
     v, hv, p = (_normal(shapes, device) for _ in range(3))
     return lambda: neumann_step_(v, hv, p, _STEP)
 
@@ -108,20 +108,20 @@ def _checked(run: Callable[[], Tensor], names: dict[str, int]) -> Call:
     return run
 
 
-def _conjugate_gradients(n: int, device: torch.device) -> Call:
+def conjugate_gradients(n: int, device: torch.device, steps: int = STEPS) -> Call:
     diagonal, b = _diagonal(n, device), torch.ones(1, n, device=device)
     start = _numbers(CONJUGATE_GRADIENT_NUMBERS, b, square=n, rz=n, pp=n, best_square=n)
 
     def run() -> Tensor:
         x, best, r, p, numbers = torch.zeros_like(b), torch.zeros_like(b), b.clone(), b.clone(), start.clone()
-        for _ in range(STEPS):
+        for _ in range(steps):
             conjugate_gradient_step_(x, best, r, p, None, diagonal * p, numbers)
         return numbers
 
     return _checked(run, CONJUGATE_GRADIENT_NUMBERS)
 
 
-def _minres(n: int, device: torch.device) -> Call:
+def minres(n: int, device: torch.device, steps: int = STEPS) -> Call:
     diagonal, b = _diagonal(n, device), torch.ones(1, n, device=device)
     beta = n**0.5
     start = _numbers(MINRES_NUMBERS, b, square=n, beta=beta, phibar=beta, c=-1.0)
@@ -130,7 +130,7 @@ def _minres(n: int, device: torch.device) -> Call:
         x, w, w_old = (torch.zeros_like(b, dtype=torch.float64) for _ in range(3))
         u, r, v, numbers = b.clone(), b.clone(), b / beta, start.clone()
         u_old = u
-        for _ in range(STEPS):
+        for _ in range(steps):
             product = diagonal * v
             minres_step_(x, w, w_old, v, u, u_old, r, None, product, numbers)
             w, w_old, u, u_old = w_old, w, product, u
