@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu.section import Call, Section
+from benchmarks.gpu.section import Call, Section, nvidia_smi
 
 
 def ceilings(section: Section) -> None:
@@ -13,6 +13,7 @@ def ceilings(section: Section) -> None:
     device, elements, side = section.device, 1 << (16 if section.small else 30), 64 if section.small else 8192
     if section.timer.on_gpu:
         properties = torch.cuda.get_device_properties(device)
+        section.note("driver", nvidia_smi("name,driver_version"))
         section.note("L2 bytes", properties.L2_cache_size)
         section.note("multiprocessors", properties.multi_processor_count)
 

@@ -36,6 +36,7 @@ import auxfast
 
 ROOT = Path(__file__).parents[2]
 CORES = os.cpu_count() or 1
+_ON_GPU = "tests/cuda_on_gpu"
 _LEAST_SECONDS = 5.0  # what starts later tells nothing
 
 IMPORT = """
@@ -74,27 +75,28 @@ class Ended:
 def stages(out: Path, seconds: float, dry_run: bool) -> list[list[Step]]:
     """Steps that may run side by side, in the order of the stages."""
     sizes = ["--small"] if dry_run else []
-    named = [f"tests/cuda_on_gpu/test_{name}.py" for name in ("every_kernel", "solvers")]
-    around = [f"tests/cuda_on_gpu/test_{name}.py" for name in ("streams", "devices", "hypergradient", "weighting")]
-    others = sorted(_tests_of_devices() - {*named, *around})
+    kernels, solvers, large = (f"{_ON_GPU}/test_{name}.py" for name in ("every_kernel", "solvers", "large"))
+    of_devices = _tests_of_devices()
+    streams = {file for file in of_devices if file.startswith(_ON_GPU)} - {kernels, solvers, large}
+    others = of_devices - {kernels, solvers, *streams}
     benchmark = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out / "benchmark.json"), *sizes]
     benchmark += ["--figure-seconds", "0.001"] if dry_run else []
     return [
         [Step("import", [sys.executable, "-c", IMPORT.format(device="cpu" if dry_run else "cuda")], 60)],
         [
-            Step("kernels", _pytest([named[0]], 3), 100),
-            Step("streams", _pytest(around, 4), 100),
-            Step("solvers", _pytest([named[1]], 4), 100),
+            Step("kernels", _pytest([kernels], 3), 100),
+            Step("streams", _pytest(sorted(streams), 4), 100),
+            Step("solvers", _pytest([solvers], 4), 100),
         ],
         [Step("benchmark", [*benchmark, "--seconds", f"{min(150.0, 0.6 * seconds):.0f}"], 190, decides=False)],
         [
             Step(
                 "others",
-                _pytest(others, CORES - 4),
+                _pytest(sorted(others), CORES - 4),
                 150,
                 environment={} if dry_run else {"AUXFAST_TEST_DEVICE": "cuda"},
             ),
-            *(_sanitized(tool, named[0], dry_run) for tool in ("memcheck", "racecheck")),
+            *(_sanitized(tool, kernels, dry_run) for tool in ("memcheck", "racecheck")),
         ],
         [_counters([sys.executable, "-m", "benchmarks.gpu.kernels", *sizes], dry_run)],
     ]

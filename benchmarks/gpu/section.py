@@ -38,7 +38,7 @@ class Section:
         self.timer, self.small, self._save = timer, small, save
         self.device = timer.device
         self._begin, self._end = time.monotonic(), time.monotonic() + seconds
-        self._clocks = [clocks()] if timer.on_gpu else []
+        self._clocks = [nvidia_smi(CLOCKS)] if timer.on_gpu else []
         self.figures: dict[str, Any] = {}
         self.left_out: list[str] = []
         self.errors = 0
@@ -109,7 +109,7 @@ class Section:
 
     def report(self) -> dict[str, Any]:
         if self.timer.on_gpu:
-            self._clocks[1:] = [clocks()]
+            self._clocks[1:] = [nvidia_smi(CLOCKS)]
         return {
             "seconds": round(time.monotonic() - self._begin, 1),
             "clocks": self._clocks,
@@ -118,9 +118,11 @@ class Section:
         }
 
 
-def clocks() -> str:
-    """Clocks of the processors and of the memory, power, temperature, and what limits the clocks."""
-    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+
+
+def nvidia_smi(query: str) -> str:
+    """What nvidia-smi answers to a query, such as CLOCKS; or why it does not."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
