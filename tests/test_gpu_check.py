@@ -51,10 +51,11 @@ def test_each_step_tells_how_it_ended(gpu, tmp_path, monkeypatch):
 def test_all_tests_for_a_gpu_are_in_a_step_and_each_in_one(gpu, tmp_path):
     stages = gpu.check.stages(tmp_path, 560, dry_run=False)
     steps = [step for stage in stages for step in stage if step.name in ("kernels", "streams", "solvers", "others")]
-    files = [word for step in steps for word in step.command if word.endswith(".py")]
-    assert len(files) == len(set(files))
-    assert {f"tests/cuda_on_gpu/{path.name}" for path in (ROOT / "tests/cuda_on_gpu").glob("test_*.py")} <= set(files)
-    assert all((ROOT / file).exists() for file in files)
+    paths = [word for step in steps for word in step.command if word.startswith("tests/")]
+    assert len(paths) == len(set(paths))
+    assert {f"tests/cuda_on_gpu/{path.name}" for path in (ROOT / "tests/cuda_on_gpu").glob("test_*.py")} <= set(paths)
+    assert {"tests/ops", "tests/solvers", "tests/weighting"} <= set(paths)
+    assert all((ROOT / path).exists() for path in paths)
 
 
 def test_a_section_names_what_it_has_no_time_for(gpu):

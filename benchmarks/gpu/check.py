@@ -41,7 +41,9 @@ _LEAST_SECONDS = 5.0  # what starts later tells nothing
 
 IMPORT = """
 import pprint, torch, auxfast
+from auxfast._native import use_native
 from auxfast.ops.krylov import row_dots
+assert use_native(torch.device({device!r})), "the reference runs"
 x = torch.randn(4, 1000, device={device!r})
 torch.testing.assert_close(row_dots(x, x), x.double().square().sum(1))
 pprint.pp(auxfast.build_info())
@@ -76,23 +78,22 @@ def stages(out: Path, seconds: float, dry_run: bool) -> list[list[Step]]:
     """Steps that may run side by side, in the order of the stages."""
     sizes = ["--small"] if dry_run else []
     kernels, solvers, large = (f"{_ON_GPU}/test_{name}.py" for name in ("every_kernel", "solvers", "large"))
-    of_devices = _tests_of_devices()
-    streams = {file for file in of_devices if file.startswith(_ON_GPU)} - {kernels, solvers, large}
-    others = of_devices - {kernels, solvers, *streams}
+    on_gpu = {str(path.relative_to(ROOT)) for path in (ROOT / _ON_GPU).glob("test_*.py")}
+    streams, others = sorted(on_gpu - {kernels, solvers, large}), [large, *_folders_of_device_tests()]
     benchmark = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out / "benchmark.json"), *sizes]
     benchmark += ["--figure-seconds", "0.001"] if dry_run else []
     return [
         [Step("import", [sys.executable, "-c", IMPORT.format(device="cpu" if dry_run else "cuda")], 60)],
         [
             Step("kernels", _pytest([kernels], 3), 100),
-            Step("streams", _pytest(sorted(streams), 4), 100),
+            Step("streams", _pytest(streams, 4), 100),
             Step("solvers", _pytest([solvers], 4), 100),
         ],
         [Step("benchmark", [*benchmark, "--seconds", f"{min(150.0, 0.6 * seconds):.0f}"], 190, decides=False)],
         [
             Step(
                 "others",
-                _pytest(sorted(others), CORES - 4),
+                _pytest(others, CORES - 4),
                 150,
                 environment={} if dry_run else {"AUXFAST_TEST_DEVICE": "cuda"},
             ),
@@ -102,11 +103,11 @@ def stages(out: Path, seconds: float, dry_run: bool) -> list[list[Step]]:
     ]
 
 
-def _tests_of_devices() -> set[str]:
-    """Files with tests that run on a GPU."""
-    takes_device = re.compile(r"pytest\.mark\.cuda|\bon_device\(|def test_\w+\([^)]*\bdevice\b")
-    files = (ROOT / "tests").rglob("test_*.py")
-    return {str(path.relative_to(ROOT)) for path in files if takes_device.search(path.read_text())}
+def _folders_of_device_tests() -> list[str]:
+    """Folders, but for tests/cuda_on_gpu, with tests that run on any device: these take the fixture `device`."""
+    takes_device = re.compile(r"\bon_device\(|def test_\w+\([^)]*\bdevice\b")
+    folders = {path.parent for path in (ROOT / "tests").glob("*/test_*.py") if takes_device.search(path.read_text())}
+    return sorted(str(folder.relative_to(ROOT)) for folder in folders if folder != ROOT / _ON_GPU)
 
 
 def _pytest(files: Iterable[str], processes: int, *options: str) -> list[str]:

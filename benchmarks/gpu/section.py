@@ -18,6 +18,10 @@ _MOST_SETS = 48
 """Sets of inputs that take turns. Where twice the L2 cache takes more, they are so small that they would be in the
 cache in a training too."""
 
+_GRAPH_US, _MOST_CALLS_OF_A_GRAPH = 2000.0, 100
+"""Eager time of the calls of one graph, and their number at most: the launch of a graph takes some microseconds, which
+must not count."""
+
 
 class Section:
     """Figures by row and by way, such as auxfast's and torch's.
@@ -88,8 +92,8 @@ class Section:
         call = in_turn(calls) if sets > 1 else calls[0]
         figure: Figure = {"eager us": self.timer.eager(call)}
         if graph:
-            several = sets if sets > 1 else 4 if figure["eager us"] < 2e3 else 1
-            figure["graph us"] = self.timer.graph(call, several)
+            several = min(_MOST_CALLS_OF_A_GRAPH, _GRAPH_US / figure["eager us"])
+            figure["graph us"] = self.timer.graph(call, sets * max(1, round(several / sets)))
         if launches:
             figure |= self.timer.launches(call) or {}
         if sets > 1:

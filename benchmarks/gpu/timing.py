@@ -74,7 +74,7 @@ class Timer:
         last.synchronize()
         return first.elapsed_time(last) / calls * 1e3
 
-    def graph(self, function: Callable[[], Any], calls: int = 4) -> float | None:
+    def graph(self, function: Callable[[], Any], calls: int) -> float | None:
         """The time of a call in replays of a graph of `calls` calls; `None` on a CPU."""
         if not self.on_gpu:
             return None
