@@ -69,10 +69,10 @@ class BestIterate:
 
         `product` is that of the operator with `x`, which is so rounded then; without it this costs one product a row.
         """
-        index = torch.from_numpy(rows).to(x.device)
+        index = None if len(rows) == len(self.solution) else torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)
         product = self.system.product(x, index) if product is None else product
-        rhs = self.system.rhs if len(rows) == len(self.solution) else self.system.rhs.index_select(0, index)
+        rhs = self.system.rhs if index is None else self.system.rhs.index_select(0, index)
         residual = rhs - product
         space = self.system.space
         norms: Floats = np.sqrt(space.read(space.dots(residual, residual)))
@@ -80,8 +80,8 @@ class BestIterate:
         if len(taken) == len(self.solution):
             self.residual = residual
         else:
-            place = torch.from_numpy(taken).to(x.device)
-            self.residual.index_copy_(0, index[place], residual.index_select(0, place))
+            place, of_all = (torch.from_numpy(each).to(x.device) for each in (taken, rows[taken]))
+            self.residual.index_copy_(0, of_all, residual.index_select(0, place))
 
     def accept(self, rows: Rows, x: Tensor, norms: Floats) -> None:
         """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, rounded as it
