@@ -30,7 +30,7 @@ native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* 
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
-  bench learning docs picture lint format clean
+  gpu-static bench learning docs picture lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
@@ -70,6 +70,9 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(sanitizer) --tool $$tool --report-api-errors no --error-exitcode 1 \
 	    --kernel-name kernel_substring=auxfast \
 	    $(PYTHON) -m pytest tests/cuda_on_gpu/test_every_kernel.py || exit 1; done
+
+gpu-static: native  ## count kernels that calls launch on a GPU, without one; writes the tables of docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu.static --docs
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors on the CPU that say they are on a GPU, and a count of the kernels that this would take."""
+"""A GPU that is none: tensors on the CPU that say they are on a GPU, and a count of the kernels that it would take."""
 
 from __future__ import annotations
 
@@ -84,6 +84,10 @@ class EmulatedGPU:
     def __exit__(self, *exception: object) -> None:
         self._modes.close()
 
+    def launches_of(self, namespace: str) -> int:
+        """The kernels of the operations of "aten" or "auxfast"."""
+        return sum(count for name, count in self.launches.items() if name.startswith(f"{namespace}."))
+
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A function of torch, called from Python."""
         if self._is_inside:
@@ -129,7 +133,7 @@ class EmulatedGPU:
             else:
                 device = GPU if GPU in devices else CPU
             if device == CPU and devices[1:] != [GPU]:
-                self._host |= {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in made}
+                self._host |= {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in made}
                 return result
             if name == "lift_fresh" or (name == "copy_" and devices[0] != devices[1]):
                 self.waits["copy to the device" if device == GPU else "copy to the host"] += 1
@@ -145,18 +149,20 @@ class EmulatedGPU:
             is_launched = not (operation.is_view or name in _ALLOCATIONS | _SAME_MEMORY | {"_local_scalar_dense"})
             if is_launched and (not made or any(tensor.numel() for tensor in made)):
                 full_name = f"{namespace}.{name}"
-                self.launches[full_name] += LAUNCHES[full_name] if namespace == "auxfast" else LAUNCHES.get(full_name, 1)
+                self.launches[full_name] += (
+                    LAUNCHES[full_name] if namespace == "auxfast" else LAUNCHES.get(full_name, 1)
+                )
             return result
 
     def _device(self, tensor: Tensor) -> torch.device:
-        return CPU if tensor.untyped_storage()._cdata in self._host else GPU
+        return CPU if id(tensor.untyped_storage()) in self._host else GPU
 
     def _moved(self, tensor: Tensor, target: torch.device) -> Tensor:
         self.waits[f"copy to the {'device' if target == GPU else 'host'}"] += 1
         with self._inside():
             copy = tensor.clone()
             if target == CPU:
-                self._host[copy.untyped_storage()._cdata] = copy.untyped_storage()
+                self._host[id(copy.untyped_storage())] = copy.untyped_storage()
             return copy
 
     @contextmanager
