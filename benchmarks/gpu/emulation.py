@@ -76,6 +76,7 @@ class EmulatedGPU:
                 stack.enter_context(patch(f"auxfast.{module}.has_kernels", lambda device: True))
             # torch.autograd.grad would turn the interception of functions off for all of the backward pass.
             stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda tensors: False))
+            stack.enter_context(patch.object(torch, "Generator", _generator))
             stack.enter_context(_Functions(self._call))
             stack.enter_context(_Operations(self._operate))
             self._modes = stack.pop_all()
@@ -99,8 +100,8 @@ class EmulatedGPU:
         if function == Tensor.tolist and self._device(args[0]) == GPU:
             self.waits["tolist"] += 1
         target = CPU if function == Tensor.cpu else _target(function, args, kwargs)
-        if function == Tensor.to and isinstance(args[1], Tensor):
-            target = self._device(args[1])
+        if function == Tensor.to and isinstance(args[-1], Tensor) and len(args) > 1:
+            target = self._device(args[-1])
         given = _tensors((*args, *kwargs.values()))
         made_on = target or (GPU if any(self._device(tensor) == GPU for tensor in given) else CPU)
         args, kwargs = tuple(map(_here, args)), {name: _here(value) for name, value in kwargs.items()}
@@ -205,9 +206,13 @@ def _target(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """The device that a call names."""
     named = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)]
     named += [torch.device(value) for value in (kwargs.get("device"),) if isinstance(value, str)]
-    if function == Tensor.to and isinstance(args[1], str):
-        named.append(torch.device(args[1]))
+    if function == Tensor.to:
+        named += [torch.device(value) for value in args if isinstance(value, str)]
     return None if not named else GPU if named[0].type == "cuda" else named[0]
+
+
+def _generator(device: object = CPU, make: Callable[[], torch.Generator] = torch.Generator) -> torch.Generator:
+    return make()
 
 
 def _here(value: Any) -> Any:
