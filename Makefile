@@ -31,7 +31,7 @@ native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* 
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
-  gpu-check bench learning docs picture lint format clean
+  gpu-check gpu-static bench learning docs picture lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
@@ -74,6 +74,9 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 
 gpu-check:  ## check and measure on a GPU, within ten minutes; a built module is all it needs, and no network
 	$(PYTHON) -m benchmarks.gpu.check $(GPU_CHECK)
+
+gpu-static: native  ## count kernels that calls launch on a GPU, without one; writes the tables of docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu.static --docs
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,9 @@ def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    sums = [tensor.sum().item() for tensor in tensors]
+    if len(tensors) > 1 and not tensors[0].is_cpu and len({tensor.device for tensor in tensors}) == 1:
+        sums = torch.stack([tensor.sum() for tensor in tensors]).tolist()  # each reading waits for a GPU
+    else:
+        sums = [tensor.sum().item() for tensor in tensors]
     # Numbers may be finite and their sum not.
     return all(math.isfinite(s) or bool(t.isfinite().all()) for s, t in zip(sums, tensors, strict=True))

@@ -98,10 +98,11 @@ class Recurrence(ABC):
                 product[active] = system.product(self.direction[active], active if index is None else index[active])
             self.step(product)
             if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
-                active = torch.from_numpy(np.flatnonzero(self.space.read(status) == RUNNING)).to(self.x.device)
-                stopped = len(self.x) - len(active)
-                if not len(active):
+                running = np.flatnonzero(self.space.read(status) == RUNNING)
+                if not len(running):
                     break
+                if len(running) < len(self.x) - stopped:
+                    active, stopped = torch.from_numpy(running).to(self.x.device), len(self.x) - len(running)
         return step
 
 
