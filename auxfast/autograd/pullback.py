@@ -63,6 +63,11 @@ def engine_only() -> Iterator[None]:
         _ENGINE_ONLY.reset(token)
 
 
+def is_engine_only() -> bool:
+    """Whether `engine_only` is active, or the environment variable set."""
+    return _ENGINE_ONLY.get()
+
+
 class Pullback:
     """Products `vectors^T d outputs / d inputs` of a retained graph; `None` for an input that plays no part.
 

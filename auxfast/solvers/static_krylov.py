@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auxfast.ops.krylov import BROKEN, NUMBERS, REACHED, RUNNING, row_dots
-from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, SolveStats, StopReason
+from auxfast.solvers.base import Matvec, SolveStats, StopReason
 from auxfast.solvers.iterative import CHECK_EVERY
 from auxfast.solvers.krylov import REASONS_OF_STATUS, KrylovSolver, Outcome
 from auxfast.solvers.space import LOCAL, Floats, as_row
@@ -38,7 +38,7 @@ class StaticKrylov(StaticSolve):
         self._operands = Operands(matvec, rhs, self._solver.damping)
         given = as_row(self._operands.widened(rhs))
         self._largest = largest_entry([given])
-        self._scale = power_of_two(self._largest)
+        self._scale = power_of_two(self._largest).to(self._operands.work)
         self._b = given / self._scale
         self._norm = self._norm_of(self._b)
         x, residual, start = torch.zeros_like(self._b), self._b.clone(), self._norm
@@ -93,8 +93,7 @@ class StaticKrylov(StaticSolve):
         of = self._recurrence.number
         is_broken = (of("status") == BROKEN) & (of("steps") == 0) & (residual >= self._norm)
         failed = ~self._largest.isfinite() | is_broken
-        largest = self._largest.double()[None]
-        more = torch.cat([largest, self._norm, residual, norm, self._frozen, failed.double()])
+        more = torch.cat([self._largest[None], self._norm, residual, norm, self._frozen, failed.double()])
         solution = self._operands.solution(x, nan_where(failed, self._scale))
         return solution, torch.cat([self._recurrence.numbers[:, 0], more])
 
@@ -107,9 +106,7 @@ class StaticKrylov(StaticSolve):
             self._solution.zero_()
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
-        largest, of_b, left, norm, frozen, failed = numbers[NUMBERS:].tolist()
-        if not math.isfinite(largest):
-            raise ValueError(RHS_NOT_FINITE)
+        of_b, left, norm, frozen, failed = numbers[NUMBERS + 1 :].tolist()
         names = self._recurrence.names
         outcome = Outcome(torch.empty(1, 0), numbers[:0], numbers[:NUMBERS, None], names)
         status = int(numbers[names["status"]])
@@ -136,6 +133,9 @@ class StaticKrylov(StaticSolve):
             residuals=(residual,),
             symmetry_error=None if math.isnan(asymmetry) else asymmetry,
         )
+
+    def largest_of_rhs(self, numbers: Floats) -> float:
+        return float(numbers[NUMBERS])
 
     def has_no_curvature(self, numbers: Floats) -> bool:
         return not numbers[self._recurrence.names["largest"]]

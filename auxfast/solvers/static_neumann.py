@@ -21,7 +21,7 @@ from auxfast.ops.neumann import (
     neumann_step_,
     squared_norm,
 )
-from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, SolveStats, StopReason
+from auxfast.solvers.base import Matvec, SolveStats, StopReason
 from auxfast.solvers.neumann import Neumann, curvature_of_growth
 from auxfast.solvers.series import curvature_between
 from auxfast.solvers.space import Floats, as_row
@@ -48,7 +48,7 @@ class StaticNeumann(StaticSolve):
         self._operands = Operands(matvec, rhs, self._damping)
         given = self._operands.widened(rhs)
         self._largest = largest_entry(given)
-        self._scale = power_of_two(self._largest)
+        self._scale = power_of_two(self._largest).to(self._operands.work)
         self._b = torch._foreach_div(given, self._scale)
         self._v = torch._foreach_mul(self._b, self._step_size)
         self._v_before, self._p = ([torch.zeros_like(v) for v in self._v] for _ in range(2))
@@ -84,7 +84,7 @@ class StaticNeumann(StaticSolve):
         x = torch.where(is_better, torch.where(late, shorter, x), 0.0)
         residual = torch.where(is_better, residual, of_b)
         failed = ~self._largest.isfinite() | ((numbers[STEPS] == 1) & grew & ~numbers[OF_PRODUCT].isfinite())
-        more = torch.stack([self._largest.double(), of_b, residual, late.double(), failed.double()])
+        more = torch.stack([self._largest, of_b, residual, late.double(), failed.double()])
         return operands.solution(x, nan_where(failed, self._scale)), torch.cat([numbers, more])
 
     def _left(self, x: Tensor) -> Tensor:
@@ -93,8 +93,6 @@ class StaticNeumann(StaticSolve):
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, of_b, left, late, failed = numbers[GUARDED_NUMBERS:].tolist()
-        if not math.isfinite(largest):
-            raise ValueError(RHS_NOT_FINITE)
         residual = left / of_b if of_b else 0.0
         grew = bool(numbers[GREW])
         curvature = None
@@ -123,6 +121,9 @@ class StaticNeumann(StaticSolve):
             residual_from="recurrence" if late else "product",
         )
 
+    def largest_of_rhs(self, numbers: Floats) -> float:
+        return float(numbers[GUARDED_NUMBERS])
+
     def has_no_curvature(self, numbers: Floats) -> bool:
         return not numbers[OF_PRODUCT]
 
@@ -143,7 +144,7 @@ class StaticWholeSum(StaticSolve):
         self._operands = Operands(matvec, rhs, self._damping)
         given = self._operands.widened(rhs)
         self._largest = largest_entry(given)
-        self._scale = power_of_two(self._largest)
+        self._scale = power_of_two(self._largest).to(self._operands.work)
         self._v = torch._foreach_mul(torch._foreach_div(given, self._scale), self._step_size)
         self._p = [v.clone() for v in self._v]
         self._squares = [squared_norm(self._v)]
@@ -165,14 +166,12 @@ class StaticWholeSum(StaticSolve):
         failed = ~self._largest.isfinite() | (~in_range & ~self._of_product.isfinite())
         scale = nan_where(failed, self._scale)
         x = torch.where(in_range, as_row(self._p), 0.0)
-        more = torch.stack([self._largest.double(), in_range.double(), failed.double(), self._of_product])
+        more = torch.stack([self._largest, in_range.double(), failed.double(), self._of_product])
         return self._operands.solution(x, scale), torch.cat([more, squares])
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, in_range, failed, _ = numbers[:4].tolist()
         squares = numbers[4:]
-        if not math.isfinite(largest):
-            raise ValueError(RHS_NOT_FINITE)
         if failed:
             reason = StopReason.NOT_FINITE
         elif not largest:
@@ -190,6 +189,9 @@ class StaticWholeSum(StaticSolve):
             step_size=self._step_size,
             residuals=(residual,),
         )
+
+    def largest_of_rhs(self, numbers: Floats) -> float:
+        return float(numbers[0])
 
     def has_no_curvature(self, numbers: Floats) -> bool:
         return not numbers[3]

@@ -48,9 +48,12 @@ class StaticSolve(ABC):
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         """How the solve went that `end` returned these `numbers` of, after so many steps.
 
-        Raises:
-            ValueError: the right-hand side is not finite.
+        `stop_reason` is NOT_FINITE where the right-hand side or the first product is not.
         """
+
+    @abstractmethod
+    def largest_of_rhs(self, numbers: Floats) -> float:
+        """The largest modulus of an entry of the right-hand side."""
 
     @abstractmethod
     def has_no_curvature(self, numbers: Floats) -> bool:
@@ -66,7 +69,8 @@ class Operands:
 
     Attributes:
         dtype: that of the right-hand side.
-        is_narrow: whether a solve works in a wider one.
+        work: the dtype that a solve works in.
+        is_narrow: whether that is a wider one.
     """
 
     def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float) -> None:
@@ -74,12 +78,12 @@ class Operands:
         self._shapes = [b.shape for b in rhs]
         self._sizes = [b.numel() for b in rhs]
         self.dtype = rhs[0].dtype
-        self._work = torch.promote_types(self.dtype, torch.float32)
-        self.is_narrow = self._work != self.dtype
+        self.work = torch.promote_types(self.dtype, torch.float32)
+        self.is_narrow = self.work != self.dtype
 
     def widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors without a graph, in the dtype that a solve works in."""
-        return [tensor.detach().to(self._work) for tensor in tensors]
+        return [tensor.detach().to(self.work) for tensor in tensors]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The product, which may share memory with the vectors."""
@@ -108,11 +112,11 @@ class Operands:
 
 
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest modulus of an entry, 0-dim; NaN if one is. Waits for no device."""
+    """The largest modulus of an entry, 0-dim float64, 0 where there are none; NaN if one is. Waits for no device."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
-        return tensors[0].new_zeros(())
-    return torch.stack(torch._foreach_norm(filled, torch.inf)).amax()
+        return tensors[0].new_zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(filled, torch.inf, dtype=torch.float64)).amax()
 
 
 def power_of_two(largest: Tensor) -> Tensor:
