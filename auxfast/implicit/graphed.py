@@ -154,8 +154,7 @@ class GraphedHypergradient:
         self._state = SolverState()
         self._lock = Lock()
         self._autocast = _present_autocast(self._device.type)
-        self._done: torch.cuda.Event | None = None  # once the last call's results are copied
-        with self._alone():
+        with self._recording():
             given = ("outer_inputs", outer_inputs), ("inner_inputs", inner_inputs)
             self._inputs = [_static(name, tensors, self._device) for name, tensors in given]
             outer, inner = (
@@ -188,6 +187,7 @@ class GraphedHypergradient:
                 if stream is not None:
                     self._program = CapturedProgram(self._static, stream)
             self._solve.reset()
+            self._done = self._event()
         self._kinds = [_kinds(tensors) for tensors in self._inputs]
         self._facts = self._present_facts()
 
@@ -201,42 +201,58 @@ class GraphedHypergradient:
                 memory, of another shape or dtype, or in another mode of training.
         """
         given = ("outer_inputs", outer_inputs), ("inner_inputs", inner_inputs)
-        with self._lock, self._alone():
-            for (name, tensors), kinds in zip(given, self._kinds, strict=True):
-                _check_inputs(name, tensors, kinds)
+        for (name, tensors), kinds in zip(given, self._kinds, strict=True):
+            _check_inputs(name, tensors, kinds)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._present_facts() != self._facts:
                 raise self._what_changed()
-            if self._done is not None:
-                torch.cuda.current_stream().wait_event(self._done)
-            for static, tensors in zip(self._inputs, (outer_inputs, inner_inputs), strict=True):
-                if static:
-                    torch._foreach_copy_(static, list(tensors), non_blocking=True)
-            if self._is_captured:
-                steps = self._program.run()
-            else:
-                with preserved_state(warn=self._warn, check=check_call):
-                    steps = self._program.run()
-            flat_grads, numbers = self._program.results()
-            if self._is_captured:
-                self._done = torch.cuda.Event()
-                self._done.record()
-            return GraphedResult(self._static.grads_of(flat_grads), partial(self._outcome, numbers, steps, self._done))
+            run = self._replay if isinstance(self._program, CapturedProgram) else self._run
+            flat_grads, numbers, steps = run([*outer_inputs, *inner_inputs])
+            grads = self._static.grads_of(flat_grads)
+            return GraphedResult(grads, partial(self._outcome, numbers, steps, self._done))
+
+    def _replay(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, int]:
+        """The vectors of hypergradients, the numbers and the steps of a call, on the present stream."""
+        with torch.cuda.device(self._device):
+            self._wait()
+            self._copy(inputs)
+            steps = self._program.run()
+            results = self._program.results()
+            self._done = self._event()
+        return *results, steps
+
+    def _run(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, int]:
+        self._copy(inputs)
+        with self._recording(), preserved_state(warn=self._warn, check=check_call):
+            steps = self._program.run()
+        return *self._program.results(), steps
+
+    def _copy(self, inputs: list[Tensor]) -> None:
+        if inputs:
+            torch._foreach_copy_([*self._inputs[0], *self._inputs[1]], inputs, non_blocking=True)
 
     def reset(self) -> None:
         """Lets the next call of a solver with `warm_start` start from x = 0 again."""
-        with self._lock, self._alone():
-            if self._done is not None:
-                torch.cuda.current_stream().wait_event(self._done)
+        with self._lock, self._recording():
+            self._wait()
             self._solve.reset()
-            if self._done is not None:
-                self._done.record()
+            self._done = self._event()
 
-    @property
-    def _is_captured(self) -> bool:
-        return isinstance(self._program, CapturedProgram)
+    def _wait(self) -> None:
+        """Lets the present stream wait for the last call, which may have been on another."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+    def _event(self) -> torch.cuda.Event | None:
+        """The end of what is on the present stream; `None` where nothing waits for anything."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         """The modes in which everything is recorded, whatever the caller has active."""
         device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), self._autocast(), device:
@@ -276,7 +292,7 @@ class GraphedHypergradient:
         ]
         modes = [module.training for module in self._modules]
         held = []
-        if self._is_captured:
+        if isinstance(self._program, CapturedProgram):
             for module in self._modules:
                 for tensors in (module._parameters, module._buffers):
                     held += [t.data_ptr() for t in tensors.values() if t is not None]

@@ -50,7 +50,7 @@ class StaticNeumann(StaticSolve):
         self._largest = largest_entry(given)
         self._scale = power_of_two(self._largest).to(self._operands.work)
         self._b = torch._foreach_div(given, self._scale)
-        self._v = torch._foreach_mul(self._b, self._step_size)
+        self._v = [*torch._foreach_mul(self._b, self._step_size)]
         self._v_before, self._p = ([torch.zeros_like(v) for v in self._v] for _ in range(2))
         square = squared_norm(self._v)
         self._numbers = square.new_zeros(GUARDED_NUMBERS)
@@ -90,6 +90,9 @@ class StaticNeumann(StaticSolve):
     def _left(self, x: Tensor) -> Tensor:
         """`||b - (H + damping I) x||` of a row (1, n)."""
         return squared_norm([self._b_row - self._operands.of_row(x)]).sqrt()
+
+    def reset(self) -> None:
+        pass  # each solve starts from 0
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, of_b, left, late, failed = numbers[GUARDED_NUMBERS:].tolist()
@@ -168,6 +171,9 @@ class StaticWholeSum(StaticSolve):
         x = torch.where(in_range, as_row(self._p), 0.0)
         more = torch.stack([self._largest, in_range.double(), failed.double(), self._of_product])
         return self._operands.solution(x, scale), torch.cat([more, squares])
+
+    def reset(self) -> None:
+        pass  # each solve starts from 0
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, in_range, failed, _ = numbers[:4].tolist()

@@ -59,8 +59,9 @@ class StaticSolve(ABC):
     def has_no_curvature(self, numbers: Floats) -> bool:
         """Whether the product with the right-hand side was 0, as far as the numbers tell."""
 
+    @abstractmethod
     def reset(self) -> None:
-        """Forgets what the next solve would start from."""
+        """Forgets what the next solve would start from, if there is anything."""
 
 
 class Operands:
