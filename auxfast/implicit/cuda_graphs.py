@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -92,7 +93,7 @@ class CapturedProgram(Program):
         try:
             with preserved_buffers(check_call):
                 if len(chunks) == 1:
-                    self._first = self._captured(partial(_whole, static))
+                    self._first = self._captured(partial(run_through, static))
                 else:
                     self._first = self._captured(static.begin)
                     for count in dict.fromkeys(chunks):
@@ -136,7 +137,27 @@ class CapturedProgram(Program):
         return [flat.clone() for flat in flat_grads], numbers.clone()
 
 
-def _whole(static: StaticHypergradient) -> None:
+def check_waits_for_nothing(static: StaticHypergradient) -> None:
+    """Runs the program once where torch raises an error for what waits for the device. A capture would find the same,
+    and leave torch's generator and allocator as if it were still under way.
+
+    Raises:
+        RuntimeError: something in the losses waits.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():  # that this mode does not know all that waits
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        run_through(static)
+    except RuntimeError as error:
+        raise RuntimeError(f"{_NOT_CAPTURED}{error}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def run_through(static: StaticHypergradient) -> None:
+    """Runs all of the program without a look at anything."""
     static.begin()
     for count in static.solve.chunks:
         static.steps(count)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.advice import warn_of
-from auxfast.implicit.cuda_graphs import CapturedProgram, Program
+from auxfast.implicit.cuda_graphs import CapturedProgram, Program, check_waits_for_nothing, run_through
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.hypergradient import hypergradient
@@ -25,7 +25,7 @@ from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, StopReason, check_solver
 from auxfast.solvers.static_solvers import static_solve
 
-_WARM_UP = 3
+_WARM_UP = 2
 """Calls before the capture: libraries choose their algorithms, load their kernels and take their workspaces."""
 _MAKE_ANEW = "make a new GraphedHypergradient"
 _NOT_SYMMETRIC = StopReason.NOT_SYMMETRIC
@@ -182,7 +182,9 @@ class GraphedHypergradient:
                 self._asymmetry = eager.stats.symmetry_error if eager.stats.stop_reason == _NOT_SYMMETRIC else None
                 with preserved_state(warn=warn, check=check_call) as guard:
                     for _ in range(1 if stream is None else _WARM_UP):
-                        self._program.run()
+                        run_through(self._static)
+                    if stream is not None:
+                        check_waits_for_nothing(self._static)
                 self._modules = guard.modules
                 if stream is not None:
                     self._program = CapturedProgram(self._static, stream)

@@ -216,14 +216,25 @@ def test_calls_of_several_threads():
         problem.assert_equal(result, seed, Neumann(10, 0.05))
 
 
-def test_what_cannot_be_captured_is_said():
-    problem = Bilevel()
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda x: 1 if float(x.detach().sum()) > 0 else 2,
+        lambda x: torch.tensor(0.5, device="cuda"),
+        lambda x: x.detach()[x > 0].mean(),
+    ],
+    ids=["a number on the host", "a constant of the CPU", "a shape that depends on numbers"],
+)
+def test_what_cannot_be_captured_is_said_and_leaves_torch_as_it_was(factor):
+    problem = Bilevel(nn.Tanh(), nn.Dropout(0.1))
     plain = problem.inner_loss
-    problem.inner_loss = lambda x, y: plain(x, y) * (1 if float(x.sum()) > 0 else 2)
+    problem.inner_loss = lambda x, y: plain(x, y) * factor(x)
     with pytest.raises(RuntimeError, match="cannot be captured"):
         problem.graphed(Neumann(5, 0.05))
-    problem.inner_loss = plain  # and the next capture works
-    problem.assert_equal(problem.graphed(Neumann(5, 0.05))(*problem.inputs(1)), 1, Neumann(5, 0.05))
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.rand(3, device="cuda")  # a failed capture would leave the generator unusable
+    problem.inner_loss = plain
+    assert problem.graphed(Neumann(5, 0.05))(*problem.inputs(1)).stats.residual < 1
 
 
 def test_replaced_parameters_and_buffers_are_an_error():
