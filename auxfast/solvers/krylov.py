@@ -60,18 +60,24 @@ class Recurrence(ABC):
         tolerances: Floats | Tensor,
         precondition: Apply | None,
         space: VectorSpace,
-        **first: Floats | Tensor | float,
+        **first: Any,
     ) -> None:
         self.x = x
         self.space = space
         self.precondition = precondition
-        shape = NUMBERS, len(norms)
-        numbers: Any = x.new_zeros(shape, dtype=torch.float64) if isinstance(norms, Tensor) else np.zeros(shape)
-        numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = math.nan
         first |= {"tolerance": tolerances, "square": norms**2}
-        for name, values in first.items():
-            numbers[self.names[name]] = values
-        self.numbers: Tensor = numbers if isinstance(norms, Tensor) else torch.from_numpy(numbers).to(x.device)
+        if isinstance(norms, Tensor):
+            self.numbers = x.new_zeros((NUMBERS, len(norms)), dtype=torch.float64)
+            for unknown in (self.numbers[LANCZOS:], self.number("asymmetry")):
+                unknown.fill_(math.nan)
+            for name, values in first.items():
+                self.number(name).add_(values)
+        else:
+            numbers = np.zeros((NUMBERS, len(norms)))
+            numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = np.nan
+            for name, values in first.items():
+                numbers[self.names[name]] = values
+            self.numbers = torch.from_numpy(numbers).to(x.device)
 
     def number(self, name: str) -> Tensor:
         """(k,)"""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from auxfast.ops.krylov import BROKEN, NUMBERS, REACHED, RUNNING, row_dots
 from auxfast.solvers.base import Matvec, SolveStats, StopReason
+from auxfast.solvers.best_iterate import RESTART_GAIN
 from auxfast.solvers.iterative import CHECK_EVERY
 from auxfast.solvers.krylov import REASONS_OF_STATUS, KrylovSolver, Outcome
 from auxfast.solvers.space import LOCAL, Floats, as_row
@@ -93,7 +94,7 @@ class StaticKrylov(StaticSolve):
         of = self._recurrence.number
         is_broken = (of("status") == BROKEN) & (of("steps") == 0) & (residual >= self._norm)
         failed = ~self._largest.isfinite() | is_broken
-        more = torch.cat([self._largest[None], self._norm, residual, norm, self._frozen, failed.double()])
+        more = torch.cat([self._largest[None], self._norm, self._start, residual, norm, self._frozen, failed.double()])
         solution = self._operands.solution(x, nan_where(failed, self._scale))
         return solution, torch.cat([self._recurrence.numbers[:, 0], more])
 
@@ -106,7 +107,7 @@ class StaticKrylov(StaticSolve):
             self._solution.zero_()
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
-        of_b, left, norm, frozen, failed = numbers[NUMBERS + 1 :].tolist()
+        of_b, start, left, norm, frozen, failed = numbers[NUMBERS + 1 :].tolist()
         names = self._recurrence.names
         outcome = Outcome(torch.empty(1, 0), numbers[:0], numbers[:NUMBERS, None], names)
         status = int(numbers[names["status"]])
@@ -118,8 +119,12 @@ class StaticKrylov(StaticSolve):
             reason = StopReason.TRIVIAL
         elif converged:
             reason = StopReason.CONVERGED
+        elif not math.isfinite(norm):
+            reason = StopReason.DIVERGED
+        elif status == REACHED and self._solver.tol is not None and left <= RESTART_GAIN * start:
+            reason = StopReason.STEPS  # an eager solve would go on from here
         else:
-            reason = REASONS_OF_STATUS[status] if math.isfinite(norm) else StopReason.DIVERGED
+            reason = REASONS_OF_STATUS[status]
         ritz = outcome.largest_ritz_value()
         asymmetry = outcome.symmetry_error()
         return SolveStats(
