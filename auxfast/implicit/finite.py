@@ -18,8 +18,12 @@ def check_finite(what: str, tensors: Sequence[Tensor | None]) -> None:
     given = [tensor for tensor in tensors if tensor is not None]
     if all_finite(given):
         return
-    value = "NaN" if any(bool(tensor.isnan().any()) for tensor in given) else "inf"
-    raise NotFiniteError(
+    raise not_finite(what, "NaN" if any(bool(tensor.isnan().any()) for tensor in given) else "inf")
+
+
+def not_finite(what: str, value: str) -> NotFiniteError:
+    """The error that says that `what` holds the value."""
+    return NotFiniteError(
         f"{what} hold {value}: has inner training diverged, by its learning rate or a loss weight that grew? If not, "
         "look for NaN or inf in the batch and in the parameters, for an operator without a derivative at these values "
         "(the norm of a zero vector, sqrt(0), log(0)), and for values too large for their dtype; a GradScaler's scale "

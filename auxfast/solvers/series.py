@@ -131,8 +131,7 @@ class Series:
         before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
         if self.grew and math.isfinite(last) and before > 0:  # it may have underflowed
             of_product = float(self._space.read(self._space.sum(squared_norm(product))))
-            slope = (before - last) / (2 * a) + a / 2 * of_product  # w . A w
-            self.curvature = slope / before
+            self.curvature = curvature_between(before, last, of_product, a)
         return not (self.reached or self.grew)
 
     def _read_pending(self) -> None:
@@ -232,6 +231,13 @@ class Series:
         if not sum(map(math.sqrt, self.squares)) <= torch.finfo(self.p[0].dtype).max:
             self.grew = True
             self._reset()
+
+
+def curvature_between(before: float, last: float, of_product: float, step_size: float) -> float:
+    """The Rayleigh quotient of A for the vector w, of squared norm `before`, that a step has made `w - a A w`, of
+    squared norm `last`; of_product: that of `A w`."""
+    slope = (before - last) / (2 * step_size) + step_size / 2 * of_product  # w . A w
+    return slope / before
 
 
 def run(series: Sequence[Series], products: Products, steps: int) -> int:
