@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -100,7 +101,7 @@ class CapturedProgram(Program):
                         self._chunks[count] = self._captured(partial(static.steps, count))
                     self._last = self._captured(static.end)
         except Exception as error:
-            torch.cuda.synchronize()
+            self._end_captures()
             cause = error.__context__ or error  # what ended the capture; that it has ended is an error of its own
             raise RuntimeError(f"{_NOT_CAPTURED}{cause}") from error
         self._flags = torch.zeros(len(chunks), dtype=torch.float64, pin_memory=True)
@@ -112,6 +113,13 @@ class CapturedProgram(Program):
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             part()
         return graph
+
+    def _end_captures(self) -> None:
+        """After a capture that failed torch's generator believes that it goes on, and refuses to draw numbers: another
+        one, of next to nothing, ends that."""
+        torch.cuda.synchronize()
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            torch.zeros(1, device=self._stream.device)
 
     def _begin(self) -> None:
         self._first.replay()

@@ -16,6 +16,7 @@ from auxfast.implicit.advice import warn_of_no_group, warn_once
 from auxfast.implicit.derivatives import CurvatureName, check_curvature
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.free_entries import Free
+from auxfast.implicit.graphed import GraphedResult
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.losses import Loss, LossGraph
 from auxfast.implicit.ranks import ProcessGroup, Ranks, ranks_of
@@ -24,7 +25,7 @@ from auxfast.implicit.watch import TEXTS, Watch
 from auxfast.nn import Combiner, LabelGenerator
 from auxfast.nn.combiner_base import combiners_of, unprojected
 from auxfast.solvers import DEFAULT_SOLVER, Identity
-from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, check_positive, check_solver
+from auxfast.solvers.base import NOT_FINITE, Solver, SolverState, SolveStats, are_alike, check_positive, check_solver
 
 # Some hundred outer steps are many: Adam's own 0.999 would remember the first gradients to the end.
 _BETAS = (0.9, 0.99)
@@ -59,11 +60,16 @@ class _Accumulated:
     reason: str | None = None
     _outer_losses: list[tuple[float, Tensor | None]] = field(default_factory=list)
 
-    def add(self, result: HypergradientResult, outer_loss: Tensor | None, weight: float) -> None:
+    def take(self, result: HypergradientResult | GraphedResult, outer_loss: Tensor | None, weight: float) -> bool:
+        """Adds a hypergradient, or leaves it out where the solver has found nothing; returns whether it was added."""
+        if result.direct_only or math.isinf(result.stats.residual):
+            self.leave_out(result.stats, "the solver has found nothing better than x = 0")
+            return False
         grads = result.grads if weight == 1 else [weight * grad for grad in result.grads]
         self.grads = grads if self.grads is None else [a + b for a, b in zip(self.grads, grads, strict=True)]
         self.stats.append(result.stats)
         self._outer_losses.append((weight, outer_loss))
+        return True
 
     def leave_out(self, stats: SolveStats, reason: str) -> None:
         self.stats.append(stats)
@@ -243,7 +249,8 @@ class HyperOptimizer:
         solver's.
 
         After `accumulate`, the update is along the sum of the hypergradients of all tasks. The losses are then those of
-        the last task, or there are none: `step()`. What is returned is of the task with the largest residual.
+        the last task, or there are none: `step()`, as after `accumulate_result`. What is returned is of the task with
+        the largest residual.
 
         Raises:
             TypeError: only some of the three arguments were given; or see `hypergradient`.
@@ -318,13 +325,31 @@ class HyperOptimizer:
             vars(state).update(before, warned=state.warned)
             accumulated.leave_out(NOT_FINITE, str(error))
             return NOT_FINITE
-        if result.direct_only or math.isinf(result.stats.residual):
+        if not accumulated.take(result, value, weight):
             # What the solver has thrown away, such as eigenvalues that did not serve, would only fail again.
             before = {name: None if vars(state)[name] is None else kept for name, kept in before.items()}
             vars(state).update(before, warned=state.warned)
-            accumulated.leave_out(result.stats, "the solver has found nothing better than x = 0")
-        else:
-            accumulated.add(result, value, weight)
+        return result.stats
+
+    def accumulate_result(self, result: GraphedResult, *, weight: float = 1.0) -> SolveStats:
+        """The same for a hypergradient that a `GraphedHypergradient` has computed; solver, curvature and warnings are
+        then the ones of that. Waits for the device.
+
+        Raises:
+            ValueError: another `weight`, or gradients that are not aligned with the parameters of the optimizer.
+        """
+        check_positive("weight", weight)
+        if not are_alike(result.grads, self._params()):
+            raise ValueError(
+                "result must have a gradient like each parameter of the optimizer, in its order: make the "
+                "GraphedHypergradient with the same outer_params"
+            )
+        accumulated = self._accumulated
+        try:
+            accumulated.take(result, None, weight)
+        except NotFiniteError as error:
+            accumulated.leave_out(NOT_FINITE, str(error))
+            return NOT_FINITE
         return result.stats
 
     def _params(self) -> list[Tensor]:

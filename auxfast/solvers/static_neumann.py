@@ -51,7 +51,8 @@ class StaticNeumann(StaticSolve):
         self._scale = power_of_two(self._largest).to(self._operands.work)
         self._b = torch._foreach_div(given, self._scale)
         self._v = [*torch._foreach_mul(self._b, self._step_size)]
-        self._v_before, self._p = ([torch.zeros_like(v) for v in self._v] for _ in range(2))
+        self._v_before, self._p = ([torch.empty_like(v) for v in self._v] for _ in range(2))
+        torch._foreach_zero_([*self._v_before, *self._p])
         square = squared_norm(self._v)
         self._numbers = square.new_zeros(GUARDED_NUMBERS)
         self._numbers[SQUARE] = square

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import auxfast
-from auxfast import GraphedHypergradient, MicroBatches, NotFiniteError, hypergradient, reference_kernels
+from auxfast import GraphedHypergradient, HyperOptimizer, MicroBatches, NotFiniteError, hypergradient, reference_kernels
 from auxfast.nn import NonlinearCombiner
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense, Neumann, SolverState
 
@@ -262,6 +262,32 @@ def test_autocast_is_that_of_the_construction():
     with torch.autocast("cpu", torch.bfloat16):
         again = plain(*inputs)
     assert_equal(again, problem.eager(inputs, solver), rtol=1e-4)
+
+
+def test_an_optimizer_steps_along_results_as_along_the_losses():
+    problems = [Bilevel() for _ in range(2)]
+    solver, inputs = Neumann(4, 0.05), problems[0].inputs(1)
+    optimizers = [
+        HyperOptimizer(
+            torch.optim.SGD(problem.phi, lr=0.1), solver=solver, max_grad_norm=0.01, project=[problem.combiner]
+        )
+        for problem in problems
+    ]
+    graphed = problems[0].graphed(solver)
+    for _ in range(2):
+        optimizers[0].accumulate_result(graphed(*inputs))
+        stats = optimizers[0].step()
+        losses = (lambda: problems[1].outer_loss(*inputs[0])), (lambda: problems[1].inner_loss(*inputs[1]))
+        wanted = optimizers[1].step(*losses, problems[1].w)
+        assert stats.residual == pytest.approx(wanted.residual)
+        torch.testing.assert_close(problems[0].phi[0], problems[1].phi[0])
+    (outer, (x, y)), before = inputs, problems[0].phi[0].clone()
+    assert optimizers[0].accumulate_result(graphed(outer, (x, y * math.nan))).stop_reason == "not finite"
+    with pytest.warns(RuntimeWarning, match="outer step was skipped.*NaN"):
+        optimizers[0].step()
+    assert torch.equal(problems[0].phi[0], before)
+    with pytest.raises(ValueError, match="same outer_params"):
+        HyperOptimizer(torch.optim.SGD(problems[0].w, lr=0.1)).accumulate_result(graphed(*inputs))
 
 
 # ----------------------------------------------------------------------------------------- what is said when it is read
