@@ -93,7 +93,7 @@ class CapturedProgram(Program):
         self._last: torch.cuda.CUDAGraph | None = None
         try:
             with preserved_buffers(check_call):
-                if len(chunks) == 1:
+                if len(chunks) <= 1:
                     self._first = self._captured(partial(run_through, static))
                 else:
                     self._first = self._captured(static.begin)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from auxfast.solvers.base import Solver
 from auxfast.solvers.conjugate_gradient import ConjugateGradient
+from auxfast.solvers.identity import Identity
 from auxfast.solvers.minres import MINRES
 from auxfast.solvers.neumann import Neumann
+from auxfast.solvers.static_identity import StaticIdentity
 from auxfast.solvers.static_krylov import StaticKrylov
 from auxfast.solvers.static_neumann import StaticNeumann, StaticWholeSum
 from auxfast.solvers.static_solve import StaticSolve
 
 _STATIC = (
-    "Static are Neumann with a number for step_size, tol=None and warm_start=False, and ConjugateGradient and MINRES "
-    "without a preconditioner"
+    "Static are Neumann with a number for step_size, tol=None and warm_start=False, ConjugateGradient and MINRES "
+    "without a preconditioner, and Identity"
 )
 
 
@@ -31,6 +33,8 @@ def static_solve(solver: Solver) -> StaticSolve:
         if solver.preconditioner is not None:
             raise ValueError(f"solver={solver!r} builds its preconditioner from products. {_STATIC}.")
         return StaticKrylov(solver)
+    if kind is Identity and isinstance(solver, Identity):
+        return StaticIdentity(solver)
     raise TypeError(
         f"solver must be one that can be static, and {kind.__name__} decides from numbers that it computes on the way, "
         f"or looks at the losses itself. {_STATIC}; hypergradient() takes {kind.__name__} as it is"

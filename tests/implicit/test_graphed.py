@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import auxfast
 from auxfast import GraphedHypergradient, HyperOptimizer, MicroBatches, NotFiniteError, hypergradient, reference_kernels
 from auxfast.nn import NonlinearCombiner
-from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense, Neumann, SolverState
+from auxfast.solvers import DEFAULT_SOLVER, MINRES, ConjugateGradient, Dense, Identity, Neumann, SolverState
 
 from .test_random_problems import Problem, assert_true
 
@@ -30,6 +30,7 @@ SOLVERS = {
     "conjugate gradients": ConjugateGradient(5, tol=None, damping=3.0),
     "MINRES": MINRES(5, tol=None),
     "chunks": MINRES(40, tol=1e-3, damping=1.0),
+    "identity": Identity(0.1),
 }
 Inputs = tuple[Sequence[Tensor], Sequence[Tensor]]
 

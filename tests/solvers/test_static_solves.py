@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.solvers import DEFAULT_SOLVER, GMRES, MINRES, Chebyshev, ConjugateGradient, Jacobi, Neumann, SolverState
+from auxfast.solvers import (
+    DEFAULT_SOLVER,
+    GMRES,
+    MINRES,
+    Chebyshev,
+    ConjugateGradient,
+    Identity,
+    Jacobi,
+    Neumann,
+    SolverState,
+)
 from auxfast.solvers.static_solve import StaticSolve
 from auxfast.solvers.static_solvers import static_solve
 
@@ -85,6 +95,7 @@ SPECTRA = {
         MINRES(6, tol=None),
         MINRES(40, tol=1e-2),
         DEFAULT_SOLVER,
+        Identity(0.3),
     ],
     ids=repr,
 )
@@ -108,14 +119,15 @@ def test_growth_cuts_a_series_where_the_eager_one_is_cut(grows_after):
 
 def test_zero_is_solved_at_once():
     h, b = matrix(SPECTRA["positive"]), torch.zeros(SIZE, dtype=torch.float64)
-    for solver in (Neumann(3, 0.3), Neumann(3, 0.3, certify=False), ConjugateGradient(3), MINRES(3)):
+    for solver in (Neumann(3, 0.3), Neumann(3, 0.3, certify=False), ConjugateGradient(3), MINRES(3), Identity()):
         assert_equal(solver, h, b)
 
 
 def test_what_is_not_finite_is_nan_and_never_zero():
     h, b = matrix(SPECTRA["positive"]), draw(0)
     broken = torch.full_like(h, math.nan)
-    for solver in (Neumann(3, 0.3), Neumann(3, 0.3, certify=False), ConjugateGradient(3), MINRES(3), DEFAULT_SOLVER):
+    certified = Neumann(3, 0.3), ConjugateGradient(3), MINRES(3), DEFAULT_SOLVER, Identity()
+    for solver in (*certified, Neumann(3, 0.3, certify=False)):
         x, stats = run(static_solve(solver), broken, b)
         assert x.isnan().all()
         assert stats.stop_reason == "not finite"
