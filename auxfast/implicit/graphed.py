@@ -188,6 +188,10 @@ class GraphedHypergradient:
                 self._modules = guard.modules
                 if stream is not None:
                     self._program = CapturedProgram(self._static, stream)
+                    with preserved_state(
+                        warn=warn
+                    ):  # the first replay takes the graph to the device, and fills its memory
+                        self._program.run()
             self._solve.reset()
             self._done = self._event()
         self._kinds = [_kinds(tensors) for tensors in self._inputs]

@@ -84,11 +84,10 @@ class StaticHypergradient:
     def _planned_pass(self, derivatives: Hessian) -> BatchedBackward | None:
         """A pass of our own, with fewer launches than the engine's, and none of its threads; `None` where it cannot be,
         or was found to disagree."""
-        if self._has_own_pass is False or type(derivatives) is not Hessian or not _may_pass(derivatives.params[0]):
+        if self._has_own_pass is False or type(derivatives) is not Hessian or not _may_pass(derivatives):
             return None
-        outputs = [grad for grad in derivatives.gradient if grad is not None and grad.requires_grad]
         try:
-            return BatchedBackward(outputs, derivatives.params)
+            return BatchedBackward(_outputs(derivatives), derivatives.params)
         except BatchingUnsupported:
             return None
 
@@ -182,9 +181,16 @@ def _error(what: str, largest: float) -> Exception:
     return not_finite(what, "NaN" if math.isnan(largest) else "inf")
 
 
-def _may_pass(param: Tensor) -> bool:
-    """Autocast changes the dtypes of the engine's operations, and not of ours."""
-    return not (is_engine_only() or torch.is_autocast_enabled(param.device.type))
+def _may_pass(derivatives: Hessian) -> bool:
+    """Autocast changes the dtypes of the engine's operations, and not of ours; a GradScaler's scale is taken out of the
+    gradients after the graph."""
+    is_scaled = len(_outputs(derivatives)) < len(derivatives.params)
+    return not (is_scaled or is_engine_only() or torch.is_autocast_enabled(derivatives.params[0].device.type))
+
+
+def _outputs(derivatives: Hessian) -> list[Tensor]:
+    """The gradients that have a graph."""
+    return [grad for grad in derivatives.gradient if grad is not None and grad.requires_grad]
 
 
 def _single(planned: BatchedBackward, vectors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -197,7 +203,7 @@ def _agrees(planned: BatchedBackward, derivatives: Hessian) -> bool:
     """Whether the pass finds what the engine finds, up to rounding, for a vector of random signs, and no hook computes
     with gradients. Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises
     its own error."""
-    outputs = [grad for grad in derivatives.gradient if grad is not None and grad.requires_grad]
+    outputs = _outputs(derivatives)
     generator = torch.Generator().manual_seed(0)
     signs = [torch.randint(2, w.shape, generator=generator).to(w.device, w.dtype) * 2 - 1 for w in derivatives.params]
     with HookDetector(planned.nodes) as hooks:

@@ -92,6 +92,23 @@ def test_replays_are_the_eager_call_at_new_inputs_and_after_steps_in_place(solve
         sgd.step()
 
 
+def test_gauss_newton_products_go_through_the_engine():
+    problem = Bilevel()
+    options = {"solver": Neumann(5, 0.05), "curvature": "gauss-newton", "warn": False}
+
+    def with_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = problem.net(x)
+        return problem.combiner((z - y).square()) + 0.1 * problem.w[0].square().sum(), z
+
+    problem.inner_loss = with_outputs
+    graphed = problem.graphed(**options)
+    outer, inner = problem.inputs(1)
+    losses = (lambda: problem.outer_loss(*outer)), (lambda: with_outputs(*inner))
+    wanted = hypergradient(*losses, problem.w, problem.phi, **options)
+    for grad, like in zip(graphed(outer, inner).grads, wanted.grads, strict=True):
+        torch.testing.assert_close(grad, like)
+
+
 def test_results_stay_when_later_calls_replay():
     problem = Bilevel()
     graphed = problem.graphed(Neumann(5, 0.05))

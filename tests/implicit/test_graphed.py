@@ -191,6 +191,15 @@ def test_products_go_through_a_pass_of_our_own_unless_the_engine_is_asked_for():
     assert_equal(ours(*inputs), by_engine(*inputs))
 
 
+def test_a_loss_that_a_grad_scaler_has_scaled_is_that_loss():
+    problem = Bilevel(dtype=torch.float32)
+    plain, solver, inputs = problem.inner_loss, Neumann(4, 0.05), problem.inputs(1)
+    wanted = problem.eager(inputs, solver)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    problem.inner_loss = lambda x, y: scaler.scale(plain(x, y))
+    assert_equal(problem.graphed(solver)(*inputs), wanted, rtol=1e-4)
+
+
 class DoublesBackward(torch.autograd.Function):
     """A function whose backward pass calls torch, as a hook does."""
 
