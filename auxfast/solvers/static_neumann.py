@@ -17,8 +17,8 @@ from auxfast.ops.neumann import (
     SMALLEST,
     SQUARE,
     STEPS,
+    NeumannSteps,
     neumann_guarded_step_,
-    neumann_step_,
     squared_norm,
 )
 from auxfast.solvers.base import Matvec, SolveStats, StopReason
@@ -149,27 +149,27 @@ class StaticWholeSum(StaticSolve):
         given = self._operands.widened(rhs)
         self._largest = largest_entry(given)
         self._scale = power_of_two(self._largest).to(self._operands.work)
-        self._v = torch._foreach_mul(torch._foreach_div(given, self._scale), self._step_size)
-        self._p = [v.clone() for v in self._v]
-        self._squares = [squared_norm(self._v)]
+        self._series = NeumannSteps(torch._foreach_div(given, self._scale), self._step_size)
+        self._of_product: Tensor | None = None  # the squared norm of the first product
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            product = self._operands.product(self._v)
-            if len(self._squares) == 1:
+            product = self._operands.product(self._series.v)
+            if self._of_product is None:
                 self._of_product = squared_norm(product)
-            self._squares.append(neumann_step_(self._v, product, self._p, self._step_size))
+            self._series.step(product)
 
     def status(self) -> Tensor:
         return self._largest.new_zeros(1)
 
     def end(self) -> tuple[list[Tensor], Tensor]:
-        squares = torch.stack(self._squares)
+        assert self._of_product is not None
+        squares = self._series.squares()
         limit = torch.finfo(self._operands.dtype).max
         in_range = squares.sqrt().sum() * self._scale <= limit
         failed = ~self._largest.isfinite() | (~in_range & ~self._of_product.isfinite())
         scale = nan_where(failed, self._scale)
-        x = torch.where(in_range, as_row(self._p), 0.0)
+        x = torch.where(in_range, as_row(self._series.p), 0.0)
         more = torch.stack([self._largest, in_range.double(), failed.double(), self._of_product])
         return self._operands.solution(x, scale), torch.cat([more, squares])
 
