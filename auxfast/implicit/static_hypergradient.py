@@ -10,10 +10,11 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from auxfast.autograd.batched_backward import BatchedBackward, BatchingUnsupported
+from auxfast.autograd.batched_backward import BatchingUnsupported, SingleBackward
 from auxfast.autograd.engine import in_own_task, run_engine, spread, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
 from auxfast.autograd.pullback import engine_only, is_engine_only
+from auxfast.autograd.symmetric_probe import rounding_of_products
 from auxfast.implicit.advice import identity_of, may_be_identity, missing_dependence, overlap, problem_of_stats
 from auxfast.implicit.curvature import GaussNewton, Hessian, in_dtypes_of, in_widest_dtype
 from auxfast.implicit.finite import not_finite
@@ -76,25 +77,25 @@ class StaticHypergradient:
         planned = self._planned_pass(derivatives)
         if is_first:
             self._has_own_pass = planned is not None and _agrees(planned, derivatives)
-        self._pass: BatchedBackward | None = planned if self._has_own_pass else None
+        self._pass: SingleBackward | None = planned if self._has_own_pass else None
         pairs = zip(compress(rhs, derivatives.in_system), derivatives.params, strict=True)
         self._rhs = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
         self.solve.begin(self._product, self._rhs)
 
-    def _planned_pass(self, derivatives: Hessian) -> BatchedBackward | None:
+    def _planned_pass(self, derivatives: Hessian) -> SingleBackward | None:
         """A pass of our own, with fewer launches than the engine's, and none of its threads; `None` where it cannot be,
         or was found to disagree."""
         if self._has_own_pass is False or type(derivatives) is not Hessian or not _may_pass(derivatives):
             return None
         try:
-            return BatchedBackward(_outputs(derivatives), derivatives.params)
+            return SingleBackward(_outputs(derivatives), derivatives.params)
         except BatchingUnsupported:
             return None
 
     def _product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         given = in_dtypes_of(self._derivatives.params, vectors)
         if self._pass is not None:
-            return in_widest_dtype(zeros_for_none(_single(self._pass, given), given))
+            return in_widest_dtype(zeros_for_none(in_own_task(partial(self._pass, given)), given))
         with engine_only():
             return in_widest_dtype(self._derivatives(given))
 
@@ -193,13 +194,7 @@ def _outputs(derivatives: Hessian) -> list[Tensor]:
     return [grad for grad in derivatives.gradient if grad is not None and grad.requires_grad]
 
 
-def _single(planned: BatchedBackward, vectors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The products with one vector."""
-    found = in_own_task(partial(planned, [vector[None] for vector in vectors]))
-    return [None if each is None else each[0] for each in found]
-
-
-def _agrees(planned: BatchedBackward, derivatives: Hessian) -> bool:
+def _agrees(planned: SingleBackward, derivatives: Hessian) -> bool:
     """Whether the pass finds what the engine finds, up to rounding, for a vector of random signs, and no hook computes
     with gradients. Whatever goes wrong in a pass of ours is a reason to ask the engine, which then answers, or raises
     its own error."""
@@ -211,10 +206,11 @@ def _agrees(planned: BatchedBackward, derivatives: Hessian) -> bool:
     if hooks.found:
         return False
     try:
-        found = zeros_for_none(_single(planned, signs), signs)
+        found = zeros_for_none(in_own_task(partial(planned, signs)), signs)
     except Exception:
         return False
-    epsilon = max(torch.finfo(w.dtype).eps for w in derivatives.params)
+    has_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
+    epsilon = max(rounding_of_products(w.device, w.dtype, has_convolutions) for w in derivatives.params)
     sizes = [float(largest_entry([each])) for each in expected]
     errors = [float(largest_entry([a - b])) for a, b in zip(found, expected, strict=True)]
     noise = 3 * epsilon * max(sizes)  # what cancellation may leave of an input whose gradient is zero
