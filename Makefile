@@ -26,11 +26,12 @@ sanitizer = $(firstword $(shell command -v compute-sanitizer) \
   $(wildcard $(addsuffix /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda)))
 BENCHMARK ?= --benchmark-enable
 LEARNING ?=
+GPU_CHECK ?=
 native_sources = $(filter %.h %.hpp %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/cuda_on_cpu/* tests/cuda_on_cpu/*/*))
 clang_format = $(PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help install native demo test test-slow test-all test-torch-2.11 test-cuda-sanitizers test-cuda-compile test-gpu \
-  bench learning docs picture lint format clean
+  gpu-check gpu-static bench learning docs picture lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /make \1	/p' Makefile | expand -t 28
@@ -68,7 +69,14 @@ test-gpu: native $(installed)-test  ## run the tests that need a GPU, then each 
 	    'the CUDA toolkit: put it on the PATH or set CUDA_HOME' >&2; false; }
 	for tool in memcheck racecheck initcheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(sanitizer) --tool $$tool --report-api-errors no --error-exitcode 1 \
+	    --kernel-name kernel_substring=auxfast \
 	    $(PYTHON) -m pytest tests/cuda_on_gpu/test_every_kernel.py || exit 1; done
+
+gpu-check:  ## check and measure on a GPU, within ten minutes; a built module is all it needs, and no network
+	$(PYTHON) -m benchmarks.gpu.check $(GPU_CHECK)
+
+gpu-static: native  ## count kernels that calls launch on a GPU, without one; writes the tables of docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu.static --docs
 
 bench: native $(installed)-test  ## run the benchmarks, on one thread
 	$(PYTHON) -m pytest benchmarks $(BENCHMARK)

@@ -24,6 +24,7 @@ INSTRUCTION_SETS = {
     ],
 }
 CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # code for x.0 runs on all x.y
+CUDA_PTX = [100]  # for 11.0, which has no code; GPUs beyond the last architecture get that one's
 
 
 def native_module() -> build.ModuleBuild:
@@ -36,7 +37,7 @@ def native_module() -> build.ModuleBuild:
     steps: list[build.Compile] = []
     link = [*cxx, "-shared"]
     if nvcc:
-        architectures, cuda_defines = build.cuda_flags(nvcc, CUDA_ARCHITECTURES)
+        architectures, cuda_defines = build.cuda_flags(nvcc, CUDA_ARCHITECTURES, CUDA_PTX)
         defines += cuda_defines
         cuda = [nvcc, "-ccbin", [word for word in cxx if not word.startswith("-")][-1]]
         # These come first and get a thread for each architecture, since they take longest.

@@ -7,6 +7,8 @@ from auxfast.autograd.preserved_state import preserved_state
 from auxfast.autograd.pullback import engine_only
 from auxfast.implicit import (
     FreshBatches,
+    GraphedHypergradient,
+    GraphedResult,
     HypergradientReport,
     HypergradientResult,
     HyperOptimizer,
@@ -24,6 +26,8 @@ from auxfast.implicit import (
 
 __all__ = [
     "FreshBatches",
+    "GraphedHypergradient",
+    "GraphedResult",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",

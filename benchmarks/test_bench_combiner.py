@@ -57,9 +57,8 @@ from typing import Any
 
 import pytest
 import torch
-from eager import EagerCombiner
+from eager import EagerCombiner, derivatives
 from timing import interleaved
-from torch import Tensor
 
 from auxfast.nn import NonlinearCombiner
 
@@ -67,26 +66,12 @@ from auxfast.nn import NonlinearCombiner
 def cases(combiner: NonlinearCombiner, batch: int) -> dict[str, Callable[[], Any]]:
     """What is timed, by name, for the fused and the eager combiner."""
     eager = EagerCombiner(combiner)
-    losses = torch.rand(batch, combiner.num_losses).requires_grad_()
-    tangent = torch.randn_like(losses)
-
-    def full(module: torch.nn.Module, phi: list[Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
-            (gradient,) = torch.autograd.grad(module(losses), losses, create_graph=True)
-            return torch.autograd.grad(gradient, [losses, *phi], tangent, allow_unused=True)
-
-        return run
-
-    def hessian(module: torch.nn.Module) -> Callable[[], Any]:
-        (gradient,) = torch.autograd.grad(module(losses), losses, create_graph=True)
-        return lambda: torch.autograd.grad(gradient, losses, tangent, retain_graph=True)
-
-    return {
-        "full": full(combiner, list(combiner.parameters())),
-        "full, eager": full(eager, list(eager.parameters())),
-        "Hessian": hessian(combiner),
-        "Hessian, eager": hessian(eager),
-    }
+    losses = torch.rand(batch, combiner.num_losses)
+    given = losses, torch.randn_like(losses)
+    fused = derivatives(combiner, *given, list(combiner.parameters()))
+    theirs = derivatives(eager, *given, list(eager.parameters()))
+    timed = ("full", "Hessian")
+    return {name: fused[name] for name in timed} | {f"{name}, eager": theirs[name] for name in timed}
 
 
 def compare(benchmark: Any, batch: int, num_losses: int, hidden: tuple[int, ...], rounds: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from eager import EagerCombiner
+from eager import EagerCombiner, textbook_neumann
 from networks import cnn, mlp
 from timing import interleaved
 from torch import Tensor, nn
@@ -31,18 +31,6 @@ from auxfast.solvers import Neumann
 
 OUTPUTS, HIDDEN = 10, (10,) * 5
 STEPS, STEP_SIZE = 3, 0.01
-
-
-def textbook(outer_loss: Tensor, inner_loss: Tensor, w: Sequence[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
-    """The paper's Algorithm 2 with list comprehensions (and the factor `STEP_SIZE`)."""
-    v = torch.autograd.grad(outer_loss, w)
-    grads = torch.autograd.grad(inner_loss, w, create_graph=True)
-    p = [t.clone() for t in v]
-    for _ in range(STEPS):
-        hv = torch.autograd.grad(grads, w, v, retain_graph=True)
-        v = [a - STEP_SIZE * b for a, b in zip(v, hv, strict=True)]
-        p = [a + b for a, b in zip(p, v, strict=True)]
-    return [-STEP_SIZE * g for g in torch.autograd.grad(grads, phi, p)]
 
 
 NETWORKS = {
@@ -83,7 +71,7 @@ def test_hypergradient(benchmark: Any, name: str) -> None:
 
     def by_hand() -> Sequence[Tensor]:
         outer, inner = losses()
-        return textbook(outer, eager(inner), w, list(eager.parameters()))
+        return textbook_neumann(outer, eager(inner), w, list(eager.parameters()), STEPS, STEP_SIZE)
 
     flat = torch.cat([g.reshape(-1) for g in by_hand()])
     torch.testing.assert_close(native()[0].reshape(-1), flat, rtol=1e-3, atol=1e-5 * float(flat.abs().max()))

@@ -13,16 +13,14 @@ becomes 4.2 to 4.6. There, a selection for the masks is slower than an AND; one 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
+from eager import derivatives, eager_loss_image
 from timing import interleaved
-from torch import Tensor, nn
 
 from auxfast.ops.loss_image import loss_image
 from auxfast.ops.network import LossImageNetwork
@@ -36,46 +34,17 @@ CASES = [
 ]
 
 
-def _eager(network: LossImageNetwork, phi: Tensor) -> nn.Sequential:
-    """The network as torch.nn modules, but for the main loss, with a copy of its parameters."""
-    modules: list[nn.Module] = []
-    for inputs, outputs in pairwise((network.num_losses, *network.channels)):
-        modules += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.Softplus(), nn.AvgPool2d(2)]
-    eager = nn.Sequential(*modules, nn.Conv2d(network.channels[-1], 1, 1, bias=False))
-    for parameter, part in zip(eager.parameters(), network.split(phi.detach()).values(), strict=True):
-        parameter.data.copy_(part.view(parameter.shape))
-    return eager
-
-
-def _measured(
-    value: Callable[[Tensor], Tensor], losses: Tensor, tangent: Tensor, parameters: list[Tensor]
-) -> dict[str, Callable[[], Any]]:
-    """What is timed of one implementation, by name."""
-    losses = losses.requires_grad_()
-    (retained,) = torch.autograd.grad(value(losses), losses, create_graph=True)
-
-    def full() -> Any:
-        (gradient,) = torch.autograd.grad(value(losses), losses, create_graph=True)
-        return torch.autograd.grad(gradient, [losses, *parameters], tangent)
-
-    return {
-        "full": full,
-        "Hessian": lambda: torch.autograd.grad(retained, losses, tangent, retain_graph=True),
-        "gradient": lambda: torch.autograd.grad(value(losses), losses),
-    }
-
-
 def ratios(shape: tuple[int, ...], channels: tuple[int, ...], rounds: int, channels_last: bool) -> dict[str, float]:
     """Milliseconds of the op, and how many times longer eager takes."""
     torch.manual_seed(0)
     network = LossImageNetwork(shape[1], channels, main=0)
     losses, tangent = torch.rand(shape), torch.randn(shape)
     phi = (torch.randn(network.num_parameters) / 9).requires_grad_()
-    eager = _eager(network, phi)
+    eager = eager_loss_image(network, phi)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     eager = eager.to(memory_format=layout)
-    ours = _measured(lambda x: loss_image(x, phi, network), losses, tangent, [phi])
-    theirs = _measured(
+    ours = derivatives(lambda x: loss_image(x, phi, network), losses, tangent, [phi])
+    theirs = derivatives(
         lambda x: eager(x).mean() + x[:, 0].mean(),
         losses.clone(memory_format=layout),
         tangent.clone(memory_format=layout),

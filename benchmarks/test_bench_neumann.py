@@ -11,29 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from networks import resnet18_shapes
 from timing import interleaved
 from torch import Tensor
 
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import NeumannSteps
 
 STEP = 1e-9
 
 
-def resnet18() -> list[tuple[int, ...]]:
-    """The shapes of torchvision's ResNet-18: 62 tensors, 11.7 million parameters."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width in (64, 128, 256, 512):
-        for _ in range(2):
-            shapes += [(width, channels, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            if channels != width:
-                shapes += [(width, channels, 1, 1), (width,), (width,)]
-            channels = width
-    return [*shapes, (1000, 512), (1000,)]
-
-
 LISTS: dict[str, list[tuple[int, ...]]] = {
-    "ResNet-18": resnet18(),
+    "ResNet-18": resnet18_shapes(),
     "MLP 64-128-128-10": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
     "300 biases of 10": [(10,)] * 300,
     "one of 4 million": [(2000, 2000)],
@@ -78,10 +66,11 @@ def triad(elements: int) -> Callable[[], Any]:
 def test_neumann_step(benchmark: Any, name: str) -> None:
     shapes = LISTS[name]
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    v, hv, p = normal(shapes), normal(shapes), normal(shapes)
+    steps, hv = NeumannSteps(normal(shapes), STEP), normal(shapes)
 
-    def native() -> Tensor:
-        return neumann_step_(v, hv, p, STEP)
+    def native() -> list[float]:
+        steps.step(hv)
+        return steps.read()
 
     with torch.no_grad():
         seconds = interleaved(

@@ -14,6 +14,7 @@ import torch
 from device import DEVICE, on_device
 
 import auxfast
+from auxfast._native import use_native
 
 
 def pytest_configure() -> None:
@@ -24,8 +25,8 @@ def pytest_configure() -> None:
 def _missing_for_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "needs a GPU, and torch.cuda.is_available() is False"
-    if not auxfast.build_info()["cuda_kernels"]:
-        return "needs CUDA kernels, and auxfast was built without"
+    if not use_native(torch.device("cuda")):
+        return f"needs CUDA kernels that run on this GPU, and this build has none: {auxfast.build_info()}"
     return None
 
 

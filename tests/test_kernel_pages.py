@@ -13,6 +13,7 @@ import pytest
 import torch
 from ops import combiner_cases, loss_image_cases
 from ops.combiner_cases import assert_agree, derivatives, normal
+from ops.test_neumann import neumann_step_
 from pages import DOCS, ROOT, run
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from auxfast.ops.combiner import combiner
 from auxfast.ops.krylov import linear_combination_, row_dots
 from auxfast.ops.loss_image import loss_image
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_
 from auxfast.solvers import ConjugateGradient, Neumann
 
 COMBINER, LOSS_IMAGE, NEUMANN, KRYLOV = (

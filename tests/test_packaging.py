@@ -185,7 +185,11 @@ def test_cuda_code_is_for_the_architectures_nvcc_knows(tmp_path):
     assert flags == [
         f"-gencode=arch=compute_{a},code={b}" for a, b in [(75, "sm_75"), (90, "sm_90"), (90, "compute_90")]
     ]
-    assert defines == ["-DAUXFAST_WITH_CUDA", "-DAUXFAST_CUDA_ARCHITECTURES=75.90", "-DAUXFAST_CUDA_TOOLKIT=12.4"]
+    names = "-DAUXFAST_CUDA_ARCHITECTURES=75.90", "-DAUXFAST_CUDA_PTX=90"
+    assert defines == ["-DAUXFAST_WITH_CUDA", *names, "-DAUXFAST_CUDA_TOOLKIT=12.4"]
+    flags, defines = build_backend.cuda_flags(str(nvcc), [75, 80, 90], [80, 100])
+    assert flags[3:] == [f"-gencode=arch=compute_{a},code=compute_{a}" for a in (80, 90)]
+    assert "-DAUXFAST_CUDA_PTX=80.90" in defines
     with pytest.raises(SystemExit, match=r"knows none of the architectures \[120\], only compute_75"):
         build_backend.cuda_flags(str(nvcc), [120])
 

@@ -67,6 +67,11 @@ class preserved_buffers:
             for guard in _active:
                 guard._inherit(self._originals)
 
+    @property
+    def modules(self) -> list[Module]:
+        """The modules that were called under it in its thread, with all their submodules."""
+        return [*self._parts.values()]
+
     def _inherit(self, ended: dict[int, tuple[Tensor, Tensor | None]]) -> None:
         """Puts the buffers behind the copies of a guard that has ended in their place, where a guard of another thread
         has taken them for buffers."""

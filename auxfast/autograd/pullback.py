@@ -80,6 +80,11 @@ def products_before_a_pass(device: torch.device) -> float:
     return _PRODUCTS_BEFORE_A_PASS if device.type == "cuda" else inf
 
 
+def is_engine_only() -> bool:
+    """Whether `engine_only` is active, or the environment variable set."""
+    return _ENGINE_ONLY.get()
+
+
 class Pullback:
     """Products `vectors^T d outputs / d inputs` of a retained graph; `None` for an input that plays no part.
 

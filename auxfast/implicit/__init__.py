@@ -3,6 +3,7 @@
 from auxfast.autograd.preserved_state import preserved_state
 from auxfast.implicit.finite import NotFiniteError
 from auxfast.implicit.fresh_batches import FreshBatches
+from auxfast.implicit.graphed import GraphedHypergradient, GraphedResult
 from auxfast.implicit.hypergradient import HypergradientResult, hypergradient
 from auxfast.implicit.micro_batches import MicroBatches
 from auxfast.implicit.minimum import implicit_minimum
@@ -17,6 +18,8 @@ from auxfast.implicit.verify import verify_hypergradient
 __all__ = [
     "Agreement",
     "FreshBatches",
+    "GraphedHypergradient",
+    "GraphedResult",
     "HyperOptimizer",
     "HypergradientReport",
     "HypergradientResult",

@@ -173,6 +173,11 @@ def problem_of(
             raise NotFiniteError(f"{name} hold NaN or inf, in the piece of another rank")
         if not size:
             return "no curvature"
+    return problem_of_stats(solver, stats, nothing)
+
+
+def problem_of_stats(solver: Solver, stats: SolveStats, nothing: bool) -> str | None:
+    """The problem with a solve of a finite curvature that is not 0, by its stats alone; see `problem_of`."""
     if stats.stop_reason in (StopReason.DIVERGED, StopReason.NOT_SYMMETRIC):
         return str(stats.stop_reason)
     if isinstance(solver, GradientFlow):  # negative curvature is what it is for
@@ -207,12 +212,25 @@ def no_more_than_identity(
 ) -> str | None:
     """The problem that the solution is nearly parallel to the right-hand side, by the first elements of the largest
     tensor. `None` also where the `state` knows that a warning was given: the comparison costs as much as a check."""
+    return identity_of(overlap(rhs, solution).tolist()) if may_be_identity(solver, stats, state) else None
+
+
+def may_be_identity(solver: Solver, stats: SolveStats, state: SolverState | None) -> bool:
+    """Whether the solution is to be compared with the right-hand side."""
     if stats.residual < _LARGE_RESIDUAL or (state and "identity" in state.warned):
-        return None
+        return False
     method = solver.solver if isinstance(solver, BlockDiagonal) else solver
-    if isinstance(method, (GradientFlow, Identity, KnownSolution)):  # a short flow is right to be parallel
-        return None
+    return not isinstance(method, (GradientFlow, Identity, KnownSolution))  # a short flow is right to be parallel
+
+
+def overlap(rhs: Sequence[Tensor], solution: Sequence[Tensor]) -> Tensor:
+    """`(b . b, b . x, x . x)` of the first elements of the largest tensor. Waits for no device."""
     b, x = max(zip(rhs, solution, strict=True), key=lambda pair: pair[0].numel())
     b, x = b.flatten()[:_MAX_ELEMENTS], x.flatten()[:_MAX_ELEMENTS]
-    bb, bx, xx = (torch.dot(*pair).item() for pair in ((b, b), (b, x), (x, x)))
+    return torch.stack([torch.dot(*pair) for pair in ((b, b), (b, x), (x, x))])
+
+
+def identity_of(products: Sequence[float]) -> str | None:
+    """The problem that two vectors of such an `overlap` are nearly parallel."""
+    bb, bx, xx = products
     return "identity" if bx > _PARALLEL_COSINE * math.sqrt(bb * xx) else None

@@ -66,6 +66,7 @@ class Hessian:
         inner: the loss and its graph.
         params: tensors that it is differentiated in.
         retain_graph: whether to keep the graph when `mixed` is done.
+        is_known: whether a graph of the same function was looked at before: what would wait for the device is left out.
 
     Attributes:
         gradient: that of the loss in each of the given `params`, with its graph; `None` where it does not depend on it.
@@ -84,7 +85,9 @@ class Hessian:
 
     exact = True
 
-    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+    def __init__(
+        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, is_known: bool = False
+    ) -> None:
         inner.refuse_functions()
         self.unproven = sorted({node.name() for node in unproven_functions(inner.functions)})
         self.kinked = leaves_into(inner.nodes, KINKS)
@@ -99,7 +102,7 @@ class Hessian:
                 f"{inner.name} went through {wrong[0]}, torch's weight_norm, whose second derivatives are wrong. "
                 f"Compute the weight as g * v / v.norm(dim=1, keepdim=True), or {_LAST_WAY_OUT}."
             )
-        with DetachedFunctionDetector(inner.functions) as detached:
+        with DetachedFunctionDetector(() if is_known else inner.functions) as detached:
             grads = inner.scaled_gradient(params, retain_graph=True, create_graph=True)
         if detached.names:
             raise _missing_derivative(inner.name, detached.names)
@@ -167,9 +170,11 @@ class GaussNewton(Hessian):
         ValueError: as for `Hessian`; outputs that are none, not in the loss's graph, or computed from one another.
     """
 
-    def __init__(self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False) -> None:
+    def __init__(
+        self, inner: LossGraph, params: Sequence[Tensor], retain_graph: bool = False, is_known: bool = False
+    ) -> None:
         outputs = _check_outputs(inner)
-        super().__init__(inner, params, retain_graph)
+        super().__init__(inner, params, retain_graph, is_known)
         self._cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
         pulled = torch.autograd.grad(
             outputs, self.params, self._cotangents, create_graph=True, retain_graph=True, allow_unused=True

@@ -190,7 +190,7 @@ def hypergradient(
             solver.without_lookahead() if isinstance(solver, KnownSolution) else solver,
             state,
         )
-        grads = [_difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
+        grads = [difference(*terms) for terms in zip(active_outer, direct, adjoint.mixed, strict=True)]
         takes_part = [any(term is not None for term in terms) for terms in (direct, adjoint.mixed)]
         if ranks is not None:
             grads, takes_part = ranks.sum(grads, active_outer), ranks.any(takes_part)
@@ -240,7 +240,7 @@ def _outer_gradient(
     return [*ranks.sum_where_any(term[:num_inner], inner_params), *term[num_inner:]]
 
 
-def _difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:
+def difference(phi: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:
     """`direct - mixed`, always a tensor of its own (autograd may give one tensor to two parameters)."""
     if mixed is None:
         return torch.zeros_like(phi) if direct is None else direct.detach().clone()

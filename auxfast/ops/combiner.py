@@ -84,8 +84,10 @@ batch_over_tangents("combiner", "second_order", "hessian")
 # -------------------------------------------------------------------------------------------------------- autograd
 
 # Activations are kept for the second order where that takes little memory, or less than the losses do; elsewhere they
-# are computed again, since beyond that reading them back costs as much as the arithmetic.
+# are computed again. On the CPU reading them back costs as much as the arithmetic once they leave its caches. A GPU
+# reads them faster than it computes them, so that memory alone is the limit.
 MOST_SAVED_BYTES = 1 << 20
+MOST_SAVED_BYTES_ON_GPU = 1 << 30
 
 _forward = without_frame(torch.ops.auxfast.combiner_forward.default)
 _backward_phi = without_frame(torch.ops.auxfast.combiner_backward_phi.default)
@@ -146,6 +148,7 @@ def combiner(losses: Tensor, phi: Tensor, network: CombinerNetwork, mask: Tensor
         return combiner_reference(losses, phi, network)
     differentiable = torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)
     saved_size = network.saved_size(losses.shape[0])
-    save = saved_size * losses.element_size() <= MOST_SAVED_BYTES or saved_size <= losses.numel()
+    most_bytes = MOST_SAVED_BYTES_ON_GPU if losses.is_cuda else MOST_SAVED_BYTES
+    save = saved_size * losses.element_size() <= most_bytes or saved_size <= losses.numel()
     value, weights, saved = _forward(losses, phi, network.packed, differentiable and save)
     return differentiable_value(losses, phi, _Combination(network, value, weights, saved)) if differentiable else value

@@ -409,10 +409,11 @@ class _Numbers:
         self.set(noise=self["noise"] + torch.where(steps > 0, error.square(), 0))
 
     def record(self, diagonal: Tensor, off_diagonal: Tensor) -> None:
-        columns = torch.nonzero(self._moving & (self["steps"] < LANCZOS_STEPS))[:, 0]
-        entries = 2 * self["steps"][columns].long()
-        self._lanczos[entries, columns] = diagonal[columns]
-        self._lanczos[entries + 1, columns] = off_diagonal[columns]
+        goes = self._moving & (self["steps"] < LANCZOS_STEPS)
+        place = 2 * self["steps"].clamp(max=LANCZOS_STEPS - 1).long()
+        places = torch.stack([place, place + 1])  # (2, k)
+        entries = torch.where(goes, torch.stack([diagonal, off_diagonal]), self._lanczos.gather(0, places))
+        self._lanczos.scatter_(0, places, entries)
 
 
 def _check_conjugate_gradient_step(

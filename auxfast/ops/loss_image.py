@@ -139,9 +139,9 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     Kernels run on the CPU and on CUDA for up to 4 convolutions and up to 64 losses and channels. Other networks, other
     devices, empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
     `loss_image_reference`. `is_grads_batched=True` works for Hessian products. Memory beyond the inputs and results
-    grows with the width of the image and not with its height; on CUDA it is some 64 MiB, or less for small batches,
-    and more only for many channels or many thousands of columns. Reductions have a fixed order: the same bits for any
-    number of threads, and for each call on CUDA.
+    grows with the width of the image and not with its height; on CUDA it is a 256th of the device's memory, or less for
+    small batches, and more only for many channels or many thousands of columns. Reductions have a fixed order: the same
+    bits for any number of threads, and for each call on one GPU.
 
     Raises:
         ValueError: a shape that does not fit the network; TypeError: a dtype that is not floating or that differs

@@ -58,9 +58,11 @@ class SavedForward(ABC):
         return self.weights * per_sample
 
     def grad_of_grad(self, tangent: Tensor) -> Tensor:
-        """<tangent, weights>, of each sample or of all. The sum is taken piece by piece: torch divides larger sums
-        among its threads."""
+        """<tangent, weights>, of each sample or of all. On the CPU the sum is taken piece by piece: torch divides
+        larger sums among its threads, and the bits would depend on their number. A GPU has an order of its own."""
         products = (tangent * self.weights).flatten(1)
+        if not products.is_cpu:
+            return products.sum(-1) if self.per_sample else products.sum()
         sums = torch.stack([piece.sum(-1) for piece in products.split(1 << 14, dim=1)]).sum(0)
         return sums if self.per_sample else torch.stack([piece.sum() for piece in sums.split(1 << 14)]).sum()
 

@@ -69,19 +69,19 @@ class BestIterate:
 
         `product` is that of the operator with `x`, which is so rounded then; without it this costs one product a row.
         """
-        index = torch.from_numpy(rows).to(x.device)
+        index = None if len(rows) == len(self.solution) else torch.from_numpy(rows).to(x.device)
         x = self.system.rounded(x, index)
         product = self.system.product(x, index) if product is None else product
-        rhs = self.system.rhs if len(rows) == len(self.solution) else self.system.rhs.index_select(0, index)
+        rhs = self.system.rhs if index is None else self.system.rhs.index_select(0, index)
         residual = rhs - product
         space = self.system.space
         norms: Floats = np.sqrt(space.read(space.dots(residual, residual)))
         taken = self._take(rows, x, norms)
         if len(taken) == len(self.solution):
             self.residual = residual
-        else:
-            place = torch.from_numpy(taken).to(x.device)
-            self.residual.index_copy_(0, index[place], residual.index_select(0, place))
+        elif len(taken):
+            place, of_all = (torch.from_numpy(each).to(x.device) for each in (taken, rows[taken]))
+            self.residual.index_copy_(0, of_all, residual.index_select(0, place))
 
     def accept(self, rows: Rows, x: Tensor, norms: Floats) -> None:
         """The same without a product: `norms` (len(rows),) are known to be those of the residuals of `x`, rounded as it
@@ -94,7 +94,7 @@ class BestIterate:
         taken = np.flatnonzero(norms < self.norms[rows])  # false for NaN
         if len(taken) == len(self.solution):
             self.solution.copy_(x)
-        else:
+        elif len(taken):
             place = torch.from_numpy(taken).to(x.device)
             self.solution.index_copy_(0, torch.from_numpy(rows[taken]).to(x.device), x.index_select(0, place))
         self.norms[rows[taken]] = norms[taken]
@@ -115,8 +115,9 @@ class BestIterate:
         if state is None or state.solution is None:
             return
         if self.system.space.all(are_alike(state.solution, self.system.unflatten(self.solution))):
-            rows = self.unsolved()
-            self.update(rows, self.system.flatten(state.solution)[torch.from_numpy(rows).to(self.solution.device)])
+            rows, x = self.unsolved(), self.system.flatten(state.solution)
+            some = len(rows) < len(x)
+            self.update(rows, x.index_select(0, torch.from_numpy(rows).to(x.device)) if some else x)
 
     def check_symmetry(self, error: float) -> None:
         """Takes note of what `check_pair` is about, if it is a number."""

@@ -87,7 +87,7 @@ class Chebyshev(IterativeSolver):
                 spectrum.smallest = min(spectrum.smallest, cycle.lower)
             rows = np.array(cycle.again, dtype=np.intp)
             if cycle.grew and spectrum is not None and spectrum.should_retry():
-                rows = np.concatenate([rows, cycle.rows])
+                rows = np.union1d(rows, cycle.rows)  # in order
             elif cycle.grew:
                 for row in np.intersect1d(cycle.rows, best.unsolved()):
                     best.stop_reasons[row] = StopReason.DIVERGED
@@ -170,7 +170,7 @@ class _Cycle:
             following = 1 / (2 * self.center / self.half - self.ratio)
             coefficients.append((following * self.ratio, 2 * following / self.half))
             self.ratio = following
-        index = torch.from_numpy(self.rows).to(self.x.device)
+        index = None if len(self.rows) == len(self.best.norms) else torch.from_numpy(self.rows).to(self.x.device)
         add, subtract, *turns = self._coefficients([(1.0, 1.0), (1.0, -1.0), *coefficients])
         for turn in turns:
             product = self.best.system.product(self.direction, index)
@@ -246,8 +246,11 @@ class _Cycle:
     def _save(self) -> None:
         """Keeps the iterates that are better than what was kept."""
         better = self.norms < self.saved_norms
-        index = torch.from_numpy(np.flatnonzero(better)).to(self.x.device)
-        self.saved[index] = self.x[index]
+        if better.all():
+            self.saved.copy_(self.x)
+        elif better.any():
+            index = torch.from_numpy(np.flatnonzero(better)).to(self.x.device)
+            self.saved[index] = self.x[index]
         self.saved_norms = np.where(better, self.norms, self.saved_norms)
 
 

@@ -43,7 +43,12 @@ class ConjugateGradient(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
+        x: Tensor,
+        residual: Tensor,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
+        precondition: Apply | None,
+        space: VectorSpace,
     ) -> Recurrence:
         return _ConjugateGradient(x, residual, norms, tolerances, precondition, space)
 
@@ -55,8 +60,8 @@ class _ConjugateGradient(Recurrence):
         self,
         x: Tensor,
         residual: Tensor,
-        norms: Floats,
-        tolerances: Floats,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
         precondition: Apply | None,
         space: VectorSpace,
     ) -> None:
@@ -88,9 +93,11 @@ class _ConjugateGradient(Recurrence):
         self.z = self.precondition(self.r)
         self._step(*vectors, self.z, product, self.numbers, AFTER_PRECONDITIONER)
 
+    def best_rows(self) -> Tensor:
+        last = self.number("square") <= self.number("best_square")
+        return torch.where(last[:, None], self.x, self.best_x)
+
     def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
         square, best_square = numbers[self.names["square"]], numbers[self.names["best_square"]]
-        if (square <= best_square).all():
-            return self.x, np.sqrt(square)
-        last = torch.from_numpy(square <= best_square).to(self.x.device)
-        return torch.where(last[:, None], self.x, self.best_x), np.sqrt(np.minimum(square, best_square))
+        rows = self.x if (square <= best_square).all() else self.best_rows()
+        return rows, np.sqrt(np.minimum(square, best_square))

@@ -22,14 +22,14 @@ from auxfast.solvers.base import (
 from auxfast.solvers.best_iterate import BestIterate
 from auxfast.solvers.linear_system import LinearSystem
 
-_CHECK_EVERY = 8
+CHECK_EVERY = 8
 """Steps between two checks where reading a number waits for the device: one wait is then spread over 8 products, and at
 most 7 steps are done in vain."""
 
 
 def steps_per_check(device: torch.device) -> int:
     """Steps after which a solver reads from the device whether to go on; on a CPU reading is free, and this is 1."""
-    return 1 if device.type == "cpu" else _CHECK_EVERY
+    return 1 if device.type == "cpu" else CHECK_EVERY
 
 
 class IterativeSolver(ABC):

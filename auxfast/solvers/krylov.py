@@ -19,7 +19,7 @@ from auxfast.solvers.linear_system import LinearSystem
 from auxfast.solvers.preconditioners import Apply, Preconditioner, check_preconditioner, prepare
 from auxfast.solvers.space import LOCAL, VectorSpace
 
-_STOP_REASONS = (  # by the status of a row
+REASONS_OF_STATUS = (  # by the status of a row
     StopReason.STEPS,
     StopReason.STAGNATED,
     StopReason.STAGNATED,
@@ -36,39 +36,48 @@ class Recurrence(ABC):
 
     Args:
         x: (k, n), where to start from; updated in place.
-        norms: (k,), of the residuals of x.
+        norms: (k,), of the residuals of x. On the device, as `tolerances` are then: nothing waits for it.
         tolerances: (k,), residual norms to stop at.
         precondition: see `Apply`.
         space: that of the rows.
-        first: (k,) each, what the method knows of the rows before the first step.
+        first: (k,) each, or one number for all, what the method knows of the rows before the first step.
 
     Attributes:
         names: rows of `numbers`, by name.
+        exchanged: names of the attributes whose tensors `step` exchanges or replaces.
         numbers: (NUMBERS, k), see `auxfast.ops.krylov`.
         direction: (k, n), the vectors that `step` wants the products with.
     """
 
     names: ClassVar[dict[str, int]]
+    exchanged: ClassVar[tuple[str, ...]] = ()
     direction: Tensor
 
     def __init__(
         self,
         x: Tensor,
-        norms: Floats,
-        tolerances: Floats,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
         precondition: Apply | None,
         space: VectorSpace,
-        **first: Floats,
+        **first: Any,
     ) -> None:
         self.x = x
         self.space = space
         self.precondition = precondition
-        numbers = np.zeros((NUMBERS, len(norms)))
-        numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = np.nan
         first |= {"tolerance": tolerances, "square": norms**2}
-        for name, values in first.items():
-            numbers[self.names[name]] = values
-        self.numbers = torch.from_numpy(numbers).to(x.device)
+        if isinstance(norms, Tensor):
+            self.numbers = x.new_zeros((NUMBERS, len(norms)), dtype=torch.float64)
+            for unknown in (self.numbers[LANCZOS:], self.number("asymmetry")):
+                unknown.fill_(math.nan)
+            for name, values in first.items():
+                self.number(name).add_(values)
+        else:
+            numbers = np.zeros((NUMBERS, len(norms)))
+            numbers[LANCZOS:] = numbers[self.names["asymmetry"]] = np.nan
+            for name, values in first.items():
+                numbers[self.names[name]] = values
+            self.numbers = torch.from_numpy(numbers).to(x.device)
 
     def number(self, name: str) -> Tensor:
         """(k,)"""
@@ -77,6 +86,10 @@ class Recurrence(ABC):
     @abstractmethod
     def step(self, product: Tensor) -> None:
         """Takes the product (k, n) with `direction`, which it may overwrite. Waits for no device."""
+
+    @abstractmethod
+    def best_rows(self) -> Tensor:
+        """(k, n), the iterates of the smallest residuals. Waits for no device."""
 
     @abstractmethod
     def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
@@ -98,15 +111,16 @@ class Recurrence(ABC):
                 product[active] = system.product(self.direction[active], active if index is None else index[active])
             self.step(product)
             if step % check_every == 0 and (on_host is None or np.count_nonzero(on_host) > stopped):
-                active = torch.from_numpy(np.flatnonzero(self.space.read(status) == RUNNING)).to(self.x.device)
-                stopped = len(self.x) - len(active)
-                if not len(active):
+                running = np.flatnonzero(self.space.read(status) == RUNNING)
+                if not len(running):
                     break
+                if len(running) < len(self.x) - stopped:
+                    active, stopped = torch.from_numpy(running).to(self.x.device), len(self.x) - len(running)
         return step
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """How a cycle of k rows went, read from the device once.
 
     Attributes:
@@ -197,7 +211,12 @@ class KrylovSolver(IterativeSolver):
     @staticmethod
     @abstractmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
+        x: Tensor,
+        residual: Tensor,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
+        precondition: Apply | None,
+        space: VectorSpace,
     ) -> Recurrence:
         """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten; norms: (k,),
         those of `residual`; space: that of the rows."""
@@ -213,7 +232,7 @@ class KrylovSolver(IterativeSolver):
             taken = cycle.run(best.system, rows, left)
             iterations, left = iterations + taken, left - taken - 1
             numbers = best.system.space.read(cycle.numbers)
-            outcome = _Outcome(*cycle.best(numbers), numbers, cycle.names)
+            outcome = Outcome(*cycle.best(numbers), numbers, cycle.names)
             self._take(best, rows, outcome, is_known=best.system.exact and precondition is None and taken == iterations)
             if largest is None and precondition is None and (ritz := outcome.largest_ritz_value()) is not None:
                 largest = ritz - self.damping
@@ -227,7 +246,7 @@ class KrylovSolver(IterativeSolver):
         }
 
     @staticmethod
-    def _take(best: BestIterate, rows: Rows, outcome: _Outcome, is_known: bool) -> None:
+    def _take(best: BestIterate, rows: Rows, outcome: Outcome, is_known: bool) -> None:
         """Takes the iterates of a cycle, and spends products on those whose residuals need one to be known.
 
         is_known: whether the recurrence may know any. It does not with a preconditioner, where its numbers do not tell
@@ -252,5 +271,5 @@ def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, statuses: Fl
         if status == REACHED and best.norms[row] <= RESTART_GAIN * norm:
             again.append(row)
         else:
-            best.stop_reasons[row] = _STOP_REASONS[int(status)]
+            best.stop_reasons[row] = REASONS_OF_STATUS[int(status)]
     return np.array(again, dtype=np.intp)

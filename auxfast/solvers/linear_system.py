@@ -94,12 +94,12 @@ class LinearSystem:
         rows = rows if self._scale is None else rows * self._scale
         return self._cut(rows if self._batched else rows[0], self._batched)
 
-    def rounded(self, rows: Tensor, index: Tensor) -> Tensor:
-        """The rows (m, n), for the right-hand sides in `index` (m,), as `unflatten` rounds them: what is certified is
-        what is returned."""
+    def rounded(self, rows: Tensor, index: Tensor | None) -> Tensor:
+        """The rows (m, n), for the right-hand sides in `index` (m,) or for all in order, as `unflatten` rounds them:
+        what is certified is what is returned."""
         if self._scale is None:
             return rows.to(self.dtype).to(rows.dtype)
-        scale = self._scale.index_select(0, index)
+        scale = self._scale if index is None else self._scale.index_select(0, index)
         return (rows * scale).to(self.dtype).to(rows.dtype) / scale
 
     def limits(self) -> list[float]:
@@ -150,8 +150,10 @@ class LinearSystem:
     @cached_property
     def size(self) -> int:
         """The number of unknowns: n, and where processes have pieces of the rows, the sum over all of them."""
+        if self.space.is_whole:
+            return self.rhs.shape[1]
         own = self.rhs.new_tensor(self.rhs.shape[1], dtype=torch.float64)
-        return self.rhs.shape[1] if self.space.is_whole else int(self.space.read(self.space.sum(own)))
+        return int(self.space.read(self.space.sum(own)))
 
     @cached_property
     def transposed(self) -> LinearSystem:

@@ -46,7 +46,12 @@ class MINRES(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor, residual: Tensor, norms: Floats, tolerances: Floats, precondition: Apply | None, space: VectorSpace
+        x: Tensor,
+        residual: Tensor,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
+        precondition: Apply | None,
+        space: VectorSpace,
     ) -> Recurrence:
         return _MINRES(x, residual, norms, tolerances, precondition, space)
 
@@ -59,17 +64,18 @@ the same `state` has ended. It solves well-conditioned systems to `tol`. A netwo
 
 class _MINRES(Recurrence):
     names = MINRES_NUMBERS
+    exchanged = ("w", "w_old", "u", "u_old")
 
     def __init__(
         self,
         x: Tensor,
         residual: Tensor,
-        norms: Floats,
-        tolerances: Floats,
+        norms: Floats | Tensor,
+        tolerances: Floats | Tensor,
         precondition: Apply | None,
         space: VectorSpace,
     ) -> None:
-        super().__init__(x, norms, tolerances, precondition, space, beta=norms, phibar=norms, c=-np.ones_like(norms))
+        super().__init__(x, norms, tolerances, precondition, space, beta=norms, phibar=norms, c=-1.0)
         self.u, self.u_old = residual, residual  # the first coefficient of u_old is 0
         self.r = residual.clone()
         z = residual
@@ -95,5 +101,8 @@ class _MINRES(Recurrence):
         self.w, self.w_old = self.w_old, self.w
         self.u, self.u_old = product, self.u
 
+    def best_rows(self) -> Tensor:
+        return self.x.to(self.direction.dtype)
+
     def best(self, numbers: Floats) -> tuple[Tensor, Floats]:
-        return self.x.to(self.direction.dtype), np.sqrt(numbers[self.names["square"]])
+        return self.best_rows(), np.sqrt(numbers[self.names["square"]])

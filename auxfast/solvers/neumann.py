@@ -133,7 +133,7 @@ class Neumann(IterativeSolver):
         if residual is None:
             solution, stats = super().solve(matvec, rhs, state=state)
             return solution, replace(stats, matvecs=stats.matvecs + products.matvecs)
-        largest, negative = _curvature_of_growth([series.curvature], self.damping)
+        largest, negative = curvature_of_growth([series.curvature], self.damping)
         reason = StopReason.DIVERGED if series.grew else StopReason.STEPS if residual else StopReason.CONVERGED
         return series.p, SolveStats(
             iterations=iterations,
@@ -200,7 +200,7 @@ class Neumann(IterativeSolver):
         if spectrum is not None:
             limits = _SERVED * best.rhs_norms if self.tol is None else best.tolerances
             spectrum.save(good=bool((best.norms <= limits).all()))
-        largest, negative = _curvature_of_growth(curvatures, self.damping)
+        largest, negative = curvature_of_growth(curvatures, self.damping)
         if spectrum is not None:
             largest, negative = spectrum.largest_of_h, negative or spectrum.indefinite
         return {
@@ -255,7 +255,7 @@ def _rows_to_restart(best: BestIterate, rows: Rows, before: Floats, cycle: Seque
     return np.array(going, dtype=np.intp)
 
 
-def _curvature_of_growth(curvatures: Sequence[float | None], damping: float) -> tuple[float | None, bool]:
+def curvature_of_growth(curvatures: Sequence[float | None], damping: float) -> tuple[float | None, bool]:
     """An estimate of the largest eigenvalue of H and whether there is negative curvature, from the series that grew."""
     known = [curvature for curvature in curvatures if curvature is not None]
     positive = [curvature - damping for curvature in known if curvature > 0]

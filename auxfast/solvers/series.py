@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from auxfast.ops.neumann import GROWTH, neumann_step_, squared_norm
+from auxfast.ops.neumann import GROWTH, NeumannSteps, squared_norm
 from auxfast.solvers.base import RHS_NOT_FINITE, Matvec, StopReason
 from auxfast.solvers.iterative import steps_per_check
 from auxfast.solvers.linear_system import LinearSystem
@@ -116,12 +115,11 @@ class Series:
         self._begin()
 
     def _begin(self) -> None:
-        self.v, self.p = ([torch.zeros_like(tensor) for tensor in self.start] for _ in range(2))
-        first = neumann_step_(self.v, self.start, self.p, -self._step_size)  # v and p are zeros: both become a b
-        self._pending = [self._space.sum(first)]
+        self._steps = NeumannSteps(self.start, self._step_size)
+        self.v, self.p = self._steps.v, self._steps.p
 
     def step(self, product: Sequence[Tensor]) -> None:
-        self._pending.append(self._space.sum(neumann_step_(self.v, product, self.p, self._step_size)))
+        self._steps.step(product)
 
     def should_continue(self, product: Sequence[Tensor]) -> bool:
         """Whether the series has neither reached its tolerance nor grown; `product` is that of the last step. Waits
@@ -133,20 +131,22 @@ class Series:
         before = self.squares[-2]  # |w|^2, where |w - a A w|^2 = last
         if self.grew and math.isfinite(last) and before > 0:  # it may have underflowed
             of_product = float(self._space.read(self._space.sum(squared_norm(product))))
-            slope = (before - last) / (2 * a) + a / 2 * of_product  # w . A w
-            self.curvature = slope / before
+            self.curvature = curvature_between(before, last, of_product, a)
         return not (self.reached or self.grew)
 
     def _read_pending(self) -> None:
-        if len(self._pending) < 3 and self._space is LOCAL:
-            squares = [square.item() for square in self._pending]
-        else:
-            squares = self._space.read(torch.stack(self._pending)).tolist() if self._pending else []
-        self._pending = []
-        for square in squares:
+        if not self._steps.unread:
+            return
+        for square in self._read_squares():
             self.squares.append(square)
             if square < self.squares[self.best]:
                 self.best = len(self.squares) - 1
+
+    def _read_squares(self) -> list[float]:
+        if self._space is LOCAL:
+            return self._steps.read()
+        squares: list[float] = self._space.read(self._space.sum(self._steps.squares())).tolist()
+        return squares
 
     @property
     def norm(self) -> float:
@@ -219,7 +219,7 @@ class Series:
         for _ in self.squares[2:]:  # the last term needs no product: what it leaves is known
             (product,) = products([self])
             self.step(product)
-        if self.best == 0 or not np.isfinite(self._space.read(torch.stack(self._pending))).all():
+        if self.best == 0 or not all(map(math.isfinite, self._read_squares())):
             self._reset()
 
     def _reset(self) -> None:
@@ -231,6 +231,13 @@ class Series:
         if not sum(map(math.sqrt, self.squares)) <= torch.finfo(self.p[0].dtype).max:
             self.grew = True
             self._reset()
+
+
+def curvature_between(before: float, last: float, of_product: float, step_size: float) -> float:
+    """The Rayleigh quotient of A for the vector w, of squared norm `before`, that a step has made `w - a A w`, of
+    squared norm `last`; of_product: that of `A w`."""
+    slope = (before - last) / (2 * step_size) + step_size / 2 * of_product  # w . A w
+    return slope / before
 
 
 def run(series: Sequence[Series], products: Products, steps: int) -> int:

@@ -73,14 +73,15 @@ struct Panel {
   }
 };
 
-// Calls work(panel) for every panel of a (rows, columns) product, dealt to the block's threads by turns. turn: in and
-// out, the thread whose turn it is, so that several products in a row keep all threads busy.
+// Calls work(panel) for every panel of a (rows, columns) product, dealt by turns to the block's threads, of which there
+// are a power of two. turn: in and out, the thread whose turn it is, so that several products in a row keep all threads
+// busy.
 template <class Work>
 __device__ __forceinline__ void for_each_panel(int rows, int columns, unsigned& turn, const Work& work) {
   const int panels = (rows + kPanel - 1) / kPanel, count = panels * columns;
-  for (int i = (threadIdx.x + blockDim.x - turn) % blockDim.x; i < count; i += blockDim.x)
+  for (int i = (threadIdx.x - turn) & (blockDim.x - 1); i < count; i += blockDim.x)
     work(Panel{i / columns, panels, rows, i % columns});
-  turn = (turn + count) % blockDim.x;
+  turn = (turn + count) & (blockDim.x - 1);
 }
 
 // Sums each of kCount numbers, a power of two, over a warp's lanes. Lane l returns the total of number l / (32 /

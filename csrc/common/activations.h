@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/host_device.h"
 
@@ -39,10 +40,12 @@ AUXFAST_HD V horner(V x, const T (&coefficients)[N]) {
   return sum;
 }
 
-// p * 2^n for the n that was rounded by adding `1.5 * 2^mantissa` to it: the low bits of that sum are n.
+// p * 2^n for the n that was rounded by adding `1.5 * 2^mantissa` and the exponent's bias to it: the low bits of that
+// sum are n + bias, the exponent of 2^n. Adding n to p's own exponent instead would make a number of some NaNs, a GPU's
+// among them: all bits of their mantissa are set.
 template <class V, int kMantissa>
 AUXFAST_HD V times_power_of_two(V p, V shifted_n) {
-  return ElementOf<V>::from_bits(ElementOf<V>::bits(p) + (ElementOf<V>::bits(shifted_n) << kMantissa));
+  return p * ElementOf<V>::from_bits(ElementOf<V>::bits(shifted_n) << kMantissa);
 }
 
 // -|x|, and x >= 0 with the sign opposite to that of `other`: by bits, since selections take three times as long.
@@ -67,7 +70,7 @@ struct ExpAndLog<float> {
   // Minimax polynomials: exp on [-ln2/2, ln2/2] (relative error 1.2e-7), log1p(e)/e on [0, 1] (1.1e-7).
   template <class V>
   static AUXFAST_HD V exp_nonpositive(V x) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+    constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
     constexpr float kExp[] = {0.008297584019601345f, 0.04191587492823601f, 0.16667577624320984f,
                               0.4999889135360718f,   0.9999997019767761f,  1.0000001192092896f};
     x = x < -87.0f ? V{} - 87.0f : x;
@@ -91,7 +94,7 @@ struct ExpAndLog<double> {
   // log1p(e) = 2 artanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...) with s = e / (2 + e) <= 1/3 (terms up to s^32, 1e-17).
   template <class V>
   static AUXFAST_HD V exp_nonpositive(V x) {
-    constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
+    constexpr double kShift = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52, and the bias
     constexpr double kExp[] = {
         1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
         1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
@@ -111,6 +114,22 @@ struct ExpAndLog<double> {
   }
 };
 
+// e / (1 + e) for 0 <= e <= 1. On a GPU an approximate reciprocal and a step of Newton's method reach 1e-7: an exact
+// division has a branch for numbers that do not occur here, and each keeps the compiler from working on several at a
+// time.
+template <class V>
+AUXFAST_HD V over_one_plus(V e) {
+  const V sum = typename ElementOf<V>::Scalar(1) + e;
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<V, float>) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
+    return e * (inverse + inverse * (1.0f - sum * inverse));
+  }
+#endif
+  return e / sum;
+}
+
 // clang-format off
 // softplus(z) = log(1 + exp(z)) = max(z, 0) + log1p(e) with e = exp(-|z|): no overflow at either end.
 // Its slope is s = sigmoid(z), and its second derivative / slope is 1 - s, the relative curvature. Near 1, s as such
@@ -122,7 +141,7 @@ struct Softplus {
   static AUXFAST_HD void apply(V z, V& value, V& state) {
     using T = typename ElementOf<V>::Scalar;
     const V e = ExpAndLog<T>::exp_nonpositive(negative_abs(z));
-    const V tail = e / (T(1) + e);
+    const V tail = over_one_plus(e);
     value = (z < T(0) ? V{} : z) + e * ExpAndLog<T>::log1p_over(e);
     state = with_opposite_sign(tail, z);
   }
@@ -139,15 +158,17 @@ struct Softplus {
   }
 };
 
+// The state of Softplus where its slope is 1 and its relative curvature 0, so that code which knows the activation only
+// at run time needs no more than its own apply().
 struct Identity {
   template <class V>
   static AUXFAST_HD void apply(V z, V& value, V& state) {
     value = z;
-    state = V{};
+    state = V{} + typename ElementOf<V>::Scalar(1);
   }
   template <class V>
   static AUXFAST_HD V slope(V state) {
-    return state + typename ElementOf<V>::Scalar(1);
+    return state;
   }
   template <class V>
   static AUXFAST_HD V relative_curvature(V) {

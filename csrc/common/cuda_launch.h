@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "common/kernels.h"
 #include "common/tensor_checks.h"
@@ -27,13 +28,15 @@ inline void* current_cuda_stream(int32_t device_index) {
   return stream;
 }
 
-// Runs the kernel on the device of `like` and its current stream, in a workspace that it allocates.
+// Runs the kernel on the device of `like` and its current stream, in a workspace that it allocates if it takes one.
 template <class Params>
 void launch_cuda(const char* op, const CudaKernel<Params>& kernel, Params& params, const Tensor& like) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor workspace = new_tensor(like, {kernel.workspace_bytes(params)}, aoti_torch_dtype_uint8());
-  params.workspace = workspace.data_ptr();
+  const int64_t bytes = kernel.workspace_bytes(params);
+  std::optional<Tensor> workspace;  // an allocation takes the host longer than all else here
+  if (bytes > 0) workspace = new_tensor(like, {bytes}, aoti_torch_dtype_uint8());
+  params.workspace = workspace ? workspace->data_ptr() : nullptr;
   const char* error = kernel.launch(params, current_cuda_stream(device));
   STD_TORCH_CHECK(error == nullptr, "auxfast::", op, ": CUDA could not launch the kernel: ", error);
 }

@@ -46,8 +46,19 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A new contiguous tensor on the device of `like`. (torch::stable::new_empty looks its op up by name on every call,
-// which costs more than the allocation.)
+// A new tensor on the device of `like`. (torch::stable::new_empty looks its op up by name on every call, which costs
+// more than the allocation.)
+inline Tensor new_tensor(const Tensor& like, Sizes sizes, Sizes strides, int32_t dtype) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// A new contiguous tensor.
 inline Tensor new_tensor(const Tensor& like, Sizes sizes, int32_t dtype) {
   constexpr size_t kMostDimensions = 8;
   int64_t strides[kMostDimensions];
@@ -57,13 +68,7 @@ inline Tensor new_tensor(const Tensor& like, Sizes sizes, int32_t dtype) {
     strides[dimension] = stride;
     stride *= sizes[dimension] ? sizes[dimension] : 1;  // as torch does
   }
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides, dtype, device_type,
-                                                  device_index, &handle));
-  return Tensor(handle);
+  return new_tensor(like, sizes, Sizes(strides, sizes.size()), dtype);
 }
 
 // A new tensor of the dtype of `like`.

@@ -1,5 +1,8 @@
 // The loss image on a GPU: chunk by chunk and layer by layer, every layer a few launches. All sums have an order that
-// the sizes alone determine, so that a call gives the same bits each time; nothing waits for the device.
+// the sizes and the device's memory determine, so that a call gives the same bits each time; nothing waits for the
+// device.
+#include <type_traits>
+
 #include "loss_image/loss_image_cuda_chunks.cuh"
 #include "loss_image/loss_image_cuda_convolution.cuh"
 #include "loss_image/loss_image_cuda_sums.cuh"
@@ -56,10 +59,25 @@ struct ChunkSteps {
   // Factor of one entry of h_depth in g, without w.
   T pixel_scale() const { return net.position_scale / pool_scale(net.depth - 1); }
 
+  // Calls run(panel) with how many of the outputs a thread shall compute, known to the compiler.
+  template <class Run>
+  static void with_panel(int outputs, const Run& run) {
+    if (outputs == kManyOutputs<T>)
+      run(std::integral_constant<int, kManyOutputs<T>>());
+    else
+      run(std::integral_constant<int, kFewOutputs>());
+  }
+
+  // Many outputs a thread share what it reads of the inputs; few make more blocks where there are not enough.
   template <class Finish>
   void run_convolution(const Convolution<T>& work, const Finish& finish) {
-    const dim3 grid = grid_of(chunk.images * work.tiling.tiles(), panels_of(work.outputs));
-    launcher.run(convolution_kernel<T, Finish>, grid, work, finish);
+    const int64_t tiles = chunk.images * work.tiling.tiles();
+    const int most = panel<T>(work.outputs);
+    const bool busy = tiles * panels_of(work.outputs, most) >= kBusyBlocks;
+    with_panel(busy ? most : kFewOutputs, [&](auto panel) {
+      launcher.run(convolution_kernel<T, panel.value, Finish>, grid_of(tiles, panels_of(work.outputs, panel.value)),
+                   work, finish);
+    });
   }
 
   // Convolves `in`, which is h_{i-1} or hd_{i-1}, and finishes z_i or zd_i.
@@ -86,9 +104,10 @@ struct ChunkSteps {
     const bool goes_back = net.grad_losses || net.grad_phi;
     for (int i = 1; i <= net.depth; ++i) {
       const T* bias = net.phi + net.bias[i - 1];
-      const Planes<T> state = goes_back ? planes.state[i] : Planes<T>{};
-      const Planes<T> e = goes_back && i == net.depth ? planes.e[i] : Planes<T>{};
-      convolve(i, planes.h[i - 1], Activate<T, Act>{net, bias, pool_scale(i - 1), planes.new_h[i], state, e});
+      T* e = goes_back && i == net.depth ? planes.e[i].data : nullptr;
+      T* state = goes_back && e != planes.state[i].data ? planes.state[i].data : nullptr;
+      convolve(i, planes.h[i - 1],
+               Activate<T, Act>{net, bias, pool_scale(i - 1), planes.new_h[i], planes.state[i], state, e});
     }
   }
 
@@ -97,63 +116,83 @@ struct ChunkSteps {
     for (int i = 1; i <= net.depth; ++i)
       convolve(i, planes.hd[i - 1],
                ActivateTangent<T, Act>{pool_scale(i - 1), i == net.depth, planes.new_hd[i], planes.zd[i],
-                                       planes.state[i].to_read(), planes.e[i].to_read()});
+                                       planes.state[i].data, planes.e[i].data});
   }
 
   // Makes the other layers' e, or their kappa.
   void go_back(bool with_tangent) {
     for (int i = net.depth; i > 1; --i) {
-      const Planes<T> zd = with_tangent ? planes.zd[i - 1] : Planes<T>{};
-      convolve_back(i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
-                    Unpool<T, Act>{pool_scale(i - 2), pool_extent(net.height[i - 2]), pool_extent(net.width[i - 2]),
-                                   planes.state[i - 1], planes.e[i - 1], zd});
+      const bool rows = pool_extent(net.height[i - 2]) > 1, columns = pool_extent(net.width[i - 2]) > 1;
+      if (rows && columns)
+        go_back_from<2, 2>(i, with_tangent);
+      else if (rows)
+        go_back_from<2, 1>(i, with_tangent);
+      else if (columns)
+        go_back_from<1, 2>(i, with_tangent);
+      else
+        go_back_from<1, 1>(i, with_tangent);
     }
+  }
+  template <int kPoolRows, int kPoolColumns>
+  void go_back_from(int i, bool with_tangent) {
+    T* zd = with_tangent ? planes.zd[i - 1].data : nullptr;
+    convolve_back(
+        i, with_tangent ? planes.zd[i] : planes.e[i], planes.back[i - 1],
+        Unpool<T, Act, kPoolRows, kPoolColumns>{pool_scale(i - 2), planes.state[i - 1], planes.e[i - 1].data, zd});
   }
 
   void store_gradient(T* grad_losses, const Planes<T>& first, int main_loss) {
-    const Planes<T> gradient = planes_of(grad_losses, net.channels[0], {0, net.height[0]}, net.width[0]);
+    const Planes<T> gradient = planes_of(grad_losses, net.channels[0], {0, net.height[0]}, net.width[0], net.width[0]);
     convolve_back(1, first, chunk.owned[0], StoreGradient<T>{net, gradient, main_loss});
   }
 
-  void sum_planes(const Planes<const T>& from, Rows rows, int channels, double* sums) {
-    launcher.run(plane_sums_kernel<T>, grid_of(chunk.images * channels), from.only(rows), channels, sums);
+  // Sums layer i's planes, `from`, over the rows that the chunk owns.
+  PlaneSums sum_planes(int i, const Planes<const T>& from, int channels, double* sums) {
+    const int parts = sum_parts(net, i);
+    launcher.run(plane_sums_kernel<T>, grid_of(chunk.images * channels, parts), from.only(chunk.owned[i]), channels,
+                 sums);
+    return {sums, parts};
   }
 
   void add_values() {
-    sum_planes(planes.h[net.depth], chunk.owned[net.depth], net.channels[net.depth], workspace.plane_sums);
+    const int depth = net.depth;
+    const PlaneSums of_h = sum_planes(depth, planes.h[depth], net.channels[depth], workspace.plane_sums);
+    PlaneSums of_main{};
     if (net.main_loss >= 0) {
       Planes<const T> main = planes.h[0];
       main.data += net.main_loss * main.channel_stride;
-      sum_planes(main, chunk.owned[0], 1, workspace.main_sums);
+      of_main = sum_planes(0, main, 1, workspace.main_sums);
     }
-    launcher.run_over(chunk.images, image_values_kernel<T>, net, chunk.images, workspace.plane_sums,
-                      workspace.main_sums, pixel_scale(), chunk.band == 0, workspace.values + chunk.first_image);
+    launcher.run_over(chunk.images * 32, image_values_kernel<T>, net, chunk.images, of_h, of_main, pixel_scale(),
+                      chunk.band == 0, workspace.values + chunk.first_image);
   }
 
   void add_to_phi(bool with_tangent, double* sums) {
     for (int i = 1; i <= net.depth; ++i) {
       const Rows rows = chunk.owned[i].times(pool_extent(net.height[i - 1]));
-      WeightGradient<T> work{planes.e[i].to_read(), planes.h[i - 1], {}, {},
-                             net.channels[i - 1],   net.channels[i], {}, 0};
+      WeightGradient<T> work{planes.e[i].to_read(), planes.h[i - 1], nullptr, nullptr,
+                             net.channels[i - 1],   net.channels[i], {},      0};
       if (with_tangent) {
         work.outer = planes.zd[i].to_read();
-        work.outer2 = planes.e[i].to_read();
-        work.inner2 = planes.hd[i - 1];
+        work.outer2 = planes.e[i].data;
+        work.inner2 = planes.hd[i - 1].data;
       }
       work.tiling = {rows, work.outer.width};
       work.tiles = chunk.images * work.tiling.tiles();
       const int most = weight_blocks(net, i - 1), blocks = work.tiles < most ? int(work.tiles) : most;
-      const dim3 grid = grid_of(blocks, panels_of(work.outputs), work.inputs);
-      launcher.run(weight_gradient_kernel<T>, grid, work, workspace.weight_sums);
+      with_panel(panel<T>(work.outputs), [&](auto panel) {
+        const dim3 grid = grid_of(blocks, panels_of(work.outputs, panel.value), work.inputs);
+        launcher.run(weight_gradient_kernel<T, panel.value>, grid, work, workspace.weight_sums);
+      });
       const int64_t count = net.weight[i] - net.weight[i - 1];
-      launcher.run_over(count, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
+      launcher.run_over(count * 32, add_blocks_kernel, workspace.weight_sums, blocks, count, chunk.is_first(),
                         sums + net.weight[i - 1]);
     }
-    const int channels = net.channels[net.depth];
-    sum_planes((with_tangent ? planes.hd : planes.h)[net.depth], chunk.owned[net.depth], channels,
-               workspace.plane_sums);
-    launcher.run(output_gradient_kernel<T>, grid_of(channels), net, chunk.images, workspace.plane_sums, pixel_scale(),
-                 chunk.is_first(), sums + net.weight[net.depth]);
+    const int depth = net.depth, channels = net.channels[depth];
+    const PlaneSums of_h =
+        sum_planes(depth, (with_tangent ? planes.hd : planes.h)[depth], channels, workspace.plane_sums);
+    launcher.run(output_gradient_kernel<T>, grid_of(channels), net, chunk.images, of_h, pixel_scale(), chunk.is_first(),
+                 sums + net.weight[depth]);
   }
 };
 

@@ -64,7 +64,7 @@ std::vector<Thread*> ready;
 const std::function<void()>* body;
 char launch_key, error[1000];
 bool failed = false;
-int64_t num_launches = 0, window_blocks = 0;
+int64_t num_launches = 0, window_blocks = 0, current_device = 0;
 uint64_t random_state = 1;
 
 uint64_t random_below(uint64_t end) {
@@ -220,6 +220,9 @@ unsigned next_block(unsigned index, unsigned count) {
 }  // namespace
 
 extern "C" int64_t launches() { return num_launches; }
+
+extern "C" void set_device(int64_t device) { current_device = device; }
+int device() { return int(current_device); }
 
 extern "C" void set_window(int64_t blocks) { window_blocks = blocks; }
 extern "C" int64_t window() { return window_blocks; }

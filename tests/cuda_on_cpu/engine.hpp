@@ -35,6 +35,11 @@ extern "C" void set_seed(uint64_t seed);
 extern "C" void set_window(int64_t blocks);
 extern "C" int64_t window();
 
+// Which device is the current one, 0 at the beginning. Device i has 2^(34 - i) bytes of memory.
+extern "C" void set_device(int64_t device);
+int device();
+constexpr size_t device_memory(int device) { return size_t(1) << (34 - device); }
+
 // Kernels launched so far.
 extern "C" int64_t launches();
 

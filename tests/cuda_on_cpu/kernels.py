@@ -137,6 +137,16 @@ def window(blocks: int, device: str = "cuda") -> Iterator[None]:
         library().set_on_cpu(ctypes.c_int64(0))
 
 
+@contextmanager
+def device(index: int) -> Iterator[None]:
+    """A context in which the current device is number `index`, which has 2^(34 - index) bytes of memory."""
+    library().set_device(ctypes.c_int64(index))
+    try:
+        yield
+    finally:
+        library().set_device(ctypes.c_int64(0))
+
+
 def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zeros of any size, in memory that gets a page when something is written there."""
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

@@ -106,19 +106,35 @@ def _cases() -> list[Case]:
     return cases
 
 
-# What the launch (make_launch in combiner_cuda.cu) makes special. (64, 1) * 4 has many units and few parameters.
+# What make_launch in combiner_cuda.cu makes special. (64, 1) * 4 has many units and few parameters.
 SPECIAL = {
-    "several tiles a block, 32 samples a tile": Case(CombinerNetwork(2, (2,), main=0), 33000),
-    "several tiles a block, not saved": Case(CombinerNetwork(2, (2,), bias=False, reduction="sum"), 33000, saves=False),
-    "16 samples a tile": Case(CombinerNetwork(3, (4, 3), reduction="none"), 2049, num_tangents=2),
+    "several tiles a block, 32 samples a tile": Case(CombinerNetwork(2, (2,), main=0), 33000, DOUBLE),
+    "several tiles a block, not saved": Case(
+        CombinerNetwork(2, (2,), bias=False, reduction="sum"), 33000, DOUBLE, saves=False
+    ),
+    "16 samples a tile": Case(CombinerNetwork(3, (4, 3), reduction="none"), 2049, DOUBLE, num_tangents=2),
     "tiles shrink for phi": Case(CombinerNetwork(3, (64, 1, 20), reduction="none"), 4100),
     "tiles in the workspace": Case(CombinerNetwork(5, (64, 1) * 4, main=1), 70, DOUBLE, saves=False, num_tangents=2),
     "tiles in the workspace, wide": Case(CombinerNetwork(40, (64, 1) * 4, main=1), 70, DOUBLE),
     "several of these, and of tangents, a block": Case(CombinerNetwork(2, (1, 64) * 4), 10_500, DOUBLE, True, 2),
     "the same, wide": Case(CombinerNetwork(33, (1, 64) * 4), 5300, DOUBLE, False, 2),
-    "several tangents a block": Case(CombinerNetwork(2, (2,), main=1), 64, num_tangents=130),
+    "several tangents a block": Case(CombinerNetwork(2, (2,), main=1), 64, DOUBLE, num_tangents=130),
     "several tangents a block, wide": Case(CombinerNetwork(34, (1,), main=1), 64, saves=False, num_tangents=130),
     "sums for phi limit the blocks": Case(CombinerNetwork(520, (64,), main=7), 2048, DOUBLE),
+}
+
+# What make_small_launch makes special, for networks of at most 32 losses and units a layer in float32. Beyond 16384
+# samples a lane has one to itself, but for phi.
+SMALL = {
+    "four lanes a sample": Case(CombinerNetwork(11, (10,) * 5, main=2), 70, saves=False, num_tangents=2),
+    "four lanes a sample, one panel of losses too few": Case(CombinerNetwork(17, (16, 15), main=16), 33),
+    "eight lanes a sample": Case(CombinerNetwork(31, (32, 17), main=0, reduction="none"), 45, num_tangents=2),
+    "64 threads a block for phi": Case(CombinerNetwork(8, (16,) * 5, "identity"), 45, saves=False),
+    "small without phi alone": Case(CombinerNetwork(4, (14,) * 8, main=1), 66),
+    "several tangents a block": Case(CombinerNetwork(2, (2,), main=1), 64, num_tangents=1100),
+    "several tiles a block for phi, 4 units a lane": Case(CombinerNetwork(2, (2,), main=0), 32_900, saves=False),
+    "10 units a lane": Case(CombinerNetwork(11, (10, 7), main=1, reduction="none"), 16_400, num_tangents=2),
+    "several tiles a block, 16 units a lane": Case(CombinerNetwork(3, (16,) * 6, bias=False), 33_000, saves=False),
 }
 
 
@@ -136,3 +152,8 @@ def test_passes_are_the_reference(case):
 @pytest.mark.parametrize("launch", [launch for launch, case in SPECIAL.items() if is_affordable(case)])
 def test_passes_are_the_reference_for_any_launch(launch):
     assert_case(SPECIAL[launch], orders=2)
+
+
+@pytest.mark.parametrize("launch", [launch for launch, case in SMALL.items() if is_affordable(case)])
+def test_passes_are_the_reference_for_any_launch_of_a_small_network(launch):
+    assert_case(SMALL[launch], orders=2 if SMALL[launch].batch < 10_000 else 1)

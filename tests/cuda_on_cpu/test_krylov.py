@@ -112,7 +112,7 @@ def step(function: str, x: Tensor, *rest: Tensor | int | None) -> None:
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
 def test_steps_of_conjugate_gradients_are_the_reference(shape, preconditioned, dtype):
-    systems = DiagonalSystems(shape, dtype, "cpu")
+    systems = DiagonalSystems.of(shape, dtype, "cpu")
     results = in_any_order(lambda: systems.conjugate_gradients(cuda_conjugate_gradient_step, 3, preconditioned))
     wanted = systems.conjugate_gradients(conjugate_gradient_step_reference_, 3, preconditioned)
     assert_same_solves(results, wanted, dtype)
@@ -122,13 +122,13 @@ def test_steps_of_conjugate_gradients_are_the_reference(shape, preconditioned, d
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
 def test_steps_of_minres_are_the_reference(shape, preconditioned, dtype):
-    systems = DiagonalSystems(shape, dtype, "cpu")
+    systems = DiagonalSystems.of(shape, dtype, "cpu")
     results = in_any_order(lambda: systems.minres(cuda_minres_step, 3, preconditioned))
     assert_same_solves(results, systems.minres(minres_step_reference_, 3, preconditioned), dtype)
 
 
 def test_steps_add_up_more_blocks_than_there_are_threads():
-    systems = DiagonalSystems(SHAPES["more blocks than threads add up"], torch.float32, "cpu")
+    systems = DiagonalSystems.of(SHAPES["more blocks than threads add up"], torch.float32, "cpu")
     for solve, step_, reference_ in (
         (systems.conjugate_gradients, cuda_conjugate_gradient_step, conjugate_gradient_step_reference_),
         (systems.minres, cuda_minres_step, minres_step_reference_),
@@ -140,7 +140,7 @@ def test_steps_add_up_more_blocks_than_there_are_threads():
 @pytest.mark.parametrize(("n", "conjugate_gradients", "minres"), [(2048, 3, 4), (100_000, 6, 7)])
 def test_a_step_is_at_most_eight_launches(n, conjugate_gradients, minres):
     """A pass over rows of several blocks is two launches: the second adds up the blocks' sums."""
-    systems = DiagonalSystems((2, n), torch.float32, "cpu")
+    systems = DiagonalSystems.of((2, n), torch.float32, "cpu")
     for solve, step_, a_step in (
         (systems.conjugate_gradients, cuda_conjugate_gradient_step, conjugate_gradients),
         (systems.minres, cuda_minres_step, minres),

@@ -18,7 +18,7 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 from auxfast.ops.network import TILE_SAMPLES, CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_reference_
+from auxfast.ops.neumann import CUDA_SUMS, neumann_step_reference_
 
 from .kernels import MODE, call, network_numbers, sparse, unwritten, window
 
@@ -39,24 +39,30 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
 
 @DEVICES
 def test_neumann_step_behind_four_billion_elements(device):
-    sizes, chunk = [130, UNSIGNED + 12_345], {"cuda": 64, "cpu": 256}[device]  # tiles of 128 elements
-    before, tiles = 2, 2 + -(-sizes[1] // 128)
-    first, last = (chunk - before) * 128, sizes[1] - ((tiles - 1) // chunk * chunk - before) * 128
+    sizes, before = [130, UNSIGNED + 12_345], 2  # tiles of 128 elements
+    tiles = before + -(-sizes[1] // 128)
+    blocks = {"cuda": CUDA_SUMS, "cpu": -(-tiles // 256)}[device]
+    first, last = {  # tiles of the first and the last block; on the CPU, chunk
+        "cuda": (-(-tiles // blocks), tiles // blocks),
+        "cpu": (256, tiles - (blocks - 1) * 256),
+    }[device]
+    first, last = (first - before) * 128, sizes[1] - (tiles - last - before) * 128
     huge = [[sparse(size) for size in sizes] for _ in range(3)]  # v, hv, p
     compact = []
     for i, tensors in enumerate(huge):
-        ends = [normal(size, seed=3 * i + k, dtype=torch.float32) for k, size in enumerate((sizes[0], first, last))]
+        some = normal(130, seed=i, dtype=torch.float32)
+        ends = [some, *(some.repeat(-(-size // 130))[:size] for size in (first, last))]
         for part, end in zip(parts(tensors, first, last), ends, strict=True):
             part.copy_(end)
         compact.append([end.double() for end in ends])
-    squares = torch.empty(1, dtype=torch.float64)
+    sums = torch.zeros(CUDA_SUMS, dtype=torch.float64)
     with window(1, device):
-        call("neumann_step", False, 2, *huge, sizes, 0.3, squares)
+        call("neumann_step", False, 2, *huge, sizes, 0.3, sums)
     wanted = neumann_step_reference_(*compact, 0.3)
     for tensors, ends in zip((huge[0], huge[2]), (compact[0], compact[2]), strict=True):
         for part, end in zip(parts(tensors, first, last), ends, strict=True):
             torch.testing.assert_close(part.double(), end, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(squares[0], wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.sum(), wanted, rtol=1e-6, atol=0)
 
 
 def parts(tensors: list[Tensor], first: int, last: int) -> list[Tensor]:
@@ -122,7 +128,7 @@ def huge_step(device: str, function: str, *arguments: Tensor | int | None) -> No
 @DEVICES
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
 def test_steps_on_rows_of_four_billion(preconditioned, device):
-    systems = DiagonalSystems((2, CHUNKS[device]), torch.float32, "cpu")
+    systems = DiagonalSystems.of((2, CHUNKS[device]), torch.float32, "cpu")
     systems.diagonal = systems.diagonal.abs()  # both rows go on
     for solve, name, reference_ in (
         (systems.conjugate_gradients, "conjugate_gradient_step", conjugate_gradient_step_reference_),
@@ -232,8 +238,8 @@ def test_more_losses_than_a_tile_can_index_are_refused():
 
 
 def images_of(network: LossImageNetwork, num_tangents: int) -> int:
-    """Images of a tile each, more than 2^31 pixels or, where the work allows it, 2^32: whole chunks, of kChunkBytes in
-    the workspace, and eight images more, which are so few that each has a block of its own in the sums of its chunk."""
+    """Images of a tile each, more than 2^31 pixels or, where the work allows it, 2^32: whole chunks, of 64 MiB in the
+    workspace, and eight images more, which are so few that each has a block of its own in the sums of its chunk."""
     z, h = (sum(side**2 >> 2 * layer for layer in range(len(network.channels))) for side in (32, 16))
     images = (64 << 20) // 4 // (3 * z + 2 * h if num_tangents else z + h)
     pixels = SIGNED if len(network.channels) == 1 else UNSIGNED

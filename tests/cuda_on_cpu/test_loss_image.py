@@ -15,7 +15,7 @@ from torch import Tensor
 from auxfast.ops.loss_image import loss_image_reference
 from auxfast.ops.network import LossImageNetwork
 
-from .kernels import MODE, call, in_any_order, network_numbers, unwritten
+from .kernels import MODE, call, device, in_any_order, network_numbers, unwritten
 
 DOUBLE = torch.float64
 
@@ -27,6 +27,7 @@ class Case:
     image: tuple[int, int]
     dtype: torch.dtype = torch.float32
     num_tangents: int = 1
+    device: int = 0
 
     def __str__(self) -> str:
         height, width = self.image
@@ -71,7 +72,8 @@ def assert_case(case: Case, orders: int) -> None:
     factors = 0.5 + normal(case.num_tangents, 2, seed=60).abs()
     two = torch.stack([tangent.double(), 0.5 + normal(*tangent.shape, seed=61).abs()])
     tangents = torch.einsum("vi,ibkyx->vbkyx", factors, two).to(case.dtype)
-    actual = in_any_order(lambda: of_kernels(case, losses, phi, grad, tangents, main_weights), orders)
+    with device(case.device):
+        actual = in_any_order(lambda: of_kernels(case, losses, phi, grad, tangents, main_weights), orders)
 
     given = [t.double() for t in (losses, phi, grad)]
     weights = None if main_weights is None else main_weights.double()
@@ -114,17 +116,22 @@ def _cases() -> list[Case]:
     return cases
 
 
-# What loss_image_cuda_chunks.cuh makes special: an image that needs more than kChunkBytes is cut into bands, a batch
-# that needs more into chunks of images; few blocks share the gradient in the weights of many channels.
+# What loss_image_cuda_chunks.cuh makes special: an image that needs more than its share of the device's memory is cut
+# into bands, a batch that needs more into chunks of images; few blocks share the gradient in the weights of many
+# channels, and several the sums of a large plane; where there are enough blocks, a thread has many outputs. Device 10
+# lends 64 KiB, device 7 512 KiB.
 SPECIAL = {
-    "bands": Case(LossImageNetwork(1, (64,), main=0), 1, (1700, 66), DOUBLE),
+    "bands": Case(LossImageNetwork(1, (4,), main=0), 1, (67, 66), DOUBLE, device=10),
     "bands of second order, depth 3": Case(
-        LossImageNetwork(1, (64, 1, 2), main=0, main_reduction="sum"), 1, (655, 66), DOUBLE, 2
+        LossImageNetwork(1, (4, 1, 2), main=0, main_reduction="sum"), 1, (205, 66), DOUBLE, 2, device=10
     ),
-    "the same, depth 4": Case(LossImageNetwork(1, (64, 1, 2, 1), main=0, reduction="sum"), 1, (645, 66), DOUBLE),
-    "chunks of images": Case(LossImageNetwork(1, (64, 1), main=0, reduction="none"), 40, (33, 34), DOUBLE),
+    "the same, depth 4": Case(
+        LossImageNetwork(1, (4, 1, 2, 1), main=0, reduction="sum"), 1, (270, 66), DOUBLE, device=10
+    ),
+    "chunks of images": Case(LossImageNetwork(1, (4, 1), main=0, reduction="none"), 14, (33, 34), DOUBLE, device=7),
     "most channels": Case(LossImageNetwork(64, (64, 64), main=63), 1, (5, 6), DOUBLE),
-    "several tiles a block": Case(LossImageNetwork(2, (3,), main=0), 300, (1, 2)),
+    "many blocks, with many outputs a thread": Case(LossImageNetwork(6, (5, 9), main=5), 260, (4, 5)),
+    "sums in parts": Case(LossImageNetwork(2, (1,), main=1), 2, (211, 201)),
 }
 
 

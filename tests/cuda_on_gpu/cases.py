@@ -9,13 +9,13 @@ import torch
 from ops import loss_image_cases
 from ops.combiner_cases import inputs, normal, of_kernels
 from ops.krylov_cases import DiagonalSystems, coefficients_for, rows
-from ops.test_neumann import LAYOUTS, STEP, clones, lists
+from ops.test_neumann import LAYOUTS, STEP, beginning, clones, lists, neumann_step_
 from torch import Tensor
 
 from auxfast.ops.combiner import combiner
 from auxfast.ops.krylov import conjugate_gradient_step_, linear_combination_, minres_step_, row_dots
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import neumann_guarded_step_
 
 # More than one launch takes, and one whose hv is copied before.
 SHAPES = [(i % 13,) for i in range(200)] + [(5, 4, 3, 7), (1003,)]
@@ -23,7 +23,8 @@ SHAPES = [(i % 13,) for i in range(200)] + [(5, 4, 3, 7), (1003,)]
 
 @dataclass(frozen=True)
 class Case:
-    """`run(*make(seed, device))`: tensors from tensors, which stay as they are."""
+    """`run(*make(seed, device))`: tensors from tensors, which stay as they are. A CUDA graph may capture `run`, so it
+    takes nothing from the CPU."""
 
     make: Callable[[int, str], list[Tensor]]
     run: Callable[..., list[Tensor]]
@@ -68,7 +69,10 @@ def _neumann(dtype: torch.dtype) -> Case:
     def run(*given: Tensor) -> list[Tensor]:
         count = len(SHAPES)
         v, p = clones(list(given[:count]), list(given[2 * count :]))
-        return [neumann_step_(v, list(given[count : 2 * count]), p, STEP), *v, *p]
+        hv, numbers = list(given[count : 2 * count]), beginning(str(given[0].device))
+        square = neumann_step_(v, hv, p, STEP)
+        neumann_guarded_step_(list(given[:count]), v, hv, p, numbers, STEP)
+        return [square, numbers, *v, *p]
 
     return Case(make, run)
 
@@ -86,15 +90,14 @@ def _krylov(dtype: torch.dtype) -> Case:
 
 
 def _krylov_steps(dtype: torch.dtype) -> Case:
-    """Systems that all go on."""
+    """A system that goes on."""
 
     def make(seed: int, device: str) -> list[Tensor]:
-        rhs, diagonal = rows((1, 5000), 2, dtype, device)
-        return [(1 + seed) * rhs, diagonal.abs() + 0.1]
+        systems = DiagonalSystems.of((1, 5000), dtype, device)
+        return [(1 + seed) * systems.rhs, systems.diagonal, systems.precondition]
 
-    def run(rhs: Tensor, diagonal: Tensor) -> list[Tensor]:
-        systems = DiagonalSystems(rhs.shape, rhs.dtype, str(rhs.device))
-        systems.rhs, systems.diagonal = rhs, diagonal
+    def run(*given: Tensor) -> list[Tensor]:
+        systems = DiagonalSystems(*given)
         cg = systems.conjugate_gradients(conjugate_gradient_step_, 3, False)
         minres = systems.minres(minres_step_, 3, False)
         return [cg["x"], cg["r"], minres["x"], minres["r"]]
@@ -107,7 +110,7 @@ CASES = {
     "combiner, tiles in the workspace": _combiner(CombinerNetwork(40, (64,) * 8, reduction="none"), 70, torch.float64),
     "combiner, several tangents": _several_tangents(CombinerNetwork(5, (10, 6), "identity"), 700),
     "loss image": _loss_image(LossImageNetwork(3, (8, 16), main=0), (2, 75, 131), torch.float32),
-    "loss image, in bands": _loss_image(LossImageNetwork(2, (24, 5), reduction="none"), (2, 640, 384), torch.float64),
+    "loss image, in chunks": _loss_image(LossImageNetwork(2, (64, 5), reduction="none"), (2, 640, 384), torch.float64),
     "Neumann, float32": _neumann(torch.float32),
     "Neumann, float64": _neumann(torch.float64),
     "Krylov, float32": _krylov(torch.float32),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from ops.combiner_cases import SMALL, inputs
-from ops.test_neumann import STEP, lists
+from ops.test_neumann import STEP, beginning, lists
 
 from auxfast import hypergradient
 from auxfast.ops.combiner import combiner
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import NeumannSteps, neumann_guarded_step_
 from auxfast.solvers import Identity
 
 from .cases import CASES, Case
@@ -39,12 +39,20 @@ def test_raw_combiner_ops_refuse_other_devices(on_cpu):
         OPS.combiner_second_order(*given.values(), SMALL.packed)
 
 
-@pytest.mark.parametrize(("which", "message"), [(0, r"v\[1\]"), (1, r"hv\[1\]"), (2, r"p\[1\]")], ids=["v", "hv", "p"])
-def test_neumann_step_refuses_other_devices(which, message):
-    given = lists([(3,), (4,)], torch.float32, "cuda")
-    given[which][1] = given[which][1].cpu()
-    with pytest.raises(RuntimeError, match=f"{message} and v\\[0\\] must be on one device"):
-        neumann_step_(*given, STEP)
+def test_neumann_step_refuses_other_devices():
+    start, hv = lists([(3,), (4,)], torch.float32, "cuda", 2)
+    steps = NeumannSteps(start, STEP)
+    hv[1] = hv[1].cpu()
+    with pytest.raises(RuntimeError, match=r"hv\[1\] and v must be on one device"):
+        steps.step(hv)
+
+
+@pytest.mark.parametrize("name", ["v", "v_before", "hv", "p"])
+def test_guarded_neumann_step_refuses_other_devices(name):
+    given = dict(zip(("v", "v_before", "hv", "p"), lists([(3,), (4,)], torch.float32, "cuda", 4), strict=True))
+    given[name][1] = given[name][1].cpu()
+    with pytest.raises(RuntimeError, match=rf"{name}\[1\] and v\[0\] must be on one device"):
+        neumann_guarded_step_(*given.values(), beginning("cuda"), STEP)
 
 
 def test_hypergradient_refuses_inner_parameters_on_two_devices():

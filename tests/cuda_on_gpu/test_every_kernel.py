@@ -7,11 +7,11 @@ import torch
 from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, name, of_kernels
 from ops.krylov_cases import DiagonalSystems, assert_same_solves, coefficients_for, rows
-from ops.test_neumann import STEP, lists
+from ops.test_neumann import STEP, beginning, lists, neumann_step_
 
 from auxfast.ops.krylov import conjugate_gradient_step_, linear_combination_, minres_step_, row_dots
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import neumann_guarded_step_
 
 from .cases import SHAPES
 
@@ -64,6 +64,20 @@ def test_neumann_step(dtype, rtol):
     torch.testing.assert_close(squares_on_gpu.cpu(), squares, rtol=4 * rtol, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1.2e-7), (torch.float64, 4e-16)])
+@pytest.mark.parametrize("smallest", [0.0, float("inf")], ids=["grows", "shrinks"])
+def test_guarded_neumann_step(smallest, dtype, rtol):
+    given, numbers = lists(SHAPES, dtype, "cpu", 4), beginning("cpu", smallest)
+    on_gpu, numbers_on_gpu = [[tensor.to("cuda") for tensor in some] for some in given], numbers.to("cuda")
+    for _ in range(2):
+        neumann_guarded_step_(*given, numbers, STEP)
+        neumann_guarded_step_(*on_gpu, numbers_on_gpu, STEP)
+    for which in (1, 3):
+        results = [tensor.cpu() for tensor in on_gpu[which]]
+        torch.testing.assert_close(results, given[which], rtol=rtol, atol=8 * rtol)
+    torch.testing.assert_close(numbers_on_gpu.cpu(), numbers, rtol=max(4 * rtol, 1e-12), atol=0)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 5e-7), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("shape", [(5, 17), (3, 2049)])
 def test_krylov(shape, dtype, rtol):
@@ -80,7 +94,7 @@ def test_krylov(shape, dtype, rtol):
 @pytest.mark.parametrize("shape", [(5, 17), (5, 2049)])
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_krylov_steps(shape, preconditioned, dtype):
-    on_cpu, on_gpu = (DiagonalSystems(shape, dtype, device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (DiagonalSystems.of(shape, dtype, device) for device in ("cpu", "cuda"))
     for solve, step in (
         (DiagonalSystems.conjugate_gradients, conjugate_gradient_step_),
         (DiagonalSystems.minres, minres_step_),

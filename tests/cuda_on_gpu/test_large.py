@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from ops import loss_image_cases
 from ops.combiner_cases import TOLERANCES, assert_agree, inputs, normal, of_kernels, of_reference, relative_error
 from ops.krylov_cases import DiagonalSystems, assert_same_solves, coefficients_for, rows
-from ops.test_neumann import STEP, assert_step, lists
+from ops.test_neumann import STEP, assert_step, lists, neumann_step_
 from torch import Tensor
 
 from auxfast.ops.krylov import (
@@ -21,7 +27,7 @@ from auxfast.ops.krylov import (
     row_dots_reference,
 )
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
-from auxfast.ops.neumann import neumann_step_, neumann_step_reference_
+from auxfast.ops.neumann import neumann_step_reference_
 
 pytestmark = pytest.mark.cuda
 
@@ -61,8 +67,8 @@ def test_several_tangents(batch):
 
 
 IMAGES = {
-    "groups of images": ((20, 288, 384), LossImageNetwork(3, (8, 16), main=0)),
-    "bands": ((1, 1031, 1027), LossImageNetwork(3, (8, 16, 32), main=2, reduction="none")),
+    "chunks of images": ((20, 288, 384), LossImageNetwork(3, (64, 8), main=0)),
+    "bands": ((1, 1031, 1027), LossImageNetwork(3, (64, 8, 4), main=2, reduction="none")),
     "the most channels": ((3, 101, 67), LossImageNetwork(64, (64, 64), main=63)),
 }
 
@@ -86,12 +92,24 @@ def test_neumann_step(dtype):
 # Beyond 2^31 numbers: zeros but for the ends, so that sums are those of the ends alone and the reference needs no more.
 END, NUMBERS = 2048, 2**31 + 3 * 2048
 DEVICE = "cuda"
+LEFT_TO_OTHERS = 8  # GiB, for the small tests that other processes may run on the GPU
 
 
-def skip_unless_free(gib: int) -> None:
-    free = torch.cuda.mem_get_info()[0] >> 30
-    if free < gib:
-        pytest.skip(f"takes {gib} GiB of the GPU's memory, and {free} are free")
+@pytest.fixture
+def skip_unless_free() -> Iterator[Callable[[int], None]]:
+    """The function that skips a test where the GiB it takes are not free. Of all processes on the machine one is in
+    such a test at a time, and leaves the memory to the next."""
+
+    def skip(gib: int) -> None:
+        free = torch.cuda.mem_get_info()[0] >> 30
+        if free < gib + LEFT_TO_OTHERS:
+            pytest.skip(f"takes {gib} GiB of the GPU's memory and leaves {LEFT_TO_OTHERS}, and {free} are free")
+
+    with Path(tempfile.gettempdir(), f"auxfast-large-tests-{os.getuid()}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        torch.cuda.empty_cache()
+        yield skip
+        torch.cuda.empty_cache()
 
 
 def spread(compact: Tensor) -> Tensor:
@@ -105,8 +123,8 @@ def ends(huge: Tensor) -> Tensor:
     return torch.cat([huge[:, :END], huge[:, -END:]], 1).cpu()
 
 
-def test_neumann_step_behind_two_billion_numbers():
-    skip_unless_free(27)
+def test_neumann_step_behind_two_billion_numbers(skip_unless_free):
+    skip_unless_free(45)
     compact = [normal(1, 2 * END, seed=i, dtype=torch.float32) for i in range(3)]
     v, hv, p = map(spread, compact)
     squares = neumann_step_([v], [hv], [p], STEP)
@@ -117,7 +135,7 @@ def test_neumann_step_behind_two_billion_numbers():
     torch.testing.assert_close(squares.cpu(), wanted, rtol=1e-6, atol=0)
 
 
-def test_krylov_rows_of_two_billion_numbers():
+def test_krylov_rows_of_two_billion_numbers(skip_unless_free):
     skip_unless_free(27)
     out, *terms = rows((1, 2 * END), 3, torch.float32, "cpu")
     coefficients = coefficients_for(out, 2)
@@ -140,7 +158,7 @@ def test_krylov_rows_of_two_billion_numbers():
     ],
     ids=["conjugate gradients", "minres"],
 )
-def test_steps_on_rows_of_two_billion_numbers(solver, step_, reference_, gib, preconditioned):
+def test_steps_on_rows_of_two_billion_numbers(solver, step_, reference_, gib, preconditioned, skip_unless_free):
     skip_unless_free(gib)
 
     def step(*arguments: Tensor | int | None) -> None:
@@ -155,12 +173,12 @@ def test_steps_on_rows_of_two_billion_numbers(solver, step_, reference_, gib, pr
             if vector is not None:
                 vector.copy_(ends(on_gpu[id(vector)]))
 
-    systems = DiagonalSystems((1, 2 * END), torch.float32, "cpu")
+    systems = DiagonalSystems.of((1, 2 * END), torch.float32, "cpu")
     solve = getattr(systems, solver)
     assert_same_solves(solve(step, 1, preconditioned), solve(reference_, 1, preconditioned), torch.float32)
 
 
-def test_combiner_on_two_billion_losses():
+def test_combiner_on_two_billion_losses(skip_unless_free):
     """The gradient and the tangent are those of the first and the last samples alone."""
     skip_unless_free(45)
     network, count = CombinerNetwork(32, (5,), main=31, reduction="none"), 64

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from auxfast.implicit import HyperOptimizer, hypergradient
 from auxfast.solvers import MINRES, ConjugateGradient, Identity, Neumann, Solver, SolverState
@@ -108,6 +110,28 @@ def test_little_more_than_the_identity_is_not_told_by_the_residual_alone():
             w.sum(), 0.5 * (d * w.square()).sum() + (phi * w).sum(), [w], [phi], solver=Neumann(40, 0.9)
         )
     assert result.stats.residual > 0.5
+
+
+class Reads(TorchDispatchMode):
+    """How many numbers Python reads one by one, for each of which it would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:The hypergradient is little more")
+def test_the_comparison_with_the_identity_waits_for_a_gpu_once_at_most():
+    counts = []
+    for warn in (False, True):
+        with Reads() as reads:
+            hypergradient(*problem(), solver=Neumann(3, 1e-4), warn=warn)
+        counts.append(reads.count)
+    assert counts[1] - counts[0] <= 1
 
 
 def many_eigenvalues(size: int, lowest: float) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:

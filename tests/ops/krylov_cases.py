@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,21 +64,28 @@ Step = Callable[..., None]
 """`conjugate_gradient_step_` or `minres_step_`, their references, or other kernels with the same arguments."""
 
 
+@dataclass
 class DiagonalSystems:
-    """k diagonal systems: the second is negative definite, the third zero, the fourth has NaN in its products, and the
-    fifth has stopped before the first step.
+    """k diagonal systems, of which the fifth has stopped before the first step.
 
     Attributes:
         rhs, diagonal: (k, n).
         precondition: (n,), the diagonal of a preconditioner.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-        self.rhs, diagonal = rows(shape, 2, dtype, device)
-        self.diagonal = diagonal.abs() + 0.1
-        self.precondition = torch.linspace(0.5, 2, shape[1], dtype=torch.float64).to(device, dtype)
+    rhs: Tensor
+    diagonal: Tensor
+    precondition: Tensor
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], dtype: torch.dtype, device: str) -> DiagonalSystems:
+        """Systems (k, n) of which the second is negative definite, the third zero, and the fourth has NaN in its
+        products."""
+        rhs, diagonal = rows(shape, 2, dtype, device)
+        diagonal = diagonal.abs() + 0.1
         for row, value in ((1, -1.0), (2, 0.0), (3, torch.nan)):
-            self.diagonal[row : row + 1] *= value
+            diagonal[row : row + 1] *= value
+        return cls(rhs, diagonal, torch.linspace(0.5, 2, shape[1], dtype=torch.float64).to(device, dtype))
 
     def _numbers(self, names: dict[str, int], **first: Tensor) -> Tensor:
         numbers = self.rhs.new_zeros(NUMBERS, len(self.rhs), dtype=torch.float64)

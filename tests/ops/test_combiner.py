@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from auxfast.ops.combiner import MOST_SAVED_BYTES, combiner, combiner_reference
+from auxfast.ops.combiner import combiner, combiner_reference
 from auxfast.ops.network import CombinerNetwork
 
 from .combiner_cases import (
@@ -68,10 +68,28 @@ def test_agrees_with_the_reference_for_any_options(network, device):
 
 
 @pytest.mark.parametrize("num_losses", [4, 60])
-def test_agrees_where_activations_are_recomputed(num_losses, device):
+def test_agrees_where_activations_are_recomputed(num_losses, device, monkeypatch):
     network, batch = CombinerNetwork(num_losses, (10,) * 5, main=1), 4096
-    assert network.saved_size(batch) * 4 > MOST_SAVED_BYTES
+    for limit in ("MOST_SAVED_BYTES", "MOST_SAVED_BYTES_ON_GPU"):
+        monkeypatch.setattr(f"auxfast.ops.combiner.{limit}", 1 << 20)
+    assert network.saved_size(batch) * 4 > 1 << 20
     _assert_agrees_in_both_dtypes(network, batch, device)
+
+
+@pytest.mark.parametrize(
+    ("batch", "on_cpu", "on_gpu"), [(64, True, True), (4096, False, True), (600_000, False, False)]
+)
+def test_activations_are_kept_as_long_as_that_pays_on_the_device(batch, on_cpu, on_gpu, device, monkeypatch):
+    network, kept = CombinerNetwork(4, (64,) * 8), []
+
+    def forward(losses: Tensor, phi: Tensor, packed: str, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        kept.append(save)
+        return losses.sum(), losses, phi
+
+    monkeypatch.setattr("auxfast.ops.combiner._forward", forward)
+    losses, phi = torch.ones(batch, 4, device=device), torch.ones(network.phi_shape, device=device, requires_grad=True)
+    combiner(losses, phi, network)
+    assert kept == [on_gpu if losses.is_cuda else on_cpu]
 
 
 @pytest.mark.parametrize("num_losses", [4, 60])

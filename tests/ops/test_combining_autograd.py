@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from auxfast import reference_kernels
 from auxfast.ops.network import CombinerNetwork, LossImageNetwork
@@ -146,6 +148,27 @@ def test_hessian_product_computes_nothing_in_a_factor_of_the_value(op, monkeypat
     (mixed,) = torch.autograd.grad(gradient, leaf, torch.ones_like(w))
     assert made == ["made"]
     torch.testing.assert_close(mixed, gradient.sum())
+
+
+class Sums(TorchDispatchMode):
+    """How many sums are taken, or put together."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.sum, torch.ops.aten.stack, torch.ops.aten.cat)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gpu_takes_the_sum_for_a_factor_of_the_value_at_once(reduction):
+    """Tensors without numbers stand for those of a GPU: all that are not the CPU's are treated alike."""
+    network, weights = CombinerNetwork(3, (2,), reduction=reduction), torch.empty(100_000, 3, device="meta")
+    saved = COMBINER.module._Combination(network, weights.new_empty(()), weights, weights.new_empty(0))
+    with Sums() as sums:
+        sum_of_products = saved.grad_of_grad(weights)
+    assert sums.count == 1
+    assert sum_of_products.shape == ((100_000,) if reduction == "none" else ())
 
 
 @BOTH

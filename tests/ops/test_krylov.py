@@ -227,7 +227,7 @@ methods = pytest.mark.parametrize("method", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("shape", STEP_SHAPES.values(), ids=STEP_SHAPES.keys())
 def test_steps_are_the_reference(method, shape, preconditioned, dtype, device):
     solve, step, reference = method
-    systems = DiagonalSystems(shape, dtype, device)
+    systems = DiagonalSystems.of(shape, dtype, device)
     for steps in (1, 2, 4):
         wanted = solve(systems, reference, steps, preconditioned)
         assert_same_solves(solve(systems, step, steps, preconditioned), wanted, dtype)
@@ -238,7 +238,7 @@ def test_steps_are_the_reference(method, shape, preconditioned, dtype, device):
 @pytest.mark.parametrize("shape", [(1, 200_003), (5, 70_001), (4099, 33)], ids=str)
 def test_steps_have_the_same_bits_for_any_number_of_threads(method, shape, dtype):
     solve, step, _ = method
-    systems, threads, results = DiagonalSystems(shape, dtype, "cpu"), torch.get_num_threads(), []
+    systems, threads, results = DiagonalSystems.of(shape, dtype, "cpu"), torch.get_num_threads(), []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
@@ -252,7 +252,7 @@ def test_steps_have_the_same_bits_for_any_number_of_threads(method, shape, dtype
 @methods
 def test_a_row_that_has_stopped_is_left_alone(method, device):
     solve, step, _ = method
-    systems = DiagonalSystems((5, 40), torch.float64, device)
+    systems = DiagonalSystems.of((5, 40), torch.float64, device)
     before, after = (solve(systems, step, steps, False) for steps in (0, 4))
     assert torch.equal(after["x"][4], before["x"][4])
     assert torch.equal(after["r"][4], before["r"][4])
@@ -262,7 +262,7 @@ def test_a_row_that_has_stopped_is_left_alone(method, device):
 @methods
 def test_steps_within_reference_kernels_run_the_reference(method, device):
     solve, step, reference = method
-    systems = DiagonalSystems((5, 40), torch.float32, device)
+    systems = DiagonalSystems.of((5, 40), torch.float32, device)
     with reference_kernels():
         results, wanted = (solve(systems, each, 3, False) for each in (step, reference))
     torch.testing.assert_close(results, wanted, rtol=0, atol=0, equal_nan=True)
@@ -272,7 +272,7 @@ def test_steps_within_reference_kernels_run_the_reference(method, device):
 def test_steps_solve_their_systems(method, device):
     """A diagonal of two values is solved in two steps, to the rounding of float64."""
     solve, step, _ = method
-    systems = DiagonalSystems((1, 30), torch.float64, device)
+    systems = DiagonalSystems.of((1, 30), torch.float64, device)
     systems.diagonal = torch.where(systems.diagonal > 1, 3.0, 0.5)
     results = solve(systems, step, 2, False)
     torch.testing.assert_close(results["x"], systems.rhs / systems.diagonal, rtol=1e-12, atol=1e-12)

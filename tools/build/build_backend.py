@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -157,21 +157,22 @@ def _has_gpu() -> bool:
     return any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "dxg").exists()
 
 
-def cuda_flags(nvcc: str, architectures: list[int]) -> tuple[list[str], list[str]]:
+def cuda_flags(nvcc: str, architectures: list[int], ptx: Sequence[int] = ()) -> tuple[list[str], list[str]]:
     """(compile flags, defines that tell build_info): code for those of `architectures` that this nvcc knows, and PTX
-    of the newest of them for the GPUs that come after it."""
+    for the GPUs that come after them, of the newest of them and of those in `ptx`."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in architectures if f"compute_{arch}" in listed]
     if not known:
         raise SystemExit(f"auxfast: {nvcc} knows none of the architectures {architectures}, only {', '.join(listed)}")
-    binary = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    ptx = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"
+    virtual = [arch for arch in known if arch in ptx or arch == known[-1]]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in virtual]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     toolkit = version.partition("release ")[2].partition(",")[0]
-    names = ".".join(str(arch) for arch in known)
-    return [*binary, ptx], [
+    return flags, [
         "-DAUXFAST_WITH_CUDA",
-        f"-DAUXFAST_CUDA_ARCHITECTURES={names}",
+        f"-DAUXFAST_CUDA_ARCHITECTURES={'.'.join(map(str, known))}",
+        f"-DAUXFAST_CUDA_PTX={'.'.join(map(str, virtual))}",
         f"-DAUXFAST_CUDA_TOOLKIT={toolkit}",
     ]
 

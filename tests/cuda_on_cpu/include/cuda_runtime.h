@@ -13,6 +13,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static_assert(false, "name shared memory with STATIC_SHARED or DYNAMIC_SHARED (launch.cuh)");
 
 #define threadIdx (::cuda_on_cpu::position->thread)
@@ -45,7 +46,7 @@ namespace cuda_on_cpu {
 
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
-  static_assert((0 + ... + sizeof(Parameters)) <= 4096, "the arguments of a kernel are limited to 4 KB");
+  static_assert((0 + ... + sizeof(Parameters)) <= 32764, "the arguments of a kernel are limited to 32764 bytes");
   launch(grid, block, shared_bytes, [=] { kernel(arguments...); });
 }
 
@@ -81,7 +82,24 @@ T atomicAdd(T* address, std::common_type_t<T> value) {
   return old;
 }
 
+#define CUDART_VERSION 12010  // the first that allows 32764 bytes of arguments
+
 using cudaError_t = const char*;  // the message itself
 constexpr cudaError_t cudaSuccess = nullptr;
 inline cudaError_t cudaGetLastError() { return cuda_on_cpu::take_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return error; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+struct cudaDeviceProp {
+  size_t totalGlobalMem;
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  properties->totalGlobalMem = cuda_on_cpu::device_memory(device);
+  return cudaSuccess;
+}

@@ -1,0 +1,1 @@
+"""What auxfast does on a GPU: counted without one, and measured on one."""
