@@ -2,8 +2,8 @@
 
 `torch.autograd.grad(..., is_grads_batched=True)` runs the engine under `torch.vmap`, which copies every transposed
 operand. Here Python walks the recorded nodes itself: matrix products need no copies, gradients are summed in place and
-within the products, and nodes that only transpose do not run at all. For one vector there are fewer operations than the engine has, and no
-thread of a device to wait for, which is what a GPU's host has most to do with.
+within the products, and nodes that only transpose do not run at all. A vector alone takes fewer operations than the
+engine needs, and no way to the thread of a device and back: on a GPU, the host's work is what small products wait for.
 
 This is the only file that reads what autograd's nodes save (`_saved_*`), which torch may change in any release. It is
 an optimisation and no more: whoever uses it compares all of its results with the engine's (see pullback.py).
@@ -232,8 +232,8 @@ class BatchedBackward:
 
 
 class SingleBackward(BatchedBackward):
-    """The same for one vector at a time: no tensor has an axis in front. Most nodes run as the engine runs them, without
-    the parts of their results that nobody needs."""
+    """The same for one vector at a time, whose tensors have no axis in front. Nodes without a rule of their own run as
+    the engine runs them."""
 
     _axes = 0
 
@@ -376,7 +376,7 @@ def _register(*names: str, batches_only: bool = False) -> Callable[[Rule], Rule]
 
 def _rule_of(node: Any, outputs: int, axes: int) -> Rule:
     if hasattr(function_class(node), "batched_backward"):
-        rule = _own_function if axes else _own_function_of_one
+        rule: Rule = _own_function if axes else _own_function_of_one
     elif type(node).__name__ in _RULES[axes] and not _is_function(node):
         rule = _RULES[axes][type(node).__name__]
     else:

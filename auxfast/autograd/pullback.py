@@ -290,8 +290,8 @@ class Pullback:
         expected = self._engine(combine(vectors), planned)
         combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
         found = [None if gradient is None else next(combined) for gradient in gradients]
-        both = [zeros_for_none(each, self._inputs) for each in (found, expected)]
-        return _agree(*both, _rounding(planned, both[1][0]))
+        ours, engines = (zeros_for_none(each, self._inputs) for each in (found, expected))
+        return _agree(ours, engines, _rounding(planned, engines[0]))
 
     def _engine(self, vectors: Sequence[Tensor], planned: BatchedBackward) -> Gradients:
         """The product by the engine.
@@ -367,6 +367,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _rounding(planned: BatchedBackward, like: Tensor) -> float:
+    """The relative rounding of the products."""
     with_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
     return rounding_of_products(like.device, like.dtype, with_convolutions)
 

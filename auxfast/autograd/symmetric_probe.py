@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +80,10 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def random_signs(like: Sequence[Tensor], shapes: Sequence[torch.Size], epsilon: float) -> list[Tensor]:
-    """Random signs, a tensor of each of the `shapes`, divided by the norm that such a tensor has where its entries are of
-    the size of those in the tensor of `like` in its place: so all tensors count alike in an inner product. Sizes below
-    a small part of the largest count as that: such entries may be nothing but rounding, as those of a bias before a
-    batch normalisation are."""
+    """Random signs, a tensor of each of the `shapes`, divided by the norm of one whose entries have the size of those
+    in the tensor of `like` in its place: so all tensors count alike in an inner product. Sizes below a small part of
+    the largest count as that: such entries may be nothing but rounding, as those of a bias before a batch normalisation
+    are."""
     norms = torch.stack(torch._foreach_norm(list(like))).tolist()
     sizes = [norm / max(tensor.numel(), 1) ** 0.5 for norm, tensor in zip(norms, like, strict=True)]
     smallest = _SMALLEST * epsilon**0.5 * max(sizes) or 1.0
@@ -97,7 +98,8 @@ def random_signs(like: Sequence[Tensor], shapes: Sequence[torch.Size], epsilon: 
 def rounding_of_products(device: torch.device, dtype: torch.dtype, with_convolutions: bool) -> float:
     """The machine epsilon of `dtype`; on a CUDA device that of TF32, where torch is allowed to take it for float32: by
     default it is for convolutions, and not for matrix products."""
-    backends = [torch.backends.cuda.matmul, *([torch.backends.cudnn.conv] if with_convolutions else [])]
+    cudnn: Any = torch.backends.cudnn  # its types lack `conv`
+    backends = [torch.backends.cuda.matmul, *([cudnn.conv] if with_convolutions else [])]
     if device.type == "cuda" and dtype == torch.float32 and any(each.fp32_precision == "tf32" for each in backends):
         return _EPSILON_OF_TF32
     return torch.finfo(dtype).eps

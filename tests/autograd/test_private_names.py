@@ -52,6 +52,7 @@ NAMES = {
     "_saved_alpha": Name(*_RULE),
     "_saved_beta": Name(*_RULE),
     "_saved_dim": Name(*_RULE),
+    "_saved_exponent": Name(*_RULE),
     "_saved_grad_output": Name(*_RULE),
     "_saved_mat1": Name(*_RULE),
     "_saved_mat2": Name(*_RULE),
