@@ -32,15 +32,12 @@ SIZES = {
     "exactly what 4 KB tell of": [130] * 99,
     "small and large": [10] * 100 + [40009] + [3] * 50,
 }
-LARGE = {
-    "more blocks than threads add up": [300_007],
-    "more tiles than warps at once": [1_100_009, 5],
+LARGE = {  # in one dtype
+    "more blocks than threads add up": pytest.param([300_007], torch.float32),
+    "more tiles than warps at once": pytest.param([1_100_009, 5], torch.float32, marks=pytest.mark.slow),
 }
-CASES = [
-    pytest.param(sizes, dtype, id=f"{name}, {dtype}")
-    for name, sizes in SIZES.items()
-    for dtype in (torch.float32, torch.float64)
-] + [pytest.param(sizes, torch.float32, id=name, marks=pytest.mark.slow) for name, sizes in LARGE.items()]
+CASES = [(sizes, dtype) for sizes in SIZES.values() for dtype in (torch.float32, torch.float64)]
+NAMES = [f"{name}, {dtype}" for name in SIZES for dtype in ("float32", "float64")]
 
 
 def tensors(sizes: list[int], dtype: torch.dtype, shift: int = 0, lists: int = 3) -> tuple[list[Tensor], ...]:
@@ -113,12 +110,12 @@ def assert_guarded_step(
     return result["numbers"]
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), CASES)
+@pytest.mark.parametrize(("sizes", "dtype"), [*CASES, *LARGE.values()], ids=[*NAMES, *LARGE])
 def test_step_is_the_reference(sizes, dtype):
     assert_step(*tensors(sizes, dtype))
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), CASES)
+@pytest.mark.parametrize(("sizes", "dtype"), [*CASES, *LARGE.values()], ids=[*NAMES, *LARGE])
 def test_guarded_step_is_the_reference(sizes, dtype):
     assert_guarded_step(*tensors(sizes, dtype, lists=4), beginning(float("inf")))
 
