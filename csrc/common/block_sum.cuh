@@ -1,4 +1,4 @@
-// Sums over the threads of a block, and over the blocks of a row, in float64 and always in the same order: no atomics.
+// Sums over the threads of a block, in float64 and always in the same order: no atomics.
 #pragma once
 
 #include <cstdint>
@@ -20,16 +20,6 @@ __device__ __forceinline__ double block_sum(double value) {
   double sum = 0;
   for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp];
   return sum;
-}
-
-// Sums rows, a block each; every thread adds its share in order. partial: in, (rows, count); sums: out, (rows,).
-static __global__ void __launch_bounds__(kSumThreads)
-    sum_rows_kernel(const double* partial, int64_t count, double* sums) {
-  const double* row = partial + blockIdx.x * count;
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += row[i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 }  // namespace auxfast::cuda

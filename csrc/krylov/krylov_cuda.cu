@@ -82,6 +82,16 @@ __global__ void __launch_bounds__(kSumThreads) row_dots_kernel(const RowDots<T> 
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
+// Sums rows, a block each; every thread adds its share in order. partial: in, (rows, count); sums: out, (rows,).
+static __global__ void __launch_bounds__(kSumThreads)
+    sum_rows_kernel(const double* partial, int64_t count, double* sums) {
+  const double* row = partial + blockIdx.x * count;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += row[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
 template <class Work>
 const char* sum_rows(void (*kernel)(Work, unsigned, double*), const Work& work, void* stream) {
   if (work.rows == 0) return nullptr;

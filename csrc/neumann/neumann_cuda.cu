@@ -1,8 +1,5 @@
 // The Neumann steps on a GPU: one launch for a list of a few hundred tensors, and for the guarded step one more that
 // adds the blocks' sums. No atomics, so that the same call gives the same bits, and nothing waits for the device.
-//
-// The last block to end could add the sums, and save the second launch: 1 us of the 150 us that a step takes with its
-// product. It would need a counter that is zero when a step begins, and fences, which tests/cuda_on_cpu cannot check.
 #include "common/block_sum.cuh"
 #include "neumann/neumann.h"
 #include "neumann/neumann_math.h"
