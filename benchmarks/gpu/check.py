@@ -74,7 +74,7 @@ class Ended:
     failed: bool
 
 
-def stages(out: Path, seconds: float, dry_run: bool) -> list[list[Step]]:
+def stages(out: Path, seconds: float, dry_run: bool, commit: str | None = None) -> list[list[Step]]:
     """Steps that may run side by side, in the order of the stages."""
     sizes = ["--small"] if dry_run else []
     kernels, solvers, large = (f"{_ON_GPU}/test_{name}.py" for name in ("every_kernel", "solvers", "large"))
@@ -82,6 +82,7 @@ def stages(out: Path, seconds: float, dry_run: bool) -> list[list[Step]]:
     streams, others = sorted(on_gpu - {kernels, solvers, large}), [large, *_folders_of_device_tests()]
     benchmark = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out / "benchmark.json"), *sizes]
     benchmark += ["--figure-seconds", "0.001"] if dry_run else []
+    benchmark += ["--commit", commit] if commit else []
     return [
         [Step("import", [sys.executable, "-c", IMPORT.format(device="cpu" if dry_run else "cuda")], 60)],
         [
@@ -213,9 +214,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu-check", help="folder (build/gpu-check)")
     parser.add_argument("--seconds", type=float, default=560, help="for everything (560)")
     parser.add_argument("--only", help="names of steps, with commas between them")
+    parser.add_argument("--commit", help="what is checked, where there is no git repository to tell")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small sizes: tests are skipped")
     given = parser.parse_args()
-    planned = stages(given.out, given.seconds, given.dry_run)
+    planned = stages(given.out, given.seconds, given.dry_run, given.commit)
     names = [step.name for steps in planned for step in steps]
     only = given.only.split(",") if given.only else names
     if unknown := set(only) - set(names):

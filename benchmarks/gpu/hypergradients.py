@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import auxfast
-from auxfast import hypergradient
+from auxfast import GraphedHypergradient, hypergradient
 from auxfast.autograd.batched_backward import BatchedBackward
 from auxfast.nn import NonlinearCombiner
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, Chebyshev, ConjugateGradient, Neumann, Solver
@@ -59,8 +58,8 @@ class Problem:
         losses = self.outer_loss(*self.outer_inputs), self.inner_loss(*self.inner_inputs)
         return hypergradient(*losses, self.inner_params, self.outer_params, solver=solver, warn=False)
 
-    def graphed(self, solver: Solver) -> Any:
-        return auxfast.GraphedHypergradient(
+    def graphed(self, solver: Solver) -> GraphedHypergradient:
+        return GraphedHypergradient(
             self.outer_loss,
             self.inner_loss,
             self.inner_params,
@@ -70,7 +69,7 @@ class Problem:
             solver=solver,
         )
 
-    def replay(self, graphed: Any) -> Any:
+    def replay(self, graphed: GraphedHypergradient) -> Any:
         return graphed(self.outer_inputs, self.inner_inputs)
 
     def textbook(self, steps: int) -> list[Tensor]:
@@ -144,10 +143,6 @@ def graphed(section: Section) -> None:
 
 
 def _graphed(section: Section, problem: Problem, name: str, solver: Solver) -> None:
-    if not hasattr(auxfast, "GraphedHypergradient"):
-        section.left_out.append(f"{name}: auxfast has no GraphedHypergradient")
-        return
-
     def make(_: int) -> Call:
         captured = problem.graphed(solver)
         return lambda: problem.replay(captured)

@@ -23,7 +23,10 @@ def main() -> None:
     combiner = combiner_calls("auxfast", 64 if small else 1 << 18, 11, device, seed=0)
     loss_image = loss_image_calls("auxfast", (1, 3, 8, 16) if small else (4, 3, 512, 1024), device)
     calls = [combiner["full"], combiner["Hessian"], loss_image["full"], loss_image["Hessian"]]
-    calls += [neumann(shapes, device), *(make(entries, device, steps=1) for make in (conjugate_gradients, minres))]
+    calls += [
+        neumann(shapes, device, steps=1),
+        *(make(entries, device, steps=1) for make in (conjugate_gradients, minres)),
+    ]
     for is_counted in (False, True):
         if device.type == "cuda":
             torch.cuda.synchronize()

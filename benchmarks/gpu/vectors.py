@@ -18,12 +18,14 @@ from auxfast.ops.krylov import (
     minres_step_,
     row_dots,
 )
-from auxfast.ops.neumann import neumann_step_
+from auxfast.ops.neumann import GREW, GUARDED_NUMBERS, SMALLEST, NeumannSteps, neumann_guarded_step_
 from benchmarks.gpu.section import Call, Section
 from benchmarks.networks import resnet18_shapes
 
 MLP = [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)]
 STEPS = 20
+_NEUMANN_STEPS = 8
+"""As many as a solver takes on a GPU before it looks at their norms."""
 _STEP = 1e-9
 
 
@@ -33,11 +35,12 @@ def vectors(section: Section) -> None:
     with torch.no_grad():
         for name, shapes in lists.items():
             if not section.small or name != "ResNet-18":
-                row = f"Neumann step, {name}"
-                ways = {"auxfast": neumann, "foreach": _foreach, "list comprehensions": _comprehensions}
+                row = f"{_NEUMANN_STEPS} Neumann steps, {name}"
+                ways = {"auxfast": neumann, "auxfast, guarded": _guarded_neumann, "foreach": _foreach}
+                ways["list comprehensions"] = _comprehensions
                 section.compare(row, {way: _made(make, shapes, section.device) for way, make in ways.items()})
                 if us := section.figures[row]["auxfast"].get("graph us"):
-                    section.note(f"{row}, TB/s", 5 * 4e-6 * sizes[name] / us)
+                    section.note(f"{row}, TB/s", _NEUMANN_STEPS * 5 * 4e-6 * sizes[name] / us)
         for n in [1000] if section.small else [sizes["MLP 64-128-128-10"], sizes["ResNet-18"]]:
             # A step has its product with a diagonal matrix; that alone is the row to take from it.
             of_steps = {"CG": conjugate_gradients, "MINRES": minres}
@@ -57,28 +60,61 @@ def _normal(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]
     return [torch.randn(shape, device=device) for shape in shapes]
 
 
-def neumann(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
-    v, hv, p = (_normal(shapes, device) for _ in range(3))
-    return lambda: neumann_step_(v, hv, p, _STEP)
+def neumann(shapes: list[tuple[int, ...]], device: torch.device, steps: int = _NEUMANN_STEPS) -> Call:
+    series, hv = NeumannSteps(_normal(shapes, device), _STEP), _normal(shapes, device)
+    series.squares()
+
+    def run() -> Tensor:
+        for _ in range(steps):
+            series.step(hv)
+        return series.squares()
+
+    return run
+
+
+def _guarded_neumann(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
+    """The steps of a static program. The product is near to v, so that the norm does not grow, which would stop it."""
+    v, p = (_normal(shapes, device) for _ in range(2))
+    v_before, hv = ([tensor.clone() for tensor in v] for _ in range(2))
+    start = torch.zeros(GUARDED_NUMBERS, dtype=torch.float64, device=device)
+    start[SMALLEST] = torch.inf
+
+    def run() -> Tensor:
+        numbers, terms = start.clone(), (v, v_before)
+        for _ in range(_NEUMANN_STEPS):
+            neumann_guarded_step_(*terms, hv, p, numbers, _STEP)
+            terms = terms[::-1]
+        return numbers
+
+    if run()[GREW]:
+        raise RuntimeError("the series has stopped: there is nothing to measure")
+    return run
 
 
 def _foreach(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
     v, hv, p = (_normal(shapes, device) for _ in range(3))
 
     def run() -> Tensor:
-        torch._foreach_add_(v, hv, alpha=-_STEP)
-        torch._foreach_add_(p, v)
-        return torch.stack(torch._foreach_norm(v)).square().sum()
+        squares = []
+        for _ in range(_NEUMANN_STEPS):
+            torch._foreach_add_(v, hv, alpha=-_STEP)
+            torch._foreach_add_(p, v)
+            squares.append(torch.stack(torch._foreach_norm(v)).square().sum())
+        return torch.stack(squares)
 
     return run
 
 
 def _comprehensions(shapes: list[tuple[int, ...]], device: torch.device) -> Call:
-    v, hv, p = (_normal(shapes, device) for _ in range(3))
+    first, hv, begin = (_normal(shapes, device) for _ in range(3))
 
     def run() -> Any:
-        new = [a - _STEP * b for a, b in zip(v, hv, strict=True)]
-        return new, [a + b for a, b in zip(p, new, strict=True)], sum(a.square().sum() for a in new)
+        v, p, squares = first, begin, []
+        for _ in range(_NEUMANN_STEPS):
+            v = [a - _STEP * b for a, b in zip(v, hv, strict=True)]
+            p = [a + b for a, b in zip(p, v, strict=True)]
+            squares.append(sum(a.square().sum() for a in v))
+        return v, p, squares
 
     return run
 
