@@ -8,8 +8,8 @@
 //
 // Lane l has sample l % kSamples of its warp and the units from l / kSamples * kUnits on.
 //
-// The formulas, and the names of the arrays, are those of combiner_math.h, which does one unit after the other. Here all
-// units of a lane take each step together.
+// The formulas, and the names of the arrays, are those of combiner_math.h, which does one unit after the other. Here
+// all units of a lane take each step together.
 #pragma once
 
 #include "combiner/combiner.h"
