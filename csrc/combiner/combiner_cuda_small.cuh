@@ -7,6 +7,9 @@
 // only barrier within a tile, but for the sums over samples for phi.
 //
 // Lane l has sample l % kSamples of its warp and the units from l / kSamples * kUnits on.
+//
+// The formulas, and the names of the arrays, are those of combiner_math.h, which does one unit after the other. Here
+// all units of a lane take each step together.
 #pragma once
 
 #include "combiner/combiner.h"
@@ -24,8 +27,7 @@ constexpr int inverse_of(int divisor) { return (1 << 16) / divisor + 1; }
 static_assert(kMostSmall * kMostSmall < 2048 && kMostSmall * 2048 <= 1 << 16);
 
 // How the samples of a small network are spread over a launch's blocks, and what lies where in shared memory;
-// make_small_launch decides it. Places are in
-// floats from the beginning of shared memory.
+// make_small_launch decides it. Places are in floats from the beginning of shared memory.
 struct SmallLaunch {
   int units, lanes;  // kUnits, kLanes; lanes is 0 if the network is not small
   int64_t tiles;
@@ -44,7 +46,7 @@ struct SmallLaunch {
   int bias[kMaxDepth], out;  // padded like a row of weights
   int phi;                   // phi as it comes
   int arrays;                // the tile's arrays
-  int staged;  // (samples, losses | 1): odd rows, so that lanes with different samples use different banks
+  int staged;                // (samples, losses | 1), odd so that lanes with different samples use different banks
 };
 
 constexpr int padded_units(int units) { return (units + 3) / 4 * 4; }

@@ -140,7 +140,7 @@ SMALL = {
 
 def is_affordable(case: Case) -> bool:
     """ThreadSanitizer takes some 20 us a barrier and thread: no thousand blocks, and few of the sums for phi."""
-    few_blocks = case.batch < 20_000 and case.num_tangents < 100
+    few_blocks = case.batch < 16_000 and case.num_tangents < 100
     return MODE != "tsan" or (few_blocks and case.network.num_parameters * case.num_tangents < 1500)
 
 
