@@ -13,19 +13,23 @@ from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .kernels import call, launches, network_numbers, unwritten
 from .test_krylov import cuda_conjugate_gradient_step, cuda_minres_step
-from .test_neumann import step
+from .test_neumann import STEP, beginning, step
 
 MLP = [64 * 128, 128, 128 * 128, 128, 128 * 10, 10]
 ROWS = (1, sum(MLP))
 
 
 def of_neumann():
-    vectors = [[torch.zeros(size) for size in MLP] for _ in range(3)]
-    return {"neumann_step_": partial(step, *vectors)}
+    v, v_before, hv, p = ([torch.zeros(size) for size in MLP] for _ in range(4))
+    given = False, len(MLP), v, v_before, hv, p, MLP, STEP, beginning(float("inf"))
+    return {
+        "neumann_step_": partial(step, v, hv, p),
+        "neumann_guarded_step_": partial(call, "neumann_guarded_step", *given),
+    }
 
 
 def of_krylov():
-    systems = DiagonalSystems(ROWS, torch.float32, "cpu")
+    systems = DiagonalSystems.of(ROWS, torch.float32, "cpu")
     a, b, squares = torch.zeros(ROWS), torch.zeros(ROWS), unwritten(1, dtype=torch.float64)
     return {
         "linear_combination_": partial(
