@@ -253,7 +253,7 @@ def test_images_of_billions_of_pixels(channels, num_tangents):
     wanted = loss_image_cases.of_reference(network, *compact)
     losses, grad = sparse(*shape), sparse(batch)
     losses[[0, -1]], grad[[0, -1]] = compact[0], compact[2]
-    given = False, [*shape, len(channels)], network_numbers(network.packed), losses, compact[1]
+    given = False, [*shape, len(channels)], network_numbers(network.packed), losses, compact[1], None
     with_phi = len(channels) == 1
     of_losses, of_phi = sparse(max(1, num_tangents), *shape), torch.zeros(max(1, num_tangents), *network.phi_shape)
     with window(1):
@@ -293,7 +293,7 @@ def test_image_of_two_billion_pixels():
     losses[:, :, -64:] = compact[0]
     with window(2):
         call("loss_image_forward", False, [*losses.shape, 1], network_numbers(network.packed), losses, compact[1],
-             None, value, weights)  # fmt: skip
+             None, None, value, weights)  # fmt: skip
     wanted = loss_image_cases.of_reference(network, *compact)["weights"] / compact[2].double()
     known = slice(-32, None)  # rows that do not depend on those of other tiles
     actual = weights[:, :, known] * (height / 64)  # the output is the mean over positions
