@@ -97,9 +97,9 @@ _second_order = torch.ops.auxfast.loss_image_second_order.default
 _hessian = torch.ops.auxfast.loss_image_hessian.default
 
 
-# A GPU computes activations in more time than it reads them, so there they are kept for later passes, of whole images: as
-# long as they take a small share of its memory, and the work on a single image no more than the share that it would get
-# anyway (kMemoryShare in csrc/loss_image/loss_image_cuda_chunks.cuh; three times what is kept of an image).
+# A GPU computes activations in more time than it reads them, so there they are kept for later passes, of whole images:
+# as long as they take a small share of its memory, and the work on a single image no more than the share that it would
+# get anyway (kMemoryShare in csrc/loss_image/loss_image_cuda_chunks.cuh; three times what is kept of an image).
 MOST_SAVED_SHARE = 1 / 16
 _MOST_SHARE_OF_AN_IMAGE = 1 / 256 / 3
 

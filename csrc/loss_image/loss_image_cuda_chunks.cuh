@@ -53,9 +53,6 @@ struct Planes {
   }
   AUXFAST_HD T* row(int64_t image, int channel, int32_t y) const { return data + offset(image, channel, y); }
   AUXFAST_HD T& at(int64_t image, int channel, int32_t y, int32_t x) const { return row(image, channel, y)[x]; }
-  AUXFAST_HD T at_or_zero(int64_t image, int channel, int32_t y, int32_t x) const {
-    return y >= rows.begin && y < rows.end && x >= 0 && x < width ? at(image, channel, y, x) : T(0);
-  }
 
   Planes only(Rows some) const {
     return {data + int64_t(some.begin - rows.begin) * pitch, image_stride, channel_stride, some, width, pitch};
