@@ -21,6 +21,8 @@ from auxfast.implicit.hypergradient import hypergradient
 from auxfast.implicit.inner_problem import GivenParams, given_params
 from auxfast.implicit.losses import LossFn, as_loss_fns, check_call
 from auxfast.implicit.static_hypergradient import CURVATURES, StaticHypergradient
+from auxfast.nn import Combiner
+from auxfast.nn.combiner_base import Positive
 from auxfast.solvers import DEFAULT_SOLVER
 from auxfast.solvers.base import Solver, SolverState, SolveStats, StopReason, check_solver
 from auxfast.solvers.static_solvers import static_solve
@@ -29,6 +31,9 @@ _WARM_UP = 2
 """Calls before the capture: libraries choose their algorithms, load their kernels and take their workspaces."""
 _MAKE_ANEW = "make a new GraphedHypergradient"
 _NOT_SYMMETRIC = StopReason.NOT_SYMMETRIC
+
+_Mode = tuple[bool, Positive | None]
+"""Whether a module trains, and how a combiner's `phi` is meant: as weights or as their logarithms."""
 
 
 class GraphedResult:
@@ -195,6 +200,12 @@ class GraphedHypergradient:
             self._solve.reset()
             self._done = self._event()
         self._kinds = [_kinds(tensors) for tensors in self._inputs]
+        self._held = [
+            (module, name)
+            for module in self._modules
+            for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for name, _ in tensors
+        ]
         self._facts = self._present_facts()
 
     def __call__(self, outer_inputs: Sequence[Tensor] = (), inner_inputs: Sequence[Tensor] = ()) -> GraphedResult:
@@ -204,7 +215,7 @@ class GraphedHypergradient:
             TypeError: inputs that are not a list of tensors.
             ValueError: inputs of another number, shape, dtype or device than the examples.
             RuntimeError: parameters, or modules that the losses call, are not what was recorded: others, elsewhere in
-                memory, of another shape or dtype, or in another mode of training.
+                memory, of another shape or dtype, or in another mode: of training, or of a combiner's `positive`.
         """
         given = ("outer_inputs", outer_inputs), ("inner_inputs", inner_inputs)
         for (name, tensors), kinds in zip(given, self._kinds, strict=True):
@@ -289,23 +300,23 @@ class GraphedHypergradient:
             warn_of(problem, self._solver, self._state)
         return stats, direct_only
 
-    def _present_facts(self) -> tuple[list[Any], list[bool], list[int]]:
-        """What must stay as it was recorded. Graphs hold addresses: those of all that a module may read count there."""
+    def _present_facts(self) -> tuple[list[Any], list[_Mode], list[int | None]]:
+        """What must stay as it was recorded. Graphs hold addresses: those of all that a module may read count. A CPU
+        looks at them as well, so that what runs there runs on a GPU."""
         given = [
             (t.data_ptr(), t.shape, t.dtype, t.requires_grad)
             for tensors in (self._params.inner, self._params.outer)
             for t in tensors
         ]
-        modes = [module.training for module in self._modules]
-        held = []
-        if isinstance(self._program, CapturedProgram):
-            for module in self._modules:
-                for tensors in (module._parameters, module._buffers):
-                    held += [t.data_ptr() for t in tensors.values() if t is not None]
+        modes = [
+            (module.training, module.positive if isinstance(module, Combiner) else None) for module in self._modules
+        ]
+        tensors = (getattr(module, name, None) for module, name in self._held)
+        held = [t.data_ptr() if isinstance(t, Tensor) else None for t in tensors]
         return given, modes, held
 
     def _what_changed(self) -> RuntimeError:
-        given, modes, _ = self._present_facts()
+        given, modes, held = self._present_facts()
         names = [
             f"{name}[{i}]"
             for name, tensors in (("inner_params", self._params.inner), ("outer_params", self._params.outer))
@@ -318,15 +329,19 @@ class GraphedHypergradient:
                         f"{name} is no longer what was recorded: its {what} was {_shown(old)} and is {_shown(new)}. "
                         f"Write to parameters in place, or {_MAKE_ANEW}"
                     )
-        for module, is_training, was_training in zip(self._modules, modes, self._facts[1], strict=True):
-            if is_training != was_training:
-                return RuntimeError(
-                    f"a {type(module).__name__} that the losses call was recorded with training={was_training}, and "
-                    f"has training={is_training}: set the mode that was recorded, or {_MAKE_ANEW}"
-                )
+        for module, now, before in zip(self._modules, modes, self._facts[1], strict=True):
+            for what, new, old in zip(("training", "positive"), now, before, strict=True):
+                if new != old:
+                    return RuntimeError(
+                        f"a {type(module).__name__} that the losses call was recorded with {what}={old!r}, and has "
+                        f"{what}={new!r}: set the mode that was recorded, or {_MAKE_ANEW}"
+                    )
+        module, name = next(
+            named for named, now, before in zip(self._held, held, self._facts[2], strict=True) if now != before
+        )
         return RuntimeError(
-            f"a parameter or buffer of a module that the losses call lies elsewhere in memory than when it was "
-            f"recorded: write to it in place, or {_MAKE_ANEW}"
+            f"{name} of a {type(module).__name__} that the losses call was replaced, or lies elsewhere in memory than "
+            f"when it was recorded: write to it in place, or {_MAKE_ANEW}"
         )
 
 

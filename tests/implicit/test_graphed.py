@@ -298,6 +298,8 @@ def test_an_optimizer_steps_along_results_as_along_the_losses():
     assert torch.equal(problems[0].phi[0], before)
     with pytest.raises(ValueError, match="same outer_params"):
         HyperOptimizer(torch.optim.SGD(problems[0].w, lr=0.1)).accumulate_result(graphed(*inputs))
+    with pytest.raises(TypeError, match=r"result must be what .* returns, not a tuple: accumulate\(\) takes losses"):
+        optimizers[0].accumulate_result(graphed(*inputs).grads)
 
 
 # ----------------------------------------------------------------------------------------- what is said when it is read
@@ -307,8 +309,9 @@ def test_warnings_come_with_the_stats_and_once():
     problem = Bilevel()
     graphed = problem.graphed(MINRES(1, tol=1e-6), warn=True)
     result = graphed(*problem.inputs(1))
-    with pytest.warns(RuntimeWarning, match="not solved to the solver's tol"):
+    with pytest.warns(RuntimeWarning, match="not solved to the solver's tol") as given:
         assert result.stats.iterations == 1
+    assert given[0].filename == __file__  # where the stats are read
     assert not result.stats.converged
     assert graphed(*problem.inputs(2)).stats.residual < 1
 
@@ -435,10 +438,13 @@ def test_inputs_unlike_the_examples_are_refused():
         (lambda p: p.phi[0].requires_grad_(False), r"outer_params\[0\] is no longer .* requires_grad was True"),
         (lambda p: p.net.eval(), "recorded with training=True"),
         (lambda p: p.net.float(), "is no longer what was recorded"),
+        (lambda p: setattr(p.net[0], "weight", nn.Parameter(p.w[0].detach().clone())), "weight of a Linear .*replaced"),
+        (lambda p: setattr(p.net[1], "running_var", p.net[1].running_var.clone()), "running_var of a BatchNorm1d"),
+        (lambda p: HyperOptimizer.recommended(p.combiner), "positive='clip', and has positive='exp'"),
     ],
 )
 def test_parameters_and_modules_that_have_changed_are_an_error(change, match):
-    problem = Bilevel()
+    problem = Bilevel(nn.BatchNorm1d(6))
     graphed = problem.graphed()
     change(problem)
     with pytest.raises(RuntimeError, match=f"(?s){match}.*make a new GraphedHypergradient"):
