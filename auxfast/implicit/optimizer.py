@@ -261,7 +261,10 @@ class HyperOptimizer:
         elif outer_loss is not None or inner_loss is not None or inner_params is not None:
             raise TypeError("step takes outer_loss, inner_loss and inner_params, or none of them after accumulate()")
         elif not self._accumulated.stats:
-            raise RuntimeError("step() without losses needs accumulate() before it: there is no gradient to follow")
+            raise RuntimeError(
+                "step() without losses needs accumulate() or accumulate_result() before it: there is no gradient to "
+                "follow"
+            )
         accumulated, self._accumulated = self._accumulated, _Accumulated()
         self._count(accumulated)
         if accumulated.grads is not None:
@@ -336,9 +339,15 @@ class HyperOptimizer:
         then the ones of that. Waits for the device.
 
         Raises:
+            TypeError: `result` is no `GraphedResult`.
             ValueError: another `weight`, or gradients that are not aligned with the parameters of the optimizer.
         """
         check_positive("weight", weight)
+        if not isinstance(result, GraphedResult):
+            raise TypeError(
+                f"result must be what a call of a GraphedHypergradient returns, not a {type(result).__name__}: "
+                "accumulate() takes losses"
+            )
         if not are_alike(result.grads, self._params()):
             raise ValueError(
                 "result must have a gradient like each parameter of the optimizer, in its order: make the "

@@ -194,7 +194,7 @@ def test_the_limit_on_weights_and_the_watch_are_of_the_whole_step():
 
 def test_what_is_refused():
     _, tasks, outer = setup()
-    with pytest.raises(RuntimeError, match=r"step\(\) without losses needs accumulate\(\) before it"):
+    with pytest.raises(RuntimeError, match=r"step\(\) without losses needs accumulate\(\) or accumulate_result\(\)"):
         outer.step()
     with pytest.raises(TypeError, match=r"step takes outer_loss, inner_loss and inner_params, or none of them after"):
         outer.step(tasks[0].outer)
