@@ -103,8 +103,9 @@ class GraphedHypergradient:
     as the object lives.
 
     **State.** The losses leave no trace in buffers: statistics of BatchNorm are read anew in each call, and stay as
-    they are. Dropout draws other masks in each call; on a GPU these calls move torch's generator on. Autocast, TF32 and
-    deterministic algorithms are those of the moment when the object was made, whatever the caller has active later.
+    they are. On a GPU dropout draws other masks in each call, which moves torch's generator on. On a CPU the generator
+    stays, and the masks are those that the next forward pass draws. Autocast, TF32 and deterministic algorithms are
+    those of the moment when the object was made, whatever the caller has active later.
 
     On tensors of the CPU the same operations run in each call, without a graph. Calls of several threads wait for each
     other.
