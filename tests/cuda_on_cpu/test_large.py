@@ -175,10 +175,12 @@ def test_more_rows_than_a_grid_has_blocks_are_refused(count):
 # ------------------------------------------------------------------------------------------------------------ combiner
 
 # With 1024 blocks, each of which has every 1024th tile of 32 samples, the last tile is the last block's. The first
-# network runs with lanes along its losses, the other stages them, and its units take `saved` beyond 2^31 too.
+# network runs with lanes along its losses, the others stage them, and their units take `saved` beyond 2^31 too. The last
+# one is small: four tiles of 128 samples a block, but for phi.
 COMBINERS = {
     "losses": (CombinerNetwork(4000, (2,), main=3999, reduction="none"), 33 * 1024 * 32 - 5, False, 1),
-    "saved": (CombinerNetwork(32, (11,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True, 2),
+    "saved": (CombinerNetwork(32, (33,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True, 2),
+    "small": (CombinerNetwork(32, (11,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True, 2),
 }
 
 
@@ -206,7 +208,7 @@ def test_combiner_behind_billions_of_numbers(network, batch, saves, num_tangents
     with window(1):
         call("combiner_forward", *given, value, weights)
         if saved is not None:  # later passes would find again what is in a wrong place
-            tiles = saved.view(-1, 3 * 11, TILE_SAMPLES)
+            tiles = saved.view(-1, 3 * network.hidden[0], TILE_SAMPLES)
             assert tiles[0, :, :first].all()
             assert tiles[-1, :, 32 : 32 + last].all()
         call("combiner_backward_phi", *given, grad, grad_phi)

@@ -48,13 +48,14 @@ def of_combiner():
 
 
 def of_loss_image():
-    losses = torch.rand(2, 3, 64, 64)
-    return _passes("loss_image", LossImageNetwork(3, (8, 16), main=0), [*losses.shape, 2], losses)
+    network, losses = LossImageNetwork(3, (8, 16), main=0), torch.rand(2, 3, 64, 64)
+    saved = torch.zeros(network.saved_size(*losses.shape))
+    return _passes("loss_image", network, [*losses.shape, 2], losses, saved)
 
 
-def _passes(op, network, sizes, losses, *saved):
+def _passes(op, network, sizes, losses, saved):
     phi, grad, tangent = torch.rand(network.num_parameters), torch.ones(1), torch.rand(losses.shape)
-    given = False, sizes, network_numbers(network.packed), losses, phi, *saved
+    given = False, sizes, network_numbers(network.packed), losses, phi, saved
     none = [None] if op == "loss_image" else []  # weights of pixels
     to_losses, to_phi = torch.empty_like(losses), torch.empty_like(phi)
     return {
