@@ -175,8 +175,8 @@ def test_more_rows_than_a_grid_has_blocks_are_refused(count):
 # ------------------------------------------------------------------------------------------------------------ combiner
 
 # With 1024 blocks, each of which has every 1024th tile of 32 samples, the last tile is the last block's. The first
-# network runs with lanes along its losses, the others stage them, and their units take `saved` beyond 2^31 too. The last
-# one is small: four tiles of 128 samples a block, but for phi.
+# network runs with lanes along its losses, the others stage them, and their units take `saved` beyond 2^31 too. The
+# last one is small: four tiles of 128 samples a block, but for phi.
 COMBINERS = {
     "losses": (CombinerNetwork(4000, (2,), main=3999, reduction="none"), 33 * 1024 * 32 - 5, False, 1),
     "saved": (CombinerNetwork(32, (33,), main=31, reduction="none"), 2050 * 1024 * 32 - 5, True, 2),
