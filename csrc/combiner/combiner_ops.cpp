@@ -116,7 +116,7 @@ auto with_saved(const Call& call, const Tensor& saved) {
   check_matches(call.op, "saved", saved, "losses", call.losses);
   return [&](auto& net) {
     if (saved.numel() == 0) return;
-    STD_TORCH_CHECK(saved.numel() == combiner_saved_size(net), "auxfast::", call.op,
+    STD_TORCH_CHECK(saved.numel() == combiner_saved_size(net) && saved.is_contiguous(), "auxfast::", call.op,
                     ": saved is not what combiner_forward returned");
     set_pointer(net.saved, saved);
   };

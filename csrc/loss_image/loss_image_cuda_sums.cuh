@@ -51,7 +51,13 @@ struct ProductPlaces {
   // outer_sums: in and out.
   __device__ __forceinline__ void add(const T* outer_data, const T* inner_data, bool with_outer_sums,
                                       T (&products)[kPanel][kTaps], T (&outer_sums)[kPanel]) const {
-    constexpr int kAtOnce = 4;  // outputs whose pixels are read before they are used: registers allow no more
+    // Outputs whose pixels are read before they are used: registers allow no more. Code for older GPUs takes a few more
+    // of them, and would spill two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int kAtOnce = 2;
+#else
+    constexpr int kAtOnce = 4;
+#endif
     T in[4][4];
     AUXFAST_UNROLL
     for (int i = 0; i < 16; ++i) {

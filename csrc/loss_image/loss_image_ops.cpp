@@ -74,9 +74,11 @@ auto with_saved(const Call& call, const Tensor& saved) {
   check_matches(call.op, "saved", saved, "losses", call.losses);
   return [&](auto& net) {
     if (saved.numel() == 0) return;
-    STD_TORCH_CHECK(saved.numel() == loss_image_saved_size(net), "auxfast::", call.op,
-                    ": saved is not what loss_image_forward returned");
     set_pointer(net.saved, saved);
+    constexpr uintptr_t kAlignment = 16;  // two float64, which kernels load at once
+    STD_TORCH_CHECK(saved.numel() == loss_image_saved_size(net) && saved.is_contiguous() &&
+                        reinterpret_cast<uintptr_t>(net.saved) % kAlignment == 0,
+                    "auxfast::", call.op, ": saved is not what loss_image_forward returned");
   };
 }
 

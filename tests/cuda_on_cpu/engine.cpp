@@ -35,6 +35,7 @@ struct Thread : Fiber {
   const char* where = nullptr;  // it waits
   unsigned mask = 0, source = 0;
   uint64_t given = 0, received = 0;
+  std::vector<Copy> copies;
 };
 
 struct Static {
@@ -128,6 +129,12 @@ void run_threads() {
   Fiber::arrive();
   for (;;) {
     (*body)();
+    if (!running->copies.empty()) {
+      const uint3 b = running->position.block, t = running->position.thread;
+      set_error("block (%u, %u, %u): thread (%u, %u, %u) has not waited for %zu of its copies", b.x, b.y, b.z, t.x, t.y,
+                t.z, running->copies.size());
+      give_up();
+    }
     running->state = State::ended;
     Block& block = *running->block;
     release(*running, &block.barrier_key);
@@ -278,6 +285,8 @@ void* static_shared(const void* key, size_t bytes) {
   block.statics[block.num_statics++] = {key, memory};
   return memory;
 }
+
+std::vector<Copy>& copies() { return running->copies; }
 
 void block_barrier(const char* where) {
   Block& block = *running->block;

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -55,6 +56,14 @@ void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes);
 
 // `where` is the place in the source, the same for all who meet there.
+// What the running thread has begun to copy, and not waited for. It must be nothing when the thread ends.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+std::vector<Copy>& copies();
+
 void block_barrier(const char* where);
 void warp_barrier(const char* where, unsigned mask);
 // Returns what lane `source` of the running thread's warp gave. Orders nothing else, as in CUDA.

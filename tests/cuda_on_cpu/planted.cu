@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/async_copy.cuh"
 #include "common/launch.cuh"
 
 namespace {
@@ -196,6 +197,37 @@ const char* too_much_shared_together() {
   return verdict(true);
 }
 
+// The last copy is waited for in any case.
+KERNEL copy_neighbours(const float* in, float* out) {
+  DYNAMIC_SHARED(float, copied);
+  auxfast::cuda::begin_copy(copied + threadIdx.x, in + threadIdx.x);
+  if (!kBug) auxfast::cuda::wait_for_copies();
+  __syncwarp();
+  out[threadIdx.x] = copied[(threadIdx.x + 1) % 32];
+  auxfast::cuda::wait_for_copies();
+}
+template <bool kBug>
+const char* copy_read_too_early() {
+  float in[32], out[32];
+  for (float& number : in) number = 1;
+  LAUNCH(copy_neighbours<kBug>, 1, 32, sizeof(out), nullptr, in, out);
+  bool right = true;
+  for (const float number : out) right = right && number == 1;
+  return verdict(right);
+}
+
+KERNEL copy(const float* in) {
+  DYNAMIC_SHARED(float, copied);
+  auxfast::cuda::begin_copy(copied + threadIdx.x, in + threadIdx.x);
+  if (!kBug) auxfast::cuda::wait_for_copies();
+}
+template <bool kBug>
+const char* copy_never_waited_for() {
+  const float in[32] = {};
+  LAUNCH(copy<kBug>, 1, 32, sizeof(in), nullptr, in);
+  return verdict(true);
+}
+
 struct Planted {
   const char* name;
   const char* (*bug)();
@@ -220,6 +252,8 @@ const Planted kPlanted[] = {
     PLANTED(too_much_shared),
     PLANTED(too_much_shared_together),
     PLANTED(no_blocks),
+    PLANTED(copy_read_too_early),
+    PLANTED(copy_never_waited_for),
 };
 
 }  // namespace

@@ -32,6 +32,8 @@ REPORTS = {
     "too_many_threads": dict.fromkeys(MODES, r"a launch of \(32, 32, 2\) threads a block: CUDA allows 1 to 1024"),
     "too_much_shared": dict.fromkeys(MODES, "a launch with 49153 bytes of dynamic shared memory: CUDA allows 49152"),
     "too_much_shared_together": dict.fromkeys(MODES, "a block with 49153 bytes of shared memory"),
+    "copy_read_too_early": {"plain": WRONG, "asan": WRONG, "tsan": RACE},
+    "copy_never_waited_for": dict.fromkeys(MODES, r"thread \(\d+, 0, 0\) has not waited for 1 of its copies"),
     "no_blocks": dict.fromkeys(MODES, r"a launch of \(1, 0, 1\) blocks: CUDA allows 1 to"),
 }
 

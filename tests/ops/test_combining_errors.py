@@ -125,6 +125,7 @@ COMBINER_RAW_ERRORS: RawErrors = {
     "rank of losses": (EVERY, {"losses": lambda t: t[0]}, "losses must be (batch, num_losses), got 1 dim"),
     "no losses": (FIRST_TWO, {"losses": lambda t: t[:, :0]}, "losses must not be empty"),
     "size of saved": (LATER, {"saved": lambda t: t[1:]}, "saved is not what combiner_forward returned"),
+    "strides of saved": (LATER, {"saved": lambda t: t.repeat(2)[::2]}, "saved is not what combiner_forward returned"),
     "dtype of saved": (LATER, {"saved": Tensor.float}, "saved and losses must have one dtype"),
     "no layers": (EVERY, {"network": "1,2,0,1"}, "1 to 8 hidden layers, got 0"),
     "9 layers": (FIRST, {"network": "1,2,0,1" + ",2" * 9}, "1 to 8 hidden layers, got 9"),

@@ -165,8 +165,16 @@ def test_network_describes_phi():
 
 def test_only_kernels_for_cuda_save():
     network = LossImageNetwork(2, (3,))
-    losses, phi, grad, tangent = inputs(network, 2, 5, 6)
+    losses, phi, *_ = inputs(network, 2, 5, 6)
     with pytest.raises(RuntimeError, match="only the kernels for CUDA can save"):
         torch.ops.auxfast.loss_image_forward(losses, phi, None, network.packed, True, True)
-    with pytest.raises(RuntimeError, match="saved is not what loss_image_forward returned"):
-        torch.ops.auxfast.loss_image_hessian(tangent, grad, losses, phi, losses.new_zeros(3), network.packed)
+
+
+def test_a_record_is_refused_that_the_kernels_could_not_read():
+    network = LossImageNetwork(2, (3,))
+    losses, phi, grad, tangent = inputs(network, 2, 5, 6)
+    size = network.saved_size(*losses.shape)
+    strided, at_an_odd_place = losses.new_zeros(2 * size)[::2], losses.new_zeros(size + 1)[1:]
+    for saved in losses.new_zeros(3), strided, at_an_odd_place:
+        with pytest.raises(RuntimeError, match="saved is not what loss_image_forward returned"):
+            torch.ops.auxfast.loss_image_hessian(tangent, grad, losses, phi, saved, network.packed)

@@ -34,6 +34,10 @@
   using name##_type = T extents;        \
   auto& name = *static_cast<name##_type*>(::cuda_on_cpu::static_shared(&name##_key, sizeof(name##_type)))
 
+// As common/async_copy.cuh has them for nvcc.
+#define BEGIN_COPY(shared, global) ::cuda_on_cpu::begin_copy(shared, global)
+#define WAIT_FOR_COPIES() ::cuda_on_cpu::wait_for_copies()
+
 #define __syncthreads() ::cuda_on_cpu::block_barrier(CUDA_ON_CPU_HERE)
 #define __syncwarp() ::cuda_on_cpu::warp_barrier(CUDA_ON_CPU_HERE, ~0u)
 #define __shfl_sync(mask, value, lane) ::cuda_on_cpu::from_lane(CUDA_ON_CPU_HERE, mask, value, lane)
@@ -48,6 +52,18 @@ template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
   static_assert((0 + ... + sizeof(Parameters)) <= 32764, "the arguments of a kernel are limited to 32764 bytes");
   launch(grid, block, shared_bytes, [=] { kernel(arguments...); });
+}
+
+// Copies as late as CUDA may: when the thread waits. Until then the place is all bytes 0xFF. The code is here so that a
+// sanitizer sees both.
+template <class T>
+void begin_copy(T* shared, const T* global) {
+  std::memset(shared, 0xFF, sizeof(T));
+  copies().push_back({shared, global, sizeof(T)});
+}
+inline void wait_for_copies() {
+  for (const Copy& copy : copies()) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies().clear();
 }
 
 inline unsigned lane() {
