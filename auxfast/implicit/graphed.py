@@ -300,8 +300,8 @@ class GraphedHypergradient:
         held = []
         if isinstance(self._program, CapturedProgram):
             for module in self._modules:
-                for tensors in (module._parameters, module._buffers):
-                    held += [t.data_ptr() for t in tensors.values() if t is not None]
+                for tensors in (module.parameters(recurse=False), module.buffers(recurse=False)):
+                    held += [t.data_ptr() for t in tensors]
         return given, modes, held
 
     def _what_changed(self) -> RuntimeError:
