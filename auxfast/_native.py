@@ -43,11 +43,6 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def _capability(digits: str) -> tuple[int, int]:
-    """The compute capability (major, minor) that nvcc calls by these digits."""
-    return int(digits[:-1]), int(digits[-1])
-
-
 def _driver() -> str | None:
     """The newest version of CUDA that the NVIDIA driver knows; `None` without a driver, or without CUDA kernels."""
     version = _C.cuda_driver_version()
@@ -63,14 +58,14 @@ def _obstacle(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return f"this torch is built for ROCm {torch.version.hip}, and the kernels are for CUDA"
     capability = torch.cuda.get_device_capability(device)
-    built, ptx = ([_capability(digits) for digits in _BUILD[key]] for key in ("cuda_kernels", "cuda_ptx"))
+    built, ptx = ([divmod(int(digits), 10) for digits in _BUILD[key]] for key in ("cuda_kernels", "cuda_ptx"))
     has_code = any(major == capability[0] and minor <= capability[1] for major, minor in built)
     if not has_code and not any(virtual <= capability for virtual in ptx):
         listed = ", ".join(f"{major}.{minor}" for major, minor in built)
         remedy = "for older ones there are none" if capability < min(built) else "build it with a newer CUDA toolkit"
         return f"it has compute capability {capability[0]}.{capability[1]}, and this build is for {listed}: {remedy}"
     toolkit, driver = _BUILD["cuda_toolkit"], _driver() or "0.0"
-    needed = toolkit if not has_code else f"{_version(toolkit)[0]}.0"
+    needed = f"{_version(toolkit)[0]}.0" if has_code else toolkit
     if _version(driver) < _version(needed):
         return (
             f"the NVIDIA driver knows CUDA {driver}, and this build, with CUDA {toolkit}, needs {needed}: update the "

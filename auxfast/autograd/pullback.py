@@ -279,7 +279,7 @@ class Pullback:
     def _make_probe(
         self, like: Sequence[Tensor], outputs: Sequence[int], planned: BatchedBackward
     ) -> SymmetricProbe | None:
-        epsilon = _rounding(planned, like[0])
+        epsilon = rounding_of_pass(planned, like[0])
         signs = random_signs(like, [self._inputs[output].shape for output in outputs], epsilon)
         image = self._engine([signs[outputs.index(output)] for output in self._split.outputs], planned)
         own = [each for output in outputs if (each := image[output]) is not None]
@@ -291,7 +291,7 @@ class Pullback:
         combined = iter(combine([gradient for gradient in gradients if gradient is not None]))
         found = [None if gradient is None else next(combined) for gradient in gradients]
         ours, engines = (zeros_for_none(each, self._inputs) for each in (found, expected))
-        return _agree(ours, engines, _rounding(planned, engines[0]))
+        return agree(ours, engines, rounding_of_pass(planned, engines[0]))
 
     def _engine(self, vectors: Sequence[Tensor], planned: BatchedBackward) -> Gradients:
         """The product by the engine.
@@ -366,18 +366,22 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), tensor.shape[1:].numel())
 
 
-def _rounding(planned: BatchedBackward, like: Tensor) -> float:
-    """The relative rounding of the products."""
+def rounding_of_pass(planned: BatchedBackward, like: Tensor) -> float:
+    """The relative rounding of the products, in an input like that."""
     with_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
     return rounding_of_products(like.device, like.dtype, with_convolutions)
 
 
-def _agree(found: list[Tensor], expected: list[Tensor], epsilon: float) -> bool:
-    """Whether two gradients are equal up to rounding, for each input by itself, in their largest elements. Numbers that
-    are not finite never are."""
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], epsilon: float) -> bool:
+    """Whether two gradients are equal up to rounding, for each input that has elements by itself, in the largest of
+    these. Numbers that are not finite never are. Waits for the device."""
+    pairs = [pair for pair in zip(found, expected, strict=True) if pair[0].numel()]
+    if not pairs:
+        return True
+    ours, engines = ([*each] for each in zip(*pairs, strict=True))
     sizes, errors = (
         torch.stack(torch._foreach_norm(each, torch.inf)).tolist()
-        for each in (expected, torch._foreach_sub(found, expected))
+        for each in (engines, torch._foreach_sub(ours, engines))
     )
     noise = 3 * epsilon * max(sizes)  # what cancellation may leave of an input whose gradient is zero
     return isfinite(noise) and all(

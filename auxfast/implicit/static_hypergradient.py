@@ -13,8 +13,7 @@ from torch import Tensor
 from auxfast.autograd.batched_backward import BatchingUnsupported, SingleBackward
 from auxfast.autograd.engine import in_own_task, run_engine, spread, zeros_for_none
 from auxfast.autograd.hooks import HookDetector
-from auxfast.autograd.pullback import engine_only, is_engine_only
-from auxfast.autograd.symmetric_probe import rounding_of_products
+from auxfast.autograd.pullback import agree, engine_only, is_engine_only, rounding_of_pass
 from auxfast.implicit.advice import identity_of, may_be_identity, missing_dependence, overlap, problem_of_stats
 from auxfast.implicit.curvature import GaussNewton, Hessian, in_dtypes_of, in_widest_dtype
 from auxfast.implicit.finite import not_finite
@@ -209,9 +208,4 @@ def _agrees(planned: SingleBackward, derivatives: Hessian) -> bool:
         found = zeros_for_none(in_own_task(partial(planned, signs)), signs)
     except Exception:
         return False
-    has_convolutions = any("Conv" in type(node).__name__ for node in planned.nodes)
-    epsilon = max(rounding_of_products(w.device, w.dtype, has_convolutions) for w in derivatives.params)
-    sizes = [float(largest_entry([each])) for each in expected]
-    errors = [float(largest_entry([a - b])) for a, b in zip(found, expected, strict=True)]
-    noise = 3 * epsilon * max(sizes)  # what cancellation may leave of an input whose gradient is zero
-    return all(error <= epsilon**0.5 * size + noise for error, size in zip(errors, sizes, strict=True))
+    return agree(found, expected, max(rounding_of_pass(planned, w) for w in derivatives.params))

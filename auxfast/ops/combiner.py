@@ -85,7 +85,7 @@ batch_over_tangents("combiner", "second_order", "hessian")
 
 # Activations are kept for the second order where that takes little memory, or less than the losses do; elsewhere they
 # are computed again. On the CPU reading them back costs as much as the arithmetic once they leave its caches. A GPU
-# reads them faster than it computes them, so that memory alone is the limit.
+# reads them faster than it computes them: there memory alone is the limit, of which a GiB is a small part.
 MOST_SAVED_BYTES = 1 << 20
 MOST_SAVED_BYTES_ON_GPU = 1 << 30
 

@@ -44,17 +44,17 @@ class NeumannSteps:
     p, so that a step is told of `hv` alone. On a GPU a step is one launch. The norms are added up when they are asked
     for, all by one launch, and nothing waits for the device.
 
-    Attributes:
-        v, p: tensors of the shapes of `start`, with its strides where it is dense in memory. Each begins at a multiple
-            of TILE_ELEMENTS of the memory that they share.
-        unread: how many norms `squares` would return.
+    float32 and float64 run on the kernels, in an order of additions that depends on the sizes only; other dtypes run on
+    the reference.
 
     Args:
         start: the right-hand side b, a list of at least one tensor, of any shapes, all of one dtype and on one device.
         step_size: the paper's alpha.
 
-    float32 and float64 run on the kernels, in an order of additions that depends on the sizes only; other dtypes run on
-    the reference.
+    Attributes:
+        v, p: tensors of the shapes of `start`, with its strides where it is dense in memory. Each begins at a multiple
+            of TILE_ELEMENTS of the memory that they share.
+        unread: how many norms `squares` would return.
 
     Raises:
         RuntimeError: dtypes or devices differ, or a tensor requires a gradient where gradients are recorded.

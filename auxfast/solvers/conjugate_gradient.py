@@ -19,7 +19,7 @@ from auxfast.ops.krylov import (
     conjugate_gradient_step_reference_,
 )
 from auxfast.solvers.best_iterate import Floats
-from auxfast.solvers.krylov import KrylovSolver, Recurrence
+from auxfast.solvers.krylov import KrylovSolver, Norms, Recurrence
 from auxfast.solvers.preconditioners import Apply
 from auxfast.solvers.space import VectorSpace
 
@@ -43,12 +43,7 @@ class ConjugateGradient(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor,
-        residual: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
-        precondition: Apply | None,
-        space: VectorSpace,
+        x: Tensor, residual: Tensor, norms: Norms, tolerances: Norms, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
         return _ConjugateGradient(x, residual, norms, tolerances, precondition, space)
 
@@ -60,8 +55,8 @@ class _ConjugateGradient(Recurrence):
         self,
         x: Tensor,
         residual: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
+        norms: Norms,
+        tolerances: Norms,
         precondition: Apply | None,
         space: VectorSpace,
     ) -> None:

@@ -30,14 +30,17 @@ _NEGLIGIBLE = 0.03
 """The part of a residual, or of the tolerance, that may be rounding: it is orthogonal to the rest or nearly so, and
 moves the norm by 0.03^2 / 2, one in two thousand."""
 
+Norms = Floats | Tensor
+"""(k,), on the host; or on the device, where nothing waits for them."""
+
 
 class Recurrence(ABC):
     """k systems side by side, each with numbers of its own, which stay on the device. A row that stops is left alone.
 
     Args:
         x: (k, n), where to start from; updated in place.
-        norms: (k,), of the residuals of x. On the device, as `tolerances` are then: nothing waits for it.
-        tolerances: (k,), residual norms to stop at.
+        norms: of the residuals of x.
+        tolerances: residual norms to stop at, in the same place.
         precondition: see `Apply`.
         space: that of the rows.
         first: (k,) each, or one number for all, what the method knows of the rows before the first step.
@@ -56,8 +59,8 @@ class Recurrence(ABC):
     def __init__(
         self,
         x: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
+        norms: Norms,
+        tolerances: Norms,
         precondition: Apply | None,
         space: VectorSpace,
         **first: Any,
@@ -211,15 +214,10 @@ class KrylovSolver(IterativeSolver):
     @staticmethod
     @abstractmethod
     def _recurrence(
-        x: Tensor,
-        residual: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
-        precondition: Apply | None,
-        space: VectorSpace,
+        x: Tensor, residual: Tensor, norms: Norms, tolerances: Norms, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
-        """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten; norms: (k,),
-        those of `residual`; space: that of the rows."""
+        """The recurrence from `x`, whose residual is `residual`, both (k, n) and free to be overwritten; norms: those
+        of `residual`; space: that of the rows."""
 
     def _iterate(self, best: BestIterate, state: SolverState | None) -> dict[str, Any]:
         rows = best.unsolved()

@@ -18,7 +18,7 @@ from auxfast.ops.krylov import (
     minres_step_reference_,
 )
 from auxfast.solvers.best_iterate import Floats
-from auxfast.solvers.krylov import KrylovSolver, Recurrence
+from auxfast.solvers.krylov import KrylovSolver, Norms, Recurrence
 from auxfast.solvers.preconditioners import Apply
 from auxfast.solvers.space import VectorSpace
 
@@ -46,12 +46,7 @@ class MINRES(KrylovSolver):
 
     @staticmethod
     def _recurrence(
-        x: Tensor,
-        residual: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
-        precondition: Apply | None,
-        space: VectorSpace,
+        x: Tensor, residual: Tensor, norms: Norms, tolerances: Norms, precondition: Apply | None, space: VectorSpace
     ) -> Recurrence:
         return _MINRES(x, residual, norms, tolerances, precondition, space)
 
@@ -70,8 +65,8 @@ class _MINRES(Recurrence):
         self,
         x: Tensor,
         residual: Tensor,
-        norms: Floats | Tensor,
-        tolerances: Floats | Tensor,
+        norms: Norms,
+        tolerances: Norms,
         precondition: Apply | None,
         space: VectorSpace,
     ) -> None:

@@ -11,7 +11,7 @@ from auxfast.ops.krylov import row_dots
 from auxfast.solvers.base import Matvec, SolveStats, StopReason
 from auxfast.solvers.identity import Identity
 from auxfast.solvers.space import Floats, as_row
-from auxfast.solvers.static_solve import Operands, StaticSolve, largest_entry, nan_where, power_of_two
+from auxfast.solvers.static_solve import StaticSolve, StaticSystem
 
 
 class StaticIdentity(StaticSolve):
@@ -27,28 +27,26 @@ class StaticIdentity(StaticSolve):
         self._step_size = solver.scale
 
     def begin(self, matvec: Matvec, rhs: Sequence[Tensor]) -> None:
-        self._operands = Operands(matvec, rhs, 0.0)
-        given = as_row(self._operands.widened(rhs))
-        self._largest = largest_entry([given])
-        self._scale = power_of_two(self._largest).to(given.dtype)
-        self._b = given / self._scale
+        self._system = StaticSystem(matvec, rhs, 0.0)
+        self._b = as_row(self._system.b)
 
     def steps(self, count: int) -> None:
         raise AssertionError("there are no steps")
 
     def status(self) -> Tensor:
-        return self._largest.new_ones(1)
+        return self._system.largest.new_ones(1)
 
     def end(self) -> tuple[list[Tensor], Tensor]:
-        x = self._operands.rounded(self._b * self._step_size, self._scale)
-        left = self._b - self._operands.of_row(x)
+        system = self._system
+        x = system.rounded(self._b * self._step_size)
+        left = self._b - system.of_row(x)
         norm, of_b = row_dots(left, left).sqrt(), row_dots(self._b, self._b).sqrt()
         is_finite = x.isfinite().all()
         is_usable = is_finite & norm.isfinite()
-        failed = ~self._largest.isfinite() | (is_finite & ~is_usable)
+        failed = ~system.largest.isfinite() | (is_finite & ~is_usable)
         residual = torch.where(is_usable, norm, of_b)
-        solution = self._operands.solution(torch.where(is_usable, x, 0.0), nan_where(failed, self._scale))
-        return solution, torch.cat([self._largest[None], of_b, residual, is_usable.double(), failed.double()])
+        solution = system.solution(torch.where(is_usable, x, 0.0), failed)
+        return solution, torch.cat([system.largest[None], of_b, residual, is_usable.double(), failed.double()])
 
     def reset(self) -> None:
         pass  # nothing is kept

@@ -14,7 +14,7 @@ from auxfast.solvers.best_iterate import RESTART_GAIN
 from auxfast.solvers.iterative import CHECK_EVERY
 from auxfast.solvers.krylov import REASONS_OF_STATUS, KrylovSolver, Outcome
 from auxfast.solvers.space import LOCAL, Floats, as_row
-from auxfast.solvers.static_solve import Operands, StaticSolve, largest_entry, nan_where, power_of_two
+from auxfast.solvers.static_solve import StaticSolve, StaticSystem
 
 _MOST_STEPS_IN_ONE = 2 * CHECK_EVERY
 """Steps that are one chunk: a host that reads one chunk behind could stop no earlier."""
@@ -36,18 +36,15 @@ class StaticKrylov(StaticSolve):
         self.chunks: tuple[int, ...] = (size,) * (solver.steps // size) + ((rest,) if rest else ())
 
     def begin(self, matvec: Matvec, rhs: Sequence[Tensor]) -> None:
-        self._operands = Operands(matvec, rhs, self._solver.damping)
-        given = as_row(self._operands.widened(rhs))
-        self._largest = largest_entry([given])
-        self._scale = power_of_two(self._largest).to(self._operands.work)
-        self._b = given / self._scale
+        self._system = system = StaticSystem(matvec, rhs, self._solver.damping)
+        self._b = as_row(system.b)
         self._norm = self._norm_of(self._b)
         x, residual, start = torch.zeros_like(self._b), self._b.clone(), self._norm
         if self._solver.warm_start:
             if self._solution is None:  # one tensor from call to call
                 self._solution = torch.zeros_like(self._b)
-            given_x = self._operands.rounded(self._solution / self._scale, self._scale)
-            left = self._b - self._operands.of_row(given_x)
+            given_x = system.rounded(self._solution / system.scale)
+            left = self._b - system.of_row(given_x)
             norm = self._norm_of(left)
             is_better = norm < start  # false for NaN
             x, residual = torch.where(is_better, given_x, x), torch.where(is_better, left, residual)
@@ -70,7 +67,7 @@ class StaticKrylov(StaticSolve):
         recurrence = self._recurrence
         for _ in range(count):
             self._frozen.add_(recurrence.number("status"))  # from its first step on a row that stopped adds the same
-            recurrence.step(self._operands.of_row(recurrence.direction))
+            recurrence.step(self._system.of_row(recurrence.direction))
         self._put_back()
 
     def _put_back(self) -> None:
@@ -84,19 +81,19 @@ class StaticKrylov(StaticSolve):
         return self._recurrence.number("status")
 
     def end(self) -> tuple[list[Tensor], Tensor]:
-        x = self._operands.rounded(self._recurrence.best_rows(), self._scale)
-        norm = self._norm_of(self._b - self._operands.of_row(x))
+        system = self._system
+        x = system.rounded(self._recurrence.best_rows())
+        norm = self._norm_of(self._b - system.of_row(x))
         is_better = norm < self._start  # false for NaN
         x = torch.where(is_better, x, self._start_x)
         residual = torch.where(is_better, norm, self._start)
         if self._solution is not None:
-            self._solution.copy_(x * self._scale)
+            self._solution.copy_(x * system.scale)
         of = self._recurrence.number
         is_broken = (of("status") == BROKEN) & (of("steps") == 0) & (residual >= self._norm)
-        failed = ~self._largest.isfinite() | is_broken
-        more = torch.cat([self._largest[None], self._norm, self._start, residual, norm, self._frozen, failed.double()])
-        solution = self._operands.solution(x, nan_where(failed, self._scale))
-        return solution, torch.cat([self._recurrence.numbers[:, 0], more])
+        failed = ~system.largest.isfinite() | is_broken
+        more = torch.cat([system.largest[None], self._norm, self._start, residual, norm, self._frozen, failed.double()])
+        return system.solution(x, failed), torch.cat([self._recurrence.numbers[:, 0], more])
 
     @staticmethod
     def _norm_of(rows: Tensor) -> Tensor:

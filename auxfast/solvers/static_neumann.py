@@ -25,18 +25,14 @@ from auxfast.solvers.base import Matvec, SolveStats, StopReason
 from auxfast.solvers.neumann import Neumann, curvature_of_growth
 from auxfast.solvers.series import curvature_between
 from auxfast.solvers.space import Floats, as_row
-from auxfast.solvers.static_solve import Operands, StaticSolve, largest_entry, nan_where, power_of_two
+from auxfast.solvers.static_solve import StaticSolve, StaticSystem
 
 
-class StaticNeumann(StaticSolve):
-    """`Neumann` with a fixed step size and no tolerance, certified.
-
-    `neumann_guarded_step_` leaves the sum where the norm has grown. The closing product tells the true residual, and
-    whether the last term was the first to grow: the sum without it has a residual that the series knows, since the
-    vector of the last step is just that.
+class _StaticSeries(StaticSolve):
+    """What both series have in common.
 
     Args:
-        solver: its settings.
+        solver: `Neumann` with a fixed step size and no tolerance.
     """
 
     def __init__(self, solver: Neumann) -> None:
@@ -44,13 +40,21 @@ class StaticNeumann(StaticSolve):
         self._step_size, self._damping = solver.step_size, solver.damping
         self.chunks: tuple[int, ...] = (solver.steps,)
 
+    def reset(self) -> None:
+        pass  # each solve starts from 0
+
+
+class StaticNeumann(_StaticSeries):
+    """`Neumann` with a fixed step size and no tolerance, certified.
+
+    `neumann_guarded_step_` leaves the sum where the norm has grown. The closing product tells the true residual, and
+    whether the last term was the first to grow: the sum without it has a residual that the series knows, since the
+    vector of the last step is just that.
+    """
+
     def begin(self, matvec: Matvec, rhs: Sequence[Tensor]) -> None:
-        self._operands = Operands(matvec, rhs, self._damping)
-        given = self._operands.widened(rhs)
-        self._largest = largest_entry(given)
-        self._scale = power_of_two(self._largest).to(self._operands.work)
-        self._b = torch._foreach_div(given, self._scale)
-        self._v = [*torch._foreach_mul(self._b, self._step_size)]
+        self._system = StaticSystem(matvec, rhs, self._damping)
+        self._v = [*torch._foreach_mul(self._system.b, self._step_size)]
         self._v_before, self._p = ([torch.empty_like(v) for v in self._v] for _ in range(2))
         torch._foreach_zero_([*self._v_before, *self._p])
         square = squared_norm(self._v)
@@ -61,7 +65,7 @@ class StaticNeumann(StaticSolve):
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            product = self._operands.product(self._v)
+            product = self._system.product(self._v)
             neumann_guarded_step_(self._v, self._v_before, product, self._p, self._numbers, self._step_size)
             self._v, self._v_before = self._v_before, self._v
 
@@ -69,31 +73,28 @@ class StaticNeumann(StaticSolve):
         return self._numbers[GREW : GREW + 1]
 
     def end(self) -> tuple[list[Tensor], Tensor]:
-        numbers, operands = self._numbers, self._operands
-        self._b_row, p, v_before, v = map(as_row, (self._b, self._p, self._v_before, self._v))
+        numbers, system = self._numbers, self._system
+        self._b_row, p, v_before, v = map(as_row, (system.b, self._p, self._v_before, self._v))
         grew = numbers[GREW] != 0
-        shorter = operands.rounded(p + v_before, self._scale)
-        x = operands.rounded(torch.where(grew, p, p + v_before + v), self._scale)
+        shorter = system.rounded(p + v_before)
+        x = system.rounded(torch.where(grew, p, p + v_before + v))
         left, of_b = self._left(x), squared_norm([self._b_row]).sqrt()
         norm = numbers[SQUARE].sqrt() / self._step_size  # what `shorter` leaves, where nothing has grown
         rounding = 10 * torch.finfo(v.dtype).eps * of_b
         late = ~grew & ~(left <= GROWTH * torch.maximum(norm, rounding))
-        if operands.is_narrow:  # rounding has made `shorter` another one
+        if system.is_narrow:  # rounding has made `shorter` another one
             norm = self._left(shorter)
         residual = torch.where(late, norm, left)
         is_better = residual <= of_b  # false for NaN
         x = torch.where(is_better, torch.where(late, shorter, x), 0.0)
         residual = torch.where(is_better, residual, of_b)
-        failed = ~self._largest.isfinite() | ((numbers[STEPS] == 1) & grew & ~numbers[OF_PRODUCT].isfinite())
-        more = torch.stack([self._largest, of_b, residual, late.double(), failed.double()])
-        return operands.solution(x, nan_where(failed, self._scale)), torch.cat([numbers, more])
+        failed = ~system.largest.isfinite() | ((numbers[STEPS] == 1) & grew & ~numbers[OF_PRODUCT].isfinite())
+        more = torch.stack([system.largest, of_b, residual, late.double(), failed.double()])
+        return system.solution(x, failed), torch.cat([numbers, more])
 
     def _left(self, x: Tensor) -> Tensor:
         """`||b - (H + damping I) x||` of a row (1, n)."""
-        return squared_norm([self._b_row - self._operands.of_row(x)]).sqrt()
-
-    def reset(self) -> None:
-        pass  # each solve starts from 0
+        return squared_norm([self._b_row - self._system.of_row(x)]).sqrt()
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, of_b, left, late, failed = numbers[GUARDED_NUMBERS:].tolist()
@@ -114,7 +115,7 @@ class StaticNeumann(StaticSolve):
             reason = StopReason.STEPS if residual else StopReason.CONVERGED
         return SolveStats(
             iterations=int(numbers[STEPS]) if largest else 0,
-            matvecs=steps + 1 + self._operands.is_narrow,
+            matvecs=steps + 1 + self._system.is_narrow,
             residual=residual,
             converged=residual == 0,
             stop_reason=reason,
@@ -132,49 +133,32 @@ class StaticNeumann(StaticSolve):
         return not numbers[OF_PRODUCT]
 
 
-class StaticWholeSum(StaticSolve):
-    """`Neumann` with `certify=False`: the paper's Algorithm 2 as it stands, which never looks at a number.
-
-    Args:
-        solver: its settings.
-    """
-
-    def __init__(self, solver: Neumann) -> None:
-        assert solver.step_size != "auto"
-        self._step_size, self._damping = solver.step_size, solver.damping
-        self.chunks: tuple[int, ...] = (solver.steps,)
+class StaticWholeSum(_StaticSeries):
+    """`Neumann` with `certify=False`: the paper's Algorithm 2 as it stands, which never looks at a number."""
 
     def begin(self, matvec: Matvec, rhs: Sequence[Tensor]) -> None:
-        self._operands = Operands(matvec, rhs, self._damping)
-        given = self._operands.widened(rhs)
-        self._largest = largest_entry(given)
-        self._scale = power_of_two(self._largest).to(self._operands.work)
-        self._series = NeumannSteps(torch._foreach_div(given, self._scale), self._step_size)
+        self._system = StaticSystem(matvec, rhs, self._damping)
+        self._series = NeumannSteps(self._system.b, self._step_size)
         self._of_product: Tensor | None = None  # the squared norm of the first product
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            product = self._operands.product(self._series.v)
+            product = self._system.product(self._series.v)
             if self._of_product is None:
                 self._of_product = squared_norm(product)
             self._series.step(product)
 
     def status(self) -> Tensor:
-        return self._largest.new_zeros(1)
+        return self._system.largest.new_zeros(1)
 
     def end(self) -> tuple[list[Tensor], Tensor]:
         assert self._of_product is not None
-        squares = self._series.squares()
-        limit = torch.finfo(self._operands.dtype).max
-        in_range = squares.sqrt().sum() * self._scale <= limit
-        failed = ~self._largest.isfinite() | (~in_range & ~self._of_product.isfinite())
-        scale = nan_where(failed, self._scale)
+        system, squares = self._system, self._series.squares()
+        in_range = squares.sqrt().sum() * system.scale <= torch.finfo(system.dtype).max
+        failed = ~system.largest.isfinite() | (~in_range & ~self._of_product.isfinite())
         x = torch.where(in_range, as_row(self._series.p), 0.0)
-        more = torch.stack([self._largest, in_range.double(), failed.double(), self._of_product])
-        return self._operands.solution(x, scale), torch.cat([more, squares])
-
-    def reset(self) -> None:
-        pass  # each solve starts from 0
+        more = torch.stack([system.largest, in_range.double(), failed.double(), self._of_product])
+        return system.solution(x, failed), torch.cat([more, squares])
 
     def stats(self, numbers: Floats, steps: int) -> SolveStats:
         largest, in_range, failed, _ = numbers[:4].tolist()

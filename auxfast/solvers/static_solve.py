@@ -64,14 +64,17 @@ class StaticSolve(ABC):
         """Forgets what the next solve would start from, if there is anything."""
 
 
-class Operands:
-    """Products `(H + damping I) v` with vectors in the dtype that a solve works in, float32 for narrower ones: as lists
-    of tensors like the right-hand side, or as rows (1, n) of all their entries.
+class StaticSystem:
+    """`(H + damping I) x = b` as a static solve works on it: in float32 for parameters of a narrower dtype, and in the
+    scale of a power of two in which the largest entry of b is 1 to 2, so that no square leaves the range of its dtype.
+    Vectors are lists of tensors like the right-hand side, or rows (1, n) of all their entries.
 
     Attributes:
         dtype: that of the right-hand side.
-        work: the dtype that a solve works in.
-        is_narrow: whether that is a wider one.
+        is_narrow: whether a solve works in a wider one.
+        largest: the largest modulus of an entry of the right-hand side, 0-dim float64.
+        scale: the power of two, 0-dim.
+        b: the right-hand side, divided by it.
     """
 
     def __init__(self, matvec: Matvec, rhs: Sequence[Tensor], damping: float) -> None:
@@ -79,37 +82,41 @@ class Operands:
         self._shapes = [b.shape for b in rhs]
         self._sizes = [b.numel() for b in rhs]
         self.dtype = rhs[0].dtype
-        self.work = torch.promote_types(self.dtype, torch.float32)
-        self.is_narrow = self.work != self.dtype
+        self._work = torch.promote_types(self.dtype, torch.float32)
+        self.is_narrow = self._work != self.dtype
+        given = self._widened(rhs)
+        self.largest = largest_entry(given)
+        self.scale = _power_of_two(self.largest).to(self._work)
+        self.b = [*torch._foreach_div(given, self.scale)]
 
-    def widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors without a graph, in the dtype that a solve works in."""
-        return [tensor.detach().to(self.work) for tensor in tensors]
+        return [tensor.detach().to(self._work) for tensor in tensors]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The product, which may share memory with the vectors."""
         given = [v.to(self.dtype) for v in vectors]
         found = self._matvec(given)
         check_product(found, given)
-        found = self.widened(found)
+        found = self._widened(found)
         return [*torch._foreach_add(found, list(vectors), alpha=self._damping)] if self._damping else found
 
     def of_row(self, row: Tensor) -> Tensor:
         """The product (1, n) with a row, a copy."""
-        return as_row(self.product(self.cut(row)))
+        return as_row(self.product(self._cut(row)))
 
-    def cut(self, row: Tensor) -> list[Tensor]:
+    def _cut(self, row: Tensor) -> list[Tensor]:
         """Views of a row (1, n), like the right-hand side but for their dtype."""
         pieces = row[0].split_with_sizes(self._sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
-    def rounded(self, row: Tensor, scale: Tensor) -> Tensor:
-        """The row, times the scale, rounded as a solution is, and without it: what is certified is what is returned."""
-        return (row * scale).to(self.dtype).to(row.dtype) / scale if self.is_narrow else row
+    def rounded(self, row: Tensor) -> Tensor:
+        """The row as `solution` rounds it: what is certified is what is returned."""
+        return (row * self.scale).to(self.dtype).to(row.dtype) / self.scale if self.is_narrow else row
 
-    def solution(self, row: Tensor, scale: Tensor) -> list[Tensor]:
-        """The solution like the right-hand side, of a row in a scale."""
-        return self.cut((row * scale).to(self.dtype))
+    def solution(self, row: Tensor, failed: Tensor) -> list[Tensor]:
+        """The solution like the right-hand side, without the scale; NaN where the solve has `failed`, a flag."""
+        return self._cut((row * torch.where(failed, torch.nan, self.scale)).to(self.dtype))
 
 
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
@@ -120,13 +127,8 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(filled, torch.inf, dtype=torch.float64)).amax()
 
 
-def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two, 0-dim, by which what is divided has a largest entry of 1 to 2, so that no square of a solve
-    leaves the range of its dtype; 1 for what is 0 or not finite."""
+def _power_of_two(largest: Tensor) -> Tensor:
+    """The power of two, 0-dim, by which a vector of this largest entry is divided to have one of 1 to 2; 1 for what is
+    0 or not finite."""
     power = largest / (2 * torch.frexp(largest).mantissa)  # exact
     return torch.where((largest > 0) & largest.isfinite(), power, 1.0)
-
-
-def nan_where(failed: Tensor, scale: Tensor) -> Tensor:
-    """`scale`, and NaN where the solve has `failed`: what is multiplied by it shows that."""
-    return torch.where(failed, torch.nan, scale)

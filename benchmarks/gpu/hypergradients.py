@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auxfast import GraphedHypergradient, hypergradient
-from auxfast.autograd.batched_backward import BatchedBackward
+from auxfast.autograd.batched_backward import SingleBackward
 from auxfast.nn import NonlinearCombiner
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, Chebyshev, ConjugateGradient, Neumann, Solver
 from benchmarks.eager import EagerCombiner, textbook_neumann
@@ -124,13 +125,7 @@ def _engine(combiner: nn.Module, problem: Problem) -> Callable[[int], Call]:
 def _own_pass(problem: Problem) -> Callable[[int], Call]:
     def make(_: int) -> Call:
         gradient, v = _recorded(problem.combiner, problem)
-        product = BatchedBackward(gradient, problem.inner_params)
-
-        @torch.no_grad()
-        def call() -> Any:
-            return product([tensor[None] for tensor in v])
-
-        return call
+        return partial(SingleBackward(gradient, problem.inner_params), v)
 
     return make
 

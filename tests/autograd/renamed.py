@@ -117,7 +117,7 @@ def answers() -> tuple[bool, dict[str, Tensor]]:
     forward = partial(auxfast.hypergradient, curvature="hessian-jvp", solver=auxfast.solvers.Identity(), warn=False)
     found["forward over reverse"] = forward(lambda: net(x).square().sum(), loss, w, [scale]).grads[0]
 
-    outputs = [*torch.autograd.grad(F.cross_entropy(net(x), labels), w, create_graph=True)]
+    outputs = [*torch.autograd.grad(F.cross_entropy(net(x).square(), labels), w, create_graph=True)]
     pullback = Pullback(outputs, w)
     vectors = [torch.randn(8, *t.shape, dtype=D) for t in w]
     found["products"] = torch.cat([t.flatten() for t in pullback.batched(vectors) if t is not None])
