@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -236,6 +236,12 @@ def _parts_of(module: Module) -> dict[int, Module]:
                 parts[id(child)] = child
                 found.append(child)
     return parts
+
+
+def held_by(modules: Iterable[Module]) -> list[Tensor]:
+    """The parameters and buffers that the modules hold themselves; `parameters(recurse=False)` takes ten times as long."""
+    dicts = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+    return [tensor for tensors in dicts for tensor in tensors.values() if tensor is not None]
 
 
 class _Outermost(threading.local):
