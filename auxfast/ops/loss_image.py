@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from auxfast.ops.inputs import op_inputs, reduce_values, without_autocast
-from auxfast.ops.network import LossImageNetwork, unpacked
+from auxfast.ops.network import LossImageNetwork, loss_image_saved_size, unpacked
 from auxfast.ops.second_order import SavedForward, batch_over_tangents, differentiable_value
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 # network: see Network.packed. main_weights: (batch,), the factor of each image's sum of the main loss, if that is not
-# the network's constant. weights: d value / d losses, or empty. loss_image_hessian is loss_image_second_order without
-# grad_phi.
+# the network's constant. weights: d value / d losses, or empty. saved: CUDA's own record of the activations, or empty.
+# loss_image_hessian is loss_image_second_order without grad_phi.
 
 _LIBRARY = torch.library.Library("auxfast", "FRAGMENT")
-_LIBRARY.define("loss_image_forward(Tensor losses, Tensor phi, Tensor? main_weights, str network, bool with_weights) -> (Tensor value, Tensor weights)")  # fmt: skip  # noqa: E501
-_LIBRARY.define("loss_image_backward_phi(Tensor grad, Tensor losses, Tensor phi, str network) -> Tensor")
-_LIBRARY.define("loss_image_second_order(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, str network) -> (Tensor grad_losses, Tensor grad_phi)")  # fmt: skip  # noqa: E501
-_LIBRARY.define("loss_image_hessian(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, str network) -> Tensor")
+_LIBRARY.define("loss_image_forward(Tensor losses, Tensor phi, Tensor? main_weights, str network, bool with_weights, bool save) -> (Tensor value, Tensor weights, Tensor saved)")  # fmt: skip  # noqa: E501
+_LIBRARY.define("loss_image_backward_phi(Tensor grad, Tensor losses, Tensor phi, Tensor saved, str network) -> Tensor")
+_LIBRARY.define("loss_image_second_order(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, Tensor saved, str network) -> (Tensor grad_losses, Tensor grad_phi)")  # fmt: skip  # noqa: E501
+_LIBRARY.define("loss_image_hessian(Tensor tangents, Tensor grad, Tensor losses, Tensor phi, Tensor saved, str network) -> Tensor")  # fmt: skip  # noqa: E501
 for _op in ("loss_image_forward", "loss_image_backward_phi", "loss_image_second_order", "loss_image_hessian"):
     # The Functions of second_order.py are their autograd.
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
@@ -63,21 +63,23 @@ def loss_image_reference(
 
 @torch.library.register_fake("auxfast::loss_image_forward")
 def _forward_fake(
-    losses: Tensor, phi: Tensor, main_weights: Tensor | None, network: str, with_weights: bool
-) -> tuple[Tensor, Tensor]:
-    per_sample, _ = unpacked(network)
-    value = losses.new_empty(losses.shape[:1] if per_sample else ())
-    return value, losses.new_empty(losses.shape if with_weights else (0,))
+    losses: Tensor, phi: Tensor, main_weights: Tensor | None, network: str, with_weights: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_sample, channels = unpacked(network)
+    batch, _, height, width = losses.shape
+    value = losses.new_empty((batch,) if per_sample else ())
+    saved = losses.new_empty(loss_image_saved_size(channels, batch, height, width) if save else 0)
+    return value, losses.new_empty(losses.shape if with_weights else (0,)), saved
 
 
 @torch.library.register_fake("auxfast::loss_image_backward_phi")
-def _backward_phi_fake(grad: Tensor, losses: Tensor, phi: Tensor, network: str) -> Tensor:
+def _backward_phi_fake(grad: Tensor, losses: Tensor, phi: Tensor, saved: Tensor, network: str) -> Tensor:
     return phi.new_empty(phi.shape)
 
 
 @torch.library.register_fake("auxfast::loss_image_second_order")
 def _second_order_fake(
-    tangents: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, network: str
+    tangents: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, saved: Tensor, network: str
 ) -> tuple[Tensor, Tensor]:
     return tangents.new_empty(tangents.shape), phi.new_empty((*tangents.shape[:-4], *phi.shape))
 
@@ -95,21 +97,40 @@ _second_order = torch.ops.auxfast.loss_image_second_order.default
 _hessian = torch.ops.auxfast.loss_image_hessian.default
 
 
+# A GPU computes activations in more time than it reads them, so there they are kept for later passes, of whole images:
+# as long as they take a small share of its memory, and the work on a single image no more than the share that it would
+# get anyway (kMemoryShare in csrc/loss_image/loss_image_cuda_chunks.cuh; three times what is kept of an image).
+MOST_SAVED_SHARE = 1 / 16
+_MOST_SHARE_OF_AN_IMAGE = 1 / 256 / 3
+
+
+def _saves(losses: Tensor, network: LossImageNetwork) -> bool:
+    if not losses.is_cuda:
+        return False
+    memory = torch.cuda.get_device_properties(losses.device).total_memory
+    bytes_ = network.saved_size(*losses.shape) * losses.element_size()
+    return bytes_ <= memory * MOST_SAVED_SHARE and bytes_ / len(losses) <= memory * _MOST_SHARE_OF_AN_IMAGE
+
+
 class _LossImage(SavedForward):
+    """`saved`: the kernels' own record of the activations."""
+
     op = "loss image"
 
-    def __init__(self, network: LossImageNetwork, main_weights: Tensor | None, value: Tensor, weights: Tensor) -> None:
-        self.network, self.main_weights = network, main_weights
-        self.per_sample, self.value, self.weights = network.reduction == "none", value, weights
+    def __init__(
+        self, network: LossImageNetwork, main_weights: Tensor | None, value: Tensor, weights: Tensor, saved: Tensor
+    ) -> None:
+        self.network, self.main_weights, self.per_sample = network, main_weights, network.reduction == "none"
+        self.value, self.weights, self.saved = value, weights, saved
 
     def backward_phi(self, grad: Tensor, losses: Tensor, phi: Tensor) -> Tensor:
-        gradient: Tensor = _backward_phi(grad, losses, phi, self.network.packed)
+        gradient: Tensor = _backward_phi(grad, losses, phi, self.saved, self.network.packed)
         return gradient
 
     def second_order(
         self, tangent: Tensor, grad: Tensor, losses: Tensor, phi: Tensor, with_phi: bool
     ) -> tuple[Tensor, Tensor | None]:
-        given = tangent, grad, losses, phi, self.network.packed
+        given = tangent, grad, losses, phi, self.saved, self.network.packed
         return _second_order(*given) if with_phi else (_hessian(*given), None)
 
     def reference(self, losses: Tensor, phi: Tensor) -> Tensor:
@@ -140,7 +161,8 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     devices, empty losses, torch.func transforms, forward-mode AD, torch.compile and `auxfast.reference_kernels()` run
     `loss_image_reference`. `is_grads_batched=True` works for Hessian products. Memory beyond the inputs and results
     grows with the width of the image and not with its height; on CUDA it is a 256th of the device's memory, or less for
-    small batches, and more only for many channels or many thousands of columns. Reductions have a fixed order: the same
+    small batches, and more only for many channels or many thousands of columns, and up to a 16th holds the activations
+    for later passes (60 bytes a pixel of the image, with 8 and 16 channels). Reductions have a fixed order: the same
     bits for any number of threads, and for each call on one GPU.
 
     Raises:
@@ -155,7 +177,8 @@ def loss_image(losses: Tensor, phi: Tensor, network: LossImageNetwork, mask: Ten
     if not native:
         return loss_image_reference(losses, phi, network, main_weights)
     differentiable = torch.is_grad_enabled() and (losses.requires_grad or phi.requires_grad)
-    value, weights = _forward(losses, phi, main_weights, network.packed, differentiable)
+    save = differentiable and _saves(losses, network)
+    value, weights, saved = _forward(losses, phi, main_weights, network.packed, differentiable, save)
     if not differentiable:
         return value
-    return differentiable_value(losses, phi, _LossImage(network, main_weights, value, weights))
+    return differentiable_value(losses, phi, _LossImage(network, main_weights, value, weights, saved))

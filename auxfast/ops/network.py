@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -162,6 +162,19 @@ def unpacked(packed: str) -> tuple[bool, list[int]]:
     return reduction == REDUCTIONS["none"], layers
 
 
+def loss_image_saved_size(channels: Sequence[int], batch: int, height: int, width: int) -> int:
+    """The size of what `auxfast::loss_image_forward` saves, as csrc/loss_image/loss_image.h has it: of each layer the
+    pixels that its pool keeps, in rows of an even number, and those that it makes of them."""
+    size = 0
+    for outputs in channels:
+        pool = [min(2, extent) for extent in (height, width)]
+        height, width = height // pool[0], width // pool[1]
+        columns = pool[1] * width
+        of_h = batch * outputs * height * width
+        size += batch * outputs * pool[0] * height * (columns + columns % 2) + of_h + of_h % 2
+    return size
+
+
 @dataclass(frozen=True)
 class CombinerNetwork(Network):
     """The architecture of a combiner.
@@ -261,6 +274,10 @@ class LossImageNetwork(Network):
     @cached_property
     def fits_kernels(self) -> bool:
         return len(self.channels) <= MAX_CONVOLUTIONS and max(self.num_losses, *self.channels) <= MAX_CHANNELS
+
+    def saved_size(self, batch: int, num_losses: int, height: int, width: int) -> int:
+        """Elements that the kernels for CUDA need to save the activations of losses of this shape."""
+        return loss_image_saved_size(self.layers, batch, height, width)
 
     def main_weight(self, losses: Tensor) -> float:
         """The factor of the sum over the main loss's pixels, without a mask."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+_STREAM = "the default stream"
+_PROPERTIES = SimpleNamespace(total_memory=141 << 30)
 
 LAUNCHES = {
-    "auxfast.neumann_step_": 2,
+    "auxfast.neumann_step_": 1,
+    "auxfast.neumann_guarded_step_": 2,
     "auxfast.linear_combination_": 2,
     "auxfast.row_dots": 2,
     "auxfast.conjugate_gradient_step_": 6,
@@ -26,9 +30,9 @@ LAUNCHES = {
     "auxfast.combiner_second_order": 2,
     "auxfast.combiner_hessian": 1,
     "auxfast.loss_image_forward": 8,
-    "auxfast.loss_image_backward_phi": 10,
-    "auxfast.loss_image_second_order": 14,
-    "auxfast.loss_image_hessian": 7,
+    "auxfast.loss_image_backward_phi": 9,
+    "auxfast.loss_image_second_order": 13,
+    "auxfast.loss_image_hessian": 6,
     "aten._foreach_norm": 3,  # zeros, the sums of blocks, and their sums
 }
 """Kernels of the operations that launch several, at the sizes of benchmarks/gpu/static.py: tests/cuda_on_cpu counts
@@ -38,6 +42,7 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_
 _SAME_MEMORY = {"_unsafe_view"}  # beside the views
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}  # for a number, or for the size of the result
 _INDEXING = {"index", "index_put_", "_index_put_impl_"}  # these take indices of the host
+_DESCRIBED_ON_THE_HOST = {"neumann_step_"}  # one argument is memory of the host, which no kernel reads
 _GETTERS: dict[Any, Callable[[torch.device], object]] = {
     Tensor.device.__get__: lambda device: device,
     Tensor.is_cpu.__get__: lambda device: device == CPU,
@@ -74,6 +79,9 @@ class EmulatedGPU:
         with ExitStack() as stack:
             for module in ("_native", "ops.inputs"):
                 stack.enter_context(patch(f"auxfast.{module}.has_kernels", lambda device: True))
+            stack.enter_context(patch("torch.cuda.is_current_stream_capturing", lambda: False))
+            stack.enter_context(patch("torch.cuda.get_device_properties", lambda device: _PROPERTIES))
+            stack.enter_context(patch("torch.cuda.current_stream", lambda device=None: _STREAM))
             # torch.autograd.grad would turn the interception of functions off for all of the backward pass.
             stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda tensors: False))
             stack.enter_context(patch.object(torch, "Generator", _generator))
@@ -123,6 +131,8 @@ class EmulatedGPU:
         with self._inside():
             given = [*_tensors((*args, *kwargs.values()))]
             devices = [self._device(tensor) for tensor in given]
+            if name == "loss_image_forward":  # the CPU's kernels keep no record of the activations
+                args = (*args[:-1], False)
             result = operation(*args, **kwargs)
             made = [*_tensors((result,))]
             if name == "lift_fresh":  # from_numpy is no function that is intercepted
@@ -140,9 +150,9 @@ class EmulatedGPU:
                 self.waits["copy to the device" if device == GPU else "copy to the host"] += 1
                 return result
             indices = [tensor for tensor, at in zip(given, devices, strict=True) if at == CPU and tensor.dim()]
-            if indices and name not in _INDEXING:
+            if indices and name not in _INDEXING | _DESCRIBED_ON_THE_HOST:
                 raise RuntimeError(f"{operation} was called with tensors on the GPU and on the host")
-            if indices:
+            if indices and name in _INDEXING:
                 self.waits["copy to the device"] += 1
             masks = name in _INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
             if name in _WAITING or masks:
@@ -190,7 +200,8 @@ class _Operations(TorchDispatchMode):
         self._operate = operate
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._operate(operation, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # or what this asks of tensors would pass for the work of a hook
+            return self._operate(operation, args, kwargs or {})
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

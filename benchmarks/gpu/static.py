@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import auxfast
-from auxfast.autograd.batched_backward import BatchedBackward
+from auxfast.autograd.batched_backward import BatchedBackward, SingleBackward
 from auxfast.nn import ConvCombiner, NonlinearCombiner
 from auxfast.solvers import DEFAULT_SOLVER, MINRES, Chebyshev, ConjugateGradient, Neumann, Solver, StopReason
 from benchmarks.eager import EagerCombiner
@@ -49,7 +49,11 @@ def counted(run: Run) -> EmulatedGPU:
 
 def tables() -> dict[str, str]:
     """Tables in Markdown by title."""
-    return {"Launches of parts": _parts(), "Launches of hypergradients": _hypergradients()}
+    return {
+        "Launches of parts": _parts(),
+        "Launches of hypergradients": _hypergradients(),
+        "Launches in graphs": _graphed(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- parts
@@ -70,6 +74,7 @@ def _passes() -> dict[str, Run]:
     problem = MLP()
     vector = [torch.randn_like(w) for w in problem.inner_params]
     gradient = torch.autograd.grad(problem.inner_loss(), problem.inner_params, create_graph=True)
+    single = SingleBackward(gradient, problem.inner_params)
     batched = BatchedBackward(gradient, problem.inner_params)
     return {
         **_passes_of("combiner", combiner, torch.rand(64, 4)),
@@ -77,7 +82,8 @@ def _passes() -> dict[str, Run]:
         "Hessian product of the MLP": partial(
             torch.autograd.grad, gradient, problem.inner_params, vector, retain_graph=True
         ),
-        "the same by `BatchedBackward`": torch.no_grad()(lambda: batched([v[None] for v in vector])),
+        "the same by `SingleBackward`": torch.no_grad()(partial(single, vector)),
+        "the same by `BatchedBackward`, of one vector": torch.no_grad()(lambda: batched([v[None] for v in vector])),
     }
 
 
@@ -158,6 +164,20 @@ def _hypergradients() -> str:
             for name, products, gpu in rows
         ),
     )
+
+
+def _graphed() -> str:
+    rows = []
+    for name, solver in SOLVERS.items():
+        if isinstance(solver, Chebyshev):  # cannot be static
+            continue
+        problem = MLP()
+        graphed = auxfast.GraphedHypergradient(
+            problem.outer_loss, problem.inner_loss, problem.inner_params, problem.outer_params, solver=solver
+        )
+        gpu = counted(graphed)
+        rows.append((name, *map(str, (gpu.launches.total(), gpu.launches_of("auxfast"), gpu.waits.total()))))
+    return _table(("solver", "launches", "of auxfast's kernels", "waits"), rows)
 
 
 def _hypergradient(problem: MLP, solver: Solver) -> auxfast.HypergradientResult:

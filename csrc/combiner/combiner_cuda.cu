@@ -1,6 +1,7 @@
 // The combiner on a GPU: one launch a pass, and one more where the blocks' sums are added. Block x walks the tiles of
-// samples x, x + blocks, ...; combiner_cuda_tile.cuh says how it works on one. All sums have an order that the sizes
-// alone determine, so that a call gives the same bits each time; nothing waits for the device.
+// samples x, x + blocks, ...; combiner_cuda_tile.cuh says how it works on one, and combiner_cuda_small.cuh for small
+// networks in float32, which have kernels of their own. All sums have an order that the sizes alone determine, so that
+// a call gives the same bits each time; nothing waits for the device.
 //
 // workspace: first the blocks' sums, doubles (blocks) in the forward pass, T (num_tangents, blocks, num_parameters) for
 // phi, rounded up to 256 bytes; then, if they do not fit into shared memory, the tiles: T (tangent_blocks, blocks,

@@ -378,7 +378,7 @@ struct SmallTile {
     }
     __syncwarp();
     for_staged(warp_first * losses, [&](const float* here, int64_t at) { matrix[at] = *here; });
-    __syncwarp();
+    __syncwarp();  // before copies to `staged` begin anew
   }
 };
 

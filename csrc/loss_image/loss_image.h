@@ -44,8 +44,27 @@ struct LossImageParams : NetworkParams<T> {
   T main_scale;      // k, unless there are main_weights
 
   const T* main_weights;  // in: (batch), k of each image; or nullptr
+  T* saved;               // out, forward; in, later passes; (loss_image_saved_size), or nullptr. CUDA only
   LossImageTiles tiles;   // CPU only
 };
+
+// Elements of a plane of z_i, i > 0: those that the pool keeps, in rows of an even pitch.
+template <class T>
+int64_t state_size(const LossImageParams<T>& net, int i) {
+  const int64_t width = pool_extent(net.width[i - 1]) * net.width[i];
+  return int64_t(pool_extent(net.height[i - 1])) * net.height[i] * (width + width % 2);
+}
+
+// Elements that CUDA's forward pass may save for the later ones: of each layer the activations' state, and h.
+template <class T>
+int64_t loss_image_saved_size(const LossImageParams<T>& net) {
+  int64_t size = 0;
+  for (int i = 1; i <= net.depth; ++i) {
+    const int64_t channels = net.batch * net.channels[i], of_h = channels * net.height[i] * net.width[i];
+    size += channels * state_size(net, i) + of_h + of_h % 2;
+  }
+  return size;
+}
 
 // Host code only calls these two, so that no copy of them for a particular instruction set exists.
 template <class T>

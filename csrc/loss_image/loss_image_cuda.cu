@@ -111,6 +111,16 @@ struct ChunkSteps {
     }
   }
 
+  // Makes what `activate` makes, of what the forward pass saved if it did.
+  void activate_again() {
+    if (!net.saved) return activate();
+    const int depth = net.depth;
+    const Planes<T>& state = planes.state[depth];
+    const int channels = net.channels[depth];
+    launcher.run(last_e_kernel<T, Act>, grid_of(chunk.images * channels, sum_parts(net, depth)), net, state.to_read(),
+                 state_size(net, depth), planes.e[depth].data);
+  }
+
   // Makes hd, zd, and the last layer's kappa.
   void activate_tangent() {
     for (int i = 1; i <= net.depth; ++i)
@@ -234,7 +244,7 @@ struct Call {
 
   const char* backward_phi() {
     for_each_chunk([&](auto& steps) {
-      steps.activate();
+      steps.activate_again();
       steps.go_back(false);
       steps.add_to_phi(false, workspace.phi_sums);
     });
@@ -245,7 +255,7 @@ struct Call {
   const char* second_order() {
     const int64_t size = net.batch * net.channels[0] * net.height[0] * net.width[0];
     for_each_chunk([&](auto& steps) {
-      steps.activate();
+      steps.activate_again();
       steps.go_back(false);
       for (int64_t tangent = 0; tangent < net.num_tangents; ++tangent) {
         steps.planes.hd[0] = steps.planes.h[0];

@@ -3,7 +3,8 @@
 // A pass works on one chunk after another: as many whole images as the workspace takes, or, if it does not take one, a
 // band of rows of an image. So the workspace does not grow with the batch, and with an image's width only. Of layer i
 // a band owns rows of h_i; its halo, which the neighbouring band computes again, holds what these rows depend on:
-// one row of h_i on either side on the way back, 2^(depth - i + 1) - 1 rows forward.
+// one row of h_i on either side on the way back, 2^(depth - i + 1) - 1 rows forward. A record that the forward pass
+// saves is of whole images, and so are the chunks of passes that have one.
 #pragma once
 
 #include <atomic>
@@ -52,9 +53,6 @@ struct Planes {
   }
   AUXFAST_HD T* row(int64_t image, int channel, int32_t y) const { return data + offset(image, channel, y); }
   AUXFAST_HD T& at(int64_t image, int channel, int32_t y, int32_t x) const { return row(image, channel, y)[x]; }
-  AUXFAST_HD T at_or_zero(int64_t image, int channel, int32_t y, int32_t x) const {
-    return y >= rows.begin && y < rows.end && x >= 0 && x < width ? at(image, channel, y, x) : T(0);
-  }
 
   Planes only(Rows some) const {
     return {data + int64_t(some.begin - rows.begin) * pitch, image_stride, channel_stride, some, width, pitch};
@@ -99,7 +97,7 @@ template <class T>
 struct ChunkPlanes {
   Planes<const T> h[kMaxConvolutions + 1], hd[kMaxConvolutions + 1];  // [0]: the losses, their tangent
   Planes<T> new_h[kMaxConvolutions + 1], new_hd[kMaxConvolutions + 1];
-  Planes<T> state[kMaxConvolutions + 1], e[kMaxConvolutions + 1];  // the same memory if no tangent needs the state
+  Planes<T> state[kMaxConvolutions + 1], e[kMaxConvolutions + 1];  // the same memory if nobody needs the state later
   Planes<T> zd[kMaxConvolutions + 1];                              // kappa takes zd's place
   Rows back[kMaxConvolutions + 1];                                 // rows of h_i for which e_i and kappa_i are made
   int64_t elements = 0;                                            // that the planes take together
@@ -116,18 +114,28 @@ struct ChunkPlanes {
       if (memory) memory += even_size;
       return planes;
     };
+    // Planes that are saved, or are taken where nothing is.
+    T* saved = net.saved;
+    const auto keep = [&](int32_t channels, Rows rows, int32_t width, int32_t pitch) {
+      if (!saved) return take(true, channels, rows, width, pitch);
+      Planes<T> planes = planes_of(saved, channels, rows, width, pitch);
+      planes.data += chunk.first_image * planes.image_stride;
+      const int64_t size = net.batch * planes.image_stride;
+      saved += size + size % 2;
+      return planes;
+    };
     h[0] = planes_of(net.losses, net.channels[0], {0, net.height[0]}, net.width[0], net.width[0]);
     for (int i = 1; i <= net.depth; ++i) {
       const Rows rows = chunk.owned[i].grown((2 << (net.depth - i)) - 1, net.height[i]);
       const Rows pixels = rows.times(pool_extent(net.height[i - 1]));
       const int32_t width = pool_extent(net.width[i - 1]) * net.width[i], pitch = width + width % 2;
       back[i] = chunk.owned[i].grown(1, net.height[i]);
-      new_h[i] = take(true, net.channels[i], rows, net.width[i], net.width[i]);
+      new_h[i] = keep(net.channels[i], rows, net.width[i], net.width[i]);
       new_hd[i] = take(with_tangent, net.channels[i], rows, net.width[i], net.width[i]);
       h[i] = new_h[i].to_read();
       hd[i] = new_hd[i].to_read();
-      state[i] = take(true, net.channels[i], pixels, width, pitch);
-      e[i] = with_tangent ? take(true, net.channels[i], pixels, width, pitch) : state[i];
+      state[i] = keep(net.channels[i], pixels, width, pitch);
+      e[i] = with_tangent || net.saved ? take(true, net.channels[i], pixels, width, pitch) : state[i];
       zd[i] = take(with_tangent, net.channels[i], pixels, width, pitch);
     }
   }
@@ -183,7 +191,8 @@ Chunking make_chunking(const LossImageParams<T>& net) {
   Chunking chunking{1, 1};
   const int64_t affordable = limit / chunking.elements(net);
   if (affordable > 1) chunking.images = affordable < net.batch ? affordable : net.batch;
-  while (chunking.elements(net) > limit && net.height[0] / (2 * chunking.bands) >= 4 << net.depth) chunking.bands *= 2;
+  while (!net.saved && chunking.elements(net) > limit && net.height[0] / (2 * chunking.bands) >= 4 << net.depth)
+    chunking.bands *= 2;
   return chunking;
 }
 

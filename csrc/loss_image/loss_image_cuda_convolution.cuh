@@ -210,6 +210,18 @@ struct Activate {
   }
 };
 
+// The last layer's e, out, from its state: what Activate makes of a convolution. Blocks: (images * channels, any
+// number).
+template <class T, class Act>
+__global__ void __launch_bounds__(kSumThreads)
+    last_e_kernel(const LossImageParams<T> net, const Planes<const T> state, int64_t plane_size, T* e) {
+  const int channels = net.channels[net.depth], channel = int(blockIdx.x % channels);
+  const int64_t image = blockIdx.x / channels, first = image * state.image_stride + channel * state.channel_stride;
+  const T top = net.phi[net.weight[net.depth] + channel] * net.position_scale * incoming(net, image);
+  for (int64_t i = blockIdx.y * int64_t(kSumThreads) + threadIdx.x; i < plane_size; i += gridDim.y * kSumThreads)
+    e[first + i] = PixelMath<Act, T>::delta(state.data[first + i], top);
+}
+
 // Finishes zd. in: state, and in the last layer e; out: hd, and zd, which in the last layer gets kappa instead.
 template <class T, class Act>
 struct ActivateTangent {

@@ -69,14 +69,23 @@ struct LossImage {
 };
 using Call = NetworkCall<LossImage>;
 
-// The later passes are told nothing but what NetworkCall tells them.
-constexpr auto kNothingMore = [](const auto&) {};
+// Hands `saved`, which may be empty, to a later pass.
+auto with_saved(const Call& call, const Tensor& saved) {
+  check_matches(call.op, "saved", saved, "losses", call.losses);
+  return [&](auto& net) {
+    if (saved.numel() == 0) return;
+    STD_TORCH_CHECK(saved.numel() == loss_image_saved_size(net), "auxfast::", call.op,
+                    ": saved is not what loss_image_forward returned");
+    set_pointer(net.saved, saved);
+  };
+}
 
-std::tuple<Tensor, Tensor> loss_image_forward(const Tensor& losses,  // (batch, num_losses, H, W)
-                                              const Tensor& phi,     // (num_parameters,)
-                                              const std::optional<Tensor>& given_main_weights,  // (batch,)
-                                              StringHandle network, bool with_weights) {
+std::tuple<Tensor, Tensor, Tensor> loss_image_forward(const Tensor& losses,  // (batch, num_losses, H, W)
+                                                      const Tensor& phi,     // (num_parameters,)
+                                                      const std::optional<Tensor>& given_main_weights,  // (batch,)
+                                                      StringHandle network, bool with_weights, bool save) {
   const Call call("loss_image_forward", losses, phi, network);
+  STD_TORCH_CHECK(!save || losses.is_cuda(), "auxfast::", call.op, ": only the kernels for CUDA can save");
   std::optional<Tensor> main_weights;
   if (given_main_weights) {
     check_matches(call.op, "main_weights", *given_main_weights, "losses", losses);
@@ -89,25 +98,30 @@ std::tuple<Tensor, Tensor> loss_image_forward(const Tensor& losses,  // (batch, 
     set_pointer(net.value, value);
     if (main_weights) set_pointer(net.main_weights, *main_weights);
     if (with_weights) set_pointer(net.grad_losses, weights);
+    Tensor saved = new_tensor(losses, {save ? loss_image_saved_size(net) : 0});
+    if (save) set_pointer(net.saved, saved);
     call.run(Pass::forward, net);
-    return std::make_tuple(value, weights);
+    return std::make_tuple(value, weights, saved);
   });
 }
 
 Tensor loss_image_backward_phi(const Tensor& grad,    // (batch,) or ()
                                const Tensor& losses,  // (batch, num_losses, H, W)
                                const Tensor& phi,     // (num_parameters,)
+                               const Tensor& saved,   // what loss_image_forward returned, or (0,)
                                StringHandle network) {
-  return Call("loss_image_backward_phi", losses, phi, network).backward_phi(grad, kNothingMore);
+  const Call call("loss_image_backward_phi", losses, phi, network);
+  return call.backward_phi(grad, with_saved(call, saved));
 }
 
 std::tuple<Tensor, Tensor> loss_image_second_order(const Tensor& tangents,  // (num_tangents, batch, num_losses, H, W)
                                                    const Tensor& grad,      // (batch,) or ()
                                                    const Tensor& losses,    // (batch, num_losses, H, W)
                                                    const Tensor& phi,       // (num_parameters,)
+                                                   const Tensor& saved,     // what loss_image_forward returned, or (0,)
                                                    StringHandle network) {
   const Call call("loss_image_second_order", losses, phi, network);
-  const auto [grad_losses, grad_phi] = call.second_order(true, tangents, grad, kNothingMore);
+  const auto [grad_losses, grad_phi] = call.second_order(true, tangents, grad, with_saved(call, saved));
   return std::make_tuple(grad_losses, *grad_phi);
 }
 
@@ -116,9 +130,10 @@ Tensor loss_image_hessian(const Tensor& tangents,  // (num_tangents, batch, num_
                           const Tensor& grad,      // (batch,) or ()
                           const Tensor& losses,    // (batch, num_losses, H, W)
                           const Tensor& phi,       // (num_parameters,)
+                          const Tensor& saved,     // what loss_image_forward returned, or (0,)
                           StringHandle network) {
   const Call call("loss_image_hessian", losses, phi, network);
-  return call.second_order(false, tangents, grad, kNothingMore).first;
+  return call.second_order(false, tangents, grad, with_saved(call, saved)).first;
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& library) {

@@ -41,11 +41,12 @@ LossImageParams<T> describe(const int64_t* sizes, const int64_t* network, const 
 // Shapes: loss_image.h. What may be absent is nullptr.
 
 extern "C" const char* loss_image_forward(int64_t is_double, const int64_t* sizes, const int64_t* network,
-                                          const void* losses, const void* phi, const void* main_weights, void* value,
-                                          void* grad_losses) {
+                                          const void* losses, const void* phi, void* saved, const void* main_weights,
+                                          void* value, void* grad_losses) {
   return by_dtype(is_double, [&](auto zero) {
     using T = decltype(zero);
     LossImageParams<T> net = describe<T>(sizes, network, losses, phi);
+    set_pointer(net.saved, saved);
     set_pointer(net.main_weights, main_weights);
     set_pointer(net.value, value);
     set_pointer(net.grad_losses, grad_losses);
@@ -54,21 +55,24 @@ extern "C" const char* loss_image_forward(int64_t is_double, const int64_t* size
 }
 
 extern "C" const char* loss_image_backward_phi(int64_t is_double, const int64_t* sizes, const int64_t* network,
-                                               const void* losses, const void* phi, const void* grad, void* grad_phi) {
+                                               const void* losses, const void* phi, void* saved, const void* grad,
+                                               void* grad_phi) {
   return by_dtype(is_double, [&](auto zero) {
     using T = decltype(zero);
     LossImageParams<T> net = describe<T>(sizes, network, losses, phi);
+    set_pointer(net.saved, saved);
     return backward_phi(loss_image_cuda<T>(), net, grad, grad_phi);
   });
 }
 
 extern "C" const char* loss_image_second_order(int64_t is_double, const int64_t* sizes, const int64_t* network,
-                                               const void* losses, const void* phi, const void* grad,
+                                               const void* losses, const void* phi, void* saved, const void* grad,
                                                int64_t num_tangents, const void* tangents, void* grad_losses,
                                                void* grad_phi) {
   return by_dtype(is_double, [&](auto zero) {
     using T = decltype(zero);
     LossImageParams<T> net = describe<T>(sizes, network, losses, phi);
+    set_pointer(net.saved, saved);
     return second_order(loss_image_cuda<T>(), net, grad, num_tangents, tangents, grad_losses, grad_phi);
   });
 }

@@ -13,19 +13,23 @@ from auxfast.ops.network import CombinerNetwork, LossImageNetwork
 
 from .kernels import call, launches, network_numbers, unwritten
 from .test_krylov import cuda_conjugate_gradient_step, cuda_minres_step
-from .test_neumann import step
+from .test_neumann import STEP, beginning, step
 
 MLP = [64 * 128, 128, 128 * 128, 128, 128 * 10, 10]
 ROWS = (1, sum(MLP))
 
 
 def of_neumann():
-    vectors = [[torch.zeros(size) for size in MLP] for _ in range(3)]
-    return {"neumann_step_": partial(step, *vectors)}
+    v, v_before, hv, p = ([torch.zeros(size) for size in MLP] for _ in range(4))
+    given = False, len(MLP), v, v_before, hv, p, MLP, STEP, beginning(float("inf"))
+    return {
+        "neumann_step_": partial(step, v, hv, p),
+        "neumann_guarded_step_": partial(call, "neumann_guarded_step", *given),
+    }
 
 
 def of_krylov():
-    systems = DiagonalSystems(ROWS, torch.float32, "cpu")
+    systems = DiagonalSystems.of(ROWS, torch.float32, "cpu")
     a, b, squares = torch.zeros(ROWS), torch.zeros(ROWS), unwritten(1, dtype=torch.float64)
     return {
         "linear_combination_": partial(
@@ -44,13 +48,14 @@ def of_combiner():
 
 
 def of_loss_image():
-    losses = torch.rand(2, 3, 64, 64)
-    return _passes("loss_image", LossImageNetwork(3, (8, 16), main=0), [*losses.shape, 2], losses)
+    network, losses = LossImageNetwork(3, (8, 16), main=0), torch.rand(2, 3, 64, 64)
+    saved = torch.zeros(network.saved_size(*losses.shape))
+    return _passes("loss_image", network, [*losses.shape, 2], losses, saved)
 
 
-def _passes(op, network, sizes, losses, *saved):
+def _passes(op, network, sizes, losses, saved):
     phi, grad, tangent = torch.rand(network.num_parameters), torch.ones(1), torch.rand(losses.shape)
-    given = False, sizes, network_numbers(network.packed), losses, phi, *saved
+    given = False, sizes, network_numbers(network.packed), losses, phi, saved
     none = [None] if op == "loss_image" else []  # weights of pixels
     to_losses, to_phi = torch.empty_like(losses), torch.empty_like(phi)
     return {

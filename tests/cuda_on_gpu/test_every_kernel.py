@@ -20,6 +20,7 @@ pytestmark = pytest.mark.cuda
 NETWORKS = [
     CombinerNetwork(5, (10, 6), main=1),
     CombinerNetwork(3, (7,), "identity", bias=False, reduction="sum"),
+    CombinerNetwork(20, (32, 17), main=19),  # small in float32, as those above, with eight lanes a sample
     CombinerNetwork(33, (5, 64), "identity", main=32, reduction="none"),
     CombinerNetwork(40, (64,) * 8),  # a tile does not fit into shared memory
 ]

@@ -37,6 +37,8 @@ SIZES = {
     "tiles of 16": (2049, CombinerNetwork(4, FIVE, main=0)),
     "tiles of 32": (4097, CombinerNetwork(4, FIVE, main=0, reduction="none")),
     "several tiles a block": (40_001, CombinerNetwork(3, (4, 2), main=2, reduction="sum")),
+    "a lane a sample, 10 units": (16_400, CombinerNetwork(11, FIVE, main=0)),
+    "a lane a sample, 16 units": (16_400, CombinerNetwork(32, (16, 12), bias=False, reduction="none")),
     "the most losses that are staged": (129, CombinerNetwork(32, (7, 3))),
     "one loss more": (129, CombinerNetwork(33, (7, 3))),
     "several tiles a block, in the workspace": (40_001, CombinerNetwork(35, (64, 64), reduction="none")),

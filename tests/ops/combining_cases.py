@@ -113,9 +113,9 @@ LOSS_IMAGE = CombiningOp(
     few=(2, 3, 5),
     some=(3, 5, 6),
     many=(3, 9, 20),
-    raw_forward=lambda losses, phi, network: OPS.loss_image_forward(losses, phi, None, network.packed, True),
+    raw_forward=lambda losses, phi, network: OPS.loss_image_forward(losses, phi, None, network.packed, True, False),
     raw_second_order=lambda tangents, grad, losses, phi, network: OPS.loss_image_second_order(
-        tangents, grad, losses, phi, network.packed
+        tangents, grad, losses, phi, losses.new_empty(0), network.packed
     ),
 )
 

@@ -83,6 +83,7 @@ def _raw(op: CombiningOp, network: Any, changes: dict[str, Callable[[Tensor], Te
     for key, change in changes.items():
         given[key] = change(given[key])
     losses, phi, grad, tangents, own = given.values()
+    nothing = losses.new_empty(0)
     if op is COMBINER:
         return [
             lambda: OPS.combiner_forward(losses, phi, network, True),
@@ -91,10 +92,10 @@ def _raw(op: CombiningOp, network: Any, changes: dict[str, Callable[[Tensor], Te
             lambda: OPS.combiner_hessian(tangents, grad, losses, phi, own, network),
         ]
     return [
-        lambda: OPS.loss_image_forward(losses, phi, own, network, True),
-        lambda: OPS.loss_image_backward_phi(grad, losses, phi, network),
-        lambda: OPS.loss_image_second_order(tangents, grad, losses, phi, network),
-        lambda: OPS.loss_image_hessian(tangents, grad, losses, phi, network),
+        lambda: OPS.loss_image_forward(losses, phi, own, network, True, False),
+        lambda: OPS.loss_image_backward_phi(grad, losses, phi, nothing, network),
+        lambda: OPS.loss_image_second_order(tangents, grad, losses, phi, nothing, network),
+        lambda: OPS.loss_image_hessian(tangents, grad, losses, phi, nothing, network),
     ]
 
 

@@ -37,10 +37,10 @@ def _combiner_calls(network: CombinerNetwork, batch: int, save: bool, dtype: tor
 def _loss_image_calls(network: LossImageNetwork, dtype: torch.dtype) -> Calls:
     losses, phi, grad, tangent = loss_image_cases.inputs(network, 3, 5, 18, dtype)
     several = normal(2, *losses.shape, dtype=dtype)
-    later = grad, losses, phi, network.packed
+    later = grad, losses, phi, losses.new_empty(0), network.packed
     return [
-        (OPS.loss_image_forward.default, (losses, phi, None, network.packed, True)),
-        (OPS.loss_image_forward.default, (losses, phi, losses[:, 0, 0, 0], network.packed, False)),
+        (OPS.loss_image_forward.default, (losses, phi, None, network.packed, True, False)),
+        (OPS.loss_image_forward.default, (losses, phi, losses[:, 0, 0, 0], network.packed, False, False)),
         (OPS.loss_image_backward_phi.default, later),
         *((OPS.loss_image_second_order.default, (some, *later)) for some in (tangent, several)),
         *((OPS.loss_image_hessian.default, (some, *later)) for some in (tangent, several)),

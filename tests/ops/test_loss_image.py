@@ -139,7 +139,7 @@ def test_several_tangents_are_each_alone(num_tangents, shape):
     network = LossImageNetwork(3, (4, 6), main=0, reduction="none")
     losses, phi, grad, _ = inputs(network, *shape, torch.float32)
     tangents = normal(num_tangents, *losses.shape, seed=9, dtype=torch.float32)
-    later = grad, losses, phi, network.packed
+    later = grad, losses, phi, losses.new_empty(0), network.packed
     grad_losses, grad_phi = torch.ops.auxfast.loss_image_second_order(tangents, *later)
     assert grad_losses.shape == tangents.shape
     assert grad_phi.shape == (num_tangents, network.num_parameters)
@@ -161,3 +161,12 @@ def test_network_describes_phi():
     assert {part: tuple(t.shape) for part, t in parts.items()} == shapes
     assert torch.equal(torch.cat([t.flatten() for t in parts.values()]), phi)
     assert parts["0.weight"].data_ptr() == phi.data_ptr()
+
+
+def test_only_kernels_for_cuda_save():
+    network = LossImageNetwork(2, (3,))
+    losses, phi, grad, tangent = inputs(network, 2, 5, 6)
+    with pytest.raises(RuntimeError, match="only the kernels for CUDA can save"):
+        torch.ops.auxfast.loss_image_forward(losses, phi, None, network.packed, True, True)
+    with pytest.raises(RuntimeError, match="saved is not what loss_image_forward returned"):
+        torch.ops.auxfast.loss_image_hessian(tangent, grad, losses, phi, losses.new_zeros(3), network.packed)
