@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from auxfast.autograd.preserved_state import preserved_buffers
 from auxfast.implicit.losses import check_call
@@ -92,7 +95,7 @@ class CapturedProgram(Program):
         self._chunks: dict[int, torch.cuda.CUDAGraph] = {}
         self._last: torch.cuda.CUDAGraph | None = None
         try:
-            with preserved_buffers(check_call):
+            with _no_collection(), preserved_buffers(check_call):
                 if len(chunks) <= 1:
                     self._first = self._captured(partial(run_through, static))
                 else:
@@ -104,7 +107,7 @@ class CapturedProgram(Program):
             self._end_captures()
             cause = error.__context__ or error  # what ended the capture; that it has ended is an error of its own
             raise RuntimeError(f"{_NOT_CAPTURED}{cause}") from error
-        self._flags = torch.zeros(len(chunks), dtype=torch.float64, pin_memory=True)
+        self._flags = torch.zeros(len(chunks), dtype=torch.float64, device="cpu", pin_memory=True)
         self._events = [torch.cuda.Event() for _ in chunks]
 
     def _captured(self, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -118,7 +121,11 @@ class CapturedProgram(Program):
         """After a capture that failed torch's generator believes that it goes on, and refuses to draw numbers: another
         one, of next to nothing, ends that."""
         torch.cuda.synchronize()
-        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+        graph = torch.cuda.CUDAGraph()
+        with (
+            suppress(RuntimeError),  # the error that ended the capture is raised after this
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             torch.zeros(1, device=self._stream.device)
 
     def _begin(self) -> None:
@@ -145,23 +152,65 @@ class CapturedProgram(Program):
         return [flat.clone() for flat in flat_grads], numbers.clone()
 
 
-def check_waits_for_nothing(static: StaticHypergradient) -> None:
-    """Runs the program once where torch raises an error for what waits for the device. A capture would find the same,
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collects garbage before, and none within: what it frees may call for something that no capture may hold, and
+    graphs of the parameters that are garbage should be gone."""
+    gc.collect()
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
+class _ReadFromOutside(TorchDispatchMode):
+    """Notes the memory that operations read and that none of them has made, also those of autograd's threads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory: dict[int, torch.UntypedStorage] = {}  # by address
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages([args, kwargs]):
+            if storage.data_ptr() not in self._made:
+                self.memory[storage.data_ptr()] = storage
+        result = func(*args, **(kwargs or {}))
+        self._made.update(storage.data_ptr() for storage in _storages(result) if storage.data_ptr() not in self.memory)
+        return result
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+def memory_read(static: StaticHypergradient) -> list[torch.UntypedStorage]:
+    """The memory that the program reads and does not make: a graph has its address, so that it must stay, even where
+    nothing else holds it any more, as when a loss sees a variable that gets another tensor.
+
+    It runs the program once, where torch raises an error for what waits for the device. A capture would find the same,
     and leave torch's generator and allocator as if it were still under way.
 
     Raises:
         RuntimeError: something in the losses waits.
     """
+    outside = _ReadFromOutside()
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():  # that this mode does not know all that waits
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
-        run_through(static)
+        with outside:
+            run_through(static)
     except RuntimeError as error:
         raise RuntimeError(f"{_NOT_CAPTURED}{error}") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    return [*outside.memory.values()]
 
 
 def run_through(static: StaticHypergradient) -> None:

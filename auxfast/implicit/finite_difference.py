@@ -148,7 +148,7 @@ class FiniteDifference:
         largest, generator = max(scales), torch.Generator().manual_seed(0)
         varies = [False] * len(params)
         for lengths in (scales, [largest] * len(used), [max(1.0, largest) / self._step] * len(used)):
-            moves = [s * torch.randn(w.shape, generator=generator).to(w) for w, s in zip(used, lengths, strict=True)]
+            moves = [s * _normal(generator, w) for w, s in zip(used, lengths, strict=True)]
             with moved_by(used, moves, self._step):
                 after = mean_gradient(self._loss_fns, params)
             for i, (a, b) in enumerate(zip(before, after, strict=True)):
@@ -159,7 +159,7 @@ class FiniteDifference:
         if not outer:
             return varies
         pairs = zip(outer, self._scales(outer), strict=True)
-        moves = [s * torch.randn(phi.shape, generator=generator).to(phi) for phi, s in pairs]
+        moves = [s * _normal(generator, phi) for phi, s in pairs]
         with moved_by(outer, moves, self._step):
             after = mean_gradient(self._loss_fns, params)
         for i, (a, b) in enumerate(zip(before, after, strict=True)):
@@ -358,6 +358,11 @@ class FiniteDifference:
         except (RuntimeError, ValueError):  # no second derivatives; or a micro-batch that depends on no parameter
             return None
         return product, mixed
+
+
+def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random numbers of the CPU's `generator`, whatever torch's default device is."""
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
 
 def _gradient_and_precision(loss_fns: LossFns, params: Sequence[Tensor]) -> tuple[Grads, float]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from auxfast.autograd.preserved_state import preserved_state
+from auxfast.autograd.preserved_state import preserved_buffers, preserved_state
 from auxfast.implicit.advice import warn_of
-from auxfast.implicit.cuda_graphs import CapturedProgram, Program, check_waits_for_nothing, run_through
+from auxfast.implicit.cuda_graphs import CapturedProgram, Program, memory_read, run_through
 from auxfast.implicit.distributed import refuse_params
 from auxfast.implicit.fresh_batches import FreshBatches
 from auxfast.implicit.hypergradient import hypergradient
@@ -31,6 +32,7 @@ _WARM_UP = 2
 """Calls before the capture: libraries choose their algorithms, load their kernels and take their workspaces."""
 _MAKE_ANEW = "make a new GraphedHypergradient"
 _NOT_SYMMETRIC = StopReason.NOT_SYMMETRIC
+_FACTS = "memory", "shape", "strides", "dtype", "requires_grad"
 
 _Mode = tuple[bool, Positive | None]
 """Whether a module trains, and how a combiner's `phi` is meant: as weights or as their logarithms."""
@@ -99,8 +101,9 @@ class GraphedHypergradient:
     **A CUDA graph** cannot hold what reads a number on the host (`.item()`, `if loss > 1`), moves data between host and
     device (`torch.tensor(0.5, device="cuda")`, tensors on the CPU), or makes tensors whose shapes depend on numbers
     (boolean masks as indices). A loss that does so is refused when the object is made. No graph of the parameters that
-    was recorded before may be alive then: autograd would follow its stream. All memory of a call stays in use as long
-    as the object lives.
+    was recorded before may be alive then: autograd would follow its stream; and no other thread may wait for the GPU,
+    since that is an error in the whole process while the losses are tried. Numbers of the CPU, tensors of one element
+    included, stay as they were. All memory of a call stays in use as long as the object lives, or a result of it.
 
     **State.** The losses leave no trace in buffers: statistics of BatchNorm are read anew in each call, and stay as
     they are. On a GPU dropout draws other masks in each call, which moves torch's generator on. On a CPU the generator
@@ -160,21 +163,25 @@ class GraphedHypergradient:
         self._state = SolverState()
         self._lock = Lock()
         self._autocast = _present_autocast(self._device.type)
+        called: dict[int, Module] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._memory: list[torch.UntypedStorage] = []
         with self._recording():
-            given = ("outer_inputs", outer_inputs), ("inner_inputs", inner_inputs)
-            self._inputs = [_static(name, tensors, self._device) for name, tensors in given]
-            outer, inner = (
-                partial(loss, *tensors) for loss, tensors in zip((outer_loss, inner_loss), self._inputs, strict=True)
-            )
-            self._static = StaticHypergradient(
-                _loss_fn("outer_loss", outer, False),
-                _loss_fn("inner_loss", inner, curvature == "gauss-newton"),
-                params,
-                self._solve,
-                curvature,
-            )
-            self._program = Program(self._static)
-            with self._side_stream() as stream:
+            with self._side_stream():
+                given = ("outer_inputs", outer_inputs), ("inner_inputs", inner_inputs)
+                self._inputs = [_static(name, tensors, self._device) for name, tensors in given]
+                outer, inner = (
+                    partial(loss, *tensors)
+                    for loss, tensors in zip((outer_loss, inner_loss), self._inputs, strict=True)
+                )
+                self._static = StaticHypergradient(
+                    _loss_fn("outer_loss", outer, False, called),
+                    _loss_fn("inner_loss", inner, curvature == "gauss-newton", called),
+                    params,
+                    self._solve,
+                    curvature,
+                )
+                self._program = Program(self._static)
                 eager = hypergradient(
                     outer,
                     inner,
@@ -186,20 +193,10 @@ class GraphedHypergradient:
                     warn=False,
                 )
                 self._asymmetry = eager.stats.symmetry_error if eager.stats.stop_reason == _NOT_SYMMETRIC else None
-                with preserved_state(warn=warn, check=check_call) as guard:
-                    for _ in range(1 if stream is None else _WARM_UP):
-                        run_through(self._static)
-                    if stream is not None:
-                        check_waits_for_nothing(self._static)
-                self._modules = guard.modules
-                if stream is not None:
-                    self._program = CapturedProgram(self._static, stream)
-                    with preserved_state(
-                        warn=warn
-                    ):  # the first replay takes the graph to the device, and fills its memory
-                        self._program.run()
+                self._make_program()
             self._solve.reset()
             self._done = self._event()
+        self._modules = [*called.values()]
         self._kinds = [_kinds(tensors) for tensors in self._inputs]
         self._held = [
             (module, name)
@@ -209,8 +206,21 @@ class GraphedHypergradient:
         ]
         self._facts = self._present_facts()
 
+    def _make_program(self) -> None:
+        """Warms up, and captures on a GPU."""
+        with preserved_state(warn=self._warn, check=check_call):
+            for _ in range(1 if self._stream is None else _WARM_UP):
+                run_through(self._static)
+            if self._stream is not None:
+                self._memory = memory_read(self._static)
+        if self._stream is not None:
+            self._program = CapturedProgram(self._static, self._stream)
+            with preserved_state(warn=self._warn):  # the first replay takes the graph to the device, fills its memory
+                self._program.run()
+
     def __call__(self, outer_inputs: Sequence[Tensor] = (), inner_inputs: Sequence[Tensor] = ()) -> GraphedResult:
-        """The hypergradient at the present parameters, of these inputs. On a GPU it waits for nothing.
+        """The hypergradient at the present parameters, of these inputs. On a GPU it waits for nothing, but, where steps
+        go in chunks, for the last chunk but one.
 
         Raises:
             TypeError: inputs that are not a list of tensors.
@@ -231,10 +241,19 @@ class GraphedHypergradient:
 
     def _replay(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, int]:
         """The vectors of hypergradients, the numbers and the steps of a call, on the present stream."""
+        assert self._stream is not None
+        assert self._done is not None
         with torch.cuda.device(self._device):
-            self._wait()
-            self._copy(inputs)
-            steps = self._program.run()
+            present = torch.cuda.current_stream()
+            self._stream.wait_stream(present)
+            self._stream.wait_event(self._done)  # its results may have been copied on another stream
+            # A graph holds workspaces of the stream that it was captured on, and nothing else may use them meanwhile.
+            try:
+                with torch.cuda.stream(self._stream):
+                    self._copy(inputs)
+                    steps = self._program.run()
+            finally:
+                present.wait_stream(self._stream)
             results = self._program.results()
             self._done = self._event()
         return *results, steps
@@ -252,14 +271,10 @@ class GraphedHypergradient:
     def reset(self) -> None:
         """Lets the next call of a solver with `warm_start` start from x = 0 again."""
         with self._lock, self._recording():
-            self._wait()
+            if self._done is not None:  # the last call may have been on another stream
+                torch.cuda.current_stream().wait_event(self._done)
             self._solve.reset()
             self._done = self._event()
-
-    def _wait(self) -> None:
-        """Lets the present stream wait for the last call, which may have been on another."""
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
 
     def _event(self) -> torch.cuda.Event | None:
         """The end of what is on the present stream; `None` where nothing waits for anything."""
@@ -277,17 +292,19 @@ class GraphedHypergradient:
             yield
 
     @contextmanager
-    def _side_stream(self) -> Iterator[torch.cuda.Stream | None]:
-        """A stream of its own on a GPU, as captures need it. Autograd's engine runs each node on the stream of its
-        forward pass, so all is recorded there."""
+    def _side_stream(self) -> Iterator[None]:
+        """Makes a stream of its own on a GPU, as captures need it, the present one. Autograd's engine runs each node on
+        the stream of its forward pass, so all is recorded there. All that a replay writes to belongs to this stream, on
+        which it runs too: once it is freed, others get that memory behind the last replay."""
         if self._device.type != "cuda":
-            yield None
+            yield
             return
-        present, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(present)
-        with torch.cuda.stream(stream):
-            yield stream
-        present.wait_stream(stream)
+        present = torch.cuda.current_stream()
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            yield
+        present.wait_stream(self._stream)
 
     def _outcome(self, numbers: Tensor, steps: int, done: torch.cuda.Event | None) -> tuple[SolveStats, bool]:
         if done is not None:
@@ -305,7 +322,7 @@ class GraphedHypergradient:
         """What must stay as it was recorded. Graphs hold addresses: those of all that a module may read count. A CPU
         looks at them as well, so that what runs there runs on a GPU."""
         given = [
-            (t.data_ptr(), t.shape, t.dtype, t.requires_grad)
+            (t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad)
             for tensors in (self._params.inner, self._params.outer)
             for t in tensors
         ]
@@ -324,7 +341,7 @@ class GraphedHypergradient:
             for i in range(len(tensors))
         ]
         for name, now, before in zip(names, given, self._facts[0], strict=True):
-            for what, new, old in zip(("memory", "shape", "dtype", "requires_grad"), now, before, strict=True):
+            for what, new, old in zip(_FACTS, now, before, strict=True):
                 if new != old:
                     return RuntimeError(
                         f"{name} is no longer what was recorded: its {what} was {_shown(old)} and is {_shown(new)}. "
@@ -413,8 +430,20 @@ def _check_inputs(name: str, tensors: Sequence[Tensor], kinds: Sequence[Kind]) -
             )
 
 
-def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool) -> LossFn:
-    (loss_fn,) = as_loss_fns(name, function, lambda given: given, with_outputs)
+def _loss_fn(name: str, function: Callable[[], Any], with_outputs: bool, called: dict[int, Module]) -> LossFn:
+    """The loss, which finds all buffers as they are outside of it, whatever the other one does to them.
+
+    Args:
+        called: where to put the modules that it calls, by id.
+    """
+
+    def preserved() -> Any:
+        with preserved_buffers(check_call) as guard:
+            result = function()
+        called.update((id(module), module) for module in guard.modules)
+        return result
+
+    (loss_fn,) = as_loss_fns(name, preserved, lambda given: given, with_outputs)
     return loss_fn
 
 

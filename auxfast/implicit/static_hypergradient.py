@@ -76,7 +76,7 @@ class StaticHypergradient:
         planned = self._planned_pass(derivatives)
         if is_first:
             self._has_own_pass = planned is not None and _agrees(planned, derivatives)
-        self._pass: SingleBackward | None = planned if self._has_own_pass else None
+        self._product = _Product(derivatives, planned if self._has_own_pass else None)
         pairs = zip(compress(rhs, derivatives.in_system), derivatives.params, strict=True)
         self._rhs = in_widest_dtype([torch.zeros_like(w) if grad is None else grad for grad, w in pairs])
         self.solve.begin(self._product, self._rhs)
@@ -90,13 +90,6 @@ class StaticHypergradient:
             return SingleBackward(_outputs(derivatives), derivatives.params)
         except BatchingUnsupported:
             return None
-
-    def _product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        given = in_dtypes_of(self._derivatives.params, vectors)
-        if self._pass is not None:
-            return in_widest_dtype(zeros_for_none(in_own_task(partial(self._pass, given)), given))
-        with engine_only():
-            return in_widest_dtype(self._derivatives(given))
 
     @torch.no_grad()
     def steps(self, count: int) -> None:
@@ -126,7 +119,8 @@ class StaticHypergradient:
         )
         self.numbers = torch.cat([own, of_solve])
         # The graph is done with, and with it the nodes that would tie the parameters to this stream.
-        del self._derivatives, self._pass, self._direct
+        self._product.forget()
+        del self._derivatives, self._product, self._direct
 
     def grads_of(self, flat_grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Views of `flat_grads`, or of copies of them, like the outer parameters."""
@@ -177,6 +171,24 @@ class StaticHypergradient:
                 raise _error(what, largest)
 
 
+class _Product:
+    """Products with second derivatives, by a pass of our own, or by autograd's engine. A solve may keep this for longer
+    than the graph should live: `forget` lets that go."""
+
+    def __init__(self, derivatives: Hessian, planned: SingleBackward | None) -> None:
+        self._derivatives, self._pass = derivatives, planned
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        given = in_dtypes_of(self._derivatives.params, vectors)
+        if self._pass is not None:
+            return in_widest_dtype(zeros_for_none(in_own_task(partial(self._pass, given)), given))
+        with engine_only():
+            return in_widest_dtype(self._derivatives(given))
+
+    def forget(self) -> None:
+        del self._derivatives, self._pass
+
+
 def _error(what: str, largest: float) -> Exception:
     return not_finite(what, "NaN" if math.isnan(largest) else "inf")
 
@@ -199,7 +211,7 @@ def _agrees(planned: SingleBackward, derivatives: Hessian) -> bool:
     its own error."""
     outputs = _outputs(derivatives)
     generator = torch.Generator().manual_seed(0)
-    signs = [torch.randint(2, w.shape, generator=generator).to(w.device, w.dtype) * 2 - 1 for w in derivatives.params]
+    signs = [torch.randint(2, w.shape, generator=generator, device="cpu").to(w) * 2 - 1 for w in derivatives.params]
     with HookDetector(planned.nodes) as hooks:
         expected = zeros_for_none(run_engine(outputs, derivatives.params, signs), signs)
     if hooks.found:

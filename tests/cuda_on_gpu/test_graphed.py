@@ -268,6 +268,49 @@ def test_replaced_parameters_and_buffers_are_an_error():
         graphed(*problem.inputs(1))
 
 
+def test_tensors_that_nothing_but_the_graph_knows_stay():
+    problem = Bilevel()
+    plain, factor = problem.inner_loss, torch.linspace(0.5, 1.5, TASKS, device="cuda", dtype=torch.float64)
+    problem.inner_loss = lambda x, y: plain(x, y) + 0.1 * ((problem.net(x) - y) * factor).square().mean()
+    graphed, wanted = problem.graphed(Neumann(5, 0.05)), problem.eager(1, Neumann(5, 0.05))
+    factor = None  # whoever asks for memory next gets it
+    spoiled = [torch.full((TASKS,), torch.nan, device="cuda", dtype=torch.float64) for _ in range(1000)]
+    result = graphed(*problem.inputs(1))
+    torch.testing.assert_close(result.grads, wanted.grads)
+    del spoiled
+
+
+def test_memory_goes_to_others_when_the_last_replay_is_done():
+    """An object that lives for one call on another stream than the one it was made on."""
+    problem = Bilevel()
+    inputs, stream = problem.inputs(1), torch.cuda.Stream()
+    for _ in range(2):  # what is allocated for the first time may wait for the device
+        graphed = problem.graphed(Neumann(10, 0.05))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            grads = graphed(*inputs).grads
+        del graphed
+        spoiled = [torch.full((ROWS, 6), torch.nan, device="cuda", dtype=torch.float64) for _ in range(1000)]
+    torch.cuda.synchronize()
+    wanted = problem.eager(1, Neumann(10, 0.05))
+    torch.testing.assert_close(grads, wanted.grads)
+    del spoiled
+
+
+def test_the_default_device_of_torch_is_of_no_matter():
+    problem, solver = Bilevel(), MINRES(60, tol=1e-4, damping=1.0)
+    inputs = problem.inputs(1)
+    with torch.device("cuda"):
+        result = GraphedHypergradient(
+            *(problem.outer_loss, problem.inner_loss, problem.w, problem.phi),
+            outer_inputs=inputs[0],
+            inner_inputs=inputs[1],
+            solver=solver,
+        )(*inputs)
+    problem.assert_equal(result, 1, solver, rtol=1e-3)
+
+
 def test_training_goes_on_after_the_object_is_made():
     """No node of the capture stays behind, to which backward() would add on the stream of the capture."""
     problem = Bilevel()

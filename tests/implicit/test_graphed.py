@@ -4,8 +4,10 @@ nothing of the host."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -253,6 +255,37 @@ def test_losses_leave_no_trace():
     assert_equal(result, problem.eager(problem.inputs(1), Neumann(4, 0.05)))  # of the same masks
 
 
+def test_each_loss_finds_the_buffers_as_they_were():
+    """Both losses move the vectors of spectral normalisation on."""
+    problem = Bilevel()
+    nn.utils.parametrizations.spectral_norm(problem.net[0])
+    problem.w = list(problem.net.parameters())
+    solver, inputs = Neumann(4, 0.05), problem.inputs(1)
+    assert_equal(problem.graphed(solver)(*inputs), problem.eager(inputs, solver))
+
+
+def test_an_object_is_freed_with_its_last_reference():
+    """Its graphs hold much memory: nothing waits until garbage is collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        graphed = Bilevel().graphed(MINRES(3, tol=None))
+        kept = [weakref.ref(graphed), weakref.ref(graphed._static)]
+        del graphed
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_the_default_device_of_torch_is_of_no_matter():
+    problem = Bilevel()
+    (outer, inner), solver = problem.inputs(1), MINRES(30, tol=1e-3)
+    with torch.device("meta"):
+        result = problem.graphed(solver, outer_inputs=outer, inner_inputs=inner)(outer, inner)
+        assert result.stats.converged
+    assert_equal(result, problem.eager((outer, inner), solver), rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_callers_may_be_in_any_mode(mode):
     problem = Bilevel()
@@ -436,6 +469,7 @@ def test_inputs_unlike_the_examples_are_refused():
     [
         (lambda p: setattr(p.w[1], "data", p.w[1].data.clone()), r"inner_params\[1\] is no longer .* its memory"),
         (lambda p: p.phi[0].requires_grad_(False), r"outer_params\[0\] is no longer .* requires_grad was True"),
+        (lambda p: setattr(p.w[4], "data", p.w[4].data.t()), r"inner_params\[4\] is no longer .* its strides"),
         (lambda p: p.net.eval(), "recorded with training=True"),
         (lambda p: p.net.float(), "is no longer what was recorded"),
         (lambda p: setattr(p.net[0], "weight", nn.Parameter(p.w[0].detach().clone())), "weight of a Linear .*replaced"),
@@ -444,7 +478,7 @@ def test_inputs_unlike_the_examples_are_refused():
     ],
 )
 def test_parameters_and_modules_that_have_changed_are_an_error(change, match):
-    problem = Bilevel(nn.BatchNorm1d(6))
+    problem = Bilevel(nn.BatchNorm1d(6), nn.Linear(6, 6))
     graphed = problem.graphed()
     change(problem)
     with pytest.raises(RuntimeError, match=f"(?s){match}.*make a new GraphedHypergradient"):
