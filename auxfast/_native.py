@@ -57,6 +57,8 @@ def _obstacle(device: torch.device) -> str | None:
     """
     if torch.version.hip is not None:
         return f"this torch is built for ROCm {torch.version.hip}, and the kernels are for CUDA"
+    if not _BUILD["cuda_kernels"]:
+        return "this build has none: install auxfast where there is an nvcc (AUXFAST_BUILD=cuda says where it looks)"
     capability = torch.cuda.get_device_capability(device)
     built, ptx = ([divmod(int(digits), 10) for digits in _BUILD[key]] for key in ("cuda_kernels", "cuda_ptx"))
     has_code = any(major == capability[0] and minor <= capability[1] for major, minor in built)
@@ -79,8 +81,9 @@ class _KernelsByDevice(dict[torch.device, bool]):
     again: nothing is initialized before, and the answer is there when a CUDA graph is captured."""
 
     def __missing__(self, device: torch.device) -> bool:
-        if device.type != "cuda" or not (_BUILD["cuda_kernels"] and torch.cuda.is_available()):
-            answer = self[device] = device.type == "cpu" and bool(_BUILD["cpu_kernels"])
+        has_any = bool(_BUILD["cpu_kernels"])  # not so after AUXFAST_BUILD=none, which asked for the reference
+        if device.type != "cuda" or not (has_any and torch.cuda.is_available()):
+            answer = self[device] = device.type == "cpu" and has_any
             return answer
         if device == torch.device("cuda"):  # the current one, which may change; tensors name theirs, so no op asks this
             return _obstacle(torch.device("cuda", torch.cuda.current_device())) is None

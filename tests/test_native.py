@@ -242,8 +242,9 @@ def test_code_runs_on_its_capability_and_later_minor_ones_and_ptx_on_all_later_o
         ({"capabilities": [(9, 0)], "driver": 12090}, "knows CUDA 12.9, .*with CUDA 13.0, needs 13.0: .*torch's 12.8"),
         ({"capabilities": [(9, 0)], "driver": 0}, "driver knows CUDA 0.0"),
         ({"capabilities": [(11, 0)], "driver": 13000, "toolkit": "13.1"}, "with CUDA 13.1, needs 13.1: update"),
+        ({"capabilities": [(9, 0)], "kernels": "", "ptx": ""}, "this build has none: install auxfast where .* nvcc"),
     ],
-    ids=["too old", "between", "no PTX", "old driver", "no driver", "PTX that the driver cannot compile"],
+    ids=["too old", "between", "no PTX", "old driver", "no driver", "PTX that the driver cannot compile", "no nvcc"],
 )
 def test_a_gpu_that_cannot_run_the_kernels_is_on_the_reference_with_one_warning(machine, why, monkeypatch):
     machine = _Machine(monkeypatch, **machine)
