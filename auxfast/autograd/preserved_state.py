@@ -239,7 +239,7 @@ def _parts_of(module: Module) -> dict[int, Module]:
 
 
 def held_by(modules: Iterable[Module]) -> list[Tensor]:
-    """The parameters and buffers that the modules hold themselves; `parameters(recurse=False)` takes ten times as long."""
+    """The modules' own parameters and buffers; `parameters(recurse=False)` and the like take ten times as long."""
     dicts = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
     return [tensor for tensors in dicts for tensor in tensors.values() if tensor is not None]
 
