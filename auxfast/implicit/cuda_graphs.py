@@ -24,6 +24,12 @@ _NOT_CAPTURED = (
     "shapes depend on numbers (nonzero(), boolean masks as indices); and no graph of the parameters that was recorded "
     "elsewhere may be alive. The error was: "
 )
+_LEFT_BEHIND = (
+    "torch's allocator may take the capture for one that is still under way, and then gives no memory of "
+    "record_stream() back until the process ends"
+)
+_unfinished: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture has failed: torch's allocators ask them, from then on, whether a stream is theirs."""
 
 
 class Program:
@@ -106,15 +112,17 @@ class CapturedProgram(Program):
         except Exception as error:
             self._end_captures()
             cause = error.__context__ or error  # what ended the capture; that it has ended is an error of its own
-            raise RuntimeError(f"{_NOT_CAPTURED}{cause}") from error
+            raise RuntimeError(f"{_NOT_CAPTURED}{cause}. {_LEFT_BEHIND}") from error
         self._flags = torch.zeros(len(chunks), dtype=torch.float64, device="cpu", pin_memory=True)
         self._events = [torch.cuda.Event() for _ in chunks]
 
     def _captured(self, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        _unfinished.append(graph)
         # Autograd's engine works in threads of its own, and other threads of the user may go on with theirs.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             part()
+        _unfinished.remove(graph)
         return graph
 
     def _end_captures(self) -> None:
