@@ -47,8 +47,8 @@ _PRODUCTS_OF_A_SPLIT = 3
 many solvers need no more."""
 
 _PRODUCTS_BEFORE_A_PASS = 4
-"""Products of single vectors on a GPU before a `SingleBackward` is planned. The plan and the `SymmetricProbe` cost an
-H200's host what the pass saves of four products or so, and solvers of three steps take four products."""
+"""Products of single vectors on a GPU before a `SingleBackward` is planned. An H200's host took 5 ms for the plan of a
+`BatchedBackward`, what some five products gained; solvers of three steps take four products."""
 
 _MAX_BYTES_ON_CPU = 1 << 21
 """Most bytes of an activation's gradients, of all vectors that go through the graph at once. Batches save most of the
@@ -75,8 +75,8 @@ def products_before_a_pass(device: torch.device) -> float:
     """Vectors that go through the engine, where they come one by one, before a pass of our own is planned.
 
     On a GPU the host's time counts, and the engine hands each product to the device's thread and back: an MLP's Hessian
-    product took an H200's host 2.0 ms by the engine, and 1.1 by a `BatchedBackward` of one vector, which is slower than
-    a `SingleBackward`. A CPU has no such thread, and there a pass is not worth its check."""
+    product took an H200's host 2.0 ms by the engine, and 1.1 by a `BatchedBackward` of one vector, which takes more
+    operations than a `SingleBackward`. A CPU has no such thread, and there a pass is not worth its check."""
     return _PRODUCTS_BEFORE_A_PASS if device.type == "cuda" else inf
 
 

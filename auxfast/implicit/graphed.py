@@ -93,10 +93,11 @@ class GraphedHypergradient:
     **Solvers.** `Neumann` with a number for `step_size`, `tol=None` and no warm start, `ConjugateGradient` and `MINRES`
     without a preconditioner, and `Identity` can do without a host: where a series grows, it is cut on the device, and a
     system that is solved is left alone. Results are those of `hypergradient`, up to rounding, with these exceptions. A
-    Krylov solver does not restart where its own residual and the true one differ, which `stats.residual` tells. Of a
-    Neumann series whose norm hardly falls any more, the sum may have some terms more, which raise it by 0.1% at most.
-    Products that contradict symmetry are looked into when the object is made, and not again. With more than 16 steps
-    and a `tol`, steps are replayed in chunks of 8, and the host stops one chunk after the last that was needed.
+    Krylov solver does not restart where its own residual and the true one differ, which `stats.residual` tells. A
+    Neumann series whose norm hardly falls before it grows may have some terms more: that raises its residual by 0.1% at
+    most, but can move hypergradients by some per cent, since neither sum is near the solution. Products that contradict
+    symmetry are looked into when the object is made, and not again. With more than 16 steps and a `tol`, steps are
+    replayed in chunks of 8, and the host stops one chunk after the last that was needed.
 
     **A CUDA graph** cannot hold what reads a number on the host (`.item()`, `if loss > 1`), moves data between host and
     device (`torch.tensor(0.5, device="cuda")`, tensors on the CPU), or makes tensors whose shapes depend on numbers
