@@ -149,7 +149,7 @@ def is_affordable(case: Case) -> bool:
     """ThreadSanitizer takes some 20 us a barrier and thread."""
     height, width = case.image
     tiles = case.batch * (height // 32 + 1) * (width // 32 + 1)
-    return MODE != "tsan" or tiles * max(case.network.channels) * case.network.num_losses <= 80
+    return MODE != "tsan" or tiles * max(case.network.channels) * case.network.num_losses <= 64
 
 
 @pytest.mark.slow
