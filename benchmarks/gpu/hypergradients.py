@@ -84,7 +84,7 @@ def relative_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float
 
 
 def hypergradients(section: Section) -> None:
-    """Of the MLP 64-128-128-10, and one product with its Hessian."""
+    """Hypergradients of the MLP 64-128-128-10, and one product with its Hessian."""
     problem = Problem(_mlp, section.device)
     steps = 3 if section.small else 20
     solver = Neumann(steps, STEP_SIZE)
@@ -149,7 +149,7 @@ def _graphed(section: Section, problem: Problem, name: str, solver: Solver) -> N
 
 
 def large_network(section: Section) -> None:
-    """Of a residual network with 11 million parameters, on 32 images of 64 x 64."""
+    """Hypergradients of a residual network with 11 million parameters, on 32 images of 64 x 64."""
     width, batch = (4, 2) if section.small else (64, 32)
     problem = Problem(lambda: resnet(width, OUTPUTS, batch=batch), section.device)
     section.note("parameters", sum(w.numel() for w in problem.inner_params))

@@ -25,7 +25,7 @@ from benchmarks.networks import resnet18_shapes
 MLP = [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)]
 STEPS = 20
 _NEUMANN_STEPS = 8
-"""As many as a solver takes on a GPU before it looks at their norms."""
+"""Steps that a solver takes on a GPU before it looks at their norms."""
 _STEP = 1e-9
 
 

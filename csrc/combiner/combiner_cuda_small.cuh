@@ -263,7 +263,7 @@ struct SmallTile {
     }
   }
 
-  // From what is padded like a row of weights.
+  // Loads a lane's numbers from what is padded like a row of weights.
   __device__ __forceinline__ void load_padded(int place, float (&numbers)[kUnits]) const {
     AUXFAST_UNROLL
     for (int u = 0; u < kUnits; ++u) numbers[u] = shared[place + part * kPadded + u];

@@ -102,7 +102,7 @@ def test_a_hypergradient_is_that_of_the_engine(solver, monkeypatch):
 
 
 def test_a_wrong_product_is_never_seen(monkeypatch):
-    """From the third on, a pass is wrong in one entry."""
+    """The pass is wrong in one entry, from its third product on."""
     loss, params = network()
     outputs = gradient_of(loss, params)
     right, calls = SingleBackward.__call__, []

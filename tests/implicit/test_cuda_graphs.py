@@ -78,7 +78,7 @@ class Event:
 
 @pytest.fixture
 def _noted_operations(monkeypatch):
-    """In the place of CUDA graphs."""
+    """Recordings of operations stand in for CUDA graphs."""
 
     @contextmanager
     def graph(recorded: Recorded, **options: Any) -> Iterator[None]:

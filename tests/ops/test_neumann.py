@@ -338,7 +338,7 @@ GROWN = [0.0, 1 / 1.0025, 1 / 1.0015, 1.0, float("inf"), float("nan")]
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "reference"])
 @pytest.mark.parametrize("smallest", GROWN)
 def test_guarded_step_stops_for_good_where_the_norm_grows(smallest, native, device):
-    """By more than GROWTH."""
+    """A norm grows where it rises by more than GROWTH."""
     step = neumann_guarded_step_ if native else neumann_guarded_step_reference_
     v, hv, p = ([torch.tensor([x], device=device)] for x in (1.0, 0.0, 5.0))
     v_before, numbers = [torch.tensor([2.0], device=device)], beginning(device, smallest)

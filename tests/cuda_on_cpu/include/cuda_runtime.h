@@ -34,7 +34,7 @@
   using name##_type = T extents;        \
   auto& name = *static_cast<name##_type*>(::cuda_on_cpu::static_shared(&name##_key, sizeof(name##_type)))
 
-// As common/async_copy.cuh has them for nvcc.
+// Copies to shared memory; common/async_copy.cuh has them for nvcc.
 #define BEGIN_COPY(shared, global) ::cuda_on_cpu::begin_copy(shared, global)
 #define WAIT_FOR_COPIES() ::cuda_on_cpu::wait_for_copies()
 
